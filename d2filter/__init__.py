@@ -1,0 +1,23 @@
+"""d2filter: D2 Pruning for image-text pools, exact and distributed.
+
+The names a notebook needs are loaded on first use, so that `import d2filter` stays cheap.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = ["RankedPool", "__version__", "rank"]
+
+if TYPE_CHECKING:
+    from d2filter.api import RankedPool, rank
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("rank", "RankedPool"):
+        from d2filter import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'd2filter' has no attribute {name!r}")

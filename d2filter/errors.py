@@ -1,0 +1,60 @@
+"""Every exception that d2filter raises on purpose.
+
+D2FilterError                 exit code 1 unless said otherwise
+├── UsageError                2  an option or argument that cannot be used
+├── InputError                1  a file or array that is missing, broken or contradictory
+├── DependencyError           1  a package that is not installed
+├── RunStateError             1  the run directory does not fit what is asked of it
+├── StageError                1  tasks of a stage failed; the others were finished first
+├── VerificationError         1  a finished run breaks one of its invariants
+├── TooManyBadError           3  more bad samples than --max-bad allows, or lost shards
+└── RecallError               4  the measured recall is below --target-recall
+
+A message is one line: what is wrong, the value or file, what is allowed, what to do.
+"""
+
+from __future__ import annotations
+
+
+class D2FilterError(Exception):
+    """Root of the tree; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UsageError(D2FilterError):
+    """An option or argument that cannot be used."""
+
+    exit_code = 2
+
+
+class InputError(D2FilterError):
+    """A file or array that is missing, broken or contradictory."""
+
+
+class DependencyError(D2FilterError):
+    """A package that is needed here and not installed."""
+
+
+class RunStateError(D2FilterError):
+    """The run directory does not fit what is asked of it."""
+
+
+class StageError(D2FilterError):
+    """Tasks of a stage failed after the others were finished."""
+
+
+class VerificationError(D2FilterError):
+    """A finished run breaks one of its invariants."""
+
+
+class TooManyBadError(D2FilterError):
+    """More bad samples than allowed, or shards that could not be read."""
+
+    exit_code = 3
+
+
+class RecallError(D2FilterError):
+    """The graph was written, but its measured recall is below the target."""
+
+    exit_code = 4
