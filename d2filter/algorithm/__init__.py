@@ -1,0 +1,16 @@
+"""Arrays in, arrays out: no Ray, no files, no clock, no torch.
+
+features.py  what a sample is: fixed float16 rows, exact distances, groups of copies
+cells.py     centroids, exact choice of cells, calibration of nprobe
+knn.py       search by cell, measured recall
+lists.py     exact neighbor lists in ring order from what the search proposed
+messages.py  fixed-point scores, edge weights, the forward pass (§3)
+greedy.py    the exact parallel greedy (§3)
+budget.py    how many, and which: budgets as prefixes of one ranking
+ranking.py   messages and greedy over a finished graph
+certificate.py  proof that a ranking is the greedy's
+backend.py   faiss
+scores.py    difficulty from embeddings
+baselines.py rankings to compare with
+uids.py      order and hashes of 128-bit sample ids
+"""

@@ -1,0 +1,53 @@
+"""How many samples a budget keeps, and which: every budget is a prefix of one ranking."""
+
+from __future__ import annotations
+
+from decimal import ROUND_FLOOR, Decimal, InvalidOperation
+
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.errors import UsageError
+
+
+def parse_fraction(value: str | float | Decimal) -> Decimal:
+    """`value` as an exact decimal in (0, 1]; a float means what it prints (0.3 is 0.3).
+
+    Raises UsageError for anything else.
+    """
+    try:
+        fraction = Decimal(str(value))
+    except InvalidOperation:
+        fraction = Decimal("NaN")
+    if not (fraction.is_finite() and 0 < fraction <= 1):
+        raise UsageError(
+            f"fraction is {value}, allowed is a number above 0 and at most 1: "
+            "--fraction 0.3 keeps 30% of the ranked samples"
+        )
+    return fraction
+
+
+def budget_of(ranked: int, *, fraction: Decimal | None = None, budget: int | None = None) -> int:
+    """Number of samples to keep: floor(fraction · ranked), or `budget` capped at `ranked`."""
+    if budget is not None:
+        return min(budget, ranked)
+    if fraction is None:
+        raise UsageError("neither fraction nor budget is given: name one of them")
+    return int((fraction * ranked).to_integral_value(rounding=ROUND_FLOOR))
+
+
+def kept_mask(
+    rank: npt.NDArray[np.int64],
+    difficulty: npt.NDArray[np.float32],
+    size: int,
+    min_score: float | None = None,
+) -> npt.NDArray[np.bool_]:
+    """True for the rows among the first `size` ranks, shape (n,) bool.
+
+    rank: (n,) int64, 0 = first. difficulty: (n,) float32, raw. `min_score` then drops rows of
+    lower raw difficulty from that prefix; it never lets later ranks move up.
+    """
+    kept = rank < size
+    if min_score is not None:
+        kept &= difficulty.astype(np.float64) >= min_score
+    return kept

@@ -1,0 +1,200 @@
+"""Centroids, the exact choice of cells, and the number of cells to probe (DESIGN §4.1, 4.3, 4.7).
+
+Float32 products only propose; every decision is taken on exact distances of float16 rows to
+float16 centroids, ties to the smaller cell. Sums of float16 values in float64 are exact as well, so
+neither the number of threads nor the layout of blocks can change a centroid or a cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.algorithm import backend, features
+
+F16 = npt.NDArray[np.float16]
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+Progress = Callable[[int], None]
+
+_BLOCK = 16384
+_MARGIN = 4  # proposals beyond those wanted; near ties decide among them
+
+
+def cell_count(rows: int) -> int:
+    """nlist = ⌈2·√n⌉ cells for n distinct rows: cells of about √n/2 rows."""
+    return max(1, int(np.ceil(2.0 * np.sqrt(rows))))
+
+
+def train_centroids(sample: F16, cells: int, *, iterations: int = 8, spherical: bool = True) -> F16:
+    """k-means (Lloyd) over distinct rows, shape (≤ cells, d) float16, no two equal.
+
+    sample: (m, d) float16, in an order that does not depend on the layout of files; evenly spaced
+    rows of it are the start. `spherical` scales each centroid to the mean norm of its rows, so that
+    large cells do not shrink towards the origin. A cell that ends up empty moves to the row that
+    lies farthest from its centroid.
+    """
+    cells = min(cells, len(sample))
+    centroids = sample[np.linspace(0, len(sample) - 1, cells).astype(np.int64)]
+    for _ in range(iterations):
+        cell, distance = assign(sample, centroids, 1)
+        centroids = _update(sample, cell[:, 0], distance[:, 0], cells, spherical)
+    return np.unique(centroids, axis=0)
+
+
+def assign(
+    rows: F16, centroids: F16, probes: int, *, progress: Progress = lambda done: None
+) -> tuple[I32, F32]:
+    """The `probes` nearest cells of each row, best first: cells (n, p) int32, sqdist (n, p) f32.
+
+    Order: (exact squared distance, cell number). p = min(probes, number of cells). `progress` is
+    called with the number of rows done since the last call.
+    """
+    cells = len(centroids)
+    probes = min(probes, cells)
+    fetch = min(cells, probes + _MARGIN)
+    out = np.empty((len(rows), probes), np.int32)
+    distance = np.empty((len(rows), probes), np.float32)
+    wide = features.to_float32(centroids)
+    bits = centroids.view(np.uint16)
+    bound = backend.error_bound(rows.shape[1], max(largest_norm(rows), largest_norm(centroids)))
+    for start in range(0, len(rows), _BLOCK):
+        block = np.ascontiguousarray(rows[start : start + _BLOCK])
+        near, proposed = backend.nearest(features.to_float32(block), wide, fetch)
+        _decide(
+            block.view(np.uint16),
+            bits,
+            proposed,
+            near,
+            np.float32(bound),
+            out[start : start + _BLOCK],
+            distance[start : start + _BLOCK],
+        )
+        progress(len(block))
+    return out, distance
+
+
+def largest_norm(rows: F16) -> float:
+    """Upper bound of the L2 norms of an (n, d) float16 array."""
+    largest = 0.0
+    for start in range(0, len(rows), _BLOCK):
+        block = rows[start : start + _BLOCK].astype(np.float32)
+        largest = max(largest, float(np.einsum("ij,ij->i", block, block).max(initial=0.0)))
+    return float(np.sqrt(largest) * 1.001)
+
+
+def calibrate(
+    queries: F16, true_cells: I64, centroids: F16, target: float, *, z: float = 1.96
+) -> int:
+    """Fewest probes whose recall is at least `target` with the confidence that z stands for.
+
+    queries: (q, d) float16. true_cells: (q, k) int64, the cell of each exact neighbor, −1 where the
+    neighbor is found without probing (a copy) or the list is padded. A neighbor is found iff its
+    cell is among those probed, so recall is known for every number of probes at once.
+    """
+    where = _positions(queries.view(np.uint16), centroids.view(np.uint16), true_cells)
+    # the home cell of a copy costs nothing, but a search probes at least one
+    low, high = 1, len(centroids)
+    while low < high:  # recall cannot fall with more probes: bisect
+        middle = (low + high) // 2
+        hit = (where < middle).mean(axis=1)
+        error = z * float(hit.std()) / np.sqrt(len(hit))
+        if float(hit.mean()) - error >= target:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _update(sample: F16, cell: I32, distance: F32, cells: int, spherical: bool) -> F16:
+    """New centroids, (cells, d) float16, from one assignment."""
+    sums = _sum_cells(sample.view(np.uint16), cell, cells)
+    count = np.bincount(cell, minlength=cells)
+    filled = count > 0
+    means = np.zeros_like(sums)
+    means[filled] = sums[filled] / count[filled, None]
+    if spherical:
+        squares = sample.astype(np.float32).astype(np.float64)
+        norm = np.sqrt((squares * squares).sum(axis=1))
+        # to the level of the rows' norms in 2⁻¹⁰ steps: their exact mean would depend on the order
+        level = np.round(np.median(norm) * 1024) / 1024
+        length = np.sqrt((means * means).sum(axis=1))
+        scalable = filled & (length > 0)
+        means[scalable] *= (level / length[scalable])[:, None]
+    empty = np.flatnonzero(~filled)
+    farthest = np.argsort(-distance, kind="stable")[: empty.size]
+    fixed: F16 = (means + 0.0).astype(np.float16)
+    fixed[empty] = sample[farthest]
+    fixed += np.float16(0)
+    return fixed
+
+
+@numba.njit(cache=True)
+def _sum_cells(bits, cell, cells):  # type: ignore[no-untyped-def]  # compiled by numba
+    n, d = bits.shape
+    sums = np.zeros((cells, d), np.float64)
+    for i in range(n):
+        for c in range(d):
+            sums[cell[i], c] += np.float64(features.half(bits[i, c]))
+    return sums
+
+
+@numba.njit(cache=True, parallel=True)
+def _positions(queries, centroids, true_cells):  # type: ignore[no-untyped-def]
+    """How many cells come before each true cell in its query's order; −1 stays −1."""
+    q, k = true_cells.shape
+    cells = centroids.shape[0]
+    out = np.full((q, k), -1, np.int64)
+    for i in numba.prange(q):
+        distance = np.empty(cells, np.float32)
+        for c in range(cells):
+            distance[c] = features.sqdist(queries[i], centroids[c])
+        for t in range(k):
+            true = true_cells[i, t]
+            if true >= 0:
+                before = 0
+                for c in range(cells):
+                    if distance[c] < distance[true] or (distance[c] == distance[true] and c < true):
+                        before += 1
+                out[i, t] = before
+    return out
+
+
+@numba.njit(cache=True, parallel=True)
+def _decide(rows, centroids, proposed, near, bound, out, out_distance):  # type: ignore[no-untyped-def]
+    """Order proposed cells by exact distance; look at all cells where proposals may miss one."""
+    n = rows.shape[0]
+    cells = centroids.shape[0]
+    fetch = proposed.shape[1]
+    probes = out.shape[1]
+    for i in numba.prange(n):
+        count = 0
+        for t in range(fetch):
+            c = proposed[i, t]
+            if c >= 0:
+                _insert(out[i], out_distance[i], count, c, features.sqdist(rows[i], centroids[c]))
+                count = min(count + 1, probes)
+        # a cell that was not proposed is at least near[-1] − bound away
+        if fetch < cells and out_distance[i, probes - 1] >= near[i, fetch - 1] - bound:
+            count = 0
+            for c in range(cells):
+                _insert(out[i], out_distance[i], count, c, features.sqdist(rows[i], centroids[c]))
+                count = min(count + 1, probes)
+
+
+@numba.njit(cache=True, inline="always")
+def _insert(ids, distance, count, c, d):  # type: ignore[no-untyped-def]  # compiled by numba
+    """Insert (d, c) into the ascending list of the best; the worst falls off the end."""
+    at = count
+    while at > 0 and (d < distance[at - 1] or (d == distance[at - 1] and c < ids[at - 1])):
+        if at < ids.size:
+            ids[at] = ids[at - 1]
+            distance[at] = distance[at - 1]
+        at -= 1
+    if at < ids.size:
+        ids[at] = c
+        distance[at] = d

@@ -1,0 +1,151 @@
+"""What a sample is: one fixed float16 row, and exact distances between such rows.
+
+From the catalog on, the float16 row *is* the sample. Every distance is the float64 sum of squared
+differences of two rows, rounded to float32. For L2-normalized modalities all terms are multiples
+of 2⁻⁴⁸ below 2⁴, so the float64 sum is exact whatever its order, on any processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+F16 = npt.NDArray[np.float16]
+F32 = npt.NDArray[np.float32]
+I64 = npt.NDArray[np.int64]
+
+_TWO_POW_112 = np.float32(2.0**112)
+
+
+def fix(modalities: Sequence[npt.NDArray[Any]], *, normalize: bool = True) -> F16:
+    """Concatenate modalities to the float16 rows of DESIGN §4.0, shape (n, Σd), C-contiguous.
+
+    modalities: arrays (n, d_m), float16 or float32. Each is L2-normalized in float64 unless
+    `normalize` is false. −0 becomes +0, so that equal rows have equal bits. A row that cannot be
+    fixed (zero or non-finite embedding, overflow of float16) comes out with a NaN or infinity.
+    """
+    out = np.empty((len(modalities[0]), sum(m.shape[1] for m in modalities)), np.float16)
+    column = 0
+    for modality in modalities:
+        width = modality.shape[1]
+        # in blocks: float64 copies of a whole pool would take four times its size
+        for start in range(0, len(modality), 8192):
+            block = modality[start : start + 8192].astype(np.float64)
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+                if normalize:
+                    block /= np.sqrt((block * block).sum(axis=1))[:, None]
+                out[start : start + 8192, column : column + width] = block + 0.0
+        column += width
+    # a tiny negative value may have rounded to -0 only now
+    out += np.float16(0)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Rows grouped by bit-identical features; groups are numbered by their smallest row."""
+
+    group: I64
+    """(n,) group of each row"""
+    first: I64
+    """(g,) smallest row of each group, ascending"""
+    start: I64
+    """(g + 1,) offsets into `members`"""
+    members: I64
+    """(n,) rows of group 0, of group 1, …; ascending inside a group"""
+
+
+def group_copies(rows: F16) -> Copies:
+    """Find bit-identical rows of an (n, d) float16 array. Memory: ~40 bytes a row."""
+    n = len(rows)
+    bits = np.ascontiguousarray(rows).view(np.uint16)
+    key = _hash_rows(bits)
+    order = np.argsort(key, kind="stable")
+    leader = _leaders(bits, key, order.astype(np.int64, copy=False))
+    first, group = np.unique(leader, return_inverse=True)
+    members = np.argsort(group, kind="stable").astype(np.int64, copy=False)
+    start = np.zeros(first.size + 1, np.int64)
+    np.cumsum(np.bincount(group, minlength=first.size), out=start[1:])
+    assert members.size == n
+    return Copies(group.astype(np.int64, copy=False), first, start, members)
+
+
+def to_float32(rows: F16) -> F32:
+    """The same values as float32, shape (n, d)."""
+    out: F32 = _decode(np.ascontiguousarray(rows).view(np.uint16))
+    return out
+
+
+@numba.njit(cache=True)
+def half(bits):  # type: ignore[no-untyped-def]  # compiled by numba
+    """float32 of a finite float16 given as uint16 bits; exact, subnormals included."""
+    low = np.uint32(np.uint32(bits & np.uint16(0x7FFF)) << np.uint32(13))
+    scale = _TWO_POW_112 if bits < np.uint16(0x8000) else -_TWO_POW_112
+    return low.view(np.float32) * scale
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc"})
+def sqdist(a, b):  # type: ignore[no-untyped-def]  # compiled by numba
+    """Float32 squared distance of two float16 rows given as uint16 bits."""
+    total = np.float64(0.0)
+    for c in range(a.size):
+        difference = np.float64(half(a[c])) - np.float64(half(b[c]))
+        total += difference * difference
+    return np.float32(total)
+
+
+@numba.njit(cache=True, parallel=True)
+def _decode(bits):  # type: ignore[no-untyped-def]  # compiled by numba
+    n, d = bits.shape
+    out = np.empty((n, d), np.float32)
+    for i in numba.prange(n):
+        for c in range(d):
+            out[i, c] = half(bits[i, c])
+    return out
+
+
+@numba.njit(cache=True, parallel=True)
+def _hash_rows(bits):  # type: ignore[no-untyped-def]  # compiled by numba
+    n, d = bits.shape
+    out = np.empty(n, np.uint64)
+    for i in numba.prange(n):
+        h = np.uint64(14695981039346656037)
+        for c in range(d):
+            h = (h ^ np.uint64(bits[i, c])) * np.uint64(1099511628211)
+            h ^= h >> np.uint64(29)
+        out[i] = h
+    return out
+
+
+@numba.njit(cache=True)
+def _leaders(bits, key, order):  # type: ignore[no-untyped-def]  # compiled by numba
+    """Smallest row with the same bits, per row. Runs of equal hashes are compared bit by bit."""
+    n, d = bits.shape
+    leader = np.arange(n)
+    begin = 0
+    while begin < n:
+        end = begin + 1
+        while end < n and key[order[end]] == key[order[begin]]:
+            end += 1
+        # rows of a run ascend; all but a hash collision match the first
+        for t in range(begin + 1, end):
+            row = order[t]
+            for s in range(begin, t):
+                other = order[s]
+                if leader[other] != other:
+                    continue
+                same = True
+                for c in range(d):
+                    if bits[row, c] != bits[other, c]:
+                        same = False
+                        break
+                if same:
+                    leader[row] = other
+                    break
+        begin = end
+    return leader

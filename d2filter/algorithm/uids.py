@@ -1,0 +1,70 @@
+"""Order and hashes of 128-bit sample ids held as two uint64 arrays.
+
+A uid is the number `hi·2⁶⁴ + lo`. All choices that must not depend on the layout of files (which
+samples train the centroids, which ones measure recall) are made by a hash of the uid.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+U64 = npt.NDArray[np.uint64]
+I64 = npt.NDArray[np.int64]
+
+# one purpose, one salt: samples drawn for different purposes are independent
+SALT_TRAIN = 1
+SALT_CALIBRATE = 2
+SALT_MEASURE = 3
+SALT_RANDOM_BASELINE = 4
+
+
+def ascending(hi: U64, lo: U64) -> I64:
+    """Row numbers, shape (n,) int64, that sort the uids ascending."""
+    return np.lexsort((lo, hi)).astype(np.int64, copy=False)
+
+
+def hashed(hi: U64, lo: U64, *, salt: int, seed: int = 0) -> U64:
+    """A 64-bit hash per uid, shape (n,) uint64: SplitMix64's finalizer over both halves.
+
+    Equal uids hash equally wherever they lie; `salt` and `seed` give independent hashes.
+    """
+    start = (seed * 0x9E3779B97F4A7C15 + salt * 0xD1B54A32D192ED03) % 2**64
+    return _finalize(_finalize(hi ^ np.uint64(start)) + lo)
+
+
+def hash_sample(hi: U64, lo: U64, size: int, *, salt: int, seed: int = 0) -> I64:
+    """Up to `size` row numbers with the smallest hashes, in ascending order of uid, int64.
+
+    Ties of the hash go to the smaller uid, so the chosen uids depend on the set of uids alone.
+    """
+    key = hashed(hi, lo, salt=salt, seed=seed)
+    if size >= key.size:
+        return ascending(hi, lo)
+    bound = np.partition(key, size - 1)[size - 1] if size > 0 else np.uint64(0)
+    rows = np.flatnonzero(key <= bound)
+    rows = rows[np.lexsort((lo[rows], hi[rows], key[rows]))][:size]
+    return rows[ascending(hi[rows], lo[rows])]
+
+
+def positions(hi: U64, lo: U64, wanted_hi: U64, wanted_lo: U64) -> I64:
+    """Row of each wanted uid among ascending distinct uids, int64; −1 where it is missing."""
+    first = np.searchsorted(hi, wanted_hi, side="left")
+    last = np.searchsorted(hi, wanted_hi, side="right")
+    out = np.where(first < last, first, -1).astype(np.int64)
+    # a run of equal upper halves is searched by the lower half; such runs hardly ever exist
+    for at in np.flatnonzero(last - first > 1):
+        out[at] = first[at] + np.searchsorted(lo[first[at] : last[at]], wanted_lo[at])
+    there = np.flatnonzero((out >= 0) & (out < hi.size))
+    found = np.full_like(out, -1)
+    same = (hi[out[there]] == wanted_hi[there]) & (lo[out[there]] == wanted_lo[there])
+    found[there[same]] = out[there[same]]
+    return found
+
+
+def _finalize(x: U64) -> U64:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: U64 = x ^ (x >> np.uint64(31))
+    return mixed

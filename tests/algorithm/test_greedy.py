@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from strategies import Case, graphs
+
+from d2filter.algorithm import certificate, greedy, messages, ranking
+
+
+@settings(max_examples=400)
+@given(graphs())
+def test_equals_the_sequential_oracle(case: Case) -> None:
+    before = case.x.copy()
+    chosen = greedy.select_all(case.x, case.neighbors, case.weights)
+    order, final, by = oracle.greedy(
+        case.x.tolist(), case.uid, case.neighbors.tolist(), case.weights.tolist()
+    )
+    assert np.argsort(chosen.rank).tolist() == order
+    assert chosen.final.tolist() == final
+    assert chosen.suppressed_by.tolist() == by
+    assert (case.x == before).all(), "the caller's scores were modified"
+
+
+@settings(max_examples=100)
+@given(graphs())
+def test_narrow_row_numbers_change_nothing(case: Case) -> None:
+    wide = greedy.select_all(case.x, case.neighbors, case.weights)
+    narrow = greedy.select_all(case.x, case.neighbors.astype(np.int32), case.weights)
+    assert (wide.rank == narrow.rank).all()
+    assert (wide.final == narrow.final).all()
+
+
+@settings(max_examples=200)
+@given(graphs())
+def test_the_order_of_rows_changes_nothing(case: Case) -> None:
+    n = len(case.uid)
+    difficulty = (case.x % 997).astype(np.float32)
+    shuffle = np.random.default_rng(n).permutation(n)
+    place = np.argsort(shuffle)
+
+    def rank(rows: np.ndarray, lists: np.ndarray) -> ranking.RankedGraph:
+        return ranking.rank_graph(
+            case.hi[rows],
+            case.lo[rows],
+            difficulty[rows],
+            lists,
+            case.sqdist[rows],
+            gamma_forward=0.5,
+            gamma_reverse=2.0,
+        )
+
+    plain = rank(np.arange(n), case.neighbors)
+    moved_lists = np.where(case.neighbors >= 0, place[case.neighbors], -1)[shuffle]
+    moved = rank(shuffle, moved_lists)
+    assert (moved.rank[place] == plain.rank).all()
+    assert (moved.final[place] == plain.final).all()
+    assert (moved.forward[place] == plain.forward).all()
+    by = moved.suppressed_by[place]
+    assert (np.where(by >= 0, shuffle[by], -1) == plain.suppressed_by).all()
+
+
+def test_saturates_instead_of_overflowing() -> None:
+    senders = 5
+    x = np.array([-(2**62) + 1] + [2**62] * senders, np.int64)
+    neighbors = np.array([[-1]] + [[0]] * senders)
+    weights = np.ones((senders + 1, 1), np.float32)
+    chosen = greedy.select_all(x, neighbors, weights)
+    assert chosen.final[0] == messages.FLOOR
+    assert chosen.suppressed_by[0] == 1
+
+
+def test_a_long_descending_chain_ends() -> None:
+    n = 20_000
+    x = np.arange(n, 0, -1).astype(np.int64) * 2**30
+    neighbors = np.append(np.arange(1, n), -1)[:, None]
+    chosen = greedy.select_all(x, neighbors, np.full((n, 1), 1e-3, np.float32))
+    assert sorted(chosen.rank.tolist()) == list(range(n))
+    assert chosen.rank[0] == 0
+
+
+def test_a_hub_with_many_in_edges_is_not_quadratic() -> None:
+    n = 200_000
+    rng = np.random.default_rng(0)
+    x = rng.integers(1, 2**40, n)
+    neighbors = np.zeros((n, 1), np.int64)
+    neighbors[0, 0] = -1
+    weights = np.full((n, 1), 0.5, np.float32)
+    chosen = greedy.select_all(x, neighbors, weights)
+    order = np.argsort(-x[1:], kind="stable") + 1
+    assert (np.argsort(chosen.rank)[: n // 4] == [i for i in order if i][: n // 4]).all()
+
+
+@settings(max_examples=200)
+@given(graphs())
+def test_the_certificate_accepts_the_greedy_and_nothing_else(case: Case) -> None:
+    n = len(case.uid)
+    chosen = greedy.select_all(case.x, case.neighbors, case.weights)
+    rows = np.arange(n)
+
+    def check(final: np.ndarray, rank: np.ndarray) -> tuple[int, int]:
+        return certificate.wrong_finals(case.x, final, rank, rows, case.neighbors, case.weights)
+
+    assert check(chosen.final, chosen.rank) == (0, 0)
+    off = chosen.final.copy()
+    off[n // 2] -= 1
+    assert check(off, chosen.rank) != (0, 0)
+
+
+def test_the_certificate_sees_a_sample_taken_too_late() -> None:
+    # 0 → 1 with weight 1: the greedy takes 1 (the better one) first and nothing is lowered
+    forward = np.array([10, 20], np.int64)
+    neighbors = np.array([[1], [-1]])
+    weights = np.ones((2, 1), np.float32)
+    # consistent with its own order (0 first lowers 1 to 10), sorted by key, and yet not greedy
+    final, rank = np.array([10, 10], np.int64), np.array([0, 1], np.int64)
+    wrong = certificate.wrong_finals(forward, final, rank, np.arange(2), neighbors, weights)
+    assert wrong == (0, 1)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.1, 1.0, 50.0])
+def test_forward_pass_equals_the_oracle(gamma: float) -> None:
+    rng = np.random.default_rng(3)
+    n, k = 60, 4
+    neighbors = np.stack([rng.choice(np.delete(np.arange(n), i), k, False) for i in range(n)])
+    neighbors[5, 2:] = -1
+    sqdist = np.sort(rng.random((n, k)).astype(np.float32), axis=1)
+    sqdist[neighbors < 0] = np.inf
+    difficulty = rng.normal(size=n).astype(np.float32)
+    weights = messages.edge_weights(sqdist, gamma)
+    x = messages.forward_pass(messages.normalized(difficulty), neighbors, weights)
+    expected = oracle.forward(difficulty.tolist(), neighbors.tolist(), sqdist, gamma)
+    assert x.tolist() == expected
+
+
+def test_constant_difficulty_is_one_for_all() -> None:
+    assert messages.normalized(np.full(3, 7.0, np.float32)).tolist() == [1.0, 1.0, 1.0]
