@@ -1,0 +1,191 @@
+"""Configuration is data: frozen dataclasses, checked on construction.
+
+A stage's fingerprint covers the fields of its own dataclass and the fingerprint of its input
+(DESIGN §6). Where a run happens (address, workers) is in `RunConfig` and never counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any, Literal, cast
+
+from d2filter.algorithm.budget import parse_fraction
+from d2filter.errors import UsageError
+
+FeatureType = Literal["image|text", "image", "text"]
+FEATURE_TYPES: tuple[FeatureType, ...] = ("image|text", "image", "text")
+PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16")
+DEFAULT_ARCH = "l14"
+BUNDLED_MODEL = "d2filter-tiny"
+
+# names that DataComp's metadata gives to open_clip's models
+_ARCH_OF_MODEL = {"ViT-L-14": "l14", "ViT-B-32": "b32", BUNDLED_MODEL: "tiny"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedConfig:
+    """Shards → metadata."""
+
+    shards: str
+    """WebDataset shards: an fsspec URL with braces or wildcards, or a folder of .tar files"""
+    model: str = BUNDLED_MODEL
+    """open_clip model name"""
+    pretrained: str = ""
+    """open_clip pretrained tag, or a path to weights; empty for the bundled model"""
+    precision: str = "fp32"
+    """open_clip precision"""
+    batch_size: int = 64
+    """images in one forward pass; part of the fingerprint, a shape can change the last bits"""
+    arch: str = ""
+    """NAME in NAME_img, NAME_txt, clip_NAME_similarity_score; empty: from the model's name"""
+
+    def __post_init__(self) -> None:
+        _at_least("batch_size", self.batch_size, 1)
+        if not self.shards:
+            raise UsageError("shards is empty: --shards 'data/{00000..00099}.tar' or a folder")
+        if self.precision not in PRECISIONS:
+            raise UsageError(
+                f"precision is {self.precision!r}, allowed are {', '.join(PRECISIONS)}"
+            )
+        if self.model != BUNDLED_MODEL and not self.pretrained:
+            raise UsageError(
+                f"model {self.model} has no weights yet: add --pretrained with one of open_clip's "
+                "tags (--model ViT-L-14 --pretrained openai) or a path to weights"
+            )
+
+    @property
+    def resolved_arch(self) -> str:
+        """The name under which embeddings are stored."""
+        short = "".join(c if c.isalnum() else "_" for c in self.model.lower())
+        return self.arch or _ARCH_OF_MODEL.get(self.model, short)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogConfig:
+    """Metadata → valid, distinct samples."""
+
+    arch: str = DEFAULT_ARCH
+    """picks NAME_img, NAME_txt and clip_NAME_similarity_score"""
+    score_column: str = ""
+    """parquet column with the difficulty; empty: clip_NAME_similarity_score, else the cosine"""
+    feature_type: FeatureType = "image|text"
+    """which embeddings make the graph"""
+    normalize: bool = True
+    """L2-normalize each modality"""
+
+    def __post_init__(self) -> None:
+        if self.feature_type not in FEATURE_TYPES:
+            raise UsageError(
+                f"feature-type is {self.feature_type!r}, "
+                f"allowed are {', '.join(repr(f) for f in FEATURE_TYPES)}"
+            )
+        if not self.arch:
+            raise UsageError("arch is empty: --arch l14 reads l14_img and l14_txt")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphConfig:
+    """Samples → kNN graph."""
+
+    n_neighbors: int = 1
+    """k, the length of each list"""
+    target_recall: float = 0.95
+    """recall@k that the calibration aims at"""
+    exact_below: int = 16384
+    """pools with at most this many distinct rows are compared all with all"""
+    seed: int = 0
+    """of the hashes that choose samples for training, calibration and measuring"""
+
+    def __post_init__(self) -> None:
+        _at_least("n-neighbors", self.n_neighbors, 1)
+        _at_least("exact-below", self.exact_below, 0)
+        if not 0 < self.target_recall <= 1:
+            raise UsageError(
+                f"target-recall is {self.target_recall}, allowed is above 0 and at most 1: "
+                "--target-recall 0.95"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankConfig:
+    """Graph → ranking (DESIGN §3)."""
+
+    gamma: float = 1.0
+    """kernel width of the reverse pass, and of the forward pass unless that is given"""
+    gamma_forward: float | None = None
+    """kernel width of the forward pass; None: gamma"""
+
+    def __post_init__(self) -> None:
+        for name, value in (("gamma", self.gamma), ("gamma-forward", self.gamma_forward)):
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"{name} is {value}, allowed is a finite number of at least 0")
+
+    @property
+    def forward(self) -> float:
+        """gamma of the forward pass."""
+        return self.gamma if self.gamma_forward is None else self.gamma_forward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectConfig:
+    """Ranking → subset."""
+
+    fraction: Decimal | None = None
+    """share of the ranked samples to keep; None with a budget"""
+    budget: int | None = None
+    """number of samples to keep"""
+    min_score: float | None = None
+    """raw difficulty below which a sample is dropped from within the budget"""
+
+    def __post_init__(self) -> None:
+        if self.fraction is not None and self.budget is not None:
+            raise UsageError("fraction and budget are both given: name one of them")
+        if self.fraction is not None:
+            parse_fraction(self.fraction)
+        if self.budget is not None:
+            _at_least("budget", self.budget, 1)
+        if self.min_score is not None and not math.isfinite(self.min_score):
+            raise UsageError(f"min-score is {self.min_score}, allowed is a finite number")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """One run: what to compute (the stages' parts) and where."""
+
+    out_dir: str
+    """run directory, local path or fsspec URL"""
+    metadata_dir: str = ""
+    """folder of parquet + npz pairs; empty: OUT/metadata, which `embed` writes"""
+    embed: EmbedConfig | None = None
+    catalog: CatalogConfig = field(default_factory=CatalogConfig)
+    graph: GraphConfig = field(default_factory=GraphConfig)
+    rank: RankConfig = field(default_factory=RankConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+    max_bad: float = 0.01
+    """share of bad samples above which a finished run exits with 3"""
+    address: str = ""
+    """Ray cluster to join; empty: Ray starts inside this process"""
+    overwrite: tuple[str, ...] = ()
+    """stages whose results may be replaced"""
+
+    def __post_init__(self) -> None:
+        if not self.out_dir:
+            raise UsageError("out-dir is empty: --out-dir runs/first")
+        if not 0 <= self.max_bad <= 1:
+            raise UsageError(f"max-bad is {self.max_bad}, allowed is 0 to 1: --max-bad 0.01")
+
+
+def options_of(part: Any) -> dict[str, Any]:
+    """The fields of one stage's dataclass as plain JSON values, for the fingerprint."""
+    plain = {}
+    for name, value in dataclasses.asdict(cast(Any, part)).items():
+        plain[name] = str(value) if isinstance(value, Decimal) else value
+    return plain
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UsageError(f"{name} is {value}, allowed is a whole number of at least {least}")

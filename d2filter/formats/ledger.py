@@ -1,0 +1,69 @@
+"""bad_samples.parquet: every sample that was read and not ranked, with its reason (DESIGN §6).
+
+Tasks publish their own part under ledger/<stage>/; `collect` joins them when a stage is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from d2filter.formats.paths import Folder
+
+BAD_SAMPLES = "bad_samples.parquet"
+_SCHEMA = pa.schema(
+    [(n, pa.string()) for n in ("shard", "key", "uid", "stage", "status", "reason", "message")]
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One sample that is not ranked."""
+
+    stage: str
+    status: Literal["bad", "duplicate"]
+    reason: str
+    """one of few words, to count by"""
+    message: str = ""
+    """where it was found, or what the decoder said"""
+    shard: str | None = None
+    key: str | None = None
+    uid: str | None = None
+
+
+def publish_entries(folder: Folder, stage: str, task: str, entries: Sequence[Entry]) -> None:
+    """Write one task's part; an empty part is written too, so that a rerun replaces an old one."""
+    columns = {
+        name: pa.array([getattr(e, name) for e in entries], pa.string()) for name in _SCHEMA.names
+    }
+    with folder.publish(f"ledger/{stage}/{task}.parquet") as path:
+        pq.write_table(pa.table(columns, schema=_SCHEMA), path)
+
+
+def collect(folder: Folder, stages: Sequence[str]) -> None:
+    """Join the parts of `stages`, in order of stage and task, to bad_samples.parquet."""
+    with (
+        folder.publish(BAD_SAMPLES) as path,
+        pq.ParquetWriter(path, _SCHEMA, compression="zstd") as writer,
+    ):
+        for stage in stages:
+            parts = folder.sub(f"ledger/{stage}")
+            for name in parts.names(".parquet"):
+                with parts.reading(name) as stream:
+                    writer.write_table(pq.read_table(stream).cast(_SCHEMA))
+
+
+def count_reasons(folder: Folder) -> dict[str, dict[str, int]]:
+    """{status: {reason: samples}} of a run's bad_samples.parquet, most frequent first."""
+    with folder.reading(BAD_SAMPLES) as stream:
+        table = pq.read_table(stream, columns=["status", "reason"])
+    counts: dict[str, dict[str, int]] = {}
+    grouped = table.group_by(["status", "reason"]).aggregate([([], "count_all")])
+    rows = sorted(grouped.to_pylist(), key=lambda r: (-r["count_all"], r["reason"]))
+    for row in rows:
+        counts.setdefault(row["status"], {})[row["reason"]] = row["count_all"]
+    return counts

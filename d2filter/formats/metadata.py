@@ -1,0 +1,279 @@
+"""Metadata in DataComp's layout: NAME.parquet with its NAME.npz, row by row (DESIGN §6)."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from d2filter.algorithm import features, scores, uids
+from d2filter.config import CatalogConfig
+from d2filter.errors import InputError
+from d2filter.formats import uid as uid_format
+from d2filter.formats.paths import FileInfo, Folder
+
+# reasons, by code in `Rows.reason`; 0 is a valid row
+REASONS = (
+    "",
+    "malformed uid",
+    "non-finite image embedding",
+    "zero image embedding",
+    "non-finite text embedding",
+    "zero text embedding",
+    "score is NaN",
+    "score is infinite",
+    "features overflow float16",
+)
+
+EMBED_SCHEMA = pa.schema(
+    [
+        ("uid", pa.string()),
+        ("url", pa.string()),
+        ("text", pa.string()),
+        ("original_width", pa.int64()),
+        ("original_height", pa.int64()),
+        ("sha256", pa.string()),
+        ("key", pa.string()),
+        ("shard", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One NAME.parquet and NAME.npz of a metadata folder."""
+
+    name: str
+    size: int
+    """bytes of both files"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """The n rows of one pair, fixed and judged."""
+
+    hi: uids.U64
+    lo: uids.U64
+    reason: npt.NDArray[np.uint8]
+    """(n,) index into REASONS; 0 for a valid row"""
+    difficulty: npt.NDArray[np.float32]
+    features: features.F16
+    """(n, d) fixed float16 features"""
+    uid: Any
+    """arrow column of the uids as read"""
+    shard: Any
+    """arrow string array, null where unknown"""
+    key: Any
+
+
+def list_pairs(folder: Folder) -> tuple[list[Pair], list[FileInfo]]:
+    """The pairs of a folder by name, and all their files.
+
+    Raises InputError for a missing folder, one without parquet, or a file without its partner.
+    """
+    if not folder.exists():
+        raise InputError(f"metadata folder {folder.url} does not exist: check --metadata-dir")
+    tables = folder.files(".parquet")
+    arrays = {info.name.removesuffix(".npz"): info for info in folder.files(".npz")}
+    if not tables:
+        raise InputError(
+            f"metadata folder {folder.url} holds no .parquet file: "
+            "--metadata-dir takes a folder of NAME.parquet + NAME.npz pairs"
+        )
+    pairs = []
+    files = []
+    for table in tables:
+        name = table.name.removesuffix(".parquet")
+        partner = arrays.pop(name, None)
+        if partner is None:
+            raise InputError(
+                f"{folder.where(table.name)} has no {name}.npz beside it: "
+                "download its embeddings or remove the parquet file"
+            )
+        pairs.append(Pair(name, table.size + partner.size))
+        files += [table, partner]
+    if arrays:
+        name = min(arrays)
+        raise InputError(
+            f"{folder.where(name + '.npz')} has no {name}.parquet beside it: "
+            "download its table or remove the npz file"
+        )
+    return pairs, files
+
+
+def read_pair(folder: Folder, name: str, config: CatalogConfig) -> Rows:
+    """Read one pair: ids, difficulty, fixed features, and what is wrong with each row.
+
+    Raises InputError, naming the file, for anything that concerns the pair as a whole.
+    """
+    table = _read_table(folder, f"{name}.parquet", config)
+    wanted = [
+        m for m in ("img", "txt") if config.feature_type != {"img": "text", "txt": "image"}[m]
+    ]
+    score_name = config.score_column or f"clip_{config.arch}_similarity_score"
+    has_score = score_name in table.column_names
+    if config.score_column and not has_score:
+        raise InputError(
+            f"{folder.where(name)}.parquet has no column {config.score_column!r}; "
+            f"it has {', '.join(table.column_names)}: choose one with --score-column"
+        )
+    needed = wanted if has_score else ["img", "txt"]
+    arrays = _read_arrays(folder, f"{name}.npz", [f"{config.arch}_{m}" for m in needed], score_name)
+    for key, array in arrays.items():
+        if len(array) != table.num_rows:
+            raise InputError(
+                f"{folder.where(name)}.parquet has {table.num_rows} rows and {key} of "
+                f"{name}.npz has {len(array)}: the pair does not belong together, fetch it again"
+            )
+    where = folder.where(f"{name}.parquet")
+    try:
+        hi, lo, known = uid_format.parse(table.column("uid"))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise InputError(f"{where}: column uid must hold strings: {error}") from error
+    by_name = {m: arrays[f"{config.arch}_{m}"] for m in needed}
+    if has_score:
+        difficulty = _as_float32(table.column(score_name), f"{where}: column {score_name}")
+    else:
+        difficulty = scores.clip_score(by_name["img"], by_name["txt"])
+    fixed = features.fix([by_name[m] for m in wanted], normalize=config.normalize)
+    return Rows(
+        hi=hi,
+        lo=lo,
+        reason=_judge(known, difficulty, by_name, fixed, normalize=config.normalize),
+        difficulty=difficulty,
+        features=fixed,
+        uid=table.column("uid"),
+        shard=_strings(table, "shard"),
+        key=_strings(table, "key"),
+    )
+
+
+def publish_pair(
+    folder: Folder,
+    name: str,
+    arch: str,
+    rows: Sequence[dict[str, Any]],
+    image: npt.NDArray[np.float16],
+    text: npt.NDArray[np.float16],
+) -> None:
+    """Write what `embed` made of one shard; the npz first, for a parquet is what readers look for.
+
+    rows: one dict a sample with EMBED_SCHEMA's fields. image, text: (n, d) float16 unit rows.
+    """
+    score = scores.clip_score(image, text)
+    table = pa.Table.from_pylist(list(rows), schema=EMBED_SCHEMA)
+    table = table.append_column(f"clip_{arch}_similarity_score", pa.array(score, pa.float32()))
+    with folder.publish(f"{name}.npz") as path, path.open("wb") as stream:
+        arrays: dict[str, Any] = {f"{arch}_img": image, f"{arch}_txt": text}
+        np.savez(stream, **arrays)
+    with folder.publish(f"{name}.parquet") as path:
+        pq.write_table(table, path, compression="zstd")
+
+
+def _judge(
+    known: npt.NDArray[np.bool_],
+    difficulty: npt.NDArray[np.float32],
+    by_name: dict[str, npt.NDArray[Any]],
+    fixed: features.F16,
+    *,
+    normalize: bool,
+) -> npt.NDArray[np.uint8]:
+    """First thing that is wrong with each row, as an index into REASONS."""
+    reason = np.zeros(len(known), np.uint8)
+
+    def mark(rows: Any, text: str) -> None:
+        reason[rows & (reason == 0)] = REASONS.index(text)
+
+    mark(~known, "malformed uid")
+    for short, long in (("img", "image"), ("txt", "text")):
+        if short in by_name:
+            array = by_name[short]
+            mark(~np.isfinite(array).all(axis=1), f"non-finite {long} embedding")
+            mark(~array.any(axis=1), f"zero {long} embedding")
+    mark(np.isnan(difficulty), "score is NaN")
+    mark(np.isinf(difficulty), "score is infinite")
+    if not normalize:
+        mark(~np.isfinite(fixed).all(axis=1), "features overflow float16")
+    return reason
+
+
+def _read_table(folder: Folder, name: str, config: CatalogConfig) -> Any:
+    score_name = config.score_column or f"clip_{config.arch}_similarity_score"
+    with folder.reading(name) as stream:
+        try:
+            parquet = pq.ParquetFile(stream)
+            there = parquet.schema_arrow.names
+            if "uid" not in there:
+                raise InputError(
+                    f"{folder.where(name)} has no column uid; it has {', '.join(there)}"
+                )
+            columns = [c for c in ("uid", score_name, "shard", "key") if c in there]
+            if config.score_column and config.score_column not in there:
+                columns = there  # the caller's message lists them
+            return parquet.read(columns=columns)
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(
+                f"{folder.where(name)} is no readable parquet file, fetch it again: "
+                f"{_first_line(error)}"
+            ) from error
+
+
+def _read_arrays(
+    folder: Folder, name: str, keys: Sequence[str], score_name: str
+) -> dict[str, npt.NDArray[Any]]:
+    where = folder.where(name)
+    with folder.reading(name) as stream:
+        try:
+            with np.load(stream, allow_pickle=False) as archive:
+                missing = [key for key in keys if key not in archive.files]
+                if missing:
+                    archs = sorted({f.removesuffix("_img") for f in archive.files if "_img" in f})
+                    raise InputError(
+                        f"{where} has no {' and no '.join(missing)} (needed for the features, or "
+                        f"for the score as there is no column {score_name}); it has "
+                        f"{', '.join(archive.files)}: "
+                        + (f"try --arch {archs[0]}" if archs else "choose with --arch")
+                    )
+                arrays = {key: archive[key] for key in keys}
+        except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError) as error:
+            raise InputError(
+                f"{where} is no readable npz file of plain arrays, fetch it again: "
+                f"{_first_line(error)}"
+            ) from error
+        except AttributeError as error:  # a lone .npy under the name .npz has no `files`
+            raise InputError(f"{where} is a single array, a .npz archive is needed") from error
+    for key, array in arrays.items():
+        if array.ndim != 2 or array.dtype.kind != "f" or array.shape[1] == 0:
+            raise InputError(
+                f"{where}: {key} has shape {array.shape} and dtype {array.dtype}, "
+                "needed is (rows, dimension) of floats"
+            )
+    return arrays
+
+
+def _as_float32(column: Any, where: str) -> npt.NDArray[np.float32]:
+    """A numeric column as float32; null becomes NaN."""
+    try:
+        values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise InputError(f"{where} must hold numbers: {_first_line(error)}") from error
+    with np.errstate(over="ignore"):
+        narrow: npt.NDArray[np.float32] = np.asarray(values, np.float64).astype(np.float32)
+    return narrow
+
+
+def _strings(table: Any, name: str) -> Any:
+    if name not in table.column_names:
+        return pa.nulls(table.num_rows, pa.string())
+    return table.column(name).cast(pa.string()).combine_chunks()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

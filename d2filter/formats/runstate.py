@@ -1,0 +1,195 @@
+"""What a run directory knows of itself: config.json, stats.json, completions/ (DESIGN §6).
+
+completions/<stage>/<task>.json   published last by each task: its result, for a rerun to skip it
+completions/<stage>.json          published when the stage is done: fingerprint, options, figures
+config.json, stats.json           joined from those, for people and for other tools
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from typing import Any
+
+import d2filter
+from d2filter.errors import RunStateError
+from d2filter.formats.paths import FileInfo, Folder
+
+STAGES = ("embed", "catalog", "graph", "rank", "select")
+# what each stage writes, for --overwrite; ledger and completions go with it
+_OUTPUTS = {
+    "embed": ("metadata",),
+    "catalog": ("catalog",),
+    "graph": ("index", "graph"),
+    "rank": ("ranking",),
+    "select": ("subset.npy", "kept"),
+}
+_DRIVER_LOG = "driver.jsonl"
+_PACKAGES = (
+    "numpy",
+    "numba",
+    "pyarrow",
+    "ray",
+    "torch",
+    "open_clip_torch",
+    "faiss-cpu",
+    "faiss-gpu",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a stage is asked to be: compared with what is there, recorded when it is done."""
+
+    stage: str
+    options: dict[str, Any]
+    upstream: str
+    """fingerprint of the stage before, empty for the first"""
+    inputs: Sequence[FileInfo] = ()
+    """input files from outside the run directory"""
+
+    @property
+    def fingerprint(self) -> str:
+        """blake2b-128 over stage, options, input files and the fingerprint upstream."""
+        files = [[f.name, f.size, f.version] for f in self.inputs]
+        text = json.dumps([self.stage, self.options, self.upstream, files], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """Reads and writes the records of one run directory."""
+
+    folder: Folder
+
+    def done(self, stage: str) -> dict[str, Any] | None:
+        """The record of a finished stage, or None."""
+        record: dict[str, Any] | None = self.folder.read_json(f"completions/{stage}.json")
+        return record
+
+    def require(self, stage: str) -> dict[str, Any]:
+        """The record of a finished stage. Raises RunStateError, naming the command to run first."""
+        record = self.done(stage)
+        if record is None:
+            command = "graph" if stage == "catalog" else stage
+            raise RunStateError(
+                f"{self.folder.url} holds no finished {stage}: run `d2filter {command}` first"
+            )
+        return record
+
+    def is_current(self, plan: Plan) -> bool:
+        """Whether the stage is done as planned; False when it is not done at all.
+
+        Raises RunStateError, naming what differs, when it is done otherwise.
+        """
+        record = self.done(plan.stage)
+        if record is None:
+            return False
+        if record["fingerprint"] == plan.fingerprint:
+            return True
+        raise RunStateError(
+            f"{self.folder.url} holds a finished {plan.stage} of other making: "
+            f"{self._difference(record, plan)}; use another --out-dir, the options of before, "
+            f"or --overwrite {plan.stage}"
+        )
+
+    def clear_from(self, stage: str) -> None:
+        """Remove a stage and all that follow from it; the records go first."""
+        following = STAGES[STAGES.index(stage) :]
+        for name in reversed(following):
+            self.folder.remove(f"completions/{name}.json")
+        for name in following:
+            for output in (f"completions/{name}", f"ledger/{name}", *_OUTPUTS[name]):
+                self.folder.remove(output)
+
+    def finish(
+        self, plan: Plan, *, seconds: float, peak_rss_bytes: int, stats: dict[str, Any]
+    ) -> None:
+        """Record a finished stage and rejoin config.json and stats.json."""
+        self.folder.publish_json(
+            f"completions/{plan.stage}.json",
+            {
+                "fingerprint": plan.fingerprint,
+                "upstream": plan.upstream,
+                "options": plan.options,
+                "inputs": {f.name: [f.size, f.version] for f in plan.inputs},
+                "seconds": round(seconds, 3),
+                "peak_rss_bytes": peak_rss_bytes,
+                "stats": stats,
+            },
+        )
+        self._join()
+
+    def log(self, **event: Any) -> None:
+        """Append one line to logs/driver.jsonl, stamped with UTC time."""
+        logs = self.folder.sub("logs")
+        before = b""
+        if logs.exists(_DRIVER_LOG):
+            with logs.reading(_DRIVER_LOG) as stream:
+                before = stream.read()
+        stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        line = json.dumps({"time": stamp, **event}, ensure_ascii=False) + "\n"
+        with logs.publish(_DRIVER_LOG) as path:
+            path.write_bytes(before + line.encode())
+
+    def _join(self) -> None:
+        records = {stage: self.done(stage) for stage in STAGES}
+        known = {stage: record for stage, record in records.items() if record is not None}
+        self.folder.publish_json(
+            "config.json",
+            {
+                "d2filter": d2filter.__version__,
+                "versions": versions(),
+                "stages": {
+                    stage: {key: r[key] for key in ("fingerprint", "upstream", "options")}
+                    for stage, r in known.items()
+                },
+            },
+        )
+        samples: dict[str, int] = {}
+        stats: dict[str, Any] = {"samples": samples, "lost_shards": []}
+        detail: dict[str, Any] = {}
+        for stage, record in known.items():
+            figures = dict(record["stats"])
+            samples.update(figures.pop("samples", {}))
+            stats["lost_shards"] = stats["lost_shards"] + figures.pop("lost_shards", [])
+            detail.update(figures.pop("seconds_detail", {}))
+            if figures:
+                stats[stage] = figures
+        stats["seconds"] = {stage: r["seconds"] for stage, r in known.items()}
+        stats["seconds_detail"] = detail
+        stats["peak_rss_bytes"] = {stage: r["peak_rss_bytes"] for stage, r in known.items()}
+        self.folder.publish_json("stats.json", stats)
+
+    def _difference(self, record: dict[str, Any], plan: Plan) -> str:
+        before = record["options"]
+        changed = [
+            f"{name} was {before.get(name)!r} and is {plan.options.get(name)!r}"
+            for name in sorted(before.keys() | plan.options.keys())
+            if before.get(name) != plan.options.get(name)
+        ]
+        if changed:
+            return ", ".join(changed)
+        old = record.get("inputs", {})
+        new = {f.name: [f.size, f.version] for f in plan.inputs}
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                what = "new" if name not in old else "gone" if name not in new else "changed"
+                return f"input file {name} is {what}"
+        return "the stage before it was made anew"
+
+
+def versions() -> dict[str, str]:
+    """Versions that can change bits or explain a difference."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
