@@ -1,0 +1,181 @@
+"""D2 Pruning for a notebook: arrays in, a ranking out, with the bits of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.algorithm import budget, features, knn, ranking, uids
+from d2filter.config import GraphConfig, RankConfig, SelectConfig
+from d2filter.errors import InputError
+from d2filter.formats import uid as uid_format
+
+I64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankedPool:
+    """A ranked pool of n samples; every array follows the order of the rows given to `rank`."""
+
+    rank: I64
+    """(n,) 0 = first; every budget is a prefix"""
+    final: I64
+    """(n,) score when selected, units of 2⁻⁴⁰"""
+    forward: I64
+    """(n,) score after the forward pass, units of 2⁻⁴⁰"""
+    suppressed_by: I64
+    """(n,) row that lowered it most, −1 none"""
+    neighbors: I64
+    """(n, k) rows, nearest first, −1 pads"""
+    sqdist: npt.NDArray[np.float32]
+    """(n, k) squared distances of the fixed features"""
+    difficulty: npt.NDArray[np.float32]
+    """(n,) scores as given"""
+    recall: knn.Recall
+    """measured recall@k of `neighbors`"""
+
+    def select(
+        self,
+        fraction: float | str | Decimal | None = None,
+        *,
+        size: int | None = None,
+        min_score: float | None = None,
+    ) -> I64:
+        """Rows to keep, best first, int64: the first floor(fraction·n), or `size`, of the ranking.
+
+        `min_score` drops rows of lower difficulty from within that prefix. Raises UsageError for a
+        fraction outside (0, 1] or a size below 1.
+        """
+        exact = None if fraction is None else budget.parse_fraction(fraction)
+        checked = SelectConfig(fraction=exact, budget=size, min_score=min_score)
+        count = budget.budget_of(len(self.rank), fraction=checked.fraction, budget=checked.budget)
+        rows = np.flatnonzero(budget.kept_mask(self.rank, self.difficulty, count, min_score))
+        kept: I64 = rows[np.argsort(self.rank[rows])]
+        return kept
+
+
+def rank(
+    embeddings: npt.NDArray[Any] | Sequence[npt.NDArray[Any]],
+    scores: npt.NDArray[Any] | Sequence[float],
+    *,
+    n_neighbors: int = 1,
+    gamma: float = 1.0,
+    gamma_forward: float | None = None,
+    uids_hex: Sequence[str] | None = None,
+    normalize: bool = True,
+    target_recall: float = 0.95,
+    exact_below: int = 16384,
+    seed: int = 0,
+) -> RankedPool:
+    """Rank a pool with D2 Pruning (DESIGN §2–4): the result of `d2filter run` on the same arrays.
+
+    embeddings: (n, d) floats, or several such arrays, each normalized on its own and concatenated
+    (image and text make `image|text`). scores: (n,) difficulty, higher is kept first. uids_hex: ids
+    that decide ties; without them the row number does. Other arguments are those of the command
+    line. Raises InputError, naming the first bad row, for values that cannot be ranked.
+
+    >>> import numpy as np
+    >>> pool = rank(np.eye(4, dtype=np.float32), [0.1, 0.4, 0.3, 0.2])
+    >>> pool.select(0.5).tolist()
+    [1, 2]
+    """
+    graph_config = GraphConfig(
+        n_neighbors=n_neighbors, target_recall=target_recall, exact_below=exact_below, seed=seed
+    )
+    rank_config = RankConfig(gamma=gamma, gamma_forward=gamma_forward)
+    single = isinstance(embeddings, np.ndarray)
+    modalities = [np.asarray(e) for e in ([embeddings] if single else embeddings)]
+    difficulty = np.asarray(scores, np.float32)
+    _check(modalities, difficulty, normalize)
+    hi, lo = _ids(uids_hex, len(difficulty))
+    order = uids.ascending(hi, lo)
+    rows = features.fix(modalities, normalize=normalize)
+    _refuse(~np.isfinite(rows).all(axis=1), "features overflow float16")
+    rows, hi, lo = rows[order], hi[order], lo[order]
+    index = knn.train_index(
+        rows,
+        hi,
+        lo,
+        graph_config.n_neighbors,
+        target_recall=graph_config.target_recall,
+        exact_below=graph_config.exact_below,
+        seed=graph_config.seed,
+    )
+    graph = knn.build_graph(rows, graph_config.n_neighbors, index)
+    ranked = ranking.rank_graph(
+        hi,
+        lo,
+        difficulty[order],
+        graph.neighbors,
+        graph.sqdist,
+        gamma_forward=rank_config.forward,
+        gamma_reverse=rank_config.gamma,
+    )
+    back = np.empty_like(order)
+    back[order] = np.arange(order.size)
+    return RankedPool(
+        rank=ranked.rank[back],
+        final=ranked.final[back],
+        forward=ranked.forward[back],
+        suppressed_by=_rows(ranked.suppressed_by, order)[back],
+        neighbors=_rows(graph.neighbors, order)[back],
+        sqdist=graph.sqdist[back],
+        difficulty=difficulty,
+        recall=knn.measure_recall(rows, hi, lo, graph, seed=graph_config.seed),
+    )
+
+
+def _rows(numbers: I64, order: I64) -> I64:
+    """Row numbers of the sorted pool as row numbers of the caller; −1 stays."""
+    return np.where(numbers >= 0, order[numbers], -1)
+
+
+def _ids(uids_hex: Sequence[str] | None, n: int) -> tuple[uids.U64, uids.U64]:
+    if uids_hex is None:
+        return np.zeros(n, np.uint64), np.arange(n, dtype=np.uint64)
+    if len(uids_hex) != n:
+        raise InputError(f"uids_hex has {len(uids_hex)} entries and scores has {n}")
+    import pyarrow as pa
+
+    hi, lo, valid = uid_format.parse(pa.array(list(uids_hex), pa.string()))
+    _refuse(~valid, "uid is not 32 lowercase hex digits")
+    order = uids.ascending(hi, lo)
+    repeated = np.zeros(n, np.bool_)
+    repeated[order[1:]] = (hi[order][1:] == hi[order][:-1]) & (lo[order][1:] == lo[order][:-1])
+    _refuse(repeated, "uid is repeated")
+    return hi, lo
+
+
+def _check(
+    modalities: list[npt.NDArray[Any]], difficulty: npt.NDArray[np.float32], normalize: bool
+) -> None:
+    n = len(difficulty)
+    if difficulty.ndim != 1 or n == 0:
+        raise InputError(
+            f"scores has shape {difficulty.shape}, needed is (n,) with n of at least 1"
+        )
+    if not modalities:
+        raise InputError("embeddings is empty: pass an array (n, d), or several")
+    for array in modalities:
+        if array.ndim != 2 or len(array) != n or array.shape[1] == 0 or array.dtype.kind != "f":
+            raise InputError(
+                f"embeddings has shape {array.shape} and dtype {array.dtype}, "
+                f"needed is ({n}, dimension) of floats, as scores has {n} entries"
+            )
+        _refuse(~np.isfinite(array).all(axis=1), "embedding is not finite")
+        if normalize:
+            _refuse(~array.any(axis=1), "embedding is zero")
+    _refuse(~np.isfinite(difficulty), "score is not finite")
+
+
+def _refuse(bad: Any, what: str) -> None:
+    rows = np.flatnonzero(bad)
+    if rows.size:
+        raise InputError(
+            f"{what} in {rows.size} rows, first in row {rows[0]}: drop or mend them first"
+        )

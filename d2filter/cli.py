@@ -1,0 +1,254 @@
+"""The command line (DESIGN §7). Every failure is one line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from d2filter import __version__, config
+from d2filter.algorithm.budget import parse_fraction
+from d2filter.errors import D2FilterError, UsageError
+
+# heavy packages are imported by the command that needs them: `select` takes about a second
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that fails with one line and never guesses at an abbreviated option."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see `{self.prog} --help`)")
+
+
+def entry() -> NoReturn:
+    """Console script."""
+    sys.exit(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
+        arguments.handler(arguments)
+    except D2FilterError as error:
+        print(f"d2filter: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        print(f"d2filter: error: {error.strerror or error}{place}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("d2filter: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line; options of --config stand in for those not given."""
+    words = [_dashed(word) for word in argv]
+    parser, commands = _parser()
+    arguments = parser.parse_args(words)
+    if getattr(arguments, "config", None):
+        command = commands[arguments.command]
+        _apply_config(command, arguments.config)
+        arguments = parser.parse_args(words)
+    return arguments
+
+
+def _dashed(word: str) -> str:
+    """--out_dir=x → --out-dir=x: underscores and dashes in option names are the same."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _apply_config(command: argparse.ArgumentParser, path: str) -> None:
+    """Make the values of a YAML file the defaults of a command's options."""
+    import fsspec
+    import yaml
+
+    try:
+        with fsspec.open(path, "rt", encoding="utf-8") as stream:
+            values = yaml.safe_load(stream) or {}
+    except FileNotFoundError as error:
+        raise UsageError(f"--config {path} does not exist") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = " ".join(str(error).split())
+        raise UsageError(f"--config {path} is no valid YAML: {text}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path} must hold `option: value` lines")
+    known = {action.dest: action for action in command._actions if action.option_strings}
+    for name, value in values.items():
+        action = known.get(str(name).replace("-", "_"))
+        if action is None:
+            allowed = ", ".join(sorted(d for d in known if d not in ("help", "config")))
+            raise UsageError(f"--config {path}: unknown option {name!r}, allowed are {allowed}")
+        if callable(action.type) and not isinstance(value, list) and value is not None:
+            try:
+                value = action.type(str(value))
+            except (ValueError, argparse.ArgumentTypeError) as error:
+                raise UsageError(f"--config {path}: {name} is {value!r}: {error}") from error
+        command.set_defaults(**{action.dest: value})
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    parser = _Parser(
+        prog="d2filter",
+        description="Filter an image-text pool with D2 Pruning: one exact ranking, every budget "
+        "a prefix of it.",
+    )
+    parser.add_argument("--version", action="version", version=f"d2filter {__version__}")
+    sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands: dict[str, argparse.ArgumentParser] = {}
+
+    def command(name: str, text: str, handler: Callable[[argparse.Namespace], None]) -> Any:
+        added = sub.add_parser(name, help=text, description=text)
+        added.set_defaults(handler=handler)
+        commands[name] = added
+        return added
+
+    for name, text, groups in (
+        ("graph", "metadata → kNN graph", (_common, _metadata, _catalog, _graph)),
+        ("rank", "graph → ranking", (_common, _rank)),
+        ("select", "ranking → subset.npy for one budget", (_common, _select)),
+        (
+            "run",
+            "metadata → subset.npy, resuming what is there",
+            (_common, _metadata, _catalog, _graph, _rank, _select),
+        ),
+    ):
+        added = command(name, text, _run_pipeline)
+        for group in groups:
+            group(added)
+    checking = command("verify", "prove from a run's files that it is right", _run_verify)
+    checking.add_argument("out_dir", metavar="OUT", help="run directory")
+    return parser, commands
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where and how")
+    group.add_argument("--out-dir", required=True, help="run directory: a path or an fsspec URL")
+    group.add_argument("--address", default="", help="Ray cluster to join; empty: start Ray here")
+    group.add_argument(
+        "--max-bad", type=float, default=0.01, help="share of bad samples that still exits with 0"
+    )
+    group.add_argument(
+        "--overwrite",
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help="make this stage and all after it anew (embed, catalog, graph, rank)",
+    )
+    group.add_argument("--config", default="", help="YAML file with the same option names")
+
+
+def _metadata(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--metadata-dir", default="", help="folder of NAME.parquet + NAME.npz pairs"
+    )
+
+
+def _catalog(parser: argparse.ArgumentParser) -> None:
+    default = config.CatalogConfig()
+    group = parser.add_argument_group("samples")
+    group.add_argument(
+        "--arch",
+        default=None,
+        help="reads ARCH_img, ARCH_txt, clip_ARCH_similarity_score "
+        f"(default: that of --model with --shards, else {default.arch})",
+    )
+    group.add_argument("--score-column", default="", help="parquet column with the difficulty")
+    group.add_argument(
+        "--feature-type", default=default.feature_type, help="image|text, image or text"
+    )
+    group.add_argument(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        default=default.normalize,
+        help="L2-normalize each embedding",
+    )
+
+
+def _graph(parser: argparse.ArgumentParser) -> None:
+    default = config.GraphConfig()
+    group = parser.add_argument_group("graph")
+    group.add_argument("--n-neighbors", type=int, default=default.n_neighbors, help="k")
+    group.add_argument(
+        "--target-recall", type=float, default=default.target_recall, help="recall@k to reach"
+    )
+    group.add_argument(
+        "--exact-below",
+        type=int,
+        default=default.exact_below,
+        help="compare all with all up to this many distinct rows",
+    )
+    group.add_argument("--seed", type=int, default=default.seed, help="of the uid hashes")
+
+
+def _rank(parser: argparse.ArgumentParser) -> None:
+    default = config.RankConfig()
+    group = parser.add_argument_group("ranking")
+    group.add_argument(
+        "--gamma", type=float, default=default.gamma, help="kernel width: weight = exp(-gamma·d²)"
+    )
+    group.add_argument(
+        "--gamma-forward", type=float, default=None, help="of the forward pass, if another"
+    )
+
+
+def _select(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("budget")
+    group.add_argument("--fraction", default=None, help="share to keep (default: 0.3)")
+    group.add_argument("--budget", type=int, default=None, help="number of samples to keep")
+    group.add_argument(
+        "--min-score", type=float, default=None, help="drop lower raw scores within the budget"
+    )
+
+
+def run_config(arguments: argparse.Namespace) -> config.RunConfig:
+    """The whole configuration of a command; options that it does not have keep their defaults."""
+    given = vars(arguments)
+
+    def pick(part: Any, **special: Any) -> Any:
+        fields = {f: given[f] for f in part.__dataclass_fields__ if given.get(f) is not None}
+        return part(**{**fields, **special})
+
+    fraction = given.get("fraction")
+    return config.RunConfig(
+        out_dir=arguments.out_dir,
+        metadata_dir=given.get("metadata_dir", ""),
+        catalog=pick(config.CatalogConfig),
+        graph=pick(config.GraphConfig),
+        rank=pick(config.RankConfig),
+        select=pick(
+            config.SelectConfig,
+            fraction=None if fraction is None else parse_fraction(fraction),
+        ),
+        max_bad=arguments.max_bad,
+        address=arguments.address,
+        overwrite=tuple(arguments.overwrite),
+    )
+
+
+def _run_pipeline(arguments: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from d2filter.stages import pipeline
+
+    chosen = run_config(arguments)
+    chosen = replace(chosen, select=pipeline.default_selection(chosen.select))
+    pipeline.Pipeline(chosen, say=print).run(arguments.command)
+
+
+def _run_verify(arguments: argparse.Namespace) -> None:
+    from d2filter.formats.paths import Folder
+    from d2filter.tools import verify
+
+    verify.verify(Folder(arguments.out_dir), print)

@@ -1,0 +1,228 @@
+"""Metadata → catalog: judge rows, sort by uid, keep one of each repeated uid (DESIGN §4.0, §6).
+
+Two passes like an external sort. Pass one reads groups of metadata files and writes each as a run,
+cut into ranges of uid; pass two merges one range of all runs to one part. Memory: a group of files
+in the first pass, one part in the second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.algorithm import uids
+from d2filter.config import CatalogConfig
+from d2filter.errors import InputError
+from d2filter.formats import catalog, ledger, metadata
+from d2filter.formats.paths import Folder
+from d2filter.stages.runner import Report, Runner, Task
+
+_GROUP_BYTES = 128_000_000
+_PART_BYTES = 512_000_000
+
+
+def build(
+    runner: Runner,
+    out: Folder,
+    source: Folder,
+    pairs: Sequence[metadata.Pair],
+    config: CatalogConfig,
+    fingerprint: str,
+) -> dict[str, Any]:
+    """Run both passes; returns the stage's figures. Raises InputError when no sample is valid."""
+    folder = out.sub("catalog")
+    ranges = 1 + sum(pair.size for pair in pairs) // _PART_BYTES
+    reading = [
+        Task(
+            name=f"read-{number:05d}",
+            run=read_group,
+            arguments={
+                "out": out,
+                "source": source,
+                "names": [pair.name for pair in group],
+                "run_name": f"{number:05d}",
+                "config": config,
+                "ranges": ranges,
+            },
+        )
+        for number, group in enumerate(_grouped(pairs))
+    ]
+    read = runner.map("catalog", reading, fingerprint=fingerprint, label="catalog")
+    widths = {figures["dimension"]: figures["first_file"] for figures in read}
+    if len(widths) > 1:
+        raise InputError(
+            f"{source.url}: files disagree on the dimension of the {config.arch} embeddings: "
+            + ", ".join(f"{name} has {width}" for width, name in sorted(widths.items()))
+            + "; use files of one model"
+        )
+    reasons = sum((Counter(figures["reasons"]) for figures in read), Counter())
+    total = sum(figures["read"] for figures in read)
+    if total == sum(reasons.values()):
+        what = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
+        raise InputError(
+            f"{source.url}: none of {total} rows is a valid sample ({what or 'no rows'})"
+        )
+    merging = [
+        Task(
+            name=f"merge-{number:05d}",
+            run=merge_range,
+            arguments={
+                "out": out,
+                "runs": [task.arguments["run_name"] for task in reading],
+                "number": number,
+            },
+        )
+        for number in range(ranges)
+    ]
+    merged = runner.map("catalog", merging, fingerprint=fingerprint, label="merge")
+    folder.remove("runs")
+    return {
+        "samples": {
+            "read": total,
+            "ranked": sum(figures["ranked"] for figures in merged),
+            "bad": sum(reasons.values()),
+            "duplicate": sum(figures["duplicate"] for figures in merged),
+        },
+        "bad_reasons": dict(reasons.most_common()),
+        "dimension": next(iter(widths)),
+        "parts": ranges,
+        "difficulty": {
+            "min": min(f["min"] for f in merged if f["ranked"]),
+            "max": max(f["max"] for f in merged if f["ranked"]),
+        },
+        "peak_rss": max(f["peak_rss_bytes"] for f in [*read, *merged]),
+    }
+
+
+def read_group(
+    *,
+    report: Report,
+    out: Folder,
+    source: Folder,
+    names: Sequence[str],
+    run_name: str,
+    config: CatalogConfig,
+    ranges: int,
+) -> dict[str, Any]:
+    """Pass one: some metadata files → one run of valid rows, and ledger entries for the rest."""
+    parts: list[catalog.Samples] = []
+    entries: list[ledger.Entry] = []
+    reasons: Counter[str] = Counter()
+    read = 0
+    for name in names:
+        rows = metadata.read_pair(source, name, config)
+        if parts and parts[0].features.shape[1] != rows.features.shape[1]:
+            raise InputError(
+                f"{source.where(name)}.npz has features of dimension {rows.features.shape[1]}, "
+                f"{names[0]}.npz of {parts[0].features.shape[1]}: use files of one model"
+            )
+        bad = np.flatnonzero(rows.reason)
+        for row in bad.tolist():
+            reason = metadata.REASONS[rows.reason[row]]
+            reasons[reason] += 1
+            uid = rows.uid[row].as_py()
+            entries.append(
+                ledger.Entry(
+                    stage="catalog",
+                    status="bad",
+                    reason=reason,
+                    message=f"{source.where(name)}.parquet row {row}",
+                    shard=rows.shard[row].as_py(),
+                    key=rows.key[row].as_py(),
+                    uid=uid if isinstance(uid, str | None) else repr(uid),
+                )
+            )
+        good = catalog.Samples(
+            hi=rows.hi,
+            lo=rows.lo,
+            difficulty=rows.difficulty,
+            features=rows.features,
+            shard=rows.shard,
+            key=rows.key,
+        )
+        parts.append(good.take(np.flatnonzero(rows.reason == 0)) if bad.size else good)
+        read += len(rows.hi)
+        report(len(rows.hi))
+    samples = catalog.concatenate(parts)
+    catalog.publish_run(out.sub("catalog"), run_name, samples, ranges)
+    ledger.publish_entries(out, "catalog", f"read-{run_name}", entries)
+    return {
+        "read": read,
+        "reasons": dict(reasons),
+        "dimension": samples.features.shape[1],
+        "first_file": f"{names[0]}.npz",
+    }
+
+
+def merge_range(*, report: Report, out: Folder, runs: Sequence[str], number: int) -> dict[str, Any]:
+    """Pass two: one range of uid of all runs → one part, sorted and without repeats."""
+    folder = out.sub("catalog")
+    everything = catalog.concatenate([catalog.read_range(folder, run, number) for run in runs])
+    stays, repeats = distinct(everything)
+    entries = [
+        ledger.Entry(
+            stage="catalog",
+            status="duplicate",
+            reason="repeated uid",
+            shard=everything.shard[row].as_py(),
+            key=everything.key[row].as_py(),
+            uid=f"{int(everything.hi[row]):016x}{int(everything.lo[row]):016x}",
+        )
+        for row in repeats.tolist()
+    ]
+    samples = everything.take(stays)
+    catalog.publish_part(folder, number, samples)
+    ledger.publish_entries(out, "catalog", f"merge-{number:05d}", entries)
+    report(len(everything.hi))
+    return {
+        "ranked": stays.size,
+        "duplicate": repeats.size,
+        "min": float(samples.difficulty.min()) if stays.size else None,
+        "max": float(samples.difficulty.max()) if stays.size else None,
+    }
+
+
+def distinct(
+    samples: catalog.Samples,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows that stay, ascending by uid, and rows whose uid is repeated, each int64.
+
+    Of a repeated uid the row with the smallest blake2b of (feature bytes, score bits) stays; among
+    rows equal in those, the one whose shard and key sort first, for the kept lists.
+    """
+    order = uids.ascending(samples.hi, samples.lo)
+    hi, lo = samples.hi[order], samples.lo[order]
+    same = (hi[1:] == hi[:-1]) & (lo[1:] == lo[:-1])
+    begins = np.flatnonzero(np.concatenate([[True], ~same])) if order.size else order
+    ends = np.append(begins[1:], order.size)
+    stays = order[begins]
+    for at in np.flatnonzero(ends - begins > 1).tolist():
+        rows = order[begins[at] : ends[at]].tolist()
+        stays[at] = min(rows, key=lambda row: _precedence(samples, row))
+    leaves = np.ones(order.size, np.bool_)
+    leaves[stays] = False
+    return stays, order[leaves[order]]
+
+
+def _precedence(samples: catalog.Samples, row: int) -> tuple[bytes, str, str]:
+    digest = hashlib.blake2b(samples.features[row].tobytes(), digest_size=16)
+    digest.update(samples.difficulty[row].tobytes())
+    return digest.digest(), samples.shard[row].as_py() or "", samples.key[row].as_py() or ""
+
+
+def _grouped(pairs: Sequence[metadata.Pair]) -> list[list[metadata.Pair]]:
+    """Consecutive pairs in groups of about _GROUP_BYTES, at least one a group."""
+    groups: list[list[metadata.Pair]] = []
+    held = 0
+    for pair in pairs:
+        if not groups or held + pair.size > _GROUP_BYTES:
+            groups.append([])
+            held = 0
+        groups[-1].append(pair)
+        held += pair.size
+    return groups

@@ -1,0 +1,304 @@
+"""Which stages a command runs, which are there already, and what is recorded of them.
+
+Every stage is planned first (its options and the fingerprint of its input). A finished stage of the
+same plan is skipped; one of another plan is an error that names what differs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from d2filter.config import RunConfig, SelectConfig, options_of
+from d2filter.errors import D2FilterError, RecallError, RunStateError, TooManyBadError, UsageError
+from d2filter.formats import ledger
+from d2filter.formats.paths import Folder
+from d2filter.formats.runstate import STAGES, Plan, RunState
+from d2filter.stages.runner import Runner, Task, peak_rss_bytes
+
+Say = Callable[[str], None]
+
+# commands that chain more than their own stage
+CHAINS = {
+    "embed": ("embed",),
+    "graph": ("catalog", "graph"),
+    "rank": ("rank",),
+    "select": ("select",),
+    "run": ("catalog", "graph", "rank", "select"),
+}
+
+
+class Pipeline:
+    """Runs stages of one run directory. Construction reads and writes nothing."""
+
+    def __init__(
+        self, config: RunConfig, *, say: Say = lambda line: None, show_progress: bool | None = None
+    ) -> None:
+        self.config = config
+        self.out = Folder(config.out_dir)
+        self.state = RunState(self.out)
+        self._say = say
+        self._runner = Runner(self.out, config.address, show_progress)
+
+    def run(self, command: str) -> dict[str, Any]:
+        """Run the stages of `command`; returns stats.json.
+
+        Raises TooManyBadError or RecallError after everything else is finished.
+        """
+        stages = CHAINS[command]
+        if command == "run" and self.config.embed is not None:
+            stages = ("embed", *stages)
+        unknown = set(self.config.overwrite) - set(STAGES)
+        if unknown:
+            raise UsageError(
+                f"overwrite names {', '.join(sorted(unknown))}, allowed are {', '.join(STAGES)}"
+            )
+        for stage in STAGES:
+            if stage in self.config.overwrite:
+                self.state.clear_from(stage)
+                break
+        try:
+            for stage in stages:
+                getattr(self, f"_{stage}")()
+        finally:
+            self._runner.close()
+        stats: dict[str, Any] = self.out.read_json("stats.json")
+        self._judge(stats, stages)
+        return stats
+
+    def _catalog(self) -> None:
+        from d2filter.formats import metadata
+        from d2filter.stages import catalog
+
+        embedded = self.state.done("embed")
+        own = self.out.sub("metadata")
+        source = Folder(self.config.metadata_dir) if self.config.metadata_dir else own
+        chained = source == own and embedded is not None
+        if source == own and embedded is None and self.state.done("catalog") is not None:
+            return  # made from a folder that this command was not told again
+        if source == own and embedded is None:
+            raise UsageError(
+                f"no metadata: give --metadata-dir (parquet + npz) or --shards; "
+                f"{own.url} was not written by `d2filter embed`"
+            )
+        pairs, files = metadata.list_pairs(source)
+        plan = Plan(
+            stage="catalog",
+            options=options_of(self.config.catalog),
+            upstream=embedded["fingerprint"] if chained and embedded is not None else "",
+            inputs=() if chained else files,
+        )
+
+        def build() -> dict[str, Any]:
+            figures = catalog.build(
+                self._runner, self.out, source, pairs, self.config.catalog, plan.fingerprint
+            )
+            before = embedded["stats"]["samples"] if chained and embedded is not None else {}
+            figures["samples"]["read"] += before.get("bad", 0)
+            figures["samples"]["bad"] += before.get("bad", 0)
+            ledger.collect(self.out, ["embed", "catalog"] if chained else ["catalog"])
+            return figures
+
+        self._stage(plan, build)
+
+    def _graph(self) -> None:
+        from d2filter.stages import index, neighbors
+
+        before = self.state.require("catalog")
+        config = self.config.graph
+        plan = Plan(stage="graph", options=options_of(config), upstream=before["fingerprint"])
+        ranked = before["stats"]["samples"]["ranked"]
+
+        def build() -> dict[str, Any]:
+            common = {"out": self.out, "config": config}
+            trained = self._alone("graph", plan, "index", index.train, common, None)
+            searched = self._alone(
+                "graph",
+                plan,
+                "neighbors",
+                neighbors.search,
+                {**common, "nprobe": trained["nprobe"]},
+                ranked,
+            )
+            return {
+                "k": config.n_neighbors,
+                "nlist": trained["nlist"],
+                "nprobe": trained["nprobe"],
+                **{
+                    name: searched[name]
+                    for name in (
+                        "recall",
+                        "recall_ci",
+                        "recall_queries",
+                        "partitions",
+                        "cross_edges",
+                    )
+                },
+                "seconds_detail": {"index": trained["seconds"], "neighbors": searched["seconds"]},
+                "peak_rss": max(trained["peak_rss_bytes"], searched["peak_rss_bytes"]),
+            }
+
+        self._stage(plan, build)
+
+    def _rank(self) -> None:
+        from d2filter.stages import rank
+
+        before = self.state.require("graph")
+        ranked = self.state.require("catalog")["stats"]["samples"]["ranked"]
+        options = {**options_of(self.config.rank), "gamma_forward": self.config.rank.forward}
+        plan = Plan(stage="rank", options=options, upstream=before["fingerprint"])
+
+        def build() -> dict[str, Any]:
+            figures = self._alone(
+                "rank",
+                plan,
+                "rank",
+                rank.rank,
+                {"out": self.out, "config": self.config.rank},
+                ranked,
+            )
+            return {
+                "rounds": figures["rounds"],
+                "supersteps": figures["supersteps"],
+                "peak_rss": figures["peak_rss_bytes"],
+            }
+
+        self._stage(plan, build)
+
+    def _select(self) -> None:
+        from d2filter.stages import select
+
+        before = self.state.require("rank")
+        ranked = self.state.require("catalog")["stats"]["samples"]["ranked"]
+        options = options_of(self.config.select)
+        plan = Plan(stage="select", options=options, upstream=before["fingerprint"])
+        record = self.state.done("select")
+        if record is not None and record["fingerprint"] == plan.fingerprint:
+            self._say("select    done before")
+            return
+        # another budget of the same ranking is no contradiction: the outputs are replaced
+        self.state.clear_from("select")
+
+        def build() -> dict[str, Any]:
+            figures = self._runner.here(
+                "select",
+                Task(
+                    name="select",
+                    run=select.select,
+                    arguments={"out": self.out, "config": self.config.select, "ranked": ranked},
+                ),
+                fingerprint=plan.fingerprint,
+            )
+            return {
+                "samples": {"kept": figures["kept"], "pruned": figures["pruned"]},
+                "budget": figures["budget"],
+                "peak_rss": figures["peak_rss_bytes"],
+            }
+
+        self._stage(plan, build)
+
+    def _alone(
+        self,
+        stage: str,
+        plan: Plan,
+        name: str,
+        run: Callable[..., dict[str, Any]],
+        arguments: dict[str, Any],
+        total: int | None,
+    ) -> dict[str, Any]:
+        """One task that gets a whole node."""
+        task = Task(name=name, run=run, arguments=arguments)
+        return self._runner.map(
+            stage,
+            [task],
+            fingerprint=plan.fingerprint,
+            label=name,
+            total=total,
+            whole_node=True,
+        )[0]
+
+    def _stage(self, plan: Plan, build: Callable[[], dict[str, Any]]) -> None:
+        if self.state.is_current(plan):
+            self._say(f"{plan.stage:<9} done before")
+            return
+        started = time.monotonic()
+        self.state.log(stage=plan.stage, event="started", options=plan.options)
+        try:
+            figures = build()
+        except D2FilterError as error:
+            self.state.log(stage=plan.stage, event="failed", error=str(error))
+            raise
+        seconds = time.monotonic() - started
+        peak = max(figures.pop("peak_rss", 0), peak_rss_bytes())
+        self.state.finish(plan, seconds=seconds, peak_rss_bytes=peak, stats=figures)
+        self.state.log(stage=plan.stage, event="finished", seconds=round(seconds, 3), **figures)
+        self._say(f"{plan.stage:<9} {_brief(plan.stage, figures)} ({seconds:.1f} s)")
+
+    def _judge(self, stats: dict[str, Any], stages: tuple[str, ...]) -> None:
+        """Raise what a finished command still has to say through its exit code."""
+        samples = stats["samples"]
+        if "catalog" in stages or "embed" in stages:
+            lost = stats["lost_shards"]
+            bad, read = samples.get("bad", 0), samples.get("read", 0)
+            if lost or bad > self.config.max_bad * read:
+                counts = ledger.count_reasons(self.out).get("bad", {})
+                top = ", ".join(f"{count} {reason}" for reason, count in list(counts.items())[:3])
+                parts = [f"{bad} of {read} samples are bad ({top})"] if bad else []
+                parts += [f"{len(lost)} shards could not be read whole ({lost[0]})"] if lost else []
+                raise TooManyBadError(
+                    f"finished, but {' and '.join(parts)}; allowed is a share of "
+                    f"{self.config.max_bad} and no lost shard: see "
+                    f"{self.out.where(ledger.BAD_SAMPLES)}, or raise --max-bad"
+                )
+        if "graph" in stages:
+            target = self.config.graph.target_recall
+            if stats["graph"]["recall"] < target:
+                raise RecallError(
+                    f"finished, but recall@{stats['graph']['k']} is {stats['graph']['recall']:.4f} "
+                    f"and --target-recall {target}: raise --exact-below for an exact graph or "
+                    "lower the target"
+                )
+
+
+def with_embed_arch(config: RunConfig, *, arch_given: bool) -> RunConfig:
+    """The catalog reads what `embed` writes, unless the user named another arch."""
+    if config.embed is None or arch_given:
+        return config
+    return replace(config, catalog=replace(config.catalog, arch=config.embed.resolved_arch))
+
+
+def default_selection(config: SelectConfig) -> SelectConfig:
+    """--fraction 0.3 when neither a fraction nor a budget was given."""
+    from d2filter.algorithm.budget import parse_fraction
+
+    if config.fraction is None and config.budget is None:
+        return replace(config, fraction=parse_fraction("0.3"))
+    return config
+
+
+def stats_of(out_dir: str) -> dict[str, Any]:
+    """stats.json of a run. Raises RunStateError when there is none."""
+    stats = Folder(out_dir).read_json("stats.json")
+    if stats is None:
+        raise RunStateError(f"{out_dir} holds no stats.json: it is no run directory")
+    found: dict[str, Any] = stats
+    return found
+
+
+def _brief(stage: str, figures: dict[str, Any]) -> str:
+    """One line of a stage's figures for people."""
+    if stage in ("embed", "catalog"):
+        return ", ".join(f"{count:,} {name}" for name, count in figures["samples"].items())
+    if stage == "graph":
+        low, high = figures["recall_ci"]
+        how = "exact" if figures["nlist"] == 1 else f"{figures['nprobe']}/{figures['nlist']} cells"
+        return (
+            f"k={figures['k']}, {how}, recall {figures['recall']:.4f} "
+            f"[{low:.4f}, {high:.4f}] on {figures['recall_queries']:,} queries"
+        )
+    if stage == "rank":
+        return f"{figures['rounds']} rounds"
+    samples = figures["samples"]
+    return f"{samples['kept']:,} kept, {samples['pruned']:,} pruned"

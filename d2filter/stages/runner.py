@@ -1,0 +1,306 @@
+"""Runs the tasks of a stage on Ray: fan-out, progress, resume, and failures that cannot be missed.
+
+A task is a module-level function and its arguments. It writes its outputs, returns a small dict of
+figures, and the runner publishes that dict as completions/<stage>/<task>.json: the marker that a
+rerun looks for. Ray restarts a task whose worker died; an exception of ours is not tried again. A
+task that fails does not stop the others; at the end the stage fails and names every failed task.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from d2filter.algorithm import backend
+from d2filter.errors import D2FilterError, InputError, StageError, UsageError
+from d2filter.formats.paths import Folder
+
+Report = Callable[[int], None]
+
+_OBJECT_STORE_BYTES = 200_000_000  # figures and counters only: samples travel through files
+_CRASH_RETRIES = 3
+_REPORT_SECONDS = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One unit of work: `run(report=…, **arguments)` → figures."""
+
+    name: str
+    run: Callable[..., dict[str, Any]]
+    arguments: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Runner:
+    """Starts Ray at the first fan-out and stops what it started."""
+
+    folder: Folder
+    address: str = ""
+    show_progress: bool | None = None
+    """None: only on a terminal"""
+    _owns_ray: bool = field(default=False, init=False)
+
+    def map(
+        self,
+        stage: str,
+        tasks: Sequence[Task],
+        *,
+        fingerprint: str,
+        label: str,
+        total: int | None = None,
+        whole_node: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Figures of all tasks, in their order; those that a former run published are not run.
+
+        label: what the progress bar shows. total: samples expected, when known. whole_node: each
+        task gets all CPUs of a node. Raises the task's own error when one task failed with one of
+        ours, StageError when several did or a worker died for good.
+        """
+        results: dict[str, dict[str, Any]] = {}
+        for task in tasks:
+            marker = self.folder.read_json(_marker(stage, task.name))
+            if marker is not None and marker["fingerprint"] == fingerprint:
+                results[task.name] = marker
+        waiting = [task for task in tasks if task.name not in results]
+        if waiting:
+            results.update(self._fan_out(stage, waiting, fingerprint, label, total, whole_node))
+        return [results[task.name] for task in tasks]
+
+    def here(self, stage: str, task: Task, *, fingerprint: str) -> dict[str, Any]:
+        """Run one small task in this process, recorded like any other."""
+        outcome = _execute(self.folder, stage, task, fingerprint, lambda done: None)
+        return _figures(self.folder, stage, [outcome])[task.name]
+
+    def close(self) -> None:
+        """Stop Ray if this runner started it."""
+        if self._owns_ray:
+            import ray
+
+            ray.shutdown()
+            self._owns_ray = False
+
+    def _fan_out(
+        self,
+        stage: str,
+        tasks: Sequence[Task],
+        fingerprint: str,
+        label: str,
+        total: int | None,
+        whole_node: bool,
+    ) -> dict[str, dict[str, Any]]:
+        ray = self._start_ray()
+        cpus = _largest_node(ray) if whole_node else 1
+        remote = ray.remote(_execute_remotely).options(num_cpus=cpus, max_retries=_CRASH_RETRIES)
+        bar = _bar(label, total, self.show_progress)
+        counter = None if bar.disable else ray.remote(_Counter).options(num_cpus=0).remote()
+        names = {}
+        outcomes: list[_Outcome] = []
+        try:
+            for task in tasks:
+                reference = remote.remote(self.folder, stage, task, fingerprint, counter, cpus)
+                names[reference] = task.name
+            pending = list(names)
+            while pending:
+                ready, pending = ray.wait(pending, timeout=_REPORT_SECONDS)
+                outcomes += [_fetch(ray, reference, names[reference]) for reference in ready]
+                if counter is not None:
+                    bar.update(ray.get(counter.total.remote()) - bar.n)
+        finally:
+            if counter is not None:
+                ray.kill(counter)
+            bar.close()
+        return _figures(self.folder, stage, outcomes)
+
+    def _start_ray(self) -> Any:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+
+        if ray.is_initialized():
+            return ray
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        if self.address:
+            try:
+                _knock(self.address)
+                ray.init(address=self.address, **options)
+            except (OSError, ValueError, RuntimeError) as error:
+                text = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise UsageError(
+                    f"no Ray cluster answers at --address {self.address}: {text}"
+                ) from error
+        else:
+            ray.init(include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **options)
+        self._owns_ray = True
+        return ray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outcome:
+    """What came of a task: figures, or what went wrong."""
+
+    name: str
+    figures: dict[str, Any] | None = None
+    error: D2FilterError | None = None
+    trace: str = ""
+
+
+class _Counter:
+    """Actor that adds up what tasks report, for the progress bar."""
+
+    def __init__(self) -> None:
+        self._total = 0
+
+    def add(self, done: int) -> None:
+        self._total += done
+
+    def total(self) -> int:
+        return self._total
+
+
+def _execute_remotely(
+    folder: Folder, stage: str, task: Task, fingerprint: str, counter: Any, cpus: int
+) -> _Outcome:
+    if cpus > 1:
+        backend.use_threads(cpus)
+    held = 0
+    last = time.monotonic()
+
+    def report(done: int) -> None:
+        nonlocal held, last
+        held += done
+        now = time.monotonic()
+        if counter is not None and now - last > _REPORT_SECONDS / 2:
+            counter.add.remote(held)
+            held, last = 0, now
+
+    outcome = _execute(folder, stage, task, fingerprint, report)
+    if counter is not None and held:
+        counter.add.remote(held)
+    return outcome
+
+
+def _execute(folder: Folder, stage: str, task: Task, fingerprint: str, report: Report) -> _Outcome:
+    started = time.monotonic()
+    _reset_peak_rss()
+    try:
+        figures = task.run(report=report, **task.arguments)
+        record = {
+            "fingerprint": fingerprint,
+            "seconds": round(time.monotonic() - started, 3),
+            "peak_rss_bytes": peak_rss_bytes(),
+            **figures,
+        }
+        folder.publish_json(_marker(stage, task.name), record)
+    except D2FilterError as error:
+        return _Outcome(name=task.name, error=error)
+    except OSError as error:
+        # disk full, permission denied, a broken connection: the place and the system's own words
+        place = f" ({error.filename})" if error.filename else ""
+        reason = error.strerror or str(error) or type(error).__name__
+        return _Outcome(
+            name=task.name,
+            error=InputError(f"{stage} task {task.name}: {reason}{place}"),
+            trace=traceback.format_exc(),
+        )
+    except Exception as error:
+        # a fault of ours: reported whole, never retried, never silent
+        return _Outcome(
+            name=task.name,
+            error=StageError(
+                f"{stage} task {task.name}: {type(error).__name__}: {error} "
+                f"(traceback in {folder.where('logs')})"
+            ),
+            trace=traceback.format_exc(),
+        )
+    return _Outcome(name=task.name, figures=record)
+
+
+def _fetch(ray: Any, reference: Any, name: str) -> _Outcome:
+    try:
+        outcome: _Outcome = ray.get(reference)
+    except ray.exceptions.RayError as error:
+        text = str(error).strip().splitlines()[0]
+        return _Outcome(name=name, error=StageError(f"task {name}: {text}"))
+    return outcome
+
+
+def _figures(folder: Folder, stage: str, outcomes: Sequence[_Outcome]) -> dict[str, dict[str, Any]]:
+    """Figures by task name. When any task failed: tracebacks to logs/, one line to the caller."""
+    failed = sorted((o for o in outcomes if o.error is not None), key=lambda o: o.name)
+    for outcome in failed:
+        if outcome.trace:
+            # the error itself must reach the user even when the disk that caused it is full
+            with (
+                contextlib.suppress(OSError),
+                folder.publish(f"logs/{stage}-{outcome.name}.traceback.txt") as path,
+            ):
+                path.write_text(outcome.trace, "utf-8")
+    if len(failed) == 1 and failed[0].error is not None:
+        raise failed[0].error
+    if failed:
+        shown = "; ".join(str(o.error) for o in failed[:3])
+        more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
+        raise StageError(
+            f"{stage}: {len(failed)} tasks failed, {len(outcomes) - len(failed)} are done and "
+            f"kept: {shown}{more}"
+        )
+    return {o.name: o.figures for o in outcomes if o.figures is not None}
+
+
+def _knock(address: str) -> None:
+    """Raise OSError at once when nothing listens at host:port; Ray itself tries for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def _marker(stage: str, task: str) -> str:
+    return f"completions/{stage}/{task}.json"
+
+
+def _bar(label: str, total: int | None, show: bool | None) -> Any:
+    disable = None if show is None else not show
+    return tqdm(
+        desc=f"{label:<9}",
+        total=total,
+        unit=" samples",
+        unit_scale=True,
+        dynamic_ncols=True,
+        disable=disable,
+    )
+
+
+def _largest_node(ray: Any) -> int:
+    """CPUs of the largest node that is alive."""
+    return max(1, *(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]))
+
+
+def _reset_peak_rss() -> None:
+    """Start the peak anew: a Ray worker runs many tasks in one process."""
+    try:
+        with open("/proc/self/clear_refs", "w") as stream:
+            stream.write("5")
+    except OSError:
+        return  # not permitted in some containers: the peak is then that of the worker's life
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process since the last reset."""
+    try:
+        with open("/proc/self/status") as stream:
+            for line in stream:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

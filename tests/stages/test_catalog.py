@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pools
+import pyarrow as pa
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2filter.algorithm import features
+from d2filter.config import CatalogConfig
+from d2filter.formats import catalog, metadata
+from d2filter.formats.paths import Folder
+from d2filter.stages import catalog as stage
+
+
+def samples(rows: list[tuple[int, float, float, str]]) -> catalog.Samples:
+    """(uid, feature, score, key) rows."""
+    return catalog.Samples(
+        hi=np.zeros(len(rows), np.uint64),
+        lo=np.array([r[0] for r in rows], np.uint64),
+        difficulty=np.array([r[2] for r in rows], np.float32),
+        features=np.array([[r[1]] for r in rows], np.float16).reshape(len(rows), 1),
+        shard=pa.array(["s"] * len(rows), pa.string()),
+        key=pa.array([r[3] for r in rows], pa.string()),
+    )
+
+
+ROW = st.tuples(
+    st.integers(0, 5),
+    st.sampled_from([0.5, 1.0]),
+    st.sampled_from([0.1, 0.2]),
+    st.sampled_from("ab"),
+)
+
+
+@given(st.lists(ROW, max_size=20), st.randoms(use_true_random=False))
+def test_the_row_that_stays_does_not_depend_on_the_order(rows: list[tuple], random: object) -> None:
+    def kept(order: list[tuple]) -> list[tuple]:
+        stays, repeats = stage.distinct(samples(order))
+        assert sorted([*stays.tolist(), *repeats.tolist()]) == list(range(len(order)))
+        return [order[i] for i in stays]
+
+    shuffled = list(rows)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    first = kept(rows)
+    assert kept(shuffled) == first
+    assert [r[0] for r in first] == sorted({r[0] for r in rows})
+
+
+def test_parts_ascend_whatever_their_number(tmp_path: Path) -> None:
+    """Passes one and two by hand, with 1 and 5 ranges, over files cut and ordered differently."""
+    pool = pools.make(300, 6, seed=4)
+    pool["uid"][7] = pool["uid"][8]
+    pool["uid"][9] = "not a uid"
+    config = CatalogConfig()
+    results = []
+    for files, ranges in ((1, 1), (4, 5), (7, 2)):
+        source = Folder(str(pools.write(tmp_path / f"m{files}", pool, files=files, shuffle=files)))
+        out = Folder(str(tmp_path / f"o{files}"))
+        names = [pair.name for pair in metadata.list_pairs(source)[0]]
+        for number, name in enumerate(names):
+            figures = stage.read_group(
+                report=lambda n: None,
+                out=out,
+                source=source,
+                names=[name],
+                run_name=f"{number:05d}",
+                config=config,
+                ranges=ranges,
+            )
+            assert figures["dimension"] == 12
+        runs = [f"{number:05d}" for number in range(len(names))]
+        merged = [
+            stage.merge_range(report=lambda n: None, out=out, runs=runs, number=r)
+            for r in range(ranges)
+        ]
+        assert sum(m["ranked"] for m in merged) == 298
+        assert sum(m["duplicate"] for m in merged) == 1
+        parts = list(catalog.iter_parts(out.sub("catalog")))
+        assert len(parts) == ranges
+        results.append(catalog.concatenate(parts))
+    first = results[0]
+    assert sorted(zip(first.hi, first.lo, strict=True)) == list(
+        zip(first.hi, first.lo, strict=True)
+    )
+    for other in results[1:]:
+        assert (other.hi == first.hi).all()
+        assert (other.lo == first.lo).all()
+        assert other.features.tobytes() == first.features.tobytes()
+        assert other.difficulty.tobytes() == first.difficulty.tobytes()
+
+
+def test_features_in_the_catalog_are_the_fixed_ones(tmp_path: Path) -> None:
+    pool = pools.make(20, 4)
+    source = Folder(str(pools.write(tmp_path / "m", pool)))
+    rows = metadata.read_pair(source, "00000", CatalogConfig())
+    assert rows.features.tobytes() == features.fix([pool["img"], pool["txt"]]).tobytes()
+    only = metadata.read_pair(source, "00000", CatalogConfig(feature_type="text"))
+    assert only.features.tobytes() == features.fix([pool["txt"]]).tobytes()
+    assert only.difficulty.tobytes() == rows.difficulty.tobytes()
