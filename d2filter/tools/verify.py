@@ -1,0 +1,287 @@
+"""`d2filter verify OUT`: everything that the files of a finished run alone can prove.
+
+Each check is a function from a loaded run to the list of its breaches. Memory: the graph and the
+ranking of the whole run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from d2filter.algorithm import budget, certificate, messages, uids
+from d2filter.errors import InputError, VerificationError
+from d2filter.formats import catalog, graph, ledger, ranking, subset
+from d2filter.formats import uid as uid_format
+from d2filter.formats.paths import Folder
+from d2filter.formats.runstate import RunState
+
+I64 = npt.NDArray[np.int64]
+Breaches = list[str]
+
+
+@dataclass
+class _Run:
+    """Lazily loaded files of one run."""
+
+    folder: Folder
+
+    @cached_property
+    def records(self) -> dict[str, dict[str, Any]]:
+        state = RunState(self.folder)
+        return {stage: state.require(stage) for stage in ("catalog", "graph", "rank", "select")}
+
+    @cached_property
+    def stats(self) -> dict[str, Any]:
+        stats = self.folder.read_json("stats.json")
+        if stats is None:
+            raise InputError(f"{self.folder.where('stats.json')} does not exist")
+        found: dict[str, Any] = stats
+        return found
+
+    @cached_property
+    def graph_sizes(self) -> list[int]:
+        folder = self.folder.sub("graph")
+        return [len(graph.read_part(folder, name).hi) for name in folder.names(".parquet")]
+
+    @cached_property
+    def graph(self) -> graph.GraphPart:
+        return graph.read(self.folder.sub("graph"))
+
+    @cached_property
+    def ranking(self) -> dict[str, npt.NDArray[Any]]:
+        parts = list(ranking.iter_columns(self.folder.sub("ranking")))
+        self.ranking_sizes = [len(part["rank"]) for part in parts]
+        return {name: np.concatenate([p[name] for p in parts]) for name in ranking.COLUMNS}
+
+    @cached_property
+    def precedence(self) -> I64:
+        order = uids.ascending(self.graph.hi, self.graph.lo)
+        position = np.empty_like(order)
+        position[order] = np.arange(order.size)
+        return position
+
+
+def verify(folder: Folder, say: Callable[[str], None]) -> None:
+    """Run all checks, one line each. Raises VerificationError when any is broken."""
+    run = _Run(folder)
+    broken = 0
+    for group in (_STRUCTURE, _MEANING):
+        if broken:
+            say(f"       {len(group)} more checks need sound files: not made")
+            break
+        for name, check in group.items():
+            breaches = check(run)
+            broken += bool(breaches)
+            say(f"{'BREACH' if breaches else 'ok':<7}{name}")
+            for breach in breaches:
+                say(f"       {breach}")
+    if broken:
+        raise VerificationError(f"{folder.url}: {broken} checks are broken (listed above)")
+
+
+def _accounting(run: _Run) -> Breaches:
+    s = run.stats["samples"]
+    out = []
+    if s["read"] != s["ranked"] + s["bad"] + s["duplicate"]:
+        out.append(f"read is not ranked + bad + duplicate: {s}")
+    if s["ranked"] != s["kept"] + s["pruned"]:
+        out.append(f"ranked is not kept + pruned: {s}")
+    listed = ledger.count_reasons(run.folder)
+    for status in ("bad", "duplicate"):
+        count = sum(listed.get(status, {}).values())
+        if count != s[status]:
+            out.append(f"{ledger.BAD_SAMPLES} lists {count} {status}, stats.json has {s[status]}")
+    return out
+
+
+def _rows(run: _Run) -> Breaches:
+    g, r = run.graph, run.ranking
+    ranked = run.stats["samples"]["ranked"]
+    parts = catalog.iter_parts(run.folder.sub("catalog"), with_features=False)
+    rows = {"catalog": sum(len(p.hi) for p in parts), "graph": len(g.hi), "ranking": len(r["rank"])}
+    out = [f"{name} has {n} rows, ranked are {ranked}" for name, n in rows.items() if n != ranked]
+    if run.graph_sizes != run.ranking_sizes:
+        out.append("parts of graph/ and ranking/ differ in length")
+        return out
+    for name, a, b in (
+        ("uid_hi", g.hi, r["uid_hi"]),
+        ("uid_lo", g.lo, r["uid_lo"]),
+        ("difficulty", g.difficulty, r["difficulty"]),
+    ):
+        out += _count(f"rows differ in {name} between graph and ranking", a != b)
+    order = uids.ascending(g.hi, g.lo)
+    hi, lo = g.hi[order], g.lo[order]
+    out += _count("uids are repeated", (hi[1:] == hi[:-1]) & (lo[1:] == lo[:-1]))
+    start = 0
+    for size in run.graph_sizes:
+        inside = np.diff(run.precedence[start : start + size])
+        out += _count("rows of a graph part are not in ascending order of uid", inside <= 0)
+        start += size
+    return out
+
+
+def _neighbors(run: _Run) -> Breaches:
+    g = run.graph
+    n, k = g.neighbors.shape
+    rows = np.arange(n)[:, None]
+    out = _count("neighbors out of range", (g.neighbors < -1) | (g.neighbors >= n))
+    out += _count("samples list themselves", g.neighbors == rows)
+    padding = g.neighbors < 0
+    expected = max(0, k - (n - 1))
+    out += _count(f"lists do not end in {expected} paddings", padding.sum(axis=1) != expected)
+    out += _count("lists have a padding before a neighbor", padding[:, :-1] & ~padding[:, 1:])
+    ordered = np.sort(np.where(padding, -1 - np.arange(k), g.neighbors), axis=1)
+    out += _count("lists name a neighbor twice", ordered[:, 1:] == ordered[:, :-1])
+    return out
+
+
+def _sqdist(run: _Run) -> Breaches:
+    g = run.graph
+    padding = g.neighbors < 0
+    out = _count("sqdist is NaN or negative", ~(g.sqdist >= 0))
+    out += _count("sqdist of a neighbor is infinite", np.isinf(g.sqdist) & ~padding)
+    out += _count("sqdist of a padding is finite", ~np.isinf(g.sqdist) & padding)
+    out += _count("sqdist falls inside a list", g.sqdist[:, 1:] < g.sqdist[:, :-1])
+    return out
+
+
+def _cells(run: _Run) -> Breaches:
+    with run.folder.sub("index").reading("cells.parquet") as stream:
+        table = pq.read_table(stream)
+    rows = int(table.column("rows").to_numpy().sum())
+    ranked = run.stats["samples"]["ranked"]
+    return [] if rows == ranked else [f"cells hold {rows} rows, ranked are {ranked}"]
+
+
+def _ranks(run: _Run) -> Breaches:
+    rank = run.ranking["rank"]
+    n = len(rank)
+    inside = (rank >= 0) & (rank < n)
+    seen = np.bincount(rank[inside], minlength=n)
+    out = _count("ranks out of range", ~inside)
+    return out + _count("ranks are missing or repeated", seen != 1)
+
+
+def _order(run: _Run) -> Breaches:
+    r = run.ranking
+    order = np.argsort(r["rank"], kind="stable")
+    final, precedence = r["final"][order], run.precedence[order]
+    out = _count("final scores rise with rank", final[1:] > final[:-1])
+    tied = (final[1:] == final[:-1]) & (precedence[1:] < precedence[:-1])
+    return out + _count("ties are not in ascending order of uid", tied)
+
+
+def _scores(run: _Run) -> Breaches:
+    g, r = run.graph, run.ranking
+    options = run.records["rank"]["options"]
+    weights = messages.edge_weights(g.sqdist, options["gamma_forward"])
+    forward = messages.forward_pass(messages.normalized(g.difficulty), g.neighbors, weights)
+    out = _count("forward scores are not those of the graph", forward != r["forward"])
+    weights = messages.edge_weights(g.sqdist, options["gamma"])
+    wrong, late = certificate.wrong_finals(
+        r["forward"], r["final"], r["rank"], run.precedence, g.neighbors, weights
+    )
+    if wrong:
+        out.append(f"{wrong} final scores are not forward minus the messages received")
+    if late:
+        out.append(f"{late} samples were taken later than the greedy would")
+    return out
+
+
+def _suppressors(run: _Run) -> Breaches:
+    r = run.ranking
+    by = r["suppressed_by"]
+    n = len(by)
+    out = _count("suppressed_by out of range", (by < -1) | (by >= n))
+    if out:
+        return out
+    lowered = r["final"] < r["forward"]
+    out += _count("lowered samples name no suppressor, or others name one", lowered != (by >= 0))
+    rows = np.flatnonzero(by >= 0)
+    sender = by[rows]
+    out += _count("suppressors rank later", r["rank"][sender] >= r["rank"][rows])
+    lists = run.graph.neighbors[sender] == rows[:, None]
+    return out + _count("suppressors do not list the sample", ~lists.any(axis=1))
+
+
+def _subset(run: _Run) -> Breaches:
+    chosen = subset.read(run.folder)
+    hi, lo = chosen["f0"], chosen["f1"]
+    rising = (hi[1:] > hi[:-1]) | ((hi[1:] == hi[:-1]) & (lo[1:] > lo[:-1]))
+    out = _count(f"entries of {subset.SUBSET} are unsorted or repeated", ~rising)
+    options, figures = run.records["select"]["options"], run.records["select"]["stats"]
+    r = run.ranking
+    fraction = options["fraction"]
+    size = budget.budget_of(
+        len(r["rank"]),
+        fraction=None if fraction is None else budget.parse_fraction(fraction),
+        budget=options["budget"],
+    )
+    if size != figures["budget"]:
+        out.append(f"the budget is {size} by its option and {figures['budget']} in the record")
+    keep = budget.kept_mask(r["rank"], r["difficulty"], size, options["min_score"])
+    order = uids.ascending(r["uid_hi"][keep], r["uid_lo"][keep])
+    expected_hi, expected_lo = r["uid_hi"][keep][order], r["uid_lo"][keep][order]
+    if len(hi) != len(expected_hi):
+        out.append(
+            f"{subset.SUBSET} has {len(hi)} entries, the ranking's prefix {len(expected_hi)}"
+        )
+    else:
+        different = (hi != expected_hi) | (lo != expected_lo)
+        out += _count(f"entries of {subset.SUBSET} are not the ranking's prefix", different)
+    kept = run.stats["samples"]["kept"]
+    if len(hi) != kept:
+        out.append(f"{subset.SUBSET} has {len(hi)} entries, stats.json keeps {kept}")
+    return out
+
+
+def _kept(run: _Run) -> Breaches:
+    folder = run.folder.sub("kept")
+    names = folder.names(".parquet")
+    if not names:
+        return []
+    chosen = subset.read(run.folder)
+    allowed = set(uid_format.to_hex(chosen["f0"], chosen["f1"]))
+    out = []
+    total = 0
+    for name in names:
+        with folder.reading(name) as stream:
+            uid = pq.read_table(stream, columns=["uid"]).column("uid").to_pylist()
+        total += len(uid)
+        foreign = sum(u not in allowed for u in uid)
+        if foreign:
+            out.append(f"{foreign} uids of kept/{name} are not in {subset.SUBSET}")
+    counted = sum(folder.read_json("sizes.json").values())
+    if counted != total:
+        out.append(f"kept/sizes.json counts {counted}, the lists hold {total}")
+    return out
+
+
+def _count(what: str, broken: npt.NDArray[np.bool_]) -> Breaches:
+    count = int(np.count_nonzero(broken))
+    return [f"{count} {what}"] if count else []
+
+
+# what the second group takes for granted
+_STRUCTURE: dict[str, Callable[[_Run], Breaches]] = {
+    "every sample read is ranked, bad or duplicate; each one ranked is kept or pruned": _accounting,
+    "catalog, graph and ranking hold the same distinct samples in the same rows": _rows,
+    "neighbors are in range, distinct and never the sample itself": _neighbors,
+    "squared distances ascend": _sqdist,
+    "cells hold every sample once": _cells,
+    "ranks are a permutation": _ranks,
+}
+_MEANING: dict[str, Callable[[_Run], Breaches]] = {
+    "final scores fall with rank, ties by uid": _order,
+    "scores are those of the sequential greedy on this graph": _scores,
+    "suppressors are listed, earlier, and named where something was lost": _suppressors,
+    "the subset is sorted, unique and the first B of the ranking": _subset,
+    "the kept lists agree with the subset": _kept,
+}

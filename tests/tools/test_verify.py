@@ -1,0 +1,129 @@
+"""Every check of `verify` fires: one breach of each kind, planted in a finished run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pools
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from d2filter.cli import main
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
+    folder = tmp_path_factory.mktemp("sound")
+    pool = pools.make(300, 6)
+    columns = {"shard": ["a.tar"] * 300, "key": [str(i) for i in range(300)]}
+    pools.write(folder / "m", pool, columns=columns)
+    words = ["run", "--metadata-dir", str(folder / "m"), "--n-neighbors", "3"]
+    assert main([*words, "--out-dir", str(folder / "o")]) == 0
+    assert main(["verify", str(folder / "o")]) == 0
+    return folder / "o"
+
+
+def edit(out: Path, name: str, column: str, change: Callable[[Any], None]) -> None:
+    path = out / name / "part-00000.parquet"
+    table = pq.read_table(path)
+    index = table.column_names.index(column)
+    kind = table.column(column).type
+    if pa.types.is_fixed_size_list(kind):
+        values = np.stack(table.column(column).to_pylist())
+        change(values)
+        flat = pa.array(values.ravel(), kind.value_type)
+        array = pa.FixedSizeListArray.from_arrays(flat, kind.list_size)
+    else:
+        values = table.column(column).to_numpy().copy()
+        change(values)
+        array = pa.array(values, kind)
+    pq.write_table(table.set_column(index, column, array), path)
+
+
+def swap(values: np.ndarray) -> None:
+    values[[3, 4]] = values[[4, 3]]
+
+
+def put(at: Any, value: Any) -> Callable[[np.ndarray], None]:
+    def change(values: np.ndarray) -> None:
+        values[at] = value
+
+    return change
+
+
+def subset(out: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    np.save(out / "subset.npy", change(np.load(out / "subset.npy")))
+
+
+def samples(out: Path, name: str, value: int) -> None:
+    stats = json.loads((out / "stats.json").read_text())
+    stats["samples"][name] = value
+    (out / "stats.json").write_text(json.dumps(stats))
+
+
+BREACHES: list[tuple[Callable[[Path], None], str]] = [
+    (lambda o: samples(o, "read", 301), "read is not ranked + bad + duplicate"),
+    (lambda o: samples(o, "pruned", 1), "ranked is not kept + pruned"),
+    (lambda o: samples(o, "bad", 1), "lists 0 bad, stats.json has 1"),
+    (lambda o: edit(o, "graph", "uid_lo", swap), "rows differ in uid_lo"),
+    (lambda o: edit(o, "graph", "difficulty", put(0, 9)), "rows differ in difficulty"),
+    (lambda o: edit(o, "graph", "neighbors", put((0, 0), 300)), "neighbors out of range"),
+    (lambda o: edit(o, "graph", "neighbors", put((5, 1), 5)), "samples list themselves"),
+    (lambda o: edit(o, "graph", "neighbors", put((5, 2), -1)), "do not end in 0 paddings"),
+    (lambda o: edit(o, "graph", "neighbors", put((5, 0), -1)), "a padding before a neighbor"),
+    (lambda o: edit(o, "graph", "neighbors", put(5, 7)), "name a neighbor twice"),
+    (lambda o: edit(o, "graph", "sqdist", put((5, 0), 3.9)), "sqdist falls inside a list"),
+    (lambda o: edit(o, "graph", "sqdist", put((5, 0), np.nan)), "sqdist is NaN"),
+    (lambda o: edit(o, "graph", "sqdist", put((5, 2), np.inf)), "of a neighbor is infinite"),
+    (lambda o: edit(o, "ranking", "rank", put(0, 300)), "ranks out of range"),
+    (lambda o: edit(o, "ranking", "rank", put(slice(2), 5)), "ranks are missing or repeated"),
+    (lambda o: edit(o, "ranking", "rank", swap), "final scores rise with rank"),
+    (lambda o: edit(o, "ranking", "forward", put(0, 1)), "forward scores are not those"),
+    (lambda o: edit(o, "ranking", "final", put(0, 2**45)), "are not forward minus the messages"),
+    (lambda o: edit(o, "ranking", "suppressed_by", put(0, 300)), "suppressed_by out of range"),
+    (lambda o: edit(o, "ranking", "suppressed_by", put(slice(None), -1)), "name no suppressor"),
+    (lambda o: subset(o, lambda s: s[::-1]), "unsorted or repeated"),
+    (lambda o: subset(o, lambda s: np.append(s[:1], s)), "unsorted or repeated"),
+    (lambda o: subset(o, lambda s: s[1:]), "has 89 entries, the ranking's prefix 90"),
+    (lambda o: (o / "kept/sizes.json").write_text('{"a.tar": 3}'), "sizes.json counts 3"),
+]
+
+
+@pytest.mark.parametrize(("damage", "said"), BREACHES, ids=[said for _, said in BREACHES])
+def test_a_breach_is_found(
+    sound: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+    said: str,
+) -> None:
+    out = Path(shutil.copytree(sound, tmp_path / "o"))
+    damage(out)
+    assert main(["verify", str(out)]) == 1
+    captured = capsys.readouterr()
+    assert said in captured.out
+    assert "checks are broken" in captured.err
+
+
+def test_another_subset_of_the_same_size_is_found(
+    sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(sound, tmp_path / "o"))
+    ranking = pq.read_table(out / "ranking/part-00000.parquet").to_pydict()
+    worst = int(np.argmax(ranking["rank"]))
+
+    def change(s: np.ndarray) -> np.ndarray:
+        s[0] = (ranking["uid_hi"][worst], ranking["uid_lo"][worst])
+        return np.sort(s)
+
+    subset(out, change)
+    assert main(["verify", str(out)]) == 1
+    assert "are not the ranking's prefix" in capsys.readouterr().out
