@@ -1,0 +1,51 @@
+"""Small WebDataset shards of drawn scenes, clean and broken."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from d2filter.tools import scenes
+
+
+def picture(seed: int, kind: str = "JPEG", mode: str = "RGB") -> bytes:
+    drawn = scenes.draw(scenes.random_scene(np.random.default_rng(seed))).convert(mode)
+    stream = io.BytesIO()
+    drawn.save(stream, kind)
+    return stream.getvalue()
+
+
+def caption(seed: int) -> str:
+    scene = scenes.random_scene(np.random.default_rng(seed))
+    return scenes.caption(scene, np.random.default_rng(seed))
+
+
+def members(key: str, seed: int, **meta: Any) -> list[tuple[str, bytes]]:
+    """jpg, txt and json of one clean sample."""
+    return [
+        (f"{key}.jpg", picture(seed)),
+        (f"{key}.txt", caption(seed).encode()),
+        (f"{key}.json", json.dumps({"caption": caption(seed), **meta}).encode()),
+    ]
+
+
+def write(path: Path, files: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def black_png_with_alpha() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGBA", (30, 20), (255, 0, 0, 0)).save(stream, "PNG")
+    return stream.getvalue()
