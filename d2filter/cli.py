@@ -115,18 +115,30 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         return added
 
     for name, text, groups in (
+        ("embed", "shards → metadata in OUT/metadata", (_common, _shards)),
         ("graph", "metadata → kNN graph", (_common, _metadata, _catalog, _graph)),
         ("rank", "graph → ranking", (_common, _rank)),
         ("select", "ranking → subset.npy for one budget", (_common, _select)),
         (
             "run",
-            "metadata → subset.npy, resuming what is there",
-            (_common, _metadata, _catalog, _graph, _rank, _select),
+            "shards or metadata → subset.npy, resuming what is there",
+            (_common, _metadata, _shards, _catalog, _graph, _rank, _select),
         ),
     ):
         added = command(name, text, _run_pipeline)
         for group in groups:
             group(added)
+    showing = command("demo", "draw a pool with planted truth, filter it, compare", _run_demo)
+    showing.add_argument("--out-dir", default="d2filter-demo", help="where everything goes")
+    showing.add_argument("--pairs", type=int, default=4200, help="pairs to draw")
+    showing.add_argument("--seed", type=int, default=0, help="of the drawings")
+    packing = command("pack", "folder of images with captions → shards", _run_pack)
+    packing.add_argument("folder", metavar="FOLDER", help="X.png with X.txt or X.json beside it")
+    packing.add_argument("--shards", required=True, metavar="OUT", help="empty folder to write to")
+    packing.add_argument(
+        "--caption-lines", choices=["first", "all"], default="first", help="of a .txt caption"
+    )
+    packing.add_argument("--shard-size", type=int, default=10000, help="pairs in a shard")
     checking = command("verify", "prove from a run's files that it is right", _run_verify)
     checking.add_argument("out_dir", metavar="OUT", help="run directory")
     return parser, commands
@@ -153,6 +165,26 @@ def _metadata(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metadata-dir", default="", help="folder of NAME.parquet + NAME.npz pairs"
     )
+
+
+def _shards(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("embedding")
+    group.add_argument(
+        "--shards",
+        nargs="+",
+        default=None,
+        metavar="URL",
+        help="WebDataset shards: .tar files, folders of them, 'quoted/{00000..00099}.tar'",
+    )
+    group.add_argument(
+        "--model",
+        default=config.BUNDLED_MODEL,
+        help="open_clip model; the bundled one is for trying out, real work wants "
+        "--model ViT-L-14 --pretrained openai",
+    )
+    group.add_argument("--pretrained", default="", help="open_clip tag or path to weights")
+    group.add_argument("--precision", default="fp32", help=", ".join(config.PRECISIONS))
+    group.add_argument("--batch-size", type=int, default=64, help="images in a forward pass")
 
 
 def _catalog(parser: argparse.ArgumentParser) -> None:
@@ -221,10 +253,18 @@ def run_config(arguments: argparse.Namespace) -> config.RunConfig:
         return part(**{**fields, **special})
 
     fraction = given.get("fraction")
+    shards = given.get("shards")
+    if shards and given.get("metadata_dir"):
+        raise UsageError("shards and metadata-dir are both given: name one of them")
+    embed = pick(config.EmbedConfig, shards=_tuple(shards)) if shards else None
+    special = {}
+    if embed is not None and not given.get("arch"):
+        special["arch"] = embed.resolved_arch  # the catalog reads what `embed` writes
     return config.RunConfig(
         out_dir=arguments.out_dir,
         metadata_dir=given.get("metadata_dir", ""),
-        catalog=pick(config.CatalogConfig),
+        embed=embed,
+        catalog=pick(config.CatalogConfig, **special),
         graph=pick(config.GraphConfig),
         rank=pick(config.RankConfig),
         select=pick(
@@ -237,6 +277,14 @@ def run_config(arguments: argparse.Namespace) -> config.RunConfig:
     )
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _tuple(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
 def _run_pipeline(arguments: argparse.Namespace) -> None:
     from dataclasses import replace
 
@@ -244,11 +292,33 @@ def _run_pipeline(arguments: argparse.Namespace) -> None:
 
     chosen = run_config(arguments)
     chosen = replace(chosen, select=pipeline.default_selection(chosen.select))
-    pipeline.Pipeline(chosen, say=print).run(arguments.command)
+    pipeline.Pipeline(chosen, say=_say).run(arguments.command)
+
+
+def _run_demo(arguments: argparse.Namespace) -> None:
+    from d2filter.tools import demo
+
+    demo.demo(arguments.out_dir, pairs=arguments.pairs, seed=arguments.seed, say=_say)
+
+
+def _run_pack(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from d2filter.formats.paths import Folder
+    from d2filter.tools import pack
+
+    shards = Folder(arguments.shards)
+    packed = pack.pack(
+        Path(arguments.folder),
+        shards,
+        caption_lines=arguments.caption_lines,
+        shard_size=arguments.shard_size,
+    )
+    pack.summary(packed, shards, _say)
 
 
 def _run_verify(arguments: argparse.Namespace) -> None:
     from d2filter.formats.paths import Folder
     from d2filter.tools import verify
 
-    verify.verify(Folder(arguments.out_dir), print)
+    verify.verify(Folder(arguments.out_dir), _say)

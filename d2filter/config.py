@@ -29,8 +29,8 @@ _ARCH_OF_MODEL = {"ViT-L-14": "l14", "ViT-B-32": "b32", BUNDLED_MODEL: "tiny"}
 class EmbedConfig:
     """Shards → metadata."""
 
-    shards: str
-    """WebDataset shards: an fsspec URL with braces or wildcards, or a folder of .tar files"""
+    shards: tuple[str, ...]
+    """WebDataset shards: fsspec URLs with braces or wildcards, or folders of .tar files"""
     model: str = BUNDLED_MODEL
     """open_clip model name"""
     pretrained: str = ""

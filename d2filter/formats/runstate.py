@@ -151,7 +151,7 @@ class RunState:
                 },
             },
         )
-        samples: dict[str, int] = {}
+        samples = dict.fromkeys(("read", "ranked", "bad", "duplicate", "kept", "pruned"), 0)
         stats: dict[str, Any] = {"samples": samples, "lost_shards": []}
         detail: dict[str, Any] = {}
         for stage, record in known.items():

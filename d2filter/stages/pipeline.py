@@ -14,7 +14,7 @@ from typing import Any
 from d2filter.config import RunConfig, SelectConfig, options_of
 from d2filter.errors import D2FilterError, RecallError, RunStateError, TooManyBadError, UsageError
 from d2filter.formats import ledger
-from d2filter.formats.paths import Folder
+from d2filter.formats.paths import FileInfo, Folder
 from d2filter.formats.runstate import STAGES, Plan, RunState
 from d2filter.stages.runner import Runner, Task, peak_rss_bytes
 
@@ -67,6 +67,31 @@ class Pipeline:
         stats: dict[str, Any] = self.out.read_json("stats.json")
         self._judge(stats, stages)
         return stats
+
+    def _embed(self) -> None:
+        from d2filter.formats import webdataset
+        from d2filter.stages import embed
+
+        config = self.config.embed
+        if config is None:
+            raise UsageError("no shards: give --shards")
+        shards = webdataset.list_shards(config.shards)
+        options = options_of(config)
+        # where the shards lie is told by `inputs`, file by file
+        options.update(shards=None, arch=config.resolved_arch)
+        plan = Plan(
+            stage="embed",
+            options=options,
+            upstream="",
+            inputs=[FileInfo(s.url, s.info.size, s.info.version) for s in shards],
+        )
+
+        def build() -> dict[str, Any]:
+            figures = embed.build(self._runner, self.out, shards, config, plan.fingerprint)
+            ledger.collect(self.out, ["embed"])
+            return figures
+
+        self._stage(plan, build)
 
     def _catalog(self) -> None:
         from d2filter.formats import metadata
@@ -260,13 +285,6 @@ class Pipeline:
                     f"and --target-recall {target}: raise --exact-below for an exact graph or "
                     "lower the target"
                 )
-
-
-def with_embed_arch(config: RunConfig, *, arch_given: bool) -> RunConfig:
-    """The catalog reads what `embed` writes, unless the user named another arch."""
-    if config.embed is None or arch_given:
-        return config
-    return replace(config, catalog=replace(config.catalog, arch=config.embed.resolved_arch))
 
 
 def default_selection(config: SelectConfig) -> SelectConfig:

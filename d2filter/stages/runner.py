@@ -58,12 +58,13 @@ class Runner:
         label: str,
         total: int | None = None,
         whole_node: bool = False,
+        on_gpu: bool = False,
     ) -> list[dict[str, Any]]:
         """Figures of all tasks, in their order; those that a former run published are not run.
 
         label: what the progress bar shows. total: samples expected, when known. whole_node: each
-        task gets all CPUs of a node. Raises the task's own error when one task failed with one of
-        ours, StageError when several did or a worker died for good.
+        task gets all CPUs of a node. on_gpu: each task gets a GPU where the cluster has any.
+        Raises the task's own error when all failures are the same, StageError otherwise.
         """
         results: dict[str, dict[str, Any]] = {}
         for task in tasks:
@@ -72,7 +73,9 @@ class Runner:
                 results[task.name] = marker
         waiting = [task for task in tasks if task.name not in results]
         if waiting:
-            results.update(self._fan_out(stage, waiting, fingerprint, label, total, whole_node))
+            results.update(
+                self._fan_out(stage, waiting, fingerprint, label, total, whole_node, on_gpu)
+            )
         return [results[task.name] for task in tasks]
 
     def here(self, stage: str, task: Task, *, fingerprint: str) -> dict[str, Any]:
@@ -96,10 +99,14 @@ class Runner:
         label: str,
         total: int | None,
         whole_node: bool,
+        on_gpu: bool,
     ) -> dict[str, dict[str, Any]]:
         ray = self._start_ray()
         cpus = _largest_node(ray) if whole_node else 1
-        remote = ray.remote(_execute_remotely).options(num_cpus=cpus, max_retries=_CRASH_RETRIES)
+        gpus = 1 if on_gpu and ray.cluster_resources().get("GPU", 0) >= 1 else 0
+        remote = ray.remote(_execute_remotely).options(
+            num_cpus=cpus, num_gpus=gpus, max_retries=_CRASH_RETRIES
+        )
         bar = _bar(label, total, self.show_progress)
         counter = None if bar.disable else ray.remote(_Counter).options(num_cpus=0).remote()
         names = {}
@@ -243,8 +250,8 @@ def _figures(folder: Folder, stage: str, outcomes: Sequence[_Outcome]) -> dict[s
                 folder.publish(f"logs/{stage}-{outcome.name}.traceback.txt") as path,
             ):
                 path.write_text(outcome.trace, "utf-8")
-    if len(failed) == 1 and failed[0].error is not None:
-        raise failed[0].error
+    if failed and failed[0].error and len({str(o.error) for o in failed}) == 1:
+        raise failed[0].error  # one failure, or the same one everywhere
     if failed:
         shown = "; ".join(str(o.error) for o in failed[:3])
         more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""

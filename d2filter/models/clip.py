@@ -1,0 +1,99 @@
+"""A CLIP model through open_clip's own factory, transforms and tokenizer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.config import BUNDLED_MODEL
+from d2filter.errors import InputError
+
+F16 = npt.NDArray[np.float16]
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A loaded model with what prepares its input."""
+
+    model: Any
+    transform: Callable[[Any], Any]
+    """PIL image → (3, height, width) float tensor"""
+    tokenize: Callable[[Sequence[str]], Any]
+    """captions → (n, context) int tensor"""
+    device: str
+    dtype: Any
+
+    def encode(
+        self, images: Sequence[Any], captions: Sequence[str], pad_to: int
+    ) -> tuple[F16, F16]:
+        """Unit embeddings of n transformed images and n captions, each (n, d) float16.
+
+        The batch is padded to `pad_to` rows, so that every forward pass has one shape: other shapes
+        choose other kernels, whose last bits differ. A row that the model cannot embed is NaN.
+        """
+        import torch
+
+        count = len(images)
+        stacked = torch.stack(list(images))
+        tokens = self.tokenize(list(captions))
+        missing = pad_to - count
+        if missing > 0:
+            stacked = torch.cat([stacked, stacked.new_zeros((missing, *stacked.shape[1:]))])
+            tokens = torch.cat([tokens, tokens.new_zeros((missing, *tokens.shape[1:]))])
+        with torch.inference_mode():
+            image = self.model.encode_image(stacked.to(self.device, self.dtype))
+            text = self.model.encode_text(tokens.to(self.device))
+        return _unit(image[:count]), _unit(text[:count])
+
+
+@lru_cache(maxsize=1)
+def load(model: str, pretrained: str, precision: str) -> Clip:
+    """Load once a process, on a GPU when this process sees one, else on the CPU.
+
+    Raises InputError, in one line, for an unknown model or weights that cannot be had.
+    """
+    import open_clip
+    import torch
+
+    if model == BUNDLED_MODEL:
+        from d2filter.models import tiny
+
+        tiny.register()
+        pretrained = pretrained or str(tiny.WEIGHTS)
+    if model not in open_clip.list_models():
+        raise InputError(
+            f'open_clip knows no model {model!r}: `python -c "import open_clip; '
+            'print(open_clip.list_models())"` lists them'
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        with warnings.catch_warnings():
+            # open_clip warns of quick-GELU mismatches and of its own defaults
+            warnings.simplefilter("ignore")
+            network, _, transform = open_clip.create_model_and_transforms(
+                model, pretrained=pretrained, precision=precision, device=device
+            )
+            tokenize = open_clip.get_tokenizer(model)
+    except Exception as error:  # the factory raises whatever its hub, torch and safetensors raise
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"model {model} with weights {pretrained!r} cannot be loaded: {text}; --pretrained "
+            "takes one of open_clip's tags (needs its download) or a path to weights"
+        ) from error
+    network.eval()
+    dtype = open_clip.get_input_dtype(precision)
+    return Clip(network, transform, tokenize, device, dtype)
+
+
+def _unit(rows: Any) -> F16:
+    """L2-normalized float16 rows of a tensor."""
+    wide = rows.float().cpu().numpy().astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        unit: F16 = (wide / np.sqrt((wide * wide).sum(axis=1))[:, None]).astype(np.float16)
+    return unit

@@ -1,0 +1,205 @@
+"""Shards → metadata: one shard a task, decoded by threads beside the model (DESIGN §6)."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from d2filter.config import EmbedConfig
+from d2filter.errors import InputError
+from d2filter.formats import ledger, metadata, webdataset
+from d2filter.formats.paths import Folder
+from d2filter.models import clip
+from d2filter.stages.runner import Report, Runner, Task
+
+_DECODE_THREADS = 4  # decoding releases the interpreter lock; the model keeps its own thread
+
+
+def build(
+    runner: Runner,
+    out: Folder,
+    shards: Sequence[webdataset.Shard],
+    config: EmbedConfig,
+    fingerprint: str,
+) -> dict[str, Any]:
+    """Embed all shards into OUT/metadata; returns the stage's figures."""
+    tasks = [
+        Task(
+            name=shard.name,
+            run=embed_shard,
+            arguments={"out": out, "shard": shard, "config": config},
+        )
+        for shard in shards
+    ]
+    done = runner.map("embed", tasks, fingerprint=fingerprint, label="embed", on_gpu=True)
+    reasons = sum((Counter(figures["reasons"]) for figures in done), Counter())
+    read = sum(figures["read"] for figures in done)
+    lost = [figures["lost"] for figures in done if figures["lost"]]
+    if read == sum(reasons.values()):
+        what = [f"{count} {reason}" for reason, count in reasons.most_common(3)] + lost[:1]
+        raise InputError(
+            f"none of {read} samples in {len(shards)} shards can be embedded "
+            f"({', '.join(what) or 'the shards are empty'})"
+        )
+    return {
+        "samples": {"read": read, "bad": sum(reasons.values())},
+        "bad_reasons": dict(reasons.most_common()),
+        "lost_shards": lost,
+        "shards": len(shards),
+        "device": sorted({figures["device"] for figures in done}),
+        "peak_rss": max(figures["peak_rss_bytes"] for figures in done),
+    }
+
+
+def embed_shard(
+    *, report: Report, out: Folder, shard: webdataset.Shard, config: EmbedConfig
+) -> dict[str, Any]:
+    """Task: decode and embed one shard, write its pair and its ledger part."""
+    model = clip.load(config.model, config.pretrained, config.precision)
+    rows: list[dict[str, Any]] = []
+    images: list[np.ndarray[Any, Any]] = []
+    texts: list[np.ndarray[Any, Any]] = []
+    entries: list[ledger.Entry] = []
+    batch: list[_Ready] = []
+    lost = ""
+
+    def flush() -> None:
+        image, text = model.encode(
+            [ready.tensor for ready in batch],
+            [ready.sample.caption for ready in batch],
+            config.batch_size,
+        )
+        images.append(image)
+        texts.append(text)
+        rows.extend(_row(ready, shard) for ready in batch)
+        report(len(batch))
+        batch.clear()
+
+    try:
+        with ThreadPoolExecutor(_DECODE_THREADS, "decode") as pool:
+            for item in _decoded(pool, webdataset.read_samples(shard), model, config.batch_size):
+                if isinstance(item, _Ready):
+                    batch.append(item)
+                else:
+                    entries.append(_entry(item, shard))
+                    report(1)
+                if len(batch) == config.batch_size:
+                    flush()
+    except webdataset.LostTail as error:
+        lost = f"{shard.url}: {error}"
+    if batch:
+        flush()
+    if rows:
+        metadata.publish_pair(
+            out.sub("metadata"),
+            shard.name,
+            config.resolved_arch,
+            rows,
+            np.concatenate(images),
+            np.concatenate(texts),
+        )
+    ledger.publish_entries(out, "embed", shard.name, entries)
+    return {
+        "read": len(rows) + len(entries),
+        "reasons": dict(Counter(entry.reason for entry in entries)),
+        "lost": lost,
+        "device": model.device,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A sample whose picture is decoded and transformed."""
+
+    sample: webdataset.Sample
+    tensor: Any
+    width: int
+    height: int
+
+
+def _decoded(
+    pool: ThreadPoolExecutor,
+    samples: Iterator[webdataset.Sample],
+    model: clip.Clip,
+    batch_size: int,
+) -> Iterator[_Ready | webdataset.Sample]:
+    """Samples in order, decoded ahead by at most two batches; unusable ones as they are.
+
+    The samples before a LostTail are handed out before it is raised.
+    """
+    waiting: deque[Future[_Ready | webdataset.Sample]] = deque()
+    lost: webdataset.LostTail | None = None
+    try:
+        for sample in samples:
+            waiting.append(pool.submit(_decode, sample, model))
+            if len(waiting) > 2 * batch_size:
+                yield waiting.popleft().result()
+    except webdataset.LostTail as error:
+        lost = error
+    while waiting:
+        yield waiting.popleft().result()
+    if lost is not None:
+        raise lost
+
+
+def _decode(sample: webdataset.Sample, model: clip.Clip) -> _Ready | webdataset.Sample:
+    from PIL import Image
+
+    if sample.reason:
+        return sample
+    try:
+        with warnings.catch_warnings():
+            # a picture between PIL's warning and its refusal is large, not hostile
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(sample.image)) as picture:
+                width, height = picture.size
+                return _Ready(sample, model.transform(picture), width, height)
+    except Exception as error:  # decoders raise nearly anything on hostile bytes
+        return webdataset.Sample(
+            key=sample.key,
+            uid=sample.uid,
+            reason="broken image",
+            message=f"{type(error).__name__}: {error}"[:300],
+        )
+
+
+def _row(ready: _Ready, shard: webdataset.Shard) -> dict[str, Any]:
+    meta = ready.sample.meta
+    url, sha256 = meta.get("url"), meta.get("sha256")
+    return {
+        "uid": ready.sample.uid,
+        "url": url if isinstance(url, str) else None,
+        "text": ready.sample.caption,
+        "original_width": _size(meta.get("original_width"), ready.width),
+        "original_height": _size(meta.get("original_height"), ready.height),
+        "sha256": sha256
+        if isinstance(sha256, str)
+        else hashlib.sha256(ready.sample.image).hexdigest(),
+        "key": ready.sample.key,
+        "shard": shard.url,
+    }
+
+
+def _size(told: object, decoded: int) -> int:
+    """What the json says, when it is a sensible number, else the size of the stored picture."""
+    return told if isinstance(told, int) and 0 < told < 2**31 else decoded
+
+
+def _entry(sample: webdataset.Sample, shard: webdataset.Shard) -> ledger.Entry:
+    return ledger.Entry(
+        stage="embed",
+        status="bad",
+        reason=sample.reason,
+        message=sample.message,
+        shard=shard.url,
+        key=sample.key,
+        uid=sample.uid,
+    )

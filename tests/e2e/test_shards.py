@@ -1,0 +1,214 @@
+"""From shards to a subset with the bundled model, on a real local Ray."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import shards as made
+
+from d2filter.algorithm import scores
+from d2filter.cli import main
+from d2filter.formats import uid as uid_format
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def stats(out: Path) -> dict:
+    return json.loads((out / "stats.json").read_text())
+
+
+def bomb() -> bytes:
+    """A small PNG that claims 60,000 × 60,000 pixels."""
+    content = bytearray(made.black_png_with_alpha())
+    content[16:24] = (60000).to_bytes(4, "big") * 2
+    import zlib
+
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
+    """Two shards of 150 samples, some of them broken, embedded and filtered."""
+    folder = tmp_path_factory.mktemp("shards")
+    for number in range(2):
+        files = []
+        for i in range(70):
+            files += made.members(f"{number}{i:04d}", 100 * number + i)
+        files += [
+            (f"{number}a.jpg", made.picture(1)[:200]), (f"{number}a.txt", b"cut off"),
+            (f"{number}b.png", bomb()), (f"{number}b.txt", b"a bomb"),
+            (f"{number}c.txt", b"nothing to see"),
+            (f"{number}d.png", made.black_png_with_alpha()), (f"{number}d.txt", b"alpha"),
+            (f"{number}e.png", made.picture(5, "PNG", "P")), (f"{number}e.txt", b"palette"),
+            (f"{number}f.webp", made.picture(6, "WEBP")), (f"{number}f.txt", "été 雪".encode()),
+            (f"{number}g.png", made.picture(7, "PNG", "LA")), (f"{number}g.txt", b"gray alpha"),
+            (f"{number}h.jpg", made.picture(8, "JPEG", "CMYK")), (f"{number}h.txt", b"cmyk"),
+            (f"{number}i.jpg", made.picture(9)), (f"{number}i.txt", b"word " * 500),
+        ]  # fmt: skip
+        made.write(folder / f"s/{number:05d}.tar", files)
+    words = ("--shards", folder / "s", "--fraction", "0.5", "--batch-size", 32)
+    assert run("run", *words, "--max-bad", "0.1", "--out-dir", folder / "o") == 0
+    return folder
+
+
+def test_everything_is_accounted_for(finished: Path) -> None:
+    out = finished / "o"
+    samples = stats(out)["samples"]
+    # the pictures d to i are the same in both shards, so are their content ids
+    assert samples == {
+        "read": 158, "ranked": 146, "bad": 6, "duplicate": 6, "kept": 73, "pruned": 73
+    }  # fmt: skip
+    bad = pq.read_table(out / "bad_samples.parquet").to_pylist()
+    assert sorted((b["stage"], b["reason"], b["key"]) for b in bad if b["status"] == "bad") == [
+        ("embed", "broken image", "0a"), ("embed", "broken image", "0b"),
+        ("embed", "broken image", "1a"), ("embed", "broken image", "1b"),
+        ("embed", "no image", "0c"), ("embed", "no image", "1c"),
+    ]  # fmt: skip
+    messages = {b["key"]: b["message"] for b in bad}
+    assert "DecompressionBomb" in messages["0b"]
+    assert run("verify", out) == 0
+
+
+def test_the_metadata_is_datacomps(finished: Path) -> None:
+    metadata = finished / "o/metadata"
+    assert sorted(p.name for p in metadata.iterdir()) == [
+        "00000.npz", "00000.parquet", "00001.npz", "00001.parquet"
+    ]  # fmt: skip
+    table = pq.read_table(metadata / "00000.parquet").to_pydict()
+    with np.load(metadata / "00000.npz", allow_pickle=False) as arrays:
+        image, text = arrays["tiny_img"], arrays["tiny_txt"]
+    assert image.dtype == text.dtype == np.float16
+    assert len(table["uid"]) == len(image) == len(text) == 76
+    assert np.allclose(np.linalg.norm(image.astype(float), axis=1), 1, atol=1e-3)
+    assert table["clip_tiny_similarity_score"] == scores.clip_score(image, text).tolist()
+    assert table["key"][:2] == ["00000", "00001"]
+    assert set(table["shard"]) == {str(finished / "s/00000.tar")}
+    assert (table["original_width"][0], table["original_height"][0]) == (64, 64)
+
+
+def test_embeddings_are_those_of_open_clip_itself(finished: Path) -> None:
+    """The same pictures and captions through open_clip by hand."""
+    import io
+
+    import open_clip
+    import torch
+    from PIL import Image
+
+    from d2filter.models import tiny
+
+    tiny.register()
+    model, _, transform = open_clip.create_model_and_transforms(
+        tiny.MODEL_NAME, pretrained=str(tiny.WEIGHTS)
+    )
+    model.eval()
+    tokenize = open_clip.get_tokenizer(tiny.MODEL_NAME)
+    pictures = [Image.open(io.BytesIO(made.picture(i))) for i in range(20)]
+    with torch.inference_mode():
+        image = model.encode_image(torch.stack([transform(p) for p in pictures]), normalize=True)
+        text = model.encode_text(tokenize([made.caption(i) for i in range(20)]), normalize=True)
+    with np.load(finished / "o/metadata/00000.npz") as arrays:
+        assert np.abs(arrays["tiny_img"][:20] - image.numpy()).max() < 2e-3
+        assert np.abs(arrays["tiny_txt"][:20] - text.numpy()).max() < 2e-3
+
+
+def test_matched_pairs_score_higher_than_the_odd_ones(finished: Path) -> None:
+    table = pq.read_table(finished / "o/metadata/00000.parquet").to_pydict()
+    score = np.array(table["clip_tiny_similarity_score"])
+    drawn = np.array([len(key) == 5 for key in table["key"]])
+    assert np.median(score[drawn]) > 0.7 > np.median(score[~drawn])
+
+
+def test_kept_lists_name_shards_and_keys(finished: Path) -> None:
+    kept = pq.read_table(finished / "o/kept/part-00000.parquet").to_pylist()
+    assert len(kept) == 73
+    by_uid = {}
+    for name in ("00000", "00001"):
+        table = pq.read_table(finished / f"o/metadata/{name}.parquet").to_pydict()
+        for uid, key, shard in zip(table["uid"], table["key"], table["shard"], strict=True):
+            by_uid.setdefault(uid, set()).add((key, shard))
+    assert all((k["key"], k["shard"]) in by_uid[k["uid"]] for k in kept)
+    subset = np.load(finished / "o/subset.npy")
+    assert sorted(k["uid"] for k in kept) == uid_format.to_hex(subset["f0"], subset["f1"])
+    sizes = json.loads((finished / "o/kept/sizes.json").read_text())
+    assert set(sizes) == {"00000.tar", "00001.tar"}
+    assert sum(sizes.values()) == 73
+
+
+def test_embed_and_graph_run_alone(finished: Path, tmp_path: Path) -> None:
+    shards = str(finished / "s/{00000..00001}.tar")
+    out = tmp_path / "o"
+    words = ("--max-bad", "0.1", "--out-dir", out)
+    assert run("embed", "--shards", shards, "--batch-size", 32, *words) == 0
+    assert stats(out)["samples"]["bad"] == 6
+    assert run("graph", "--arch", "tiny", *words) == 0
+    assert stats(out)["samples"] == {
+        **stats(finished / "o")["samples"], "kept": 0, "pruned": 0
+    }  # fmt: skip
+    assert run("rank", "--out-dir", out) == 0
+    assert run("select", "--out-dir", out, "--fraction", "0.5") == 0
+    assert (out / "subset.npy").read_bytes() == (finished / "o/subset.npy").read_bytes()
+
+
+def test_a_truncated_shard_is_reported_after_everything_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [f for i in range(30) for f in made.members(f"{i:03d}", i)]
+    path = made.write(tmp_path / "s/00000.tar", files)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    made.write(
+        tmp_path / "s/00001.tar", [f for i in range(9) for f in made.members(f"{i}", 50 + i)]
+    )
+    (tmp_path / "s/00002.tar").write_bytes(b"this is no tar file" * 100)
+    out = tmp_path / "o"
+    assert run("run", "--shards", tmp_path / "s", "--max-bad", "0.5", "--out-dir", out) == 3
+    error = capsys.readouterr().err
+    assert "2 shards could not be read whole" in error
+    assert len(stats(out)["lost_shards"]) == 2
+    samples = stats(out)["samples"]
+    assert 20 < samples["read"] < 35
+    assert samples["kept"] > 5
+    # the same command again: nothing to do, and still not silent
+    assert run("run", "--shards", tmp_path / "s", "--max-bad", "0.5", "--out-dir", out) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--model", "ViT-L-14"], 2, "add --pretrained"),
+        (["--model", "no-such-model", "--pretrained", "x"], 1, "knows no model 'no-such-model'"),
+        (["--model", "ViT-B-32", "--pretrained", "/none.pt"], 1, "cannot be loaded"),
+        (["--precision", "fp8"], 2, "precision is 'fp8', allowed are fp32"),
+        (["--batch-size", "0"], 2, "batch_size is 0"),
+        (["--metadata-dir", "x"], 2, "shards and metadata-dir are both given"),
+    ],
+)
+def test_unusable_models_and_options(
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    code: int,
+    said: str,
+) -> None:
+    capsys.readouterr()
+    arguments = ("--shards", finished / "s", "--out-dir", tmp_path / "o", *words)
+    assert run("run", *arguments) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert not (tmp_path / "o/metadata").exists()
+
+
+def test_shards_without_a_usable_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made.write(tmp_path / "s/0.tar", [("a.txt", b"x"), ("b.txt", b"y")])
+    assert run("run", "--shards", tmp_path / "s", "--out-dir", tmp_path / "o") == 1
+    assert "none of 2 samples in 1 shards can be embedded (2 no image)" in capsys.readouterr().err
