@@ -14,3 +14,10 @@ scores.py    difficulty from embeddings
 baselines.py rankings to compare with
 uids.py      order and hashes of 128-bit sample ids
 """
+
+import os
+
+# faiss and numba bring an OpenMP pool each and take turns many times a second. By default the
+# threads of the pool that waits spin on the cores that the other one needs: a search by cell on two
+# cores took four times as long. OpenMP reads this when it is loaded, so it is set before both.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -143,7 +143,7 @@ def _nearest_groups(found, own, need, bits, copy_start):  # type: ignore[no-unty
     distance = np.empty(found.size, np.float32)
     for t in range(found.size):
         distance[t] = features.sqdist(bits[own], bits[found[t]])
-    by = np.argsort(distance, kind="mergesort")
+    by = np.argsort(distance)  # equals need no order here: `_fill` takes a level as a whole
     held = 0
     last = 0
     while last < by.size and held < need:

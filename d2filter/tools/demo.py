@@ -45,7 +45,7 @@ class Setting:
 FRACTION = Decimal("0.5")
 PUBLISHED = Setting(name="d2-published", label="D2 as published", k=1, gamma=1.0)
 # the best of the grid in jobs/results/demo_settings.md, which was made on other pools
-MEASURED = Setting(name="d2-measured", label="D2 as measured", k=5, gamma=10.0)
+MEASURED = Setting(name="d2-measured", label="D2 as measured", k=5, gamma=5.0)
 
 _COPIES = 0.3
 _SWAPPED = 0.2
