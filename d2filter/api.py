@@ -97,16 +97,15 @@ def rank(
     rows = features.fix(modalities, normalize=normalize)
     _refuse(~np.isfinite(rows).all(axis=1), "features overflow float16")
     rows, hi, lo = rows[order], hi[order], lo[order]
+    pool = knn.make_pool(rows, hi, lo)
     index = knn.train_index(
-        rows,
-        hi,
-        lo,
+        pool,
         graph_config.n_neighbors,
         target_recall=graph_config.target_recall,
         exact_below=graph_config.exact_below,
         seed=graph_config.seed,
     )
-    graph = knn.build_graph(rows, graph_config.n_neighbors, index)
+    graph = knn.build_graph(pool, graph_config.n_neighbors, index)
     ranked = ranking.rank_graph(
         hi,
         lo,
@@ -126,7 +125,7 @@ def rank(
         neighbors=_rows(graph.neighbors, order)[back],
         sqdist=graph.sqdist[back],
         difficulty=difficulty,
-        recall=knn.measure_recall(rows, hi, lo, graph, seed=graph_config.seed),
+        recall=knn.measure_recall(pool, graph, seed=graph_config.seed),
     )
 
 

@@ -110,15 +110,13 @@ def _graph() -> list[str]:
         [centers[rng.integers(0, len(centers), POOL)] + rng.normal(size=(POOL, DIM))]
     )
     hi, lo = np.arange(POOL, dtype=np.uint64), np.zeros(POOL, np.uint64)
-    small = rows[:3000]
-    knn.build_graph(
-        small,
-        NEIGHBORS,
-        knn.train_index(small, hi[:3000], lo[:3000], NEIGHBORS, target_recall=0.9, exact_below=9),
-    )  # compile
-    trained, index = _time(lambda: knn.train_index(rows, hi, lo, NEIGHBORS, target_recall=0.95))
-    searched, graph = _time(lambda: knn.build_graph(rows, NEIGHBORS, index))
-    recall = knn.measure_recall(rows, hi, lo, graph)
+    small = knn.make_pool(rows[:3000], hi[:3000], lo[:3000])
+    index = knn.train_index(small, NEIGHBORS, target_recall=0.9, exact_below=9)
+    knn.build_graph(small, NEIGHBORS, index)  # compile
+    pool = knn.make_pool(rows, hi, lo)
+    trained, index = _time(lambda: knn.train_index(pool, NEIGHBORS, target_recall=0.95))
+    searched, graph = _time(lambda: knn.build_graph(pool, NEIGHBORS, index))
+    recall = knn.measure_recall(pool, graph)
     faiss = backend.load_faiss()
     wide = features.to_float32(rows)
     nlist = len(index.centroids)
@@ -130,7 +128,7 @@ def _graph() -> list[str]:
 
     their_training, _ = _time(train)
     queries = np.random.default_rng(1).choice(POOL, 3000, replace=False)
-    truth, _ = knn.exact_neighbors(rows, queries, NEIGHBORS)
+    truth, _ = knn.exact_neighbors(pool, queries, NEIGHBORS)
     lines = [
         f"## Graph of {POOL:,} × {DIM} clustered float16 rows, k={NEIGHBORS}, {nlist} cells",
         "",

@@ -45,17 +45,17 @@ def nearest(queries: F32, rows: F32, k: int) -> tuple[F32, I64]:
     """Squared distances (q, k) float32 ascending and row numbers (q, k) int64, −1 pads.
 
     queries: (q, d), rows: (n, d), both float32. The distances are those of a matrix product:
-    each is off by at most `error_bound`.
+    its error is bounded by `relative_error`.
     """
     distance, index = load_faiss().knn(queries, rows, k)
     return distance, index
 
 
-def error_bound(dim: int, largest_norm: float) -> float:
-    """Largest error of ‖x‖² + ‖y‖² − 2x·y in float32 for rows of at most that norm.
+def relative_error(dim: int) -> float:
+    """c such that ‖x‖² + ‖y‖² − 2x·y in float32 is off by at most c·(‖x‖ + ‖y‖)².
 
     Every one of the three sums of `dim` products is off by at most (dim + 2)·u·‖x‖‖y‖ (Higham,
     Accuracy and Stability, §3.1); the last three operations and the rounding of the exact distance
     add a few u more.
     """
-    return (dim + 8) * UNIT_ROUNDOFF * (2.0 * largest_norm) ** 2
+    return (dim + 8) * UNIT_ROUNDOFF

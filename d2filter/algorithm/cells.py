@@ -13,7 +13,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import backend, features
+from d2filter.algorithm import backend, features, lists
 
 F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
@@ -22,6 +22,7 @@ I64 = npt.NDArray[np.int64]
 Progress = Callable[[int], None]
 
 _BLOCK = 16384
+_UNSURE_BLOCK = 4096
 _MARGIN = 4  # proposals beyond those wanted; near ties decide among them
 
 
@@ -30,61 +31,59 @@ def cell_count(rows: int) -> int:
     return max(1, int(np.ceil(2.0 * np.sqrt(rows))))
 
 
-def train_centroids(sample: F16, cells: int, *, iterations: int = 8, spherical: bool = True) -> F16:
+def train_centroids(sample: F16, cells: int, *, iterations: int = 8) -> F16:
     """k-means (Lloyd) over distinct rows, shape (≤ cells, d) float16, no two equal.
 
     sample: (m, d) float16, in an order that does not depend on the layout of files; evenly spaced
-    rows of it are the start. `spherical` scales each centroid to the mean norm of its rows, so that
-    large cells do not shrink towards the origin. A cell that ends up empty moves to the row that
-    lies farthest from its centroid.
+    rows of it are the start. Where all rows have one norm (within 1%, as normalized ones do) the
+    centroids are scaled to it, so that large cells do not shrink towards the origin. A cell that
+    ends up empty moves to the row that lies farthest from its centroid.
     """
     cells = min(cells, len(sample))
     centroids = sample[np.linspace(0, len(sample) - 1, cells).astype(np.int64)]
+    norm = np.sqrt(_squared_norms(sample.view(np.uint16)))
+    # in 2⁻¹⁰ steps: far coarser than the rounding of the norms
+    level = float(np.round(np.median(norm) * 1024) / 1024)
+    spherical = level > 0 and bool((np.abs(norm / level - 1) < 0.01).all())
     for _ in range(iterations):
         cell, distance = assign(sample, centroids, 1)
-        centroids = _update(sample, cell[:, 0], distance[:, 0], cells, spherical)
+        centroids = _update(sample, cell[:, 0], distance[:, 0], cells, level if spherical else None)
     return np.unique(centroids, axis=0)
 
 
 def assign(
-    rows: F16, centroids: F16, probes: int, *, progress: Progress = lambda done: None
+    rows: F16,
+    centroids: F16,
+    probes: int,
+    *,
+    which: I64 | None = None,
+    progress: Progress = lambda done: None,
 ) -> tuple[I32, F32]:
     """The `probes` nearest cells of each row, best first: cells (n, p) int32, sqdist (n, p) f32.
 
-    Order: (exact squared distance, cell number). p = min(probes, number of cells). `progress` is
-    called with the number of rows done since the last call.
+    rows: (m, d) float16; `which` picks n of them, None all. Order: (exact squared distance, cell
+    number). p = min(probes, number of cells). `progress` is called with the number of rows done
+    since the last call.
     """
     cells = len(centroids)
+    count = len(rows) if which is None else len(which)
     probes = min(probes, cells)
     fetch = min(cells, probes + _MARGIN)
-    out = np.empty((len(rows), probes), np.int32)
-    distance = np.empty((len(rows), probes), np.float32)
+    out = np.zeros((count, probes), np.int32)
+    distance = np.zeros((count, probes), np.float32)
     wide = features.to_float32(centroids)
     bits = centroids.view(np.uint16)
-    bound = backend.error_bound(rows.shape[1], max(largest_norm(rows), largest_norm(centroids)))
-    for start in range(0, len(rows), _BLOCK):
-        block = np.ascontiguousarray(rows[start : start + _BLOCK])
+    relative = np.float32(backend.relative_error(rows.shape[1]))
+    for start in range(0, count, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        block = np.ascontiguousarray(rows[part] if which is None else rows[which[part]])
         near, proposed = backend.nearest(features.to_float32(block), wide, fetch)
-        _decide(
-            block.view(np.uint16),
-            bits,
-            proposed,
-            near,
-            np.float32(bound),
-            out[start : start + _BLOCK],
-            distance[start : start + _BLOCK],
+        unsure = _decide(
+            block.view(np.uint16), bits, proposed, near, relative, out[part], distance[part]
         )
+        _decide_unsure(block, centroids, np.flatnonzero(unsure), out[part], distance[part])
         progress(len(block))
     return out, distance
-
-
-def largest_norm(rows: F16) -> float:
-    """Upper bound of the L2 norms of an (n, d) float16 array."""
-    largest = 0.0
-    for start in range(0, len(rows), _BLOCK):
-        block = rows[start : start + _BLOCK].astype(np.float32)
-        largest = max(largest, float(np.einsum("ij,ij->i", block, block).max(initial=0.0)))
-    return float(np.sqrt(largest) * 1.001)
 
 
 def calibrate(
@@ -110,18 +109,14 @@ def calibrate(
     return low
 
 
-def _update(sample: F16, cell: I32, distance: F32, cells: int, spherical: bool) -> F16:
-    """New centroids, (cells, d) float16, from one assignment."""
+def _update(sample: F16, cell: I32, distance: F32, cells: int, level: float | None) -> F16:
+    """New centroids, (cells, d) float16, from one assignment; scaled to norm `level` if given."""
     sums = _sum_cells(sample.view(np.uint16), cell, cells)
     count = np.bincount(cell, minlength=cells)
     filled = count > 0
     means = np.zeros_like(sums)
     means[filled] = sums[filled] / count[filled, None]
-    if spherical:
-        squares = sample.astype(np.float32).astype(np.float64)
-        norm = np.sqrt((squares * squares).sum(axis=1))
-        # to the level of the rows' norms in 2⁻¹⁰ steps: their exact mean would depend on the order
-        level = np.round(np.median(norm) * 1024) / 1024
+    if level is not None:
         length = np.sqrt((means * means).sum(axis=1))
         scalable = filled & (length > 0)
         means[scalable] *= (level / length[scalable])[:, None]
@@ -131,6 +126,36 @@ def _update(sample: F16, cell: I32, distance: F32, cells: int, spherical: bool) 
     fixed[empty] = sample[farthest]
     fixed += np.float16(0)
     return fixed
+
+
+def _decide_unsure(block: F16, centroids: F16, rows: I64, out: I32, distance: F32) -> None:
+    """Look at all cells that may be among the nearest of the rows whose proposals leave doubt."""
+    for start in range(0, rows.size, _UNSURE_BLOCK):
+        part = rows[start : start + _UNSURE_BLOCK]
+        limit = distance[part, -1].astype(np.float64) * (1.0 + 2.0**-22)
+        everything = np.concatenate([block[part], centroids])
+        queries = np.arange(part.size, dtype=np.int64)
+        members = np.arange(part.size, len(everything), dtype=np.int64)
+        query, cell = lists.within(everything, queries, members, limit)
+        order = np.argsort(query, kind="stable")
+        bounds = np.searchsorted(query[order], np.arange(part.size + 1))
+        _insert_cells(
+            block.view(np.uint16), centroids.view(np.uint16), part, bounds, cell[order],
+            out, distance,
+        )  # fmt: skip
+
+
+@numba.njit(cache=True, parallel=True)
+def _squared_norms(bits):  # type: ignore[no-untyped-def]  # compiled by numba
+    n, d = bits.shape
+    out = np.empty(n, np.float64)
+    for i in numba.prange(n):
+        total = np.float64(0.0)
+        for c in range(d):
+            value = np.float64(features.half(bits[i, c]))
+            total += value * value
+        out[i] = total
+    return out
 
 
 @numba.njit(cache=True)
@@ -165,25 +190,42 @@ def _positions(queries, centroids, true_cells):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, parallel=True)
-def _decide(rows, centroids, proposed, near, bound, out, out_distance):  # type: ignore[no-untyped-def]
-    """Order proposed cells by exact distance; look at all cells where proposals may miss one."""
+def _decide(rows, centroids, proposed, near, relative, out, out_distance):  # type: ignore[no-untyped-def]
+    """Order proposed cells by exact distance; returns the rows where another may be as near.
+
+    The bound is that of `lists._limits`.
+    """
     n = rows.shape[0]
-    cells = centroids.shape[0]
     fetch = proposed.shape[1]
     probes = out.shape[1]
+    unsure = np.zeros(n, np.bool_)
     for i in numba.prange(n):
         count = 0
         for t in range(fetch):
             c = proposed[i, t]
-            if c >= 0:
-                _insert(out[i], out_distance[i], count, c, features.sqdist(rows[i], centroids[c]))
-                count = min(count + 1, probes)
-        # a cell that was not proposed is at least near[-1] − bound away
-        if fetch < cells and out_distance[i, probes - 1] >= near[i, fetch - 1] - bound:
-            count = 0
-            for c in range(cells):
-                _insert(out[i], out_distance[i], count, c, features.sqdist(rows[i], centroids[c]))
-                count = min(count + 1, probes)
+            _insert(out[i], out_distance[i], count, c, features.sqdist(rows[i], centroids[c]))
+            count = min(count + 1, probes)
+        if fetch < centroids.shape[0]:
+            bar = near[i, fetch - 1]
+            norm = np.float32(0.0)
+            for c in range(rows.shape[1]):
+                value = features.half(rows[i, c])
+                norm += value * value
+            slack = np.float32(9.1) * relative * max(norm, bar)
+            unsure[i] = out_distance[i, probes - 1] >= bar - slack
+    return unsure
+
+
+@numba.njit(cache=True)
+def _insert_cells(rows, centroids, which, bounds, cells, out, out_distance):  # type: ignore[no-untyped-def]
+    """Fill the lists of some rows from candidates given as CSR."""
+    for w in range(which.size):
+        i = which[w]
+        count = 0
+        for t in range(bounds[w], bounds[w + 1]):
+            c = cells[t]
+            _insert(out[i], out_distance[i], count, c, features.sqdist(rows[i], centroids[c]))
+            count = min(count + 1, out.shape[1])
 
 
 @numba.njit(cache=True, inline="always")

@@ -38,6 +38,9 @@ def fix(modalities: Sequence[npt.NDArray[Any]], *, normalize: bool = True) -> F1
             block = modality[start : start + 8192].astype(np.float64)
             with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
                 if normalize:
+                    # by a power of two, exactly: squares of extreme values would overflow or vanish
+                    _, exponent = np.frexp(np.abs(block).max(axis=1))
+                    block = np.ldexp(block, -exponent[:, None])
                     block /= np.sqrt((block * block).sum(axis=1))[:, None]
                 out[start : start + 8192, column : column + width] = block + 0.0
         column += width
@@ -75,8 +78,10 @@ def group_copies(rows: F16) -> Copies:
     return Copies(group.astype(np.int64, copy=False), first, start, members)
 
 
-def to_float32(rows: F16) -> F32:
-    """The same values as float32, shape (n, d)."""
+def to_float32(rows: F16, which: I64 | None = None) -> F32:
+    """The same values as float32: of all rows, or of those at positions `which`, (·, d)."""
+    if which is not None:
+        rows = rows[which]
     out: F32 = _decode(np.ascontiguousarray(rows).view(np.uint16))
     return out
 

@@ -1,23 +1,46 @@
 """Exact neighbor lists from proposals, with copies expanded in ring order (DESIGN §4.5).
 
-Proposals are rows with float32 distances that are off by at most a known bound. Here they are
-measured exactly; a list whose last place lies within the bound of what was not proposed is
-searched again among all rows of its cells. Rows are in ascending order of uid, so the ring order
-of equals is (row_j − row_i) mod n.
+Proposals are groups of copies with float32 distances that are off by at most a known bound. Here
+they are measured exactly. A list whose last place lies within the bound of what was not proposed is
+searched again among all rows of its cells, in float64, which leaves almost nothing but the true
+neighbors to measure. Rows are in ascending order of uid, so the ring order of equals is
+(row_j − row_i) mod n.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import backend, cells, features
+from d2filter.algorithm import backend, features
 
 F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
+
+_UNSURE_BLOCK = 1024
+_WIDE_ROWS = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """What was searched and what it proposed; q searched groups, g groups in all."""
+
+    groups: I64
+    """(q,) numbers of the searched groups, ascending"""
+    probed: I32
+    """(q, p) cells that each of them searched"""
+    home: npt.NDArray[np.integer]
+    """(g,) cell of each group"""
+    near: F32
+    """(q, f) approximate distances, ascending, inf where nothing was proposed"""
+    ids: I32
+    """(q, f) groups proposed, −1 where nothing"""
 
 
 def by_cell(assigned: npt.NDArray[np.integer], cell_total: int) -> tuple[I64, I64]:
@@ -31,128 +54,196 @@ def by_cell(assigned: npt.NDArray[np.integer], cell_total: int) -> tuple[I64, I6
 
 def fill_lists_inplace(
     rows: F16,
-    distinct: F16,
     copies: features.Copies,
-    probed: I32,
-    ids: I32,
-    near: F32,
-    only: tuple[I64, I64] | None,
+    search: Search,
+    query_rows: I64 | None,
     neighbors: I64,
     sqdist: F32,
 ) -> None:
-    """Fill `neighbors` (·, k) and `sqdist` (·, k) in place, for all rows or for some.
+    """Fill `neighbors` (·, k) and `sqdist` (·, k), for all rows or for `query_rows`.
 
-    rows: (n, d). distinct: (g, d), one row of each group of `copies`. probed: cells of each
-    searched group. ids, near: its proposals (group numbers) and their approximate distances.
-    only: (rows asked for, their groups ascending), or None for all.
+    rows: (n, d). Every row asked for must lie in a searched group.
     """
-    norm = cells.largest_norm(distinct)
-    bound = np.float32(backend.error_bound(distinct.shape[1], norm))
-    if only is None:
+    if query_rows is None:
         query_rows = np.arange(len(rows), dtype=np.int64)
-        groups = np.arange(len(distinct), dtype=np.int64)
-        home = probed[:, 0]
-        cell_total = int(probed.max(initial=0)) + 1
-    else:
-        query_rows, groups = only
-        home = np.zeros(len(distinct), np.int32)
-        cell_total = 1
-    row_start, row_list = by_cell(home[:, None], cell_total)
-    # which output rows belong to each searched group
-    slot = np.searchsorted(groups, copies.group[query_rows])
+    slot = np.searchsorted(search.groups, copies.group[query_rows])
     order = np.argsort(slot, kind="stable").astype(np.int64, copy=False)
-    out_start = np.zeros(groups.size + 1, np.int64)
-    np.cumsum(np.bincount(slot, minlength=groups.size), out=out_start[1:])
-    _expand(
-        distinct.view(np.uint16), groups, copies.start, copies.members, len(rows),
-        ids, near, bound, probed, row_start, row_list,
-        order, out_start, query_rows, neighbors, sqdist,
+    start = np.zeros(search.groups.size + 1, np.int64)
+    np.cumsum(np.bincount(slot, minlength=search.groups.size), out=start[1:])
+    bits = rows.view(np.uint16)
+    k = neighbors.shape[1]
+    limit, unsure = _limits(
+        bits, copies.first, copies.start, search.groups, search.ids, search.near, k,
+        np.float32(backend.relative_error(rows.shape[1])),
     )  # fmt: skip
+
+    def expand(which: I64, candidate_start: I64, candidates: npt.NDArray[np.integer]) -> None:
+        _expand(
+            bits, copies.first, copies.start, copies.members, len(rows), search.groups, which,
+            candidate_start, candidates, order, start, query_rows, neighbors, sqdist,
+        )  # fmt: skip
+
+    sure = np.flatnonzero(~unsure)
+    width = search.ids.shape[1]
+    expand(sure, np.arange(sure.size + 1) * width, search.ids[sure].ravel())
+    for which, candidate_start, candidates in _wide(rows, copies, search, limit, unsure, k):
+        expand(which, candidate_start, candidates)
+
+
+def within(
+    rows: F16, queries: I64, members: I64, limit: npt.NDArray[np.float64]
+) -> tuple[I64, I64]:
+    """Pairs whose exact distance may be at most the query's limit: (query, member) positions.
+
+    rows: (n, d). queries, members: row numbers. limit: one squared distance a query. The products
+    are float64, so hardly any pair is returned that a measurement then refuses.
+    """
+    found_query, found_member = [], []
+    x = rows[queries].astype(np.float64)
+    x_norm = (x * x).sum(axis=1)
+    slack = (rows.shape[1] + 8) * 2.0**-52
+    for start in range(0, members.size, _WIDE_ROWS):
+        y = rows[members[start : start + _WIDE_ROWS]].astype(np.float64)
+        y_norm = (y * y).sum(axis=1)
+        distance = x @ y.T
+        distance *= -2.0
+        distance += x_norm[:, None]
+        distance += y_norm[None, :]
+        error = slack * 2.0 * (x_norm[:, None] + y_norm[None, :])
+        hit_query, hit_member = np.nonzero(distance - error <= limit[:, None])
+        found_query.append(hit_query)
+        found_member.append(hit_member + start)
+    if not found_query:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    return np.concatenate(found_query), np.concatenate(found_member)
+
+
+def _wide(
+    rows: F16, copies: features.Copies, search: Search, limit: F32, unsure: npt.NDArray[np.bool_],
+    k: int,
+) -> Iterator[tuple[I64, I64, I64]]:  # fmt: skip
+    """Candidates of the unsure lists, in blocks: (positions, start (b + 1,), groups)."""
+    positions = np.flatnonzero(unsure)
+    if not positions.size:
+        return
+    cell_total = int(search.home.max()) + 1
+    row_start, row_list = by_cell(search.home[:, None], cell_total)
+    # lists that share their first cell share most of the others too
+    positions = positions[np.argsort(search.probed[positions, 0], kind="stable")]
+    rounding = 1.0 + 2.0**-22  # the limit was rounded to float32
+    for begin in range(0, positions.size, _UNSURE_BLOCK):
+        which = positions[begin : begin + _UNSURE_BLOCK]
+        bound = limit[which].astype(np.float64) * rounding
+        queries = copies.first[search.groups[which]]
+        pair_query, pair_group = [], []
+        known = np.isfinite(bound)
+        asked_start, asked = by_cell(search.probed[which], cell_total)
+        for cell in np.unique(search.probed[which[known]]):
+            members = row_list[row_start[cell] : row_start[cell + 1]]
+            askers = asked[asked_start[cell] : asked_start[cell + 1]]
+            askers = askers[known[askers]]
+            hit, member = within(rows, queries[askers], copies.first[members], bound[askers])
+            pair_query.append(askers[hit])
+            pair_group.append(members[member])
+        for lone in np.flatnonzero(~known):
+            # its cells hold fewer than k others and more exist: −1 must only mean "no more"
+            everything = _nearest_of_all(rows, copies, int(queries[lone]), k)
+            pair_query.append(np.full(everything.size, lone))
+            pair_group.append(everything)
+        hits, groups = np.concatenate(pair_query), np.concatenate(pair_group)
+        order = np.argsort(hits, kind="stable")
+        start = np.zeros(which.size + 1, np.int64)
+        np.cumsum(np.bincount(hits, minlength=which.size), out=start[1:])
+        yield which, start, groups[order]
+
+
+def _nearest_of_all(rows: F16, copies: features.Copies, query: int, k: int) -> I64:
+    """Groups that hold the k + 1 nearest of all rows to a row, ties included."""
+    x = rows[query].astype(np.float64)
+    distance = np.empty(copies.first.size)
+    for start in range(0, copies.first.size, _WIDE_ROWS):
+        y = rows[copies.first[start : start + _WIDE_ROWS]].astype(np.float64) - x
+        distance[start : start + _WIDE_ROWS] = (y * y).sum(axis=1)
+    last = min(k, distance.size - 1)
+    bound = np.partition(distance, last)[last] * (1.0 + 2.0**-22)
+    return np.flatnonzero(distance <= bound)
+
+
+@numba.njit(cache=True)
+def _measure(own, found, bits, first, out, out_distance):  # type: ignore[no-untyped-def]
+    """Exact distances of the groups found, own and −1 left out, ascending; returns how many."""
+    count = 0
+    for t in range(found.size):
+        if found[t] >= 0 and found[t] != own:
+            out[count] = found[t]
+            out_distance[count] = features.sqdist(bits[first[own]], bits[first[found[t]]])
+            count += 1
+    by = np.argsort(out_distance[:count])  # equals need no order here: `_fill` takes whole levels
+    out[:count] = out[:count][by]
+    out_distance[:count] = out_distance[:count][by]
+    return count
+
+
+@numba.njit(cache=True, parallel=True)
+def _limits(bits, first, copy_start, groups, ids, near, k, relative):  # type: ignore[no-untyped-def]
+    """Distance of the last neighbor that each list needs, and whether more could be as near.
+
+    A row y that was not proposed has an approximate distance of at least T = near[-1]. With errors
+    of at most relative·(‖x‖ + ‖y‖)²: if ‖y‖ ≤ 2‖x‖ it is at least T − 9·relative·‖x‖² away, and if
+    ‖y‖ > 2‖x‖ the error is at most 9·relative times the distance itself.
+    """
+    limit = np.zeros(groups.size, np.float32)
+    unsure = np.zeros(groups.size, np.bool_)
+    fetch = ids.shape[1]
+    for g in numba.prange(groups.size):
+        own = groups[g]
+        need = k - (copy_start[own + 1] - copy_start[own] - 1)
+        if need <= 0:
+            continue
+        found = np.empty(fetch, np.int64)
+        distance = np.empty(fetch, np.float32)
+        count = _measure(own, ids[g], bits, first, found, distance)
+        held = 0
+        last = 0
+        while last < count and held < need:
+            held += copy_start[found[last] + 1] - copy_start[found[last]]
+            last += 1
+        if count + 1 >= first.size:
+            continue  # everything there is was proposed
+        if held < need:
+            limit[g] = np.inf
+            unsure[g] = True
+            continue
+        limit[g] = distance[last - 1]
+        if ids[g, fetch - 1] >= 0:
+            bar = near[g, fetch - 1]
+            norm = np.float32(0.0)
+            for c in range(bits.shape[1]):
+                value = features.half(bits[first[own], c])
+                norm += value * value
+            unsure[g] = limit[g] >= bar - np.float32(9.1) * relative * max(norm, bar)
+    return limit, unsure
 
 
 @numba.njit(cache=True, parallel=True)
 def _expand(  # type: ignore[no-untyped-def]  # compiled by numba
-    bits, groups, copy_start, copy_members, n,
-    ids, near, bound, probed, row_start, row_list,
-    order, out_start, query_rows, neighbors, sqdist,
+    bits, first, copy_start, copy_members, n, groups, which,
+    candidate_start, candidates, order, out_start, query_rows, neighbors, sqdist,
 ):  # fmt: skip
-    """Exact lists from proposals: recompute, widen where unsure, expand copies in ring order."""
-    k = neighbors.shape[1]
-    for g in numba.prange(groups.size):
+    """Write the lists of the searched groups at positions `which`."""
+    for w in numba.prange(which.size):
+        g = which[w]
         own = groups[g]
-        own_size = copy_start[own + 1] - copy_start[own]
-        need = k - (own_size - 1)
-        candidates = np.empty(0, np.int64)
-        distance = np.empty(0, np.float32)
-        if need > 0:
-            candidates, distance = _candidates(
-                g, own, need, bits, copy_start, ids, near, bound, probed, row_start, row_list
-            )
+        found = candidates[candidate_start[w] : candidate_start[w + 1]]
+        sorted_groups = np.empty(found.size, np.int64)
+        distance = np.empty(found.size, np.float32)
+        count = _measure(own, found, bits, first, sorted_groups, distance)
         for t in range(out_start[g], out_start[g + 1]):
             at = order[t]
             _fill(
-                query_rows[at], own, candidates, distance, copy_start, copy_members, n,
-                neighbors[at], sqdist[at],
+                query_rows[at], own, sorted_groups[:count], distance[:count],
+                copy_start, copy_members, n, neighbors[at], sqdist[at],
             )  # fmt: skip
-
-
-@numba.njit(cache=True)
-def _candidates(  # type: ignore[no-untyped-def]  # compiled by numba
-    g, own, need, bits, copy_start, ids, near, bound, probed, row_start, row_list
-):
-    """Groups that together hold the `need` nearest rows, all ties of the last included, sorted."""
-    fetch = ids.shape[1]
-    found = np.empty(fetch, np.int64)
-    count = 0
-    for t in range(fetch):
-        if ids[g, t] >= 0 and ids[g, t] != own:
-            found[count] = ids[g, t]
-            count += 1
-    chosen, distance, complete = _nearest_groups(found[:count], own, need, bits, copy_start)
-    full = ids[g, fetch - 1] >= 0 and fetch < bits.shape[0]
-    if complete and (not full or distance[-1] < near[g, fetch - 1] - bound):
-        return chosen, distance
-    # too close to what was not proposed, or too few: all rows of the probed cells, exactly
-    total = 0
-    for t in range(probed.shape[1]):
-        total += row_start[probed[g, t] + 1] - row_start[probed[g, t]]
-    wide = np.empty(total, np.int64)
-    count = 0
-    for t in range(probed.shape[1]):
-        for e in range(row_start[probed[g, t]], row_start[probed[g, t] + 1]):
-            if row_list[e] != own:
-                wide[count] = row_list[e]
-                count += 1
-    chosen, distance, complete = _nearest_groups(wide[:count], own, need, bits, copy_start)
-    if complete or count + 1 >= bits.shape[0]:
-        return chosen, distance
-    # the probed cells hold fewer than k others, and more exist: −1 must only mean "no more"
-    everything = np.empty(bits.shape[0] - 1, np.int64)
-    count = 0
-    for row in range(bits.shape[0]):
-        if row != own:
-            everything[count] = row
-            count += 1
-    chosen, distance, complete = _nearest_groups(everything, own, need, bits, copy_start)
-    return chosen, distance
-
-
-@numba.njit(cache=True)
-def _nearest_groups(found, own, need, bits, copy_start):  # type: ignore[no-untyped-def]
-    """`found` cut to those up to the need-th nearest row, sorted by exact distance."""
-    distance = np.empty(found.size, np.float32)
-    for t in range(found.size):
-        distance[t] = features.sqdist(bits[own], bits[found[t]])
-    by = np.argsort(distance)  # equals need no order here: `_fill` takes a level as a whole
-    held = 0
-    last = 0
-    while last < by.size and held < need:
-        held += copy_start[found[by[last]] + 1] - copy_start[found[by[last]]]
-        last += 1
-    complete = held >= need
-    while 0 < last < by.size and distance[by[last]] == distance[by[last - 1]]:
-        last += 1
-    return found[by[:last]], distance[by[:last]], complete
 
 
 @numba.njit(cache=True)

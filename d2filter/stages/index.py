@@ -42,9 +42,7 @@ def train(*, report: Report, out: Folder, config: GraphConfig) -> dict[str, Any]
     """Task: train and calibrate. Figures: nlist, nprobe."""
     pool = load_pool(out)
     index = knn.train_index(
-        pool.rows,
-        pool.hi,
-        pool.lo,
+        knn.make_pool(pool.rows, pool.hi, pool.lo),
         config.n_neighbors,
         target_recall=config.target_recall,
         exact_below=config.exact_below,

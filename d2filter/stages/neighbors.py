@@ -18,11 +18,12 @@ from d2filter.stages.runner import Report
 
 def search(*, report: Report, out: Folder, config: GraphConfig, nprobe: int) -> dict[str, Any]:
     """Task: search all cells, write the one part of the graph, measure recall."""
-    pool = load_pool(out)
+    loaded = load_pool(out)
+    pool = knn.make_pool(loaded.rows, loaded.hi, loaded.lo)
     # a copy: compiled code is made anew for read-only arrays
     centroids = np.array(catalog.read_features(out.sub("index"), CENTROIDS))
     index = knn.Index(centroids=centroids, probes=nprobe)
-    built = knn.build_graph(pool.rows, config.n_neighbors, index, progress=report)
+    built = knn.build_graph(pool, config.n_neighbors, index, progress=report)
     cells = pa.table(
         {
             "cell": np.arange(len(centroids), dtype=np.int32),
@@ -33,14 +34,14 @@ def search(*, report: Report, out: Folder, config: GraphConfig, nprobe: int) -> 
     with out.sub("index").publish("cells.parquet") as path:
         pq.write_table(cells, path)
     part = graph.GraphPart(
-        hi=pool.hi,
-        lo=pool.lo,
-        difficulty=pool.difficulty,
+        hi=loaded.hi,
+        lo=loaded.lo,
+        difficulty=loaded.difficulty,
         neighbors=built.neighbors,
         sqdist=built.sqdist,
     )
     graph.publish_part(out.sub("graph"), 0, part)
-    recall = knn.measure_recall(pool.rows, pool.hi, pool.lo, built, seed=config.seed)
+    recall = knn.measure_recall(pool, built, seed=config.seed)
     return {
         "recall": recall.value,
         "recall_ci": [recall.low, recall.high],

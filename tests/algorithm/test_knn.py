@@ -15,6 +15,10 @@ def pool(n: int, d: int, seed: int = 0, clusters: int = 12) -> np.ndarray:
     return features.fix([(centers[rng.integers(0, clusters, n)] + 0.5 * rng.normal(size=(n, d)))])
 
 
+def pooled(rows: np.ndarray) -> knn.Pool:
+    return knn.make_pool(rows, *ids(len(rows)))
+
+
 def ids(n: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(99)
     return np.sort(rng.integers(0, 2**63, n).astype(np.uint64)), np.zeros(n, np.uint64)
@@ -41,7 +45,7 @@ def test_exact_lists_equal_the_oracle(
     rows = features.fix([rng.integers(0, levels, (n, d)) + 0.25])
     hi, lo = ids(n)
     centroids = np.unique(rows[rng.integers(0, n, nlist)], axis=0)
-    graph = knn.build_graph(rows, k, knn.Index(centroids=centroids, probes=len(centroids)))
+    graph = knn.build_graph(pooled(rows), k, knn.Index(centroids=centroids, probes=len(centroids)))
     neighbors, sqdist = oracle.knn(rows, numbers(hi, lo), k)
     assert graph.neighbors.tolist() == neighbors
     assert graph.sqdist.tolist() == sqdist
@@ -50,9 +54,8 @@ def test_exact_lists_equal_the_oracle(
 
 def test_a_probed_search_is_exact_within_its_cells() -> None:
     rows = pool(900, 6)
-    hi, lo = ids(900)
-    index = knn.train_index(rows, hi, lo, 3, target_recall=0.9, exact_below=10)
-    graph = knn.build_graph(rows, 3, index)
+    index = knn.train_index(pooled(rows), 3, target_recall=0.9, exact_below=10)
+    graph = knn.build_graph(pooled(rows), 3, index)
     probed, _ = cells.assign(rows, index.centroids, index.probes)
     wide = rows.astype(np.float64)
     for i in range(0, 900, 37):
@@ -66,7 +69,7 @@ def test_a_probed_search_is_exact_within_its_cells() -> None:
 def test_thousands_of_copies_point_round_the_ring() -> None:
     n, k = 5000, 4
     rows = features.fix([np.ones((n, 8), np.float32)])
-    graph = knn.build_graph(rows, k, knn.Index(centroids=rows[:1], probes=1))
+    graph = knn.build_graph(pooled(rows), k, knn.Index(centroids=rows[:1], probes=1))
     expected = (np.arange(n)[:, None] + np.arange(1, k + 1)) % n
     assert (graph.neighbors == expected).all()
     assert (graph.sqdist == 0).all()
@@ -74,35 +77,34 @@ def test_thousands_of_copies_point_round_the_ring() -> None:
 
 def test_few_rows_in_the_probed_cells_are_no_reason_to_pad() -> None:
     rows = features.fix([np.eye(6, dtype=np.float32)])
-    graph = knn.build_graph(rows, 4, knn.Index(centroids=rows, probes=1))
+    graph = knn.build_graph(pooled(rows), 4, knn.Index(centroids=rows, probes=1))
     assert (graph.neighbors >= 0).all()
 
 
 @pytest.mark.parametrize("shift", [0, 1, 7])
 def test_block_boundaries_do_not_matter(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = pool(700, 24)
-    hi, lo = ids(700)
-    index = knn.train_index(rows, hi, lo, 5, target_recall=0.9, exact_below=10)
-    whole = knn.build_graph(rows, 5, index)
-    monkeypatch.setattr(knn, "_BLOCK", 50 + shift)
+    index = knn.train_index(pooled(rows), 5, target_recall=0.9, exact_below=10)
+    whole = knn.build_graph(pooled(rows), 5, index)
+    monkeypatch.setattr(knn, "_QUERY_BLOCK", 50 + shift)
+    monkeypatch.setattr(knn, "_MEMBER_BLOCK", 90 + shift)
     monkeypatch.setattr(cells, "_BLOCK", 64 + shift)
-    again = knn.train_index(rows, hi, lo, 5, target_recall=0.9, exact_below=10)
+    again = knn.train_index(pooled(rows), 5, target_recall=0.9, exact_below=10)
     assert (again.centroids == index.centroids).all()
     assert again.probes == index.probes
-    parts = knn.build_graph(rows, 5, index)
+    parts = knn.build_graph(pooled(rows), 5, index)
     assert (whole.neighbors == parts.neighbors).all()
     assert (whole.sqdist == parts.sqdist).all()
 
 
 def test_the_number_of_threads_does_not_matter() -> None:
     rows = pool(3000, 40, clusters=30)
-    hi, lo = ids(3000)
     results = []
     try:
         for threads in (1, 2):
             backend.use_threads(threads)
-            index = knn.train_index(rows, hi, lo, 2, target_recall=0.9, exact_below=10)
-            results.append((index, knn.build_graph(rows, 2, index)))
+            index = knn.train_index(pooled(rows), 2, target_recall=0.9, exact_below=10)
+            results.append((index, knn.build_graph(pooled(rows), 2, index)))
     finally:
         backend.use_threads(2)
     (one, graph_one), (two, graph_two) = results
@@ -114,13 +116,12 @@ def test_the_number_of_threads_does_not_matter() -> None:
 def test_proposals_off_by_the_whole_bound_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worse matrix product, wrong by up to the bound in either direction: the same lists."""
     rows = pool(600, 16)
-    hi, lo = ids(600)
-    index = knn.train_index(rows, hi, lo, 4, target_recall=0.9, exact_below=10)
-    graph = knn.build_graph(rows, 4, index)
+    index = knn.train_index(pooled(rows), 4, target_recall=0.9, exact_below=10)
+    graph = knn.build_graph(pooled(rows), 4, index)
     exact = backend.nearest
     noise = np.random.default_rng(1)
     bound = 0.02
-    monkeypatch.setattr(backend, "error_bound", lambda dim, norm: bound)
+    monkeypatch.setattr(backend, "relative_error", lambda dim: bound / 4)
 
     def noisy(queries: np.ndarray, x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         distance, index = exact(queries, x, len(x))
@@ -129,7 +130,7 @@ def test_proposals_off_by_the_whole_bound_change_nothing(monkeypatch: pytest.Mon
         return np.take_along_axis(distance, order, 1), np.take_along_axis(index, order, 1)
 
     monkeypatch.setattr(backend, "nearest", noisy)
-    again = knn.build_graph(rows, 4, index)
+    again = knn.build_graph(pooled(rows), 4, index)
     assert (again.neighbors == graph.neighbors).all()
     assert (again.sqdist == graph.sqdist).all()
 
@@ -137,27 +138,26 @@ def test_proposals_off_by_the_whole_bound_change_nothing(monkeypatch: pytest.Mon
 def test_calibration_keeps_its_promise_and_recall_is_measured_right() -> None:
     n, k = 4000, 5
     rows = pool(n, 16, clusters=60)
-    hi, lo = ids(n)
-    index = knn.train_index(rows, hi, lo, k, target_recall=0.95, exact_below=100)
+    index = knn.train_index(pooled(rows), k, target_recall=0.95, exact_below=100)
     assert 1 <= index.probes < len(index.centroids)
-    graph = knn.build_graph(rows, k, index)
-    measured = knn.measure_recall(rows, hi, lo, graph)
-    truth, _ = knn.exact_neighbors(rows, np.arange(n), k)
+    graph = knn.build_graph(pooled(rows), k, index)
+    measured = knn.measure_recall(pooled(rows), graph)
+    truth, _ = knn.exact_neighbors(pooled(rows), np.arange(n), k)
     real = (truth[:, :, None] == graph.neighbors[:, None, :]).any(axis=2).mean()
     assert measured.value >= 0.95
     assert measured.queries == 3000
     assert measured.low - 0.003 <= real <= measured.high + 0.003
     # one probe fewer would not have been enough for the calibration's confidence
     if index.probes > 1:
-        fewer = knn.build_graph(rows, k, knn.Index(centroids=index.centroids, probes=1))
-        assert knn.measure_recall(rows, hi, lo, fewer).value < measured.value
+        fewer = knn.build_graph(pooled(rows), k, knn.Index(centroids=index.centroids, probes=1))
+        assert knn.measure_recall(pooled(rows), fewer).value < measured.value
 
 
 def test_unnormalized_features() -> None:
     rng = np.random.default_rng(0)
     rows = features.fix([rng.normal(size=(200, 5)) * 300], normalize=False)
     hi, lo = ids(200)
-    graph = knn.build_graph(rows, 3, knn.Index(centroids=rows[:1], probes=1))
+    graph = knn.build_graph(pooled(rows), 3, knn.Index(centroids=rows[:1], probes=1))
     neighbors, _ = oracle.knn(rows, numbers(hi, lo), 3)
     assert graph.neighbors.tolist() == neighbors
 
