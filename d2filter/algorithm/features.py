@@ -86,6 +86,12 @@ def to_float32(rows: F16, which: I64 | None = None) -> F32:
     return out
 
 
+def sqdist_pairs(rows: F16, neighbors: npt.NDArray[np.integer]) -> F32:
+    """Squared distance of each row to each of its neighbors, (n, k) float32; inf where −1."""
+    out: F32 = _pairs(np.ascontiguousarray(rows).view(np.uint16), neighbors)
+    return out
+
+
 @numba.njit(cache=True)
 def half(bits):  # type: ignore[no-untyped-def]  # compiled by numba
     """float32 of a finite float16 given as uint16 bits; exact, subnormals included."""
@@ -102,6 +108,17 @@ def sqdist(a, b):  # type: ignore[no-untyped-def]  # compiled by numba
         difference = np.float64(half(a[c])) - np.float64(half(b[c]))
         total += difference * difference
     return np.float32(total)
+
+
+@numba.njit(cache=True, parallel=True)
+def _pairs(bits, neighbors):  # type: ignore[no-untyped-def]  # compiled by numba
+    n, k = neighbors.shape
+    out = np.full((n, k), np.inf, np.float32)
+    for i in numba.prange(n):
+        for c in range(k):
+            if neighbors[i, c] >= 0:
+                out[i, c] = sqdist(bits[i], bits[neighbors[i, c]])
+    return out
 
 
 @numba.njit(cache=True, parallel=True)

@@ -49,16 +49,18 @@ def hash_sample(hi: U64, lo: U64, size: int, *, salt: int, seed: int = 0) -> I64
 
 def positions(hi: U64, lo: U64, wanted_hi: U64, wanted_lo: U64) -> I64:
     """Row of each wanted uid among ascending distinct uids, int64; −1 where it is missing."""
-    first = np.searchsorted(hi, wanted_hi, side="left")
-    last = np.searchsorted(hi, wanted_hi, side="right")
-    out = np.where(first < last, first, -1).astype(np.int64)
-    # a run of equal upper halves is searched by the lower half; such runs hardly ever exist
-    for at in np.flatnonzero(last - first > 1):
-        out[at] = first[at] + np.searchsorted(lo[first[at] : last[at]], wanted_lo[at])
-    there = np.flatnonzero((out >= 0) & (out < hi.size))
-    found = np.full_like(out, -1)
-    same = (hi[out[there]] == wanted_hi[there]) & (lo[out[there]] == wanted_lo[there])
-    found[there[same]] = out[there[same]]
+    low = np.zeros(wanted_hi.size, np.int64)
+    high = np.full(wanted_hi.size, hi.size, np.int64)
+    for _ in range(hi.size.bit_length()):  # binary search for all at once
+        middle = np.minimum((low + high) // 2, max(0, hi.size - 1))
+        less = (hi[middle] < wanted_hi) | ((hi[middle] == wanted_hi) & (lo[middle] < wanted_lo))
+        less &= low < high
+        low = np.where(less, middle + 1, low)
+        high = np.where(less, high, np.minimum(high, middle))
+    there = np.flatnonzero(low < hi.size)
+    same = (hi[low[there]] == wanted_hi[there]) & (lo[low[there]] == wanted_lo[there])
+    found = np.full(wanted_hi.size, -1, np.int64)
+    found[there[same]] = low[there[same]]
     return found
 
 

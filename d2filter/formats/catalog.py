@@ -4,8 +4,8 @@ catalog/part-00000.parquet   uid_hi u64, uid_lo u64, difficulty f32, shard str?,
 catalog/part-00000.npy       (rows, d) float16, row-aligned
 catalog/runs/                sorted runs of the first pass, removed when the parts are there
 
-Part b holds the b-th of equal ranges of uid_hi, so the rows of all parts in name order ascend by
-uid whatever the number of parts and however the metadata was split.
+Each part holds a range of uids, so the rows of all parts in name order ascend by uid, whatever the
+number of parts and however the metadata was split.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ import pyarrow.parquet as pq
 
 from d2filter.algorithm import uids
 from d2filter.errors import InputError
+from d2filter.formats import tables
+from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
 
 F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
+
+_ROW_GROUP = 4096
 
 _SCHEMA = pa.schema(
     [
@@ -74,46 +78,53 @@ def concatenate(parts: list[Samples]) -> Samples:
     )
 
 
-def range_of(hi: uids.U64, ranges: int) -> npt.NDArray[np.int64]:
-    """Which of `ranges` equal parts of [0, 2⁶⁴) each uid_hi falls in; monotone in hi."""
-    # 2⁶⁴ has no uint64; the top 32 bits are fine enough for every sensible number of ranges
-    return np.asarray((hi >> np.uint64(32)) * np.uint64(ranges) >> np.uint64(32), np.int64)
+def publish_run(folder: Folder, name: str, samples: Samples) -> list[str]:
+    """Write rows sorted by uid, in small row groups; features lie in a binary column.
 
-
-def publish_run(folder: Folder, name: str, samples: Samples, ranges: int) -> None:
-    """Write rows, sorted by range, as one row group a range; features lie in a binary column."""
-    where = range_of(samples.hi, ranges)
-    order = np.argsort(where, kind="stable").astype(np.int64, copy=False)
-    bound = np.searchsorted(where[order], np.arange(ranges + 1))
+    Returns the uid of every _ROW_GROUP-th row, from which the ranges of the parts are chosen.
+    """
+    ordered = samples.take(uids.ascending(samples.hi, samples.lo))
     width = samples.features.shape[1]
-    schema = _SCHEMA.append(pa.field("features", pa.binary(2 * width)))
-    ordered = samples.take(order)
     packed = np.ascontiguousarray(ordered.features)
     binary = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(2 * width), len(packed), [None, pa.py_buffer(packed)]
     )
-    table = _table(ordered).append_column(schema.field("features"), binary)
-    with (
-        folder.publish(f"runs/{name}.parquet") as path,
-        pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer,
-    ):
-        for r in range(ranges):
-            part = table.slice(int(bound[r]), int(bound[r + 1] - bound[r]))
-            # a range without rows is a row group too: its number is the range's
-            writer.write_table(part, row_group_size=max(1, part.num_rows))
+    table = _table(ordered).append_column(pa.field("features", pa.binary(2 * width)), binary)
+    with folder.publish(f"runs/{name}.parquet") as path:
+        pq.write_table(
+            table, path, compression="none", use_dictionary=False, row_group_size=_ROW_GROUP
+        )
+    return uid_format.to_hex(ordered.hi[::_ROW_GROUP], ordered.lo[::_ROW_GROUP])
 
 
-def read_range(folder: Folder, name: str, number: int) -> Samples:
-    """The rows of one range of a run."""
-    with folder.reading(f"runs/{name}.parquet") as stream:
-        parquet = pq.ParquetFile(stream)
-        table = parquet.read_row_group(number).combine_chunks()
+def read_range(folder: Folder, name: str, low: str, high: str) -> Samples:
+    """The rows of a run with low ≤ uid < high, as hex digits; an empty `high` is no bound."""
+    low_hi, low_lo = int(low[:16], 16), int(low[16:], 16)
+    with tables.open_table(folder, f"runs/{name}.parquet") as parquet:
         width = parquet.schema_arrow.field("features").type.byte_width // 2
-    column = table.column("features")
-    raw = b"".join(c.buffers()[1].slice(c.offset * 2 * width, len(c) * 2 * width)
-                   for c in column.chunks)  # fmt: skip
-    wide = np.frombuffer(raw, np.float16).reshape(table.num_rows, width)
-    return _samples(table, wide)
+        groups = []
+        for number in range(parquet.num_row_groups):
+            statistics = parquet.metadata.row_group(number).column(0).statistics
+            if statistics.max >= low_hi and (not high or statistics.min <= int(high[:16], 16)):
+                groups.append(number)
+        table = parquet.read_row_groups(groups)
+    raw = b"".join(
+        c.buffers()[1].slice(c.offset * 2 * width, len(c) * 2 * width)
+        for c in table.column("features").chunks
+    )
+    found = _samples(table, np.frombuffer(raw, np.float16).reshape(table.num_rows, width))
+    inside = _at_least(found, low_hi, low_lo)
+    if high:
+        inside &= ~_at_least(found, int(high[:16], 16), int(high[16:], 16))
+    return found.take(np.flatnonzero(inside))
+
+
+def _at_least(samples: Samples, hi: int, lo: int) -> npt.NDArray[np.bool_]:
+    same = samples.hi == np.uint64(hi)
+    out: npt.NDArray[np.bool_] = (samples.hi > np.uint64(hi)) | (
+        same & (samples.lo >= np.uint64(lo))
+    )
+    return out
 
 
 def publish_part(folder: Folder, number: int, samples: Samples) -> None:
@@ -128,10 +139,9 @@ def iter_parts(folder: Folder, *, with_features: bool = True) -> Iterator[Sample
     """The parts in order of uid. Local features are memory maps. Raises InputError for none."""
     names = folder.names(".parquet")
     if not names:
-        raise InputError(f"{folder.url} holds no catalog parts: run `d2filter graph` first")
+        raise InputError(f"{folder.url} holds no catalog parts: `d2filter graph` makes them")
     for name in names:
-        with folder.reading(name) as stream:
-            table = pq.read_table(stream)
+        table = tables.read_table(folder, name)
         wide = np.empty((table.num_rows, 0), np.float16)
         if with_features:
             wide = read_features(folder, name.removesuffix(".parquet") + ".npy")
@@ -141,12 +151,17 @@ def iter_parts(folder: Folder, *, with_features: bool = True) -> Iterator[Sample
 def read_features(folder: Folder, name: str) -> F16:
     """(rows, d) float16; a memory map on a local disk."""
     local = folder.local
-    if local is not None:
-        mapped: F16 = np.load(local / name, mmap_mode="r", allow_pickle=False)
-        return mapped
-    with folder.reading(name) as stream:
-        loaded: F16 = np.load(stream, allow_pickle=False)
-    return loaded
+    try:
+        if local is not None:
+            mapped: F16 = np.load(local / name, mmap_mode="r", allow_pickle=False)
+            return mapped
+        with folder.reading(name) as stream:
+            loaded: F16 = np.load(stream, allow_pickle=False)
+            return loaded
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            f"{folder.where(name)} is no readable .npy file: {tables.first_line(error)}"
+        ) from error
 
 
 def _table(samples: Samples) -> Any:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from d2filter.algorithm import uids
 from d2filter.errors import InputError
+from d2filter.formats import tables
 from d2filter.formats.paths import Folder
 
 ROW_GROUP = 262144
@@ -52,13 +53,7 @@ def publish_part(folder: Folder, number: int, part: GraphPart) -> None:
 
 def read_part(folder: Folder, name: str) -> GraphPart:
     """Read the part file `name`."""
-    with folder.reading(name) as stream:
-        try:
-            table = pq.read_table(stream)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(
-                f"{folder.where(name)} is no readable parquet file: {error}"
-            ) from error
+    table = tables.read_table(folder, name)
     return GraphPart(
         hi=table.column("uid_hi").to_numpy(),
         lo=table.column("uid_lo").to_numpy(),
@@ -76,7 +71,7 @@ def read(folder: Folder) -> GraphPart:
 def concatenate(folder: Folder, parts: Sequence[GraphPart]) -> GraphPart:
     """The rows of all parts in order; rows are then graph ids. Raises InputError for no parts."""
     if not parts:
-        raise InputError(f"{folder.url} holds no graph parts: run `d2filter graph` first")
+        raise InputError(f"{folder.url} holds no parts: `d2filter graph --overwrite graph`")
     if len(parts) == 1:
         return parts[0]
     return GraphPart(

@@ -12,6 +12,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from d2filter.formats import tables
 from d2filter.formats.paths import Folder
 
 BAD_SAMPLES = "bad_samples.parquet"
@@ -53,14 +54,12 @@ def collect(folder: Folder, stages: Sequence[str]) -> None:
         for stage in stages:
             parts = folder.sub(f"ledger/{stage}")
             for name in parts.names(".parquet"):
-                with parts.reading(name) as stream:
-                    writer.write_table(pq.read_table(stream).cast(_SCHEMA))
+                writer.write_table(tables.read_table(parts, name).cast(_SCHEMA))
 
 
 def count_reasons(folder: Folder) -> dict[str, dict[str, int]]:
     """{status: {reason: samples}} of a run's bad_samples.parquet, most frequent first."""
-    with folder.reading(BAD_SAMPLES) as stream:
-        table = pq.read_table(stream, columns=["status", "reason"])
+    table = tables.read_table(folder, BAD_SAMPLES, ["status", "reason"])
     counts: dict[str, dict[str, int]] = {}
     grouped = table.group_by(["status", "reason"]).aggregate([([], "count_all")])
     rows = sorted(grouped.to_pylist(), key=lambda r: (-r["count_all"], r["reason"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 from d2filter.algorithm import features, scores, uids
 from d2filter.config import CatalogConfig
 from d2filter.errors import InputError
+from d2filter.formats import tables
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import FileInfo, Folder
 
@@ -29,6 +31,7 @@ REASONS = (
     "score is NaN",
     "score is infinite",
     "features overflow float16",
+    "features vanish in float16",
 )
 
 EMBED_SCHEMA = pa.schema(
@@ -65,6 +68,8 @@ class Rows:
     difficulty: npt.NDArray[np.float32]
     features: features.F16
     """(n, d) fixed float16 features"""
+    has_score: bool
+    """whether the file brought the score; computed otherwise"""
     uid: Any
     """arrow column of the uids as read"""
     shard: Any
@@ -112,6 +117,17 @@ def read_pair(folder: Folder, name: str, config: CatalogConfig) -> Rows:
 
     Raises InputError, naming the file, for anything that concerns the pair as a whole.
     """
+    try:
+        return _read_pair(folder, name, config)
+    except (pa.ArrowException, ValueError, KeyError) as error:
+        # arrow and numpy have many ways to say that a file is not what its name promises
+        raise InputError(
+            f"{folder.where(name)}.parquet and .npz are no usable pair, fetch them again: "
+            f"{tables.first_line(error)}"
+        ) from error
+
+
+def _read_pair(folder: Folder, name: str, config: CatalogConfig) -> Rows:
     table = _read_table(folder, f"{name}.parquet", config)
     wanted = [
         m for m in ("img", "txt") if config.feature_type != {"img": "text", "txt": "image"}[m]
@@ -145,7 +161,8 @@ def read_pair(folder: Folder, name: str, config: CatalogConfig) -> Rows:
     return Rows(
         hi=hi,
         lo=lo,
-        reason=_judge(known, difficulty, by_name, fixed, normalize=config.normalize),
+        has_score=has_score,
+        reason=_judge(known, difficulty, by_name, fixed),
         difficulty=difficulty,
         features=fixed,
         uid=table.column("uid"),
@@ -181,8 +198,6 @@ def _judge(
     difficulty: npt.NDArray[np.float32],
     by_name: dict[str, npt.NDArray[Any]],
     fixed: features.F16,
-    *,
-    normalize: bool,
 ) -> npt.NDArray[np.uint8]:
     """First thing that is wrong with each row, as an index into REASONS."""
     reason = np.zeros(len(known), np.uint8)
@@ -198,30 +213,30 @@ def _judge(
             mark(~array.any(axis=1), f"zero {long} embedding")
     mark(np.isnan(difficulty), "score is NaN")
     mark(np.isinf(difficulty), "score is infinite")
-    if not normalize:
-        mark(~np.isfinite(fixed).all(axis=1), "features overflow float16")
+    mark(~np.isfinite(fixed).all(axis=1), "features overflow float16")
+    mark(~fixed.any(axis=1), "features vanish in float16")
     return reason
+
+
+def shown(value: Any) -> str | None:
+    """A string of an arrow column for the ledger, whatever bytes it holds."""
+    try:
+        text = value.as_py()
+    except UnicodeDecodeError:
+        text = value.cast(pa.binary()).as_py()
+    return text if text is None or isinstance(text, str) else repr(text)
 
 
 def _read_table(folder: Folder, name: str, config: CatalogConfig) -> Any:
     score_name = config.score_column or f"clip_{config.arch}_similarity_score"
-    with folder.reading(name) as stream:
-        try:
-            parquet = pq.ParquetFile(stream)
-            there = parquet.schema_arrow.names
-            if "uid" not in there:
-                raise InputError(
-                    f"{folder.where(name)} has no column uid; it has {', '.join(there)}"
-                )
-            columns = [c for c in ("uid", score_name, "shard", "key") if c in there]
-            if config.score_column and config.score_column not in there:
-                columns = there  # the caller's message lists them
-            return parquet.read(columns=columns)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(
-                f"{folder.where(name)} is no readable parquet file, fetch it again: "
-                f"{_first_line(error)}"
-            ) from error
+    with tables.open_table(folder, name) as parquet:
+        there = parquet.schema_arrow.names
+        if "uid" not in there:
+            raise InputError(f"{folder.where(name)} has no column uid; it has {', '.join(there)}")
+        columns = [c for c in ("uid", score_name, "shard", "key") if c in there]
+        if config.score_column and config.score_column not in there:
+            columns = there  # the caller's message lists them
+        return parquet.read(columns=columns)
 
 
 def _read_arrays(
@@ -241,10 +256,10 @@ def _read_arrays(
                         + (f"try --arch {archs[0]}" if archs else "choose with --arch")
                     )
                 arrays = {key: archive[key] for key in keys}
-        except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise InputError(
                 f"{where} is no readable npz file of plain arrays, fetch it again: "
-                f"{_first_line(error)}"
+                f"{tables.first_line(error)}"
             ) from error
         except AttributeError as error:  # a lone .npy under the name .npz has no `files`
             raise InputError(f"{where} is a single array, a .npz archive is needed") from error
@@ -262,7 +277,7 @@ def _as_float32(column: Any, where: str) -> npt.NDArray[np.float32]:
     try:
         values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise InputError(f"{where} must hold numbers: {_first_line(error)}") from error
+        raise InputError(f"{where} must hold numbers: {tables.first_line(error)}") from error
     with np.errstate(over="ignore"):
         narrow: npt.NDArray[np.float32] = np.asarray(values, np.float64).astype(np.float32)
     return narrow
@@ -272,8 +287,3 @@ def _strings(table: Any, name: str) -> Any:
     if name not in table.column_names:
         return pa.nulls(table.num_rows, pa.string())
     return table.column(name).cast(pa.string()).combine_chunks()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]

@@ -45,7 +45,7 @@ class Folder:
     def local(self) -> Path | None:
         """The path when the folder is on this machine's file system, else None."""
         if get_protocol(self.url) in ("file", "local"):
-            return Path(self.url.removeprefix("file://").removeprefix("local://"))
+            return Path(filesystem(self.url)[1])
         return None
 
     def sub(self, name: str) -> Folder:
@@ -75,7 +75,8 @@ class Folder:
         found = []
         for entry in entries:
             name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
-            if entry["type"] == "file" and name.endswith(suffix) and not name.startswith("."):
+            # links that lead nowhere are listed too: leaving them out would lose what they name
+            if entry["type"] != "directory" and name.endswith(suffix) and name[0] != ".":
                 stamp = entry.get("ETag") or entry.get("mtime") or entry.get("LastModified")
                 found.append(FileInfo(name, int(entry["size"] or 0), str(stamp or "")))
         return sorted(found, key=lambda info: info.name)
@@ -131,7 +132,7 @@ class Folder:
             fs.put_file(str(temporary), remote)
 
     def publish_json(self, name: str, value: Any) -> None:
-        """Publish `value` as indented JSON with sorted keys at the top level kept as given."""
+        """Publish `value` as indented JSON, keys in the order given."""
         with self.publish(name) as path:
             path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
@@ -148,6 +149,13 @@ class Folder:
         fs, root = filesystem(self.url)
         if fs.exists(f"{root}/{name}"):
             fs.rm(f"{root}/{name}", recursive=True)
+
+
+def absolute(url: str) -> str:
+    """A local path made absolute, `~` expanded, for workers elsewhere; URLs as they are."""
+    if "://" in url:
+        return url
+    return str(Path(url).expanduser().absolute()) if url else url
 
 
 def filesystem(url: str) -> tuple[Any, str]:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from d2filter.algorithm import uids
 from d2filter.errors import InputError
+from d2filter.formats import tables
 from d2filter.formats.graph import ROW_GROUP
 from d2filter.formats.paths import Folder
 
@@ -47,13 +48,7 @@ def iter_columns(
     """The named columns of each part, in name order. Raises InputError when there is no part."""
     names = folder.names(".parquet")
     if not names:
-        raise InputError(f"{folder.url} holds no ranking parts: run `d2filter rank` first")
+        raise InputError(f"{folder.url} holds no parts: `d2filter rank --overwrite rank`")
     for name in names:
-        with folder.reading(name) as stream:
-            try:
-                table = pq.read_table(stream, columns=list(columns))
-            except (pa.ArrowException, OSError) as error:
-                raise InputError(
-                    f"{folder.where(name)} is no readable parquet file: {error}"
-                ) from error
+        table = tables.read_table(folder, name, columns)
         yield {column: table.column(column).to_numpy() for column in columns}

@@ -55,9 +55,10 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """blake2b-128 over stage, options, input files and the fingerprint upstream."""
+        """blake2b-128 over stage, version, options, input files and the fingerprint upstream."""
         files = [[f.name, f.size, f.version] for f in self.inputs]
-        text = json.dumps([self.stage, self.options, self.upstream, files], sort_keys=True)
+        made = [self.stage, d2filter.__version__, self.options, self.upstream, files]
+        text = json.dumps(made, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -92,17 +93,32 @@ class RunState:
             return False
         if record["fingerprint"] == plan.fingerprint:
             return True
-        raise RunStateError(
-            f"{self.folder.url} holds a finished {plan.stage} of other making: "
-            f"{self._difference(record, plan)}; use another --out-dir, the options of before, "
-            f"or --overwrite {plan.stage}"
-        )
+        raise self._other_making(plan.stage, self._difference(record, plan))
+
+    def require_options(self, stage: str, options: dict[str, Any]) -> None:
+        """Raise RunStateError when a finished stage has other options, whatever its input was."""
+        record = self.require(stage)
+        changed = _changed(record["options"], options)
+        if changed:
+            raise self._other_making(stage, changed)
+
+    def begin(self, plan: Plan) -> None:
+        """Note that a stage begins; what an attempt of another plan left is removed first.
+
+        Parts of the same plan stay, and tasks that published theirs are not run again.
+        """
+        note = f"completions/{plan.stage}.started.json"
+        before = self.folder.read_json(note)
+        if before is None or before["fingerprint"] != plan.fingerprint:
+            self.clear_from(plan.stage)
+            self.folder.publish_json(note, {"fingerprint": plan.fingerprint})
 
     def clear_from(self, stage: str) -> None:
         """Remove a stage and all that follow from it; the records go first."""
         following = STAGES[STAGES.index(stage) :]
         for name in reversed(following):
             self.folder.remove(f"completions/{name}.json")
+            self.folder.remove(f"completions/{name}.started.json")
         for name in following:
             for output in (f"completions/{name}", f"ledger/{name}", *_OUTPUTS[name]):
                 self.folder.remove(output)
@@ -110,11 +126,12 @@ class RunState:
     def finish(
         self, plan: Plan, *, seconds: float, peak_rss_bytes: int, stats: dict[str, Any]
     ) -> None:
-        """Record a finished stage and rejoin config.json and stats.json."""
+        """Record a finished stage, and join config.json and stats.json anew."""
         self.folder.publish_json(
             f"completions/{plan.stage}.json",
             {
                 "fingerprint": plan.fingerprint,
+                "d2filter": d2filter.__version__,
                 "upstream": plan.upstream,
                 "options": plan.options,
                 "inputs": {f.name: [f.size, f.version] for f in plan.inputs},
@@ -123,7 +140,7 @@ class RunState:
                 "stats": stats,
             },
         )
-        self._join()
+        self.join()
 
     def log(self, **event: Any) -> None:
         """Append one line to logs/driver.jsonl, stamped with UTC time."""
@@ -137,7 +154,8 @@ class RunState:
         with logs.publish(_DRIVER_LOG) as path:
             path.write_bytes(before + line.encode())
 
-    def _join(self) -> None:
+    def join(self) -> None:
+        """Write config.json and stats.json from the records of the finished stages."""
         records = {stage: self.done(stage) for stage in STAGES}
         known = {stage: record for stage, record in records.items() if record is not None}
         self.folder.publish_json(
@@ -151,7 +169,9 @@ class RunState:
                 },
             },
         )
-        samples = dict.fromkeys(("read", "ranked", "bad", "duplicate", "kept", "pruned"), 0)
+        samples: dict[str, int] = dict.fromkeys(
+            ("read", "ranked", "bad", "duplicate", "kept", "pruned"), 0
+        )
         stats: dict[str, Any] = {"samples": samples, "lost_shards": []}
         detail: dict[str, Any] = {}
         for stage, record in known.items():
@@ -166,15 +186,18 @@ class RunState:
         stats["peak_rss_bytes"] = {stage: r["peak_rss_bytes"] for stage, r in known.items()}
         self.folder.publish_json("stats.json", stats)
 
+    def _other_making(self, stage: str, difference: str) -> RunStateError:
+        return RunStateError(
+            f"{self.folder.url} holds a finished {stage} of other making: {difference}; "
+            f"use another --out-dir, the options of before, or --overwrite {stage}"
+        )
+
     def _difference(self, record: dict[str, Any], plan: Plan) -> str:
-        before = record["options"]
-        changed = [
-            f"{name} was {before.get(name)!r} and is {plan.options.get(name)!r}"
-            for name in sorted(before.keys() | plan.options.keys())
-            if before.get(name) != plan.options.get(name)
-        ]
+        changed = _changed(record["options"], plan.options)
         if changed:
-            return ", ".join(changed)
+            return changed
+        if record["d2filter"] != d2filter.__version__:
+            return f"it was made by d2filter {record['d2filter']}, this is {d2filter.__version__}"
         old = record.get("inputs", {})
         new = {f.name: [f.size, f.version] for f in plan.inputs}
         for name in sorted(old.keys() | new.keys()):
@@ -182,6 +205,14 @@ class RunState:
                 what = "new" if name not in old else "gone" if name not in new else "changed"
                 return f"input file {name} is {what}"
         return "the stage before it was made anew"
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    )
 
 
 def versions() -> dict[str, str]:

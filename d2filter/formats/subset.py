@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from d2filter.algorithm import uids
 from d2filter.errors import InputError
+from d2filter.formats import catalog
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
 
@@ -47,30 +48,55 @@ def read(folder: Folder, name: str = SUBSET) -> npt.NDArray[np.void]:
     return out
 
 
-def publish_kept(
-    folder: Folder,
-    shard: Sequence[str],
-    key: Sequence[str],
-    hi: uids.U64,
-    lo: uids.U64,
-    rank: npt.NDArray[np.int64],
-) -> None:
-    """Write kept/: what to keep of each shard, in the order of the shards, and sizes.json."""
-    table = pa.table(
-        {
-            "shard": pa.array(shard, pa.string()),
-            "key": pa.array(key, pa.string()),
-            "uid": pa.array(uid_format.to_hex(hi, lo), pa.string()),
-            "rank": pa.array(rank, pa.int64()),
-        }
-    ).sort_by([("shard", "ascending"), ("key", "ascending"), ("uid", "ascending")])
+def kept_table(
+    samples: Iterable[catalog.Samples], hi: uids.U64, lo: uids.U64, rank: npt.NDArray[np.int64]
+) -> Any:
+    """shard, key, uid, rank of the kept samples whose shard is known, by shard and key.
+
+    samples: the parts of a catalog. hi, lo: (n,) kept uids, ascending; rank: (n,) theirs.
+    """
+    parts = []
+    start = 0
+    for part in samples:
+        # both ascend by uid: the kept ones of this part are a run of the kept list
+        end = start + _count_up_to(hi[start:], lo[start:], part.hi, part.lo)
+        known = np.append(part.shard.is_valid().to_numpy(zero_copy_only=False), False)
+        where = uids.positions(part.hi, part.lo, hi[start:end], lo[start:end])
+        mask = known[where]  # −1, not in the catalog, is the False at the end
+        chosen = start + np.flatnonzero(mask)
+        parts.append(
+            pa.table(
+                {
+                    "shard": part.shard.take(where[mask]),
+                    "key": part.key.take(where[mask]),
+                    "uid": pa.array(uid_format.to_hex(hi[chosen], lo[chosen]), pa.string()),
+                    "rank": pa.array(rank[chosen], pa.int64()),
+                }
+            )
+        )
+        start = end
+    return pa.concat_tables(parts).sort_by([(c, "ascending") for c in ("shard", "key", "uid")])
+
+
+def publish_kept(folder: Folder, table: Any) -> None:
+    """Write kept/: what to keep of each shard, and sizes.json; nothing when no shard is known."""
+    if not table.num_rows:
+        return
     counted: Any = table.group_by("shard").aggregate([([], "count_all")]).to_pydict()
     sizes = sorted(zip(counted["shard"], counted["count_all"], strict=True))
     names = [PurePosixPath(name).name for name, _ in sizes]
     # shards of one base name in different folders keep their whole address
     keys = names if len(set(names)) == len(names) else [name for name, _ in sizes]
-    for number, start in enumerate(range(0, max(1, table.num_rows), _KEPT_ROWS)):
+    for number, start in enumerate(range(0, table.num_rows, _KEPT_ROWS)):
         with folder.publish(f"kept/part-{number:05d}.parquet") as path:
             pq.write_table(table.slice(start, _KEPT_ROWS), path, compression="zstd")
     counts = {k: int(count) for k, (_, count) in zip(keys, sizes, strict=True)}
     folder.publish_json("kept/sizes.json", counts)
+
+
+def _count_up_to(hi: uids.U64, lo: uids.U64, part_hi: uids.U64, part_lo: uids.U64) -> int:
+    """How many of the ascending uids are at most the last of a part."""
+    if not part_hi.size:
+        return 0
+    last_hi, last_lo = part_hi[-1], part_lo[-1]
+    return int(np.count_nonzero((hi < last_hi) | ((hi == last_hi) & (lo <= last_lo))))

@@ -1,8 +1,9 @@
 """Metadata → catalog: judge rows, sort by uid, keep one of each repeated uid (DESIGN §4.0, §6).
 
-Two passes like an external sort. Pass one reads groups of metadata files and writes each as a run,
-cut into ranges of uid; pass two merges one range of all runs to one part. Memory: a group of files
-in the first pass, one part in the second.
+Two passes like an external sort. Pass one reads groups of metadata files and writes each as a run
+sorted by uid; pass two merges one range of uids of all runs to one part. The ranges are quantiles
+of what pass one saw, so that parts are of one size whatever the uids look like. Memory: a group of
+files in the first pass, one part in the second.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -36,7 +38,6 @@ def build(
 ) -> dict[str, Any]:
     """Run both passes; returns the stage's figures. Raises InputError when no sample is valid."""
     folder = out.sub("catalog")
-    ranges = 1 + sum(pair.size for pair in pairs) // _PART_BYTES
     reading = [
         Task(
             name=f"read-{number:05d}",
@@ -47,17 +48,19 @@ def build(
                 "names": [pair.name for pair in group],
                 "run_name": f"{number:05d}",
                 "config": config,
-                "ranges": ranges,
             },
         )
         for number, group in enumerate(_grouped(pairs))
     ]
     read = runner.map("catalog", reading, fingerprint=fingerprint, label="catalog")
+    kinds = {figures["has_score"]: figures["first_file"] for figures in read}
+    if len(kinds) > 1:
+        raise _mixed_scores(source, config, kinds[True], kinds[False])
     widths = {figures["dimension"]: figures["first_file"] for figures in read}
     if len(widths) > 1:
         raise InputError(
             f"{source.url}: files disagree on the dimension of the {config.arch} embeddings: "
-            + ", ".join(f"{name} has {width}" for width, name in sorted(widths.items()))
+            + ", ".join(f"{name}.npz has {width}" for width, name in sorted(widths.items()))
             + "; use files of one model"
         )
     reasons = sum((Counter(figures["reasons"]) for figures in read), Counter())
@@ -67,6 +70,8 @@ def build(
         raise InputError(
             f"{source.url}: none of {total} rows is a valid sample ({what or 'no rows'})"
         )
+    marks = [mark for figures in read for mark in figures["marks"]]
+    ranges = _ranges(marks, 1 + sum(pair.size for pair in pairs) // _PART_BYTES)
     merging = [
         Task(
             name=f"merge-{number:05d}",
@@ -75,9 +80,11 @@ def build(
                 "out": out,
                 "runs": [task.arguments["run_name"] for task in reading],
                 "number": number,
+                "low": low,
+                "high": high,
             },
         )
-        for number in range(ranges)
+        for number, (low, high) in enumerate(ranges)
     ]
     merged = runner.map("catalog", merging, fingerprint=fingerprint, label="merge")
     folder.remove("runs")
@@ -90,7 +97,7 @@ def build(
         },
         "bad_reasons": dict(reasons.most_common()),
         "dimension": next(iter(widths)),
-        "parts": ranges,
+        "parts": len(ranges),
         "difficulty": {
             "min": min(f["min"] for f in merged if f["ranked"]),
             "max": max(f["max"] for f in merged if f["ranked"]),
@@ -107,12 +114,12 @@ def read_group(
     names: Sequence[str],
     run_name: str,
     config: CatalogConfig,
-    ranges: int,
 ) -> dict[str, Any]:
     """Pass one: some metadata files → one run of valid rows, and ledger entries for the rest."""
     parts: list[catalog.Samples] = []
     entries: list[ledger.Entry] = []
     reasons: Counter[str] = Counter()
+    has_score: dict[str, bool] = {}
     read = 0
     for name in names:
         rows = metadata.read_pair(source, name, config)
@@ -121,11 +128,13 @@ def read_group(
                 f"{source.where(name)}.npz has features of dimension {rows.features.shape[1]}, "
                 f"{names[0]}.npz of {parts[0].features.shape[1]}: use files of one model"
             )
+        if rows.has_score != has_score.setdefault("", rows.has_score):
+            pair = (names[0], name) if rows.has_score is False else (name, names[0])
+            raise _mixed_scores(source, config, *(f"{n}.parquet" for n in pair))
         bad = np.flatnonzero(rows.reason)
         for row in bad.tolist():
             reason = metadata.REASONS[rows.reason[row]]
             reasons[reason] += 1
-            uid = rows.uid[row].as_py()
             entries.append(
                 ledger.Entry(
                     stage="catalog",
@@ -134,7 +143,7 @@ def read_group(
                     message=f"{source.where(name)}.parquet row {row}",
                     shard=rows.shard[row].as_py(),
                     key=rows.key[row].as_py(),
-                    uid=uid if isinstance(uid, str | None) else repr(uid),
+                    uid=metadata.shown(rows.uid[row]),
                 )
             )
         good = catalog.Samples(
@@ -149,20 +158,24 @@ def read_group(
         read += len(rows.hi)
         report(len(rows.hi))
     samples = catalog.concatenate(parts)
-    catalog.publish_run(out.sub("catalog"), run_name, samples, ranges)
+    marks = catalog.publish_run(out.sub("catalog"), run_name, samples)
     ledger.publish_entries(out, "catalog", f"read-{run_name}", entries)
     return {
         "read": read,
         "reasons": dict(reasons),
         "dimension": samples.features.shape[1],
-        "first_file": f"{names[0]}.npz",
+        "first_file": names[0],
+        "has_score": has_score[""],
+        "marks": marks,
     }
 
 
-def merge_range(*, report: Report, out: Folder, runs: Sequence[str], number: int) -> dict[str, Any]:
-    """Pass two: one range of uid of all runs → one part, sorted and without repeats."""
+def merge_range(
+    *, report: Report, out: Folder, runs: Sequence[str], number: int, low: str, high: str
+) -> dict[str, Any]:
+    """Pass two: the uids from `low` to below `high` of all runs → one part without repeats."""
     folder = out.sub("catalog")
-    everything = catalog.concatenate([catalog.read_range(folder, run, number) for run in runs])
+    everything = catalog.concatenate([catalog.read_range(folder, run, low, high) for run in runs])
     stays, repeats = distinct(everything)
     entries = [
         ledger.Entry(
@@ -213,6 +226,22 @@ def _precedence(samples: catalog.Samples, row: int) -> tuple[bytes, str, str]:
     digest = hashlib.blake2b(samples.features[row].tobytes(), digest_size=16)
     digest.update(samples.difficulty[row].tobytes())
     return digest.digest(), samples.shard[row].as_py() or "", samples.key[row].as_py() or ""
+
+
+def _ranges(marks: Sequence[str], parts: int) -> list[tuple[str, str]]:
+    """(low, high) uid of each part, as hex digits: quantiles of the marks; high "" is the end."""
+    ordered = sorted(set(marks))
+    inner = sorted({ordered[len(ordered) * part // parts] for part in range(1, parts)} - {""})
+    bounds = ["0" * 32, *(mark for mark in inner if mark > "0" * 32), ""]
+    return list(pairwise(bounds))
+
+
+def _mixed_scores(source: Folder, config: CatalogConfig, having: str, lacking: str) -> InputError:
+    column = config.score_column or f"clip_{config.arch}_similarity_score"
+    return InputError(
+        f"{source.url}: {having} has the column {column} and {lacking} has not: scores of two "
+        "makings would be mixed; add it everywhere, or drop it everywhere to have it computed"
+    )
 
 
 def _grouped(pairs: Sequence[metadata.Pair]) -> list[list[metadata.Pair]]:

@@ -78,3 +78,13 @@ def test_training_reduces_the_distance() -> None:
     before = cells.assign(sample, start, 1)[1].mean()
     after = cells.assign(sample, trained, 1)[1].mean()
     assert after < before
+
+
+def test_extreme_magnitudes_normalize_to_the_same_rows() -> None:
+    rows = np.random.default_rng(0).normal(size=(20, 7))
+    plain = features.fix([rows])
+    for scale in (1e-200, 1e-30, 1e30, 1e200):
+        assert (features.fix([rows * scale]) == plain).mean() > 0.99
+        assert np.isfinite(features.fix([rows * scale])).all()
+    exact = features.fix([rows * 2.0**300])
+    assert exact.tobytes() == plain.tobytes()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from d2filter.errors import DependencyError, InputError, UsageError
-from d2filter.formats.paths import Folder
+from d2filter.formats.paths import Folder, absolute
 
 
 @pytest.fixture(params=["local", "file url", "memory"])
@@ -83,3 +83,19 @@ def test_a_missing_protocol_package_names_the_extra(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
     with pytest.raises(DependencyError, match=r"d2filter\[s3\]"):
         Folder("s3://bucket/run").exists()
+
+
+def test_links_that_lead_nowhere_are_listed(tmp_path: Path) -> None:
+    (tmp_path / "a.npz").symlink_to(tmp_path / "gone.npz")
+    folder = Folder(str(tmp_path))
+    assert folder.names(".npz") == ["a.npz"]
+    with pytest.raises(InputError, match="does not exist"), folder.reading("a.npz"):
+        pass
+
+
+def test_local_paths_are_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert absolute("run") == str(tmp_path / "run")
+    assert absolute("~/run") == "/home/me/run"
+    assert absolute("s3://bucket/run") == "s3://bucket/run"

@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pools
 import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from d2filter.algorithm import features
 from d2filter.config import CatalogConfig
 from d2filter.formats import catalog, metadata
+from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
 from d2filter.stages import catalog as stage
 
@@ -56,30 +58,34 @@ def test_parts_ascend_whatever_their_number(tmp_path: Path) -> None:
     pool["uid"][9] = "not a uid"
     config = CatalogConfig()
     results = []
-    for files, ranges in ((1, 1), (4, 5), (7, 2)):
+    for files, wanted in ((1, 1), (4, 5), (7, 2)):
         source = Folder(str(pools.write(tmp_path / f"m{files}", pool, files=files, shuffle=files)))
         out = Folder(str(tmp_path / f"o{files}"))
         names = [pair.name for pair in metadata.list_pairs(source)[0]]
-        for number, name in enumerate(names):
-            figures = stage.read_group(
+        read = [
+            stage.read_group(
                 report=lambda n: None,
                 out=out,
                 source=source,
                 names=[name],
                 run_name=f"{number:05d}",
                 config=config,
-                ranges=ranges,
             )
-            assert figures["dimension"] == 12
+            for number, name in enumerate(names)
+        ]
+        assert {figures["dimension"] for figures in read} == {12}
         runs = [f"{number:05d}" for number in range(len(names))]
+        ranges = stage._ranges([mark for figures in read for mark in figures["marks"]], wanted)
         merged = [
-            stage.merge_range(report=lambda n: None, out=out, runs=runs, number=r)
-            for r in range(ranges)
+            stage.merge_range(
+                report=lambda n: None, out=out, runs=runs, number=number, low=low, high=high
+            )
+            for number, (low, high) in enumerate(ranges)
         ]
         assert sum(m["ranked"] for m in merged) == 298
         assert sum(m["duplicate"] for m in merged) == 1
         parts = list(catalog.iter_parts(out.sub("catalog")))
-        assert len(parts) == ranges
+        assert len(parts) == len(ranges) > wanted / 2
         results.append(catalog.concatenate(parts))
     first = results[0]
     assert sorted(zip(first.hi, first.lo, strict=True)) == list(
@@ -90,6 +96,34 @@ def test_parts_ascend_whatever_their_number(tmp_path: Path) -> None:
         assert (other.lo == first.lo).all()
         assert other.features.tobytes() == first.features.tobytes()
         assert other.difficulty.tobytes() == first.difficulty.tobytes()
+
+
+@pytest.mark.parametrize("pattern", ["sequential", "one upper half", "random"])
+def test_parts_are_of_one_size_whatever_the_uids(
+    tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "_ROW_GROUP", 10)
+    n = 400
+    pool = pools.make(n, 3)
+    if pattern != "random":
+        upper = "0" * 16 if pattern == "sequential" else "abcdef0123456789"
+        pool["uid"] = [f"{upper}{i:016x}" for i in range(n)]
+    source = Folder(str(pools.write(tmp_path / "m", pool, shuffle=1)))
+    out = Folder(str(tmp_path / "o"))
+    figures = stage.read_group(
+        report=lambda n: None, out=out, source=source, names=["00000"], run_name="r",
+        config=CatalogConfig(),
+    )  # fmt: skip
+    ranges = stage._ranges(figures["marks"], 4)
+    sizes = [
+        stage.merge_range(report=lambda n: None, out=out, runs=["r"], number=i, low=low, high=high)[
+            "ranked"
+        ]
+        for i, (low, high) in enumerate(ranges)
+    ]
+    assert sizes == [100, 100, 100, 100]
+    whole = catalog.concatenate(list(catalog.iter_parts(out.sub("catalog"))))
+    assert uid_format.to_hex(whole.hi, whole.lo) == sorted(pool["uid"])
 
 
 def test_features_in_the_catalog_are_the_fixed_ones(tmp_path: Path) -> None:
