@@ -53,12 +53,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse a command line; options of --config stand in for those not given."""
     words = [_dashed(word) for word in argv]
     parser, commands = _parser()
-    arguments = parser.parse_args(words)
-    if getattr(arguments, "config", None):
-        command = commands[arguments.command]
-        _apply_config(command, arguments.config)
-        arguments = parser.parse_args(words)
-    return arguments
+    early = _Parser(add_help=False)
+    early.add_argument("command", nargs="?")
+    early.add_argument("--config", default="")
+    known, _ = early.parse_known_args(words)
+    if known.config and known.command in commands:
+        _apply_config(commands[known.command], known.config)
+    return parser.parse_args(words)
 
 
 def _dashed(word: str) -> str:
@@ -87,15 +88,30 @@ def _apply_config(command: argparse.ArgumentParser, path: str) -> None:
     known = {action.dest: action for action in command._actions if action.option_strings}
     for name, value in values.items():
         action = known.get(str(name).replace("-", "_"))
-        if action is None:
+        if action is None or action.dest in ("help", "config"):
             allowed = ", ".join(sorted(d for d in known if d not in ("help", "config")))
             raise UsageError(f"--config {path}: unknown option {name!r}, allowed are {allowed}")
-        if callable(action.type) and not isinstance(value, list) and value is not None:
-            try:
-                value = action.type(str(value))
-            except (ValueError, argparse.ArgumentTypeError) as error:
-                raise UsageError(f"--config {path}: {name} is {value!r}: {error}") from error
-        command.set_defaults(**{action.dest: value})
+        if value is None:
+            continue  # `name:` without a value: not given
+        command.set_defaults(**{action.dest: _from_yaml(action, value, f"--config {path}: {name}")})
+        action.required = False
+
+
+def _from_yaml(action: argparse.Action, value: Any, where: str) -> Any:
+    """A YAML value as the command line would have made it."""
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise UsageError(f"{where} is {value!r}, allowed are true and false")
+        return value
+    many = action.nargs == "+" or isinstance(action.default, list)
+    if isinstance(value, list | dict) and not (many and isinstance(value, list)):
+        raise UsageError(f"{where} is {value!r}, allowed is one value")
+    convert = action.type if callable(action.type) else str
+    try:
+        converted = [convert(str(v)) for v in (value if isinstance(value, list) else [value])]
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise UsageError(f"{where} is {value!r}: {error}") from error
+    return converted if many else converted[0]
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

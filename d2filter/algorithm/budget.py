@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from decimal import ROUND_FLOOR, Decimal, InvalidOperation
+from decimal import ROUND_FLOOR, Context, Decimal, InvalidOperation
 
 import numpy as np
 import numpy.typing as npt
@@ -28,12 +28,23 @@ def parse_fraction(value: str | float | Decimal) -> Decimal:
 
 
 def budget_of(ranked: int, *, fraction: Decimal | None = None, budget: int | None = None) -> int:
-    """Number of samples to keep: floor(fraction · ranked), or `budget` capped at `ranked`."""
+    """Number of samples to keep: floor(fraction · ranked), or `budget` capped at `ranked`.
+
+    Raises UsageError when that is none.
+    """
     if budget is not None:
         return min(budget, ranked)
     if fraction is None:
         raise UsageError("neither fraction nor budget is given: name one of them")
-    return int((fraction * ranked).to_integral_value(rounding=ROUND_FLOOR))
+    # default precision rounds products beyond 28 digits; an exact floor needs them all
+    exact = Context(prec=len(fraction.as_tuple().digits) + len(str(ranked)) + 2)
+    size = int(exact.multiply(fraction, ranked).to_integral_value(rounding=ROUND_FLOOR))
+    if size == 0:
+        raise UsageError(
+            f"fraction {fraction} of {ranked} ranked samples is less than one: "
+            "raise --fraction, or name a --budget"
+        )
+    return size
 
 
 def kept_mask(
@@ -49,5 +60,6 @@ def kept_mask(
     """
     kept = rank < size
     if min_score is not None:
-        kept &= difficulty.astype(np.float64) >= min_score
+        # in float32, as scores are stored: 0.7 must keep a score of 0.7
+        kept &= difficulty >= np.float32(min_score)
     return kept

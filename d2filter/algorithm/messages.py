@@ -43,8 +43,9 @@ def edge_weights(sqdist: F32, gamma: float) -> F32:
     exponent = sqdist.astype(np.float64)
     padding = np.isinf(exponent)
     exponent[padding] = 0.0
-    exponent *= -gamma
-    weights = np.exp(exponent, out=exponent).astype(np.float32)
+    with np.errstate(over="ignore", under="ignore"):  # a huge gamma: the weight is 0
+        exponent *= -gamma
+        weights = np.exp(exponent, out=exponent).astype(np.float32)
     weights[padding] = 0.0
     return weights
 

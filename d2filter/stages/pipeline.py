@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any
 
 from d2filter.config import RunConfig, SelectConfig, options_of
 from d2filter.errors import D2FilterError, RecallError, RunStateError, TooManyBadError, UsageError
 from d2filter.formats import ledger
-from d2filter.formats.paths import FileInfo, Folder
-from d2filter.formats.runstate import STAGES, Plan, RunState
+from d2filter.formats.paths import FileInfo, Folder, absolute
+from d2filter.formats.runstate import Plan, RunState
 from d2filter.stages.runner import Runner, Task, peak_rss_bytes
 
 Say = Callable[[str], None]
@@ -37,7 +38,7 @@ class Pipeline:
         self, config: RunConfig, *, say: Say = lambda line: None, show_progress: bool | None = None
     ) -> None:
         self.config = config
-        self.out = Folder(config.out_dir)
+        self.out = Folder(absolute(config.out_dir))
         self.state = RunState(self.out)
         self._say = say
         self._runner = Runner(self.out, config.address, show_progress)
@@ -50,20 +51,18 @@ class Pipeline:
         stages = CHAINS[command]
         if command == "run" and self.config.embed is not None:
             stages = ("embed", *stages)
-        unknown = set(self.config.overwrite) - set(STAGES)
+        unknown = set(self.config.overwrite) - set(stages)
         if unknown:
             raise UsageError(
-                f"overwrite names {', '.join(sorted(unknown))}, allowed are {', '.join(STAGES)}"
+                f"overwrite names {', '.join(sorted(unknown))}, "
+                f"`d2filter {command}` makes {', '.join(stages)}"
             )
-        for stage in STAGES:
-            if stage in self.config.overwrite:
-                self.state.clear_from(stage)
-                break
         try:
             for stage in stages:
                 getattr(self, f"_{stage}")()
         finally:
             self._runner.close()
+        self.state.join()  # a run that died while it wrote them is healed here
         stats: dict[str, Any] = self.out.read_json("stats.json")
         self._judge(stats, stages)
         return stats
@@ -75,7 +74,7 @@ class Pipeline:
         config = self.config.embed
         if config is None:
             raise UsageError("no shards: give --shards")
-        shards = webdataset.list_shards(config.shards)
+        shards = webdataset.list_shards([absolute(pattern) for pattern in config.shards])
         options = options_of(config)
         # where the shards lie is told by `inputs`, file by file
         options.update(shards=None, arch=config.resolved_arch)
@@ -83,7 +82,7 @@ class Pipeline:
             stage="embed",
             options=options,
             upstream="",
-            inputs=[FileInfo(s.url, s.info.size, s.info.version) for s in shards],
+            inputs=[FileInfo(s.name, s.info.size, s.info.version) for s in shards],
         )
 
         def build() -> dict[str, Any]:
@@ -99,10 +98,13 @@ class Pipeline:
 
         embedded = self.state.done("embed")
         own = self.out.sub("metadata")
-        source = Folder(self.config.metadata_dir) if self.config.metadata_dir else own
+        source = Folder(absolute(self.config.metadata_dir)) if self.config.metadata_dir else own
         chained = source == own and embedded is not None
         if source == own and embedded is None and self.state.done("catalog") is not None:
-            return  # made from a folder that this command was not told again
+            # made from a folder that this command was not told again
+            self.state.require_options("catalog", options_of(self.config.catalog))
+            self._say("catalog   done before")
+            return
         if source == own and embedded is None:
             raise UsageError(
                 f"no metadata: give --metadata-dir (parquet + npz) or --shards; "
@@ -199,10 +201,6 @@ class Pipeline:
         ranked = self.state.require("catalog")["stats"]["samples"]["ranked"]
         options = options_of(self.config.select)
         plan = Plan(stage="select", options=options, upstream=before["fingerprint"])
-        record = self.state.done("select")
-        if record is not None and record["fingerprint"] == plan.fingerprint:
-            self._say("select    done before")
-            return
         # another budget of the same ranking is no contradiction: the outputs are replaced
         self.state.clear_from("select")
 
@@ -245,9 +243,13 @@ class Pipeline:
         )[0]
 
     def _stage(self, plan: Plan, build: Callable[[], dict[str, Any]]) -> None:
-        if self.state.is_current(plan):
+        # only now, when its input was looked at: a mistyped folder must not cost a finished run
+        if plan.stage in self.config.overwrite:
+            self.state.clear_from(plan.stage)
+        elif self.state.is_current(plan):
             self._say(f"{plan.stage:<9} done before")
             return
+        self.state.begin(plan)
         started = time.monotonic()
         self.state.log(stage=plan.stage, event="started", options=plan.options)
         try:
@@ -267,7 +269,7 @@ class Pipeline:
         if "catalog" in stages or "embed" in stages:
             lost = stats["lost_shards"]
             bad, read = samples.get("bad", 0), samples.get("read", 0)
-            if lost or bad > self.config.max_bad * read:
+            if lost or bad > Decimal(str(self.config.max_bad)) * read:
                 counts = ledger.count_reasons(self.out).get("bad", {})
                 top = ", ".join(f"{count} {reason}" for reason, count in list(counts.items())[:3])
                 parts = [f"{bad} of {read} samples are bad ({top})"] if bad else []

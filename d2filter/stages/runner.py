@@ -134,17 +134,24 @@ class Runner:
         if ray.is_initialized():
             return ray
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        if self.address:
-            try:
-                _knock(self.address)
-                ray.init(address=self.address, **options)
-            except (OSError, ValueError, RuntimeError) as error:
-                text = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise UsageError(
-                    f"no Ray cluster answers at --address {self.address}: {text}"
-                ) from error
-        else:
-            ray.init(include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **options)
+        # a submitted job finds its cluster in RAY_ADDRESS; else never join one by accident
+        address = self.address or os.environ.get("RAY_ADDRESS", "")
+        if not address:
+            options.update(
+                address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES
+            )
+        try:
+            if address:
+                _knock(address)
+                options.update(address=address)
+            ray.init(**options)
+        except (OSError, ValueError, RuntimeError) as error:
+            text = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if not address:
+                raise StageError(f"Ray does not start on this machine: {text}") from error
+            raise UsageError(
+                f"no Ray cluster answers at {address} (--address or RAY_ADDRESS): {text}"
+            ) from error
         self._owns_ray = True
         return ray
 

@@ -65,10 +65,20 @@ def test_fractions_outside_the_range_are_refused(value: str) -> None:
         budget.parse_fraction(value)
 
 
-@given(st.integers(0, 10**12), st.integers(1, 1000))
+@given(st.integers(1000, 10**12), st.integers(1, 1000))
 def test_budgets_are_exact_decimals(ranked: int, thousandths: int) -> None:
     fraction = budget.parse_fraction(f"{thousandths / 1000}")
     assert budget.budget_of(ranked, fraction=fraction) == ranked * thousandths // 1000
+
+
+def test_long_fractions_are_not_rounded() -> None:
+    nines = budget.parse_fraction("0." + "9" * 40)
+    assert budget.budget_of(10**12, fraction=nines) == 10**12 - 1
+
+
+def test_a_budget_of_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"fraction 0.001 of 600 ranked samples is less than one"):
+        budget.budget_of(600, fraction=budget.parse_fraction("0.001"))
 
 
 def test_a_float_means_what_it_prints() -> None:
@@ -81,6 +91,8 @@ def test_min_score_works_within_the_budget() -> None:
     rank = np.array([0, 1, 2, 3])
     difficulty = np.array([0.5, 0.1, 0.9, 0.9], np.float32)
     assert budget.kept_mask(rank, difficulty, 3, 0.2).tolist() == [True, False, True, False]
+    # 0.9 has no float32: the score that was stored for it is still not below it
+    assert budget.kept_mask(rank, difficulty, 3, 0.9).tolist() == [False, False, True, False]
 
 
 def test_baselines_are_permutations_with_ties_by_uid() -> None:

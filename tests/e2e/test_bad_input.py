@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -95,6 +96,30 @@ def drop_uids(folder: Path) -> None:
     pq.write_table(pa.table({"url": ["x"] * 30}), folder / "00001.parquet")
 
 
+def corrupt_deflate(folder: Path) -> None:
+    one = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float16)
+    np.savez_compressed(folder / "00001.npz", l14_img=one, l14_txt=one)
+    content = bytearray((folder / "00001.npz").read_bytes())
+    content[100:140] = b"\xff" * 40
+    (folder / "00001.npz").write_bytes(content)
+
+
+def uid_twice(folder: Path) -> None:
+    column = pa.array(["0" * 32] * 30)
+    table = pa.Table.from_arrays([column, column], names=["uid", "uid"])
+    pq.write_table(table, folder / "00001.parquet")
+
+
+def list_shards(folder: Path) -> None:
+    table = pa.table({"uid": [f"{i:032x}" for i in range(30)], "shard": [["a"]] * 30})
+    pq.write_table(table, folder / "00001.parquet")
+
+
+def dangle(folder: Path) -> None:
+    (folder / "00001.npz").unlink()
+    (folder / "00001.npz").symlink_to("gone.npz")
+
+
 def all_bad(folder: Path) -> None:
     for name in ("00000", "00001"):
         pq.write_table(pa.table({"uid": ["bad"] * 30}), folder / f"{name}.parquet")
@@ -114,6 +139,10 @@ def all_bad(folder: Path) -> None:
         (change_rows, "00001.parquet has 30 rows and l14_img of 00001.npz has 7"),
         (change_width, "dimension"),
         (pickle, "00001.npz is no readable npz file of plain arrays"),
+        (corrupt_deflate, "00001.npz is no readable npz"),
+        (uid_twice, "00001.parquet"),
+        (list_shards, "00001.parquet and .npz are no usable pair"),
+        (dangle, "00001.npz does not exist"),
         (number_uids, "00001.parquet: column uid must hold strings"),
         (drop_uids, "00001.parquet has no column uid; it has url"),
         (all_bad, "none of 60 rows is a valid sample (60 malformed uid)"),
@@ -169,13 +198,42 @@ def test_no_ray_at_the_address(folder: Path, tmp_path: Path) -> None:
         timeout=120,
     )
     assert done.returncode == 2
-    assert "no Ray cluster answers at --address 127.0.0.1:1" in done.stderr.splitlines()[-1]
+    assert "no Ray cluster answers at 127.0.0.1:1" in done.stderr.splitlines()[-1]
+    # a submitted job finds its cluster in the environment
+    done = subprocess.run(
+        [sys.executable, "-m", "d2filter", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "RAY_ADDRESS": "127.0.0.1:1"},
+    )
+    assert done.returncode == 2
+    assert "no Ray cluster answers at 127.0.0.1:1" in done.stderr.splitlines()[-1]
 
 
 def test_a_read_only_place(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, line = fail(capsys, "run", "--metadata-dir", folder, "--out-dir", "/proc/d2filter")
     assert code == 1
     assert "/proc/d2filter" in line
+
+
+def test_uids_that_are_no_text_are_bad_not_fatal(tmp_path: Path, folder: Path) -> None:
+    uids = pa.array([b"\xff" * 32, *(f"{i:032x}".encode() for i in range(29))], pa.binary())
+    broken = pa.StringArray.from_buffers(30, *uids.buffers()[1:])
+    pq.write_table(pa.table({"uid": broken}), folder / "00001.parquet")
+    words = ("run", "--metadata-dir", folder, "--max-bad", "1", "--out-dir", tmp_path / "o")
+    assert main([str(w) for w in words]) == 0
+    bad = pq.read_table(tmp_path / "o/bad_samples.parquet").to_pylist()
+    assert [b["reason"] for b in bad] == ["malformed uid"]
+
+
+def test_a_budget_of_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("run", "--metadata-dir", folder, "--out-dir", tmp_path / "o", "--fraction", "0.01")
+    code, line = fail(capsys, *words)
+    assert code == 2
+    assert "fraction 0.01 of 60 ranked samples is less than one" in line
 
 
 def test_without_faiss_both_extras_are_named(folder: Path, tmp_path: Path) -> None:

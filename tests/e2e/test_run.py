@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +21,7 @@ import pytest
 import d2filter
 from d2filter.cli import main
 from d2filter.formats import uid as uid_format
+from d2filter.stages import catalog as catalog_stage
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -207,7 +212,7 @@ def test_the_same_command_again_does_nothing(
     started = time.monotonic()
     assert run("run", *words) == 0
     assert time.monotonic() - started < 5
-    assert capsys.readouterr().out.count("done before") == 4
+    assert capsys.readouterr().out.count("done before") == 3  # select always replaces
     assert (out / "graph/part-00000.parquet").stat().st_mtime_ns == before
 
 
@@ -226,6 +231,104 @@ def test_a_contradiction_names_what_differs(
     assert run("verify", out) == 0
     assert run(*words, "--n-neighbors", 5, "--gamma", 2, "--overwrite", "report") == 2
     assert "overwrite names report" in capsys.readouterr().err
+
+
+def test_a_mistake_beside_overwrite_costs_nothing(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = copy_of(finished, tmp_path)
+    before = sorted(p for p in out.rglob("*") if p.is_file() and "logs" not in p.parts)
+    words = ("--overwrite", "catalog", "--out-dir", out)
+    assert run("run", "--metadata-dir", tmp_path / "typo", *words) == 1
+    assert run("select", *words) == 2
+    assert "`d2filter select` makes select" in capsys.readouterr().err
+    assert sorted(p for p in out.rglob("*") if p.is_file() and "logs" not in p.parts) == before
+    assert run("verify", out) == 0
+
+
+def test_options_of_a_catalog_made_before_are_not_ignored(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = copy_of(finished, tmp_path)
+    assert run("run", "--out-dir", out, "--n-neighbors", 5) == 0
+    assert run("run", "--out-dir", out, "--n-neighbors", 5, "--feature-type", "image") == 1
+    assert "feature_type was 'image|text' and is 'image'" in capsys.readouterr().err
+
+
+def test_nothing_of_an_earlier_attempt_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken file, then fewer and other files: parts and ledgers of the first try are gone."""
+    monkeypatch.setattr(catalog_stage, "_GROUP_BYTES", 1)
+    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 5_000)
+    pool = pools.make(600, 8)
+    pool["uid"][5] = pool["uid"][6] = "bad"
+    folder = pools.write(tmp_path / "m", pool, files=6)
+    whole = (folder / "00002.npz").read_bytes()
+    (folder / "00002.npz").write_bytes(whole[: len(whole) // 2])
+    out = tmp_path / "o"
+    words = ("run", "--metadata-dir", folder, "--max-bad", 1, "--out-dir", out)
+    assert run(*words) == 1
+    for name in ("00000", "00002"):
+        for suffix in (".npz", ".parquet"):
+            (folder / (name + suffix)).unlink()
+    assert run(*words) == 0
+    assert run("verify", out) == 0
+    assert stats(out)["samples"]["read"] == 400
+    clean = tmp_path / "clean"
+    assert run(*words[:-1], clean) == 0
+    assert (clean / "subset.npy").read_bytes() == (out / "subset.npy").read_bytes()
+    # merged, and dead before the stage was recorded; then another input
+    (out / "completions/catalog.json").unlink()
+    for suffix in (".npz", ".parquet"):
+        (folder / ("00005" + suffix)).unlink()
+    assert run(*words) == 0
+    assert run("verify", out) == 0
+    assert stats(out)["samples"]["ranked"] == 300
+
+
+def test_lost_figures_are_written_again(finished: Path, tmp_path: Path) -> None:
+    out = copy_of(finished, tmp_path)
+    for name in ("stats.json", "config.json", "subset.npy"):
+        (out / name).unlink()
+    assert run("select", "--out-dir", out) == 0
+    assert run("verify", out) == 0
+
+
+def test_scores_of_two_makings_are_not_mixed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = pools.make(60, 4)
+    column = {"clip_l14_similarity_score": np.linspace(0, 1, 60).astype(np.float32)}
+    folder = pools.write(tmp_path / "m", pool, columns=column)
+    pools.write(tmp_path / "n", pools.make(40, 4, seed=1))
+    for suffix in (".npz", ".parquet"):
+        shutil.copy(tmp_path / f"n/00000{suffix}", folder / f"00001{suffix}")
+    assert run("run", "--metadata-dir", folder, "--out-dir", tmp_path / "o") == 1
+    assert "scores of two makings would be mixed" in capsys.readouterr().err
+
+
+def test_a_killed_driver_is_continued_to_the_same_bits(tmp_path: Path) -> None:
+    """SIGKILL at three moments, each in a process of its own; then the same command."""
+    folder = pools.write(tmp_path / "m", pools.make(3000, 32), files=3)
+    words = ["run", "--metadata-dir", str(folder), "--n-neighbors", "3"]
+    assert run(*words, "--out-dir", tmp_path / "whole") == 0
+    out = tmp_path / "o"
+    for marker in ("completions/catalog/read-00000.json", "completions/graph/index.json"):
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "d2filter", *words, "--out-dir", str(out)],
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        while not (out / marker).exists() and driver.poll() is None:
+            time.sleep(0.02)
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+        assert not (out / "subset.npy").exists()
+    assert run(*words, "--out-dir", out) == 0
+    for name in ("subset.npy", "graph/part-00000.parquet", "ranking/part-00000.parquet"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list(out.rglob(".tmp-*.json"))
 
 
 def test_changed_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -338,9 +441,23 @@ def test_options_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert stats(tmp_path / "o")["graph"]["k"] == 2
     assert run(*words, "--fraction", "0.2") == 0
     assert stats(tmp_path / "o")["samples"]["kept"] == 20
-    settings.write_text("neighbours: 2\n")
-    assert run(*words) == 2
-    assert "unknown option 'neighbours'" in capsys.readouterr().err
+    settings.write_text(
+        f"out_dir: {tmp_path}/p\nmetadata_dir: {folder}\nbudget:\nnormalize: true\n"
+    )
+    assert run("run", "--config", settings) == 0
+    assert run("run", "--config", settings, "--overwrite", "rank") == 0
+    capsys.readouterr()
+    for text, said in (
+        ("neighbours: 2", "unknown option 'neighbours'"),
+        ("metadata_dir: [a, b]", "allowed is one value"),
+        ("n_neighbors: many", "n_neighbors is 'many'"),
+        ("normalize: maybe", "allowed are true and false"),
+        ("- a list", "must hold `option: value` lines"),
+        ("a: {", "is no valid YAML"),
+    ):
+        settings.write_text(text)
+        assert run(*words) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_the_run_directory_may_be_a_url(tmp_path: Path) -> None:
