@@ -18,18 +18,19 @@ from d2filter.algorithm.messages import FLOOR
 I64 = npt.NDArray[np.int64]
 
 
-def wrong_finals(
+def breaches(
     forward: I64,
     final: I64,
     rank: I64,
     precedence: I64,
     neighbors: I64,
     weights: npt.NDArray[np.float32],
-) -> tuple[int, int]:
-    """How many samples break the greedy: (final score wrong, taken too late).
+    suppressed_by: I64,
+) -> tuple[int, int, int]:
+    """How many samples break the greedy: (final score wrong, taken too late, suppressor wrong).
 
-    forward, final, rank: (n,) int64. precedence: (n,) int64, position by ascending uid. neighbors:
-    (n, k) int64, −1 pads. weights: (n, k) float32 of the reverse pass.
+    forward, final, rank, suppressed_by: (n,) int64. precedence: (n,) int64, position by ascending
+    uid. neighbors: (n, k) int64, −1 pads. weights: (n, k) float32 of the reverse pass.
     """
     source, column = np.nonzero(neighbors >= 0)
     target = neighbors[source, column]
@@ -38,25 +39,32 @@ def wrong_finals(
     value = np.maximum(final[source], 0)
     message = np.rint(weights[source, column].astype(np.float64) * value.astype(np.float64))
     order = np.lexsort((rank[source], target))
-    wrong, late = _walk(
+    wrong, late, other = _walk(
         forward,
         final,
         precedence,
         source[order],
         target[order],
         message.astype(np.int64)[order],
+        suppressed_by,
     )
-    return int(wrong), int(late)
+    return int(wrong), int(late), int(other)
 
 
 @numba.njit(cache=True)
-def _walk(forward, final, precedence, source, target, message):  # type: ignore[no-untyped-def]
+def _walk(forward, final, precedence, source, target, message, suppressed_by):  # type: ignore[no-untyped-def]
     """Replay the messages of each target in the order of their senders' ranks."""
     x = forward.copy()
     late = np.zeros(forward.size, np.bool_)
+    strongest = np.zeros(forward.size, np.int64)
+    sender = np.full(forward.size, -1, np.int64)
     for e in range(target.size):
         u, v = target[e], source[e]
         if final[v] < x[u] or (final[v] == x[u] and precedence[v] > precedence[u]):
             late[u] = True
         x[u] = max(x[u] - message[e], np.int64(FLOOR))
-    return (x != final).sum(), late.sum()
+        tied = message[e] == strongest[u] and sender[u] >= 0
+        if message[e] > strongest[u] or (tied and precedence[v] < precedence[sender[u]]):
+            strongest[u] = message[e]
+            sender[u] = v
+    return (x != final).sum(), late.sum(), (sender != suppressed_by).sum()

@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
+import pyarrow as pa
 
-from d2filter.algorithm import budget, certificate, messages, uids
+from d2filter.algorithm import budget, certificate, features, messages, uids
 from d2filter.errors import InputError, VerificationError
-from d2filter.formats import catalog, graph, ledger, ranking, subset
-from d2filter.formats import uid as uid_format
+from d2filter.formats import catalog, graph, ledger, ranking, subset, tables
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import RunState
 
@@ -46,6 +45,10 @@ class _Run:
         return found
 
     @cached_property
+    def catalog(self) -> catalog.Samples:
+        return catalog.concatenate(list(catalog.iter_parts(self.folder.sub("catalog"))))
+
+    @cached_property
     def graph_sizes(self) -> list[int]:
         folder = self.folder.sub("graph")
         return [len(graph.read_part(folder, name).hi) for name in folder.names(".parquet")]
@@ -55,10 +58,12 @@ class _Run:
         return graph.read(self.folder.sub("graph"))
 
     @cached_property
+    def ranking_parts(self) -> list[dict[str, npt.NDArray[Any]]]:
+        return list(ranking.iter_columns(self.folder.sub("ranking")))
+
+    @cached_property
     def ranking(self) -> dict[str, npt.NDArray[Any]]:
-        parts = list(ranking.iter_columns(self.folder.sub("ranking")))
-        self.ranking_sizes = [len(part["rank"]) for part in parts]
-        return {name: np.concatenate([p[name] for p in parts]) for name in ranking.COLUMNS}
+        return {n: np.concatenate([p[n] for p in self.ranking_parts]) for n in ranking.COLUMNS}
 
     @cached_property
     def precedence(self) -> I64:
@@ -104,10 +109,11 @@ def _accounting(run: _Run) -> Breaches:
 def _rows(run: _Run) -> Breaches:
     g, r = run.graph, run.ranking
     ranked = run.stats["samples"]["ranked"]
-    parts = catalog.iter_parts(run.folder.sub("catalog"), with_features=False)
-    rows = {"catalog": sum(len(p.hi) for p in parts), "graph": len(g.hi), "ranking": len(r["rank"])}
+    rows = {"catalog": len(run.catalog.hi), "graph": len(g.hi), "ranking": len(r["rank"])}
     out = [f"{name} has {n} rows, ranked are {ranked}" for name, n in rows.items() if n != ranked]
-    if run.graph_sizes != run.ranking_sizes:
+    if out:
+        return out
+    if run.graph_sizes != [len(part["rank"]) for part in run.ranking_parts]:
         out.append("parts of graph/ and ranking/ differ in length")
         return out
     for name, a, b in (
@@ -118,6 +124,12 @@ def _rows(run: _Run) -> Breaches:
         out += _count(f"rows differ in {name} between graph and ranking", a != b)
     order = uids.ascending(g.hi, g.lo)
     hi, lo = g.hi[order], g.lo[order]
+    for name, a, b in (
+        ("uid_hi", hi, run.catalog.hi),
+        ("uid_lo", lo, run.catalog.lo),
+        ("difficulty", g.difficulty[order], run.catalog.difficulty),
+    ):
+        out += _count(f"rows differ in {name} between graph and catalog", a != b)
     out += _count("uids are repeated", (hi[1:] == hi[:-1]) & (lo[1:] == lo[:-1]))
     start = 0
     for size in run.graph_sizes:
@@ -139,7 +151,12 @@ def _neighbors(run: _Run) -> Breaches:
     out += _count("lists have a padding before a neighbor", padding[:, :-1] & ~padding[:, 1:])
     ordered = np.sort(np.where(padding, -1 - np.arange(k), g.neighbors), axis=1)
     out += _count("lists name a neighbor twice", ordered[:, 1:] == ordered[:, :-1])
-    return out
+    if out:
+        return out
+    # equals stand in the order of (uid_j − uid_i) mod 2¹²⁸, which is that of positions by uid
+    offset = (run.precedence[g.neighbors] - run.precedence[:, None]) % n
+    tied = (g.sqdist[:, 1:] == g.sqdist[:, :-1]) & ~padding[:, 1:]
+    return _count("equals are not in ring order", tied & (offset[:, 1:] < offset[:, :-1]))
 
 
 def _sqdist(run: _Run) -> Breaches:
@@ -149,15 +166,23 @@ def _sqdist(run: _Run) -> Breaches:
     out += _count("sqdist of a neighbor is infinite", np.isinf(g.sqdist) & ~padding)
     out += _count("sqdist of a padding is finite", ~np.isinf(g.sqdist) & padding)
     out += _count("sqdist falls inside a list", g.sqdist[:, 1:] < g.sqdist[:, :-1])
-    return out
+    if out:
+        return out
+    rows = run.catalog.features[run.precedence]
+    measured = features.sqdist_pairs(rows, g.neighbors)
+    return _count("sqdist are not those of the features", measured != g.sqdist)
 
 
 def _cells(run: _Run) -> Breaches:
-    with run.folder.sub("index").reading("cells.parquet") as stream:
-        table = pq.read_table(stream)
+    index = run.folder.sub("index")
+    table = tables.read_table(index, "cells.parquet")
     rows = int(table.column("rows").to_numpy().sum())
     ranked = run.stats["samples"]["ranked"]
-    return [] if rows == ranked else [f"cells hold {rows} rows, ranked are {ranked}"]
+    centroids = catalog.read_features(index, "centroids.npy")
+    out = [] if rows == ranked else [f"cells hold {rows} rows, ranked are {ranked}"]
+    if centroids.shape != (table.num_rows, run.catalog.features.shape[1]):
+        out.append(f"centroids have shape {centroids.shape}, cells.parquet {table.num_rows} rows")
+    return out
 
 
 def _ranks(run: _Run) -> Breaches:
@@ -185,30 +210,22 @@ def _scores(run: _Run) -> Breaches:
     forward = messages.forward_pass(messages.normalized(g.difficulty), g.neighbors, weights)
     out = _count("forward scores are not those of the graph", forward != r["forward"])
     weights = messages.edge_weights(g.sqdist, options["gamma"])
-    wrong, late = certificate.wrong_finals(
-        r["forward"], r["final"], r["rank"], run.precedence, g.neighbors, weights
+    wrong, late, other = certificate.breaches(
+        r["forward"],
+        r["final"],
+        r["rank"],
+        run.precedence,
+        g.neighbors,
+        weights,
+        r["suppressed_by"],
     )
     if wrong:
         out.append(f"{wrong} final scores are not forward minus the messages received")
     if late:
         out.append(f"{late} samples were taken later than the greedy would")
+    if other:
+        out.append(f"{other} samples name another suppressor than the strongest")
     return out
-
-
-def _suppressors(run: _Run) -> Breaches:
-    r = run.ranking
-    by = r["suppressed_by"]
-    n = len(by)
-    out = _count("suppressed_by out of range", (by < -1) | (by >= n))
-    if out:
-        return out
-    lowered = r["final"] < r["forward"]
-    out += _count("lowered samples name no suppressor, or others name one", lowered != (by >= 0))
-    rows = np.flatnonzero(by >= 0)
-    sender = by[rows]
-    out += _count("suppressors rank later", r["rank"][sender] >= r["rank"][rows])
-    lists = run.graph.neighbors[sender] == rows[:, None]
-    return out + _count("suppressors do not list the sample", ~lists.any(axis=1))
 
 
 def _subset(run: _Run) -> Breaches:
@@ -243,24 +260,28 @@ def _subset(run: _Run) -> Breaches:
 
 
 def _kept(run: _Run) -> Breaches:
-    folder = run.folder.sub("kept")
-    names = folder.names(".parquet")
-    if not names:
-        return []
     chosen = subset.read(run.folder)
-    allowed = set(uid_format.to_hex(chosen["f0"], chosen["f1"]))
-    out = []
-    total = 0
-    for name in names:
-        with folder.reading(name) as stream:
-            uid = pq.read_table(stream, columns=["uid"]).column("uid").to_pylist()
-        total += len(uid)
-        foreign = sum(u not in allowed for u in uid)
-        if foreign:
-            out.append(f"{foreign} uids of kept/{name} are not in {subset.SUBSET}")
-    counted = sum(folder.read_json("sizes.json").values())
-    if counted != total:
-        out.append(f"kept/sizes.json counts {counted}, the lists hold {total}")
+    hi, lo = np.ascontiguousarray(chosen["f0"]), np.ascontiguousarray(chosen["f1"])
+    r = run.ranking
+    order = uids.ascending(r["uid_hi"], r["uid_lo"])
+    where = uids.positions(r["uid_hi"][order], r["uid_lo"][order], hi, lo)
+    expected = subset.kept_table([run.catalog], hi, lo, r["rank"][order][where])
+    folder = run.folder.sub("kept")
+    parts = [tables.read_table(folder, name) for name in folder.names(".parquet")]
+    rows = sum(part.num_rows for part in parts)
+    if rows != expected.num_rows:
+        return [f"kept/ lists {rows} samples, {expected.num_rows} of the subset have a shard"]
+    if not rows:
+        return []
+    listed = pa.concat_tables(parts)
+    out = [
+        f"kept/ differs from the subset in column {name}"
+        for name in expected.column_names
+        if listed.column(name).to_pylist() != expected.column(name).to_pylist()
+    ]
+    counted = sum((folder.read_json("sizes.json") or {}).values())
+    if counted != rows:
+        out.append(f"kept/sizes.json counts {counted}, the lists hold {rows}")
     return out
 
 
@@ -273,15 +294,14 @@ def _count(what: str, broken: npt.NDArray[np.bool_]) -> Breaches:
 _STRUCTURE: dict[str, Callable[[_Run], Breaches]] = {
     "every sample read is ranked, bad or duplicate; each one ranked is kept or pruned": _accounting,
     "catalog, graph and ranking hold the same distinct samples in the same rows": _rows,
-    "neighbors are in range, distinct and never the sample itself": _neighbors,
-    "squared distances ascend": _sqdist,
-    "cells hold every sample once": _cells,
+    "neighbors are in range, distinct, never the sample itself, equals in ring order": _neighbors,
+    "squared distances ascend and are those of the features": _sqdist,
+    "cells hold every sample once, each with its centroid": _cells,
     "ranks are a permutation": _ranks,
 }
 _MEANING: dict[str, Callable[[_Run], Breaches]] = {
     "final scores fall with rank, ties by uid": _order,
-    "scores are those of the sequential greedy on this graph": _scores,
-    "suppressors are listed, earlier, and named where something was lost": _suppressors,
+    "scores and suppressors are those of the sequential greedy on this graph": _scores,
     "the subset is sorted, unique and the first B of the ranking": _subset,
     "the kept lists agree with the subset": _kept,
 }

@@ -167,3 +167,37 @@ def test_by_cell_is_a_transposition() -> None:
     start, rows = lists.by_cell(assigned, 4)
     got = [rows[start[c] : start[c + 1]].tolist() for c in range(4)]
     assert got == [[0, 1], [1, 2], [0, 2], []]
+
+
+def test_one_huge_row_does_not_make_every_list_unsure() -> None:
+    rng = np.random.default_rng(0)
+    wide = rng.normal(size=(3000, 32))
+    wide[7] *= 1000
+    rows = features.fix([wide], normalize=False)
+    search = knn._search(
+        pooled(rows), np.arange(3000), np.zeros((3000, 1), np.int32), np.zeros(3000, np.int32),
+        3, 1, lambda done: None,
+    )  # fmt: skip
+    copies = features.group_copies(rows)
+    relative = np.float32(backend.relative_error(32))
+    _, unsure = lists._limits(
+        rows.view(np.uint16), copies.first, copies.start, search.groups, search.ids, search.near,
+        3, relative,
+    )  # fmt: skip
+    assert unsure.sum() < 30
+
+
+def test_near_copies_beyond_the_proposals_are_found() -> None:
+    """500 rows within the rounding of a float32 product: only the second look can order them."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(1, 64))
+    rows = features.fix([np.concatenate([base + 3e-3 * rng.normal(size=(500, 64)), -base])])
+    graph = knn.build_graph(pooled(rows), 4, knn.Index(centroids=rows[:1], probes=1))
+    neighbors, _ = oracle.knn(rows, numbers(*ids(501)), 4)
+    assert graph.neighbors.tolist() == neighbors
+
+
+def test_an_unclustered_pool_is_searched_exactly_when_cells_would_not_help() -> None:
+    rows = features.fix([np.random.default_rng(0).normal(size=(2000, 64))])
+    index = knn.train_index(pooled(rows), 5, target_recall=0.99, exact_below=100)
+    assert (len(index.centroids), index.probes) == (1, 1)
