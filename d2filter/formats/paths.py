@@ -151,6 +151,14 @@ class Folder:
             fs.rm(f"{root}/{name}", recursive=True)
 
 
+def remove_leftovers(folder: Folder, name: str) -> None:
+    """Remove temporary files below a local folder: those of writers that were killed."""
+    root = folder.local
+    if root is not None and (root / name).is_dir():
+        for path in (root / name).rglob(f"{_TEMPORARY}*"):
+            path.unlink(missing_ok=True)
+
+
 def absolute(url: str) -> str:
     """A local path made absolute, `~` expanded, for workers elsewhere; URLs as they are."""
     if "://" in url:

@@ -18,7 +18,7 @@ from typing import Any
 
 import d2filter
 from d2filter.errors import RunStateError
-from d2filter.formats.paths import FileInfo, Folder
+from d2filter.formats.paths import FileInfo, Folder, remove_leftovers
 
 STAGES = ("embed", "catalog", "graph", "rank", "select")
 # what each stage writes, for --overwrite; ledger and completions go with it
@@ -112,6 +112,8 @@ class RunState:
         if before is None or before["fingerprint"] != plan.fingerprint:
             self.clear_from(plan.stage)
             self.folder.publish_json(note, {"fingerprint": plan.fingerprint})
+        for output in ("completions", "ledger", *_OUTPUTS[plan.stage]):
+            remove_leftovers(self.folder, output)
 
     def clear_from(self, stage: str) -> None:
         """Remove a stage and all that follow from it; the records go first."""

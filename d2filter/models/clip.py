@@ -91,6 +91,13 @@ def load(model: str, pretrained: str, precision: str) -> Clip:
     return Clip(network, transform, tokenize, device, dtype)
 
 
+def use_threads(count: int) -> None:
+    """Let torch use `count` threads of this process."""
+    import torch
+
+    torch.set_num_threads(count)
+
+
 def _unit(rows: Any) -> F16:
     """L2-normalized float16 rows of a tensor."""
     wide = rows.float().cpu().numpy().astype(np.float64)

@@ -18,7 +18,7 @@ from d2filter.errors import InputError
 from d2filter.formats import ledger, metadata, webdataset
 from d2filter.formats.paths import Folder
 from d2filter.models import clip
-from d2filter.stages.runner import Report, Runner, Task
+from d2filter.stages.runner import Report, Runner, Task, assigned_cpus
 
 _DECODE_THREADS = 4  # decoding releases the interpreter lock; the model keeps its own thread
 
@@ -64,6 +64,7 @@ def embed_shard(
 ) -> dict[str, Any]:
     """Task: decode and embed one shard, write its pair and its ledger part."""
     model = clip.load(config.model, config.pretrained, config.precision)
+    clip.use_threads(assigned_cpus())
     rows: list[dict[str, Any]] = []
     images: list[np.ndarray[Any, Any]] = []
     texts: list[np.ndarray[Any, Any]] = []

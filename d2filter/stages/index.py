@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from d2filter.algorithm import features, knn, uids
+from d2filter.algorithm import backend, features, knn, uids
 from d2filter.config import GraphConfig
 from d2filter.formats import catalog
 from d2filter.formats.paths import Folder
-from d2filter.stages.runner import Report
+from d2filter.stages.runner import Report, assigned_cpus
 
 CENTROIDS = "centroids.npy"
 
@@ -27,7 +27,11 @@ class Pool:
 
 
 def load_pool(out: Folder) -> Pool:
-    """Read all parts of a catalog. Memory: 2·d + 20 bytes a sample."""
+    """Read all parts of a catalog, for a task that then uses the CPUs it was given.
+
+    Memory: 2·d + 20 bytes a sample, while it loads twice that.
+    """
+    backend.use_threads(assigned_cpus())
     parts = list(catalog.iter_parts(out.sub("catalog")))
     return Pool(
         hi=np.concatenate([p.hi for p in parts]),

@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import Any
 
 from d2filter.config import RunConfig, SelectConfig, options_of
-from d2filter.errors import D2FilterError, RecallError, RunStateError, TooManyBadError, UsageError
+from d2filter.errors import D2FilterError, RecallError, TooManyBadError, UsageError
 from d2filter.formats import ledger
 from d2filter.formats.paths import FileInfo, Folder, absolute
 from d2filter.formats.runstate import Plan, RunState
@@ -296,15 +296,6 @@ def default_selection(config: SelectConfig) -> SelectConfig:
     if config.fraction is None and config.budget is None:
         return replace(config, fraction=parse_fraction("0.3"))
     return config
-
-
-def stats_of(out_dir: str) -> dict[str, Any]:
-    """stats.json of a run. Raises RunStateError when there is none."""
-    stats = Folder(out_dir).read_json("stats.json")
-    if stats is None:
-        raise RunStateError(f"{out_dir} holds no stats.json: it is no run directory")
-    found: dict[str, Any] = stats
-    return found
 
 
 def _brief(stage: str, figures: dict[str, Any]) -> str:

@@ -19,7 +19,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from d2filter.algorithm import backend
 from d2filter.errors import D2FilterError, InputError, StageError, UsageError
 from d2filter.formats.paths import Folder
 
@@ -63,7 +62,8 @@ class Runner:
         """Figures of all tasks, in their order; those that a former run published are not run.
 
         label: what the progress bar shows. total: samples expected, when known. whole_node: each
-        task gets all CPUs of a node. on_gpu: each task gets a GPU where the cluster has any.
+        task gets all CPUs of a node. on_gpu: each task gets a GPU where the cluster has any, and
+        else the CPUs that fewer tasks than CPUs would leave idle.
         Raises the task's own error when all failures are the same, StageError otherwise.
         """
         results: dict[str, dict[str, Any]] = {}
@@ -102,8 +102,10 @@ class Runner:
         on_gpu: bool,
     ) -> dict[str, dict[str, Any]]:
         ray = self._start_ray()
-        cpus = _largest_node(ray) if whole_node else 1
         gpus = 1 if on_gpu and ray.cluster_resources().get("GPU", 0) >= 1 else 0
+        cpus = _largest_node(ray) if whole_node else 1
+        if on_gpu and not gpus:
+            cpus = max(1, _largest_node(ray) // len(tasks))
         remote = ray.remote(_execute_remotely).options(
             num_cpus=cpus, num_gpus=gpus, max_retries=_CRASH_RETRIES
         )
@@ -113,7 +115,7 @@ class Runner:
         outcomes: list[_Outcome] = []
         try:
             for task in tasks:
-                reference = remote.remote(self.folder, stage, task, fingerprint, counter, cpus)
+                reference = remote.remote(self.folder, stage, task, fingerprint, counter)
                 names[reference] = task.name
             pending = list(names)
             while pending:
@@ -180,10 +182,8 @@ class _Counter:
 
 
 def _execute_remotely(
-    folder: Folder, stage: str, task: Task, fingerprint: str, counter: Any, cpus: int
+    folder: Folder, stage: str, task: Task, fingerprint: str, counter: Any
 ) -> _Outcome:
-    if cpus > 1:
-        backend.use_threads(cpus)
     held = 0
     last = time.monotonic()
 
@@ -295,6 +295,17 @@ def _bar(label: str, total: int | None, show: bool | None) -> Any:
 def _largest_node(ray: Any) -> int:
     """CPUs of the largest node that is alive."""
     return max(1, *(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]))
+
+
+def assigned_cpus() -> int:
+    """CPUs that Ray gave the running task; outside of a task those of this machine."""
+    import ray
+
+    assigned: dict[str, float] = {}
+    if ray.is_initialized():
+        context: Any = ray.get_runtime_context()
+        assigned = context.get_assigned_resources()
+    return max(1, int(assigned.get("CPU", os.cpu_count() or 1)))
 
 
 def _reset_peak_rss() -> None:
