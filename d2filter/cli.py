@@ -14,13 +14,20 @@ from d2filter.errors import D2FilterError, UsageError
 # heavy packages are imported by the command that needs them: `select` takes about a second
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one to speak of."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, "", []) or isinstance(action.default, bool):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse that fails with one line and never guesses at an abbreviated option."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(
-            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options
-        )
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see `{self.prog} --help`)")
@@ -44,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"d2filter: error: {error.strerror or error}{place}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("d2filter: interrupted; the same command continues", file=sys.stderr)
+        print(
+            "d2filter: interrupted; run the same command again, it keeps what is done",
+            file=sys.stderr,
+        )
         return 130
     return 0
 
@@ -152,7 +162,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     packing.add_argument("folder", metavar="FOLDER", help="X.png with X.txt or X.json beside it")
     packing.add_argument("--shards", required=True, metavar="OUT", help="empty folder to write to")
     packing.add_argument(
-        "--caption-lines", choices=["first", "all"], default="first", help="of a .txt caption"
+        "--caption-lines",
+        choices=["first", "all"],
+        default="first",
+        help="lines of a caption to take",
     )
     packing.add_argument("--shard-size", type=int, default=10000, help="pairs in a shard")
     checking = command("verify", "prove from a run's files that it is right", _run_verify)
@@ -172,7 +185,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="STAGE",
-        help="make this stage and all after it anew (embed, catalog, graph, rank)",
+        help="make this stage of the command, and all after it, anew",
     )
     group.add_argument("--config", default="", help="YAML file with the same option names")
 
@@ -220,7 +233,7 @@ def _catalog(parser: argparse.ArgumentParser) -> None:
         "--normalize",
         action=argparse.BooleanOptionalAction,
         default=default.normalize,
-        help="L2-normalize each embedding",
+        help="L2-normalize each embedding (default: yes)",
     )
 
 

@@ -43,7 +43,7 @@ class EmbedConfig:
     """NAME in NAME_img, NAME_txt, clip_NAME_similarity_score; empty: from the model's name"""
 
     def __post_init__(self) -> None:
-        _at_least("batch_size", self.batch_size, 1)
+        _at_least("batch-size", self.batch_size, 1)
         if not self.shards:
             raise UsageError("shards is empty: --shards 'data/{00000..00099}.tar' or a folder")
         if self.precision not in PRECISIONS:

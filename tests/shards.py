@@ -39,13 +39,17 @@ def write(path: Path, files: list[tuple[str, bytes]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for name, content in files:
-            info = tarfile.TarInfo(name)
+            info = tarfile.TarInfo(name)  # bytes that are no UTF-8 come as surrogates
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return path
 
 
-def black_png_with_alpha() -> bytes:
+def png(picture: Image.Image) -> bytes:
     stream = io.BytesIO()
-    Image.new("RGBA", (30, 20), (255, 0, 0, 0)).save(stream, "PNG")
+    picture.save(stream, "PNG")
     return stream.getvalue()
+
+
+def black_png_with_alpha() -> bytes:
+    return png(Image.new("RGBA", (30, 20), (255, 0, 0, 0)))

@@ -23,7 +23,7 @@ from d2filter.formats.paths import FileInfo, Folder, remove_leftovers
 STAGES = ("embed", "catalog", "graph", "rank", "select")
 # what each stage writes, for --overwrite; ledger and completions go with it
 _OUTPUTS = {
-    "embed": ("metadata",),
+    "embed": ("metadata", "completions/embed-model"),
     "catalog": ("catalog",),
     "graph": ("index", "graph"),
     "rank": ("ranking",),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import tarfile
 import tempfile
 from collections import Counter
@@ -24,6 +25,8 @@ from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import FileInfo, Folder, filesystem
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+# what such a member may hold, whatever its name says: a decoder for PostScript runs programs
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,16 @@ class Sample:
     message: str = ""
 
 
+def clean(text: str) -> str:
+    """`text` with what UTF-8 cannot hold spelled out: names in tars may be any bytes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def encodable(text: str) -> bool:
+    """Whether UTF-8 can hold `text` (JSON can spell lone surrogates, which it cannot)."""
+    return clean(text) == text
+
+
 class LostTail(Exception):
     """The rest of a shard cannot be read; the samples before it were yielded."""
 
@@ -62,14 +75,11 @@ def list_shards(patterns: Sequence[str]) -> list[Shard]:
     UsageError when a pattern matches nothing and InputError for a named file that is missing.
     """
     found: dict[str, FileInfo] = {}
+    listing = _Listing()
     for pattern in patterns:
         matched = False
-        try:
-            expanded = list(braceexpand.braceexpand(pattern))
-        except ValueError as error:  # its UnbalancedBracesError
-            raise UsageError(f"shards pattern {pattern!r} has unbalanced braces") from error
-        for url in expanded:
-            for shard, info in _matches(url):
+        for url in _expanded(pattern):
+            for shard, info in listing.matches(url):
                 found[shard] = info
                 matched = True
         if not matched:
@@ -106,23 +116,45 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def _matches(url: str) -> Iterator[tuple[str, FileInfo]]:
-    fs, path = filesystem(url)
-    if any(c in url for c in "*?["):
-        for match in fs.glob(path):
-            address = str(fs.unstrip_protocol(match)) if "://" in url else str(match)
-            yield from _matches(address)
-    elif fs.isdir(path):
-        folder = Folder(url)
-        for info in folder.files(".tar"):
-            yield folder.where(info.name), info
-    else:
+def _expanded(pattern: str) -> list[str]:
+    """A pattern's brace expansion, or the pattern itself where such a name exists."""
+    fs, path = filesystem(pattern)
+    if fs.exists(path):
+        return [pattern]
+    try:
+        return list(braceexpand.braceexpand(pattern))
+    except ValueError as error:  # its UnbalancedBracesError
+        raise UsageError(f"shards pattern {pattern!r} has unbalanced braces") from error
+
+
+class _Listing:
+    """Looks shards up; each folder is listed once, however many of its shards are named."""
+
+    def __init__(self) -> None:
+        self._folders: dict[str, dict[str, FileInfo]] = {}
+
+    def matches(self, url: str) -> Iterator[tuple[str, FileInfo]]:
         parent, _, name = url.rpartition("/")
-        for info in Folder(parent or ".").files(name):
-            if info.name == name:
-                yield url, info
-                return
-        raise InputError(f"shard {url} does not exist: check --shards")
+        known = self._files(parent or ".").get(name)
+        if known is not None:
+            yield url, known
+            return
+        fs, path = filesystem(url)
+        if fs.isdir(path):
+            for info in self._files(url).values():
+                if info.name.endswith(".tar"):
+                    yield f"{url.rstrip('/')}/{info.name}", info
+        elif any(c in url for c in "*?["):
+            for match in fs.glob(path):
+                address = str(fs.unstrip_protocol(match)) if "://" in url else str(match)
+                yield from self.matches(address)
+        else:
+            raise InputError(f"shard {url} does not exist: check --shards")
+
+    def _files(self, folder: str) -> dict[str, FileInfo]:
+        if folder not in self._folders:
+            self._folders[folder] = {info.name: info for info in Folder(folder).files()}
+        return self._folders[folder]
 
 
 @contextmanager
@@ -169,25 +201,27 @@ def _headers(stream: IO[bytes]) -> tuple[list[tuple[str, _Members]], str]:
                     members = latest[key] = {}
                     keys.append((key, members))
                 members[extension] = member
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, struct.error) as error:
         broken = str(error) or type(error).__name__
     # tarfile takes a damaged header for the end; a whole archive ends in a block of zeros
-    stream.seek(after)
+    end = stream.seek(0, 2)
+    stream.seek(min(after, end))
     block = stream.read(_BLOCK)
-    if not broken and block.strip(b"\0"):
-        broken = f"damaged header at byte {after}"
     if not broken and len(block) < _BLOCK:
         broken = f"no end-of-archive mark at byte {after}: cut off"
+    if not broken and block.strip(b"\0"):
+        broken = f"damaged header at byte {after}"
     # the header of the last member may be whole while its content is not
-    end = stream.seek(0, 2)
     return [
         (key, members)
         for key, members in keys
-        if all(m.offset_data + m.size <= end for m in members.values())
+        if all(0 <= m.size <= end - m.offset_data for m in members.values())
     ], broken
 
 
 def _sample(stream: IO[bytes], key: str, members: _Members) -> Sample:
+    key = clean(key)
+
     def read(extension: str) -> bytes:
         stream.seek(members[extension].offset_data)
         return stream.read(members[extension].size)
@@ -205,7 +239,9 @@ def _sample(stream: IO[bytes], key: str, members: _Members) -> Sample:
     image = next((e for e in IMAGE_SUFFIXES if e in members), None)
     if image is None:
         there = ", ".join(sorted(members))
-        return Sample(key=key, uid=known, reason="no image", message=f"members: {there}"[:300])
+        return Sample(
+            key=key, uid=known, reason="no image", message=clean(f"members: {there}")[:300]
+        )
     caption = meta.get("caption")
     if "txt" in members:
         try:
@@ -214,6 +250,8 @@ def _sample(stream: IO[bytes], key: str, members: _Members) -> Sample:
             return Sample(key=key, uid=known, reason="caption is no UTF-8", message=_short(error))
     if not isinstance(caption, str):
         return Sample(key=key, uid=known, reason="no caption")
+    if not encodable(caption):
+        return Sample(key=key, uid=known, reason="caption is no UTF-8", message="lone surrogate")
     if not caption.strip():
         return Sample(key=key, uid=known, reason="empty caption")
     content = read(image)
@@ -229,4 +267,4 @@ def _sample(stream: IO[bytes], key: str, members: _Members) -> Sample:
 
 
 def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:300]
+    return clean(f"{type(error).__name__}: {error}")[:300]

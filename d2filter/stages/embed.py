@@ -20,7 +20,7 @@ from d2filter.formats.paths import Folder
 from d2filter.models import clip
 from d2filter.stages.runner import Report, Runner, Task, assigned_cpus
 
-_DECODE_THREADS = 4  # decoding releases the interpreter lock; the model keeps its own thread
+_LONGEST_RATIO = 1000  # the transform scales the short side up: 1 × 60,000 would take gigabytes
 
 
 def build(
@@ -31,6 +31,9 @@ def build(
     fingerprint: str,
 ) -> dict[str, Any]:
     """Embed all shards into OUT/metadata; returns the stage's figures."""
+    # once, before all shards would find out one by one that the model cannot be had
+    checking = Task(name="model", run=check_model, arguments={"config": config})
+    runner.map("embed-model", [checking], fingerprint=fingerprint, label="model", on_gpu=True)
     tasks = [
         Task(
             name=shard.name,
@@ -59,12 +62,19 @@ def build(
     }
 
 
+def check_model(*, report: Report, config: EmbedConfig) -> dict[str, Any]:
+    """Task: load the model where shards will be embedded; the worker keeps it."""
+    model = clip.load(config.model, config.pretrained, config.precision)
+    return {"device": model.device}
+
+
 def embed_shard(
     *, report: Report, out: Folder, shard: webdataset.Shard, config: EmbedConfig
 ) -> dict[str, Any]:
     """Task: decode and embed one shard, write its pair and its ledger part."""
     model = clip.load(config.model, config.pretrained, config.precision)
-    clip.use_threads(assigned_cpus())
+    cpus = assigned_cpus()
+    clip.use_threads(cpus)
     rows: list[dict[str, Any]] = []
     images: list[np.ndarray[Any, Any]] = []
     texts: list[np.ndarray[Any, Any]] = []
@@ -85,7 +95,10 @@ def embed_shard(
         batch.clear()
 
     try:
-        with ThreadPoolExecutor(_DECODE_THREADS, "decode") as pool:
+        # decoding releases the interpreter lock and waits for no device: two threads a CPU
+        with warnings.catch_warnings(), ThreadPoolExecutor(max(4, 2 * cpus), "decode") as pool:
+            # once for all threads: a large picture is not hostile, and PIL warns of palettes
+            warnings.simplefilter("ignore")
             for item in _decoded(pool, webdataset.read_samples(shard), model, config.batch_size):
                 if isinstance(item, _Ready):
                     batch.append(item)
@@ -157,33 +170,40 @@ def _decode(sample: webdataset.Sample, model: clip.Clip) -> _Ready | webdataset.
     if sample.reason:
         return sample
     try:
-        with warnings.catch_warnings():
-            # a picture between PIL's warning and its refusal is large, not hostile
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(sample.image)) as picture:
-                width, height = picture.size
-                return _Ready(sample, model.transform(picture), width, height)
+        with Image.open(io.BytesIO(sample.image), formats=webdataset.IMAGE_FORMATS) as picture:
+            width, height = picture.size
+            if max(width, height) > _LONGEST_RATIO * min(width, height):
+                raise ValueError(f"{width} × {height} is longer than {_LONGEST_RATIO} : 1")
+            return _Ready(sample, model.transform(_eight_bit(picture)), width, height)
     except Exception as error:  # decoders raise nearly anything on hostile bytes
         return webdataset.Sample(
             key=sample.key,
             uid=sample.uid,
             reason="broken image",
-            message=f"{type(error).__name__}: {error}"[:300],
+            message=webdataset.clean(f"{type(error).__name__}: {error}")[:300],
         )
+
+
+def _eight_bit(picture: Any) -> Any:
+    """16-bit gray scaled to 8 bits; PIL's own conversion cuts everything above 255 to white."""
+    from PIL import Image
+
+    if picture.mode != "I" and not picture.mode.startswith("I;16"):
+        return picture
+    return Image.fromarray((np.asarray(picture).astype(np.float64) / 257).clip(0, 255).astype("u1"))
 
 
 def _row(ready: _Ready, shard: webdataset.Shard) -> dict[str, Any]:
     meta = ready.sample.meta
     url, sha256 = meta.get("url"), meta.get("sha256")
+    told = isinstance(sha256, str) and webdataset.encodable(sha256)
     return {
         "uid": ready.sample.uid,
-        "url": url if isinstance(url, str) else None,
+        "url": webdataset.clean(url) if isinstance(url, str) else None,
         "text": ready.sample.caption,
         "original_width": _size(meta.get("original_width"), ready.width),
         "original_height": _size(meta.get("original_height"), ready.height),
-        "sha256": sha256
-        if isinstance(sha256, str)
-        else hashlib.sha256(ready.sample.image).hexdigest(),
+        "sha256": sha256 if told else hashlib.sha256(ready.sample.image).hexdigest(),
         "key": ready.sample.key,
         "shard": shard.url,
     }

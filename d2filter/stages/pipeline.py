@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 from d2filter.config import RunConfig, SelectConfig, options_of
@@ -78,6 +79,7 @@ class Pipeline:
         options = options_of(config)
         # where the shards lie is told by `inputs`, file by file
         options.update(shards=None, arch=config.resolved_arch)
+        options["weights"] = _weights(config.pretrained)
         plan = Plan(
             stage="embed",
             options=options,
@@ -272,13 +274,19 @@ class Pipeline:
             if lost or bad > Decimal(str(self.config.max_bad)) * read:
                 counts = ledger.count_reasons(self.out).get("bad", {})
                 top = ", ".join(f"{count} {reason}" for reason, count in list(counts.items())[:3])
-                parts = [f"{bad} of {read} samples are bad ({top})"] if bad else []
-                parts += [f"{len(lost)} shards could not be read whole ({lost[0]})"] if lost else []
-                raise TooManyBadError(
-                    f"finished, but {' and '.join(parts)}; allowed is a share of "
-                    f"{self.config.max_bad} and no lost shard: see "
-                    f"{self.out.where(ledger.BAD_SAMPLES)}, or raise --max-bad"
-                )
+                parts = []
+                if bad > Decimal(str(self.config.max_bad)) * read:
+                    parts.append(
+                        f"{bad} of {read} samples are bad ({top}): see "
+                        f"{self.out.where(ledger.BAD_SAMPLES)}, or raise --max-bad from "
+                        f"{self.config.max_bad}"
+                    )
+                if lost:
+                    parts.append(
+                        f"{len(lost)} shards could not be read whole ({lost[0]}): see lost_shards "
+                        f"in {self.out.where('stats.json')} and fetch them again"
+                    )
+                raise TooManyBadError(f"finished, but {'; and '.join(parts)}")
         if "graph" in stages:
             target = self.config.graph.target_recall
             if stats["graph"]["recall"] < target:
@@ -287,6 +295,15 @@ class Pipeline:
                     f"and --target-recall {target}: raise --exact-below for an exact graph or "
                     "lower the target"
                 )
+
+
+def _weights(pretrained: str) -> list[Any] | None:
+    """Size and time of a weights file: other weights under the same name are another model."""
+    path = Path(pretrained)
+    if not pretrained or not path.is_file():
+        return None
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
 
 
 def default_selection(config: SelectConfig) -> SelectConfig:

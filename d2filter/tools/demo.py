@@ -21,10 +21,10 @@ import webdataset
 
 from d2filter import config
 from d2filter.algorithm import baselines, metrics
-from d2filter.errors import UsageError
+from d2filter.errors import RunStateError, UsageError
 from d2filter.formats import graph, ranking
 from d2filter.formats import uid as uid_format
-from d2filter.formats.paths import Folder
+from d2filter.formats.paths import Folder, absolute
 from d2filter.stages.pipeline import Pipeline
 from d2filter.stages.runner import Report, Runner, Task
 from d2filter.tools import scenes
@@ -164,7 +164,7 @@ def demo(
 
     Raises UsageError for fewer than 100 pairs.
     """
-    out = Folder(out_dir)
+    out = Folder(absolute(out_dir))
     settings = (PUBLISHED, MEASURED)
     draw_and_run(
         out, pairs=pairs, seed=seed, settings=settings, say=say, show_progress=show_progress
@@ -192,6 +192,7 @@ def draw_and_run(
     """Draw the pool into OUT/shards and run the line once for each setting."""
     if pairs < 100:
         raise UsageError(f"pairs is {pairs}, allowed is a whole number of at least 100")
+    _claim(out, pairs, seed)
     layout = lay_out(pairs, seed)
     say(
         f"{pairs:,} drawn pairs: {layout.copy.sum():,} near-copies, "
@@ -215,6 +216,19 @@ def draw_and_run(
             Pipeline(run, say=say, show_progress=show_progress).run("run")
     finally:
         runner.close()
+
+
+def _claim(out: Folder, pairs: int, seed: int) -> None:
+    """Refuse a folder that holds another demo: drawing over its shards would spoil both."""
+    mine = {"pairs": pairs, "seed": seed}
+    there = out.read_json("demo.json")
+    if there is None:
+        out.publish_json("demo.json", mine)
+    elif there != mine:
+        raise RunStateError(
+            f"{out.url} holds a demo of {there['pairs']} pairs, seed {there['seed']}: "
+            "choose another --out-dir, or remove it"
+        )
 
 
 def _run_config(out: Folder, first: str, setting: Setting) -> config.RunConfig:

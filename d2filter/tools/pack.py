@@ -11,24 +11,28 @@ import csv
 import hashlib
 import io
 import json
+import os
+import shlex
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import webdataset
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from d2filter.errors import InputError, UsageError
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
-from d2filter.formats.webdataset import IMAGE_SUFFIXES
+from d2filter.formats.webdataset import IMAGE_FORMATS, IMAGE_SUFFIXES, clean, encodable
 
 CaptionLines = Literal["first", "all"]
 SKIPPED = "skipped.csv"
 
+_UNFINISHED = "pack-unfinished.json"
 _KEY_DIGITS = 4
 _SHARD_SIZE = 10**_KEY_DIGITS
 # pictures that people keep in such folders and that training readers do not take
@@ -67,53 +71,49 @@ def pack(
     shard_size: int = _SHARD_SIZE,
     show_progress: bool | None = None,
 ) -> Packed:
-    """Write all captioned images below `source`, in order of their paths, and skipped.csv.
+    """Write all captioned images below `source`, in order of their paths; skipped.csv comes last.
 
-    The same folder gives the same bytes. Raises UsageError for an unusable folder, and InputError
-    when there is nothing to pack or `shards` holds shards already.
+    The same folder gives the same bytes, and what an interrupted run left is replaced. Raises
+    UsageError for an unusable folder, and InputError when there is nothing to pack or `shards`
+    holds shards that are finished or somebody else's.
     """
     if not source.is_dir():
         raise UsageError(f"{source} is no folder: pack takes a folder of images and captions")
     if not 1 <= shard_size <= _SHARD_SIZE:
         raise UsageError(f"shard-size is {shard_size}, allowed is 1 to {_SHARD_SIZE}")
-    if shards.names(".tar"):
-        raise InputError(
-            f"{shards.url} holds .tar files already: pack into an empty folder, or remove them"
-        )
-    files = sorted(path for path in source.rglob("*") if path.is_file())
-    skipped: list[tuple[Path, str]] = []
+    _begin(shards)
+    skipped: list[tuple[str, str]] = []
     long_captions = 0
+    files = _Files(source)
+    skipped += files.unreadable
 
     def pairs() -> Iterator[_Pair]:
         nonlocal long_captions
-        known = set(files)
         disable = None if show_progress is None else not show_progress
-        for path in tqdm(files, desc="pack     ", unit=" files", disable=disable):
-            found = _read(path, source, known, caption_lines)
+        for path in tqdm(files.paths, desc="pack     ", unit=" files", disable=disable):
+            try:
+                found = _read(path, files, caption_lines)
+            except OSError as error:
+                found = f"file that cannot be read ({error.strerror or type(error).__name__})"
             if isinstance(found, str):
                 if found:
-                    skipped.append((path, found))
+                    skipped.append((_shown(path.relative_to(source)), found))
                 continue
             long_captions += found.more_lines and caption_lines == "first"
             yield found
 
     samples, count = _write(pairs(), shards, shard_size)
+    reasons = Counter(reason for _, reason in skipped).most_common()
     if samples == 0:
-        reasons = Counter(reason for _, reason in skipped).most_common(3)
-        what = ", ".join(f"{n} {reason}" for reason, n in reasons) or "it holds no files"
+        shards.remove(_UNFINISHED)
+        what = ", ".join(f"{n} {reason}" for reason, n in reasons[:3]) or "it holds no files"
         raise InputError(f"{source} has no captioned image to pack ({what})")
     with shards.publish(SKIPPED) as target, target.open("w", newline="", encoding="utf-8") as text:
         writer = csv.writer(text)
         writer.writerow(["path", "reason"])
-        for path, reason in skipped:
-            name = str(path.relative_to(source)).encode("utf-8", "backslashreplace").decode()
-            writer.writerow([name, reason])
-    return Packed(
-        samples=samples,
-        shards=count,
-        skipped=dict(Counter(reason for _, reason in skipped).most_common()),
-        long_captions=long_captions,
-    )
+        writer.writerows(skipped)
+    shards.remove(_UNFINISHED)
+    return Packed(samples=samples, shards=count, skipped=dict(reasons), long_captions=long_captions)
 
 
 def summary(packed: Packed, shards: Folder, say: Callable[[str], None]) -> None:
@@ -128,18 +128,66 @@ def summary(packed: Packed, shards: Folder, say: Callable[[str], None]) -> None:
             f"  {packed.long_captions:,} captions have more than one line: the first was taken "
             "(--caption-lines all joins them)"
         )
-    say(f"next: d2filter run --shards {shards.url} --out-dir OUT")
+    say(f"next: d2filter run --shards {shlex.quote(shards.url)} --out-dir OUT")
 
 
-def _read(path: Path, source: Path, known: set[Path], caption_lines: CaptionLines) -> _Pair | str:
+class _Files:
+    """What lies below a folder: files in order, sidecars by stem, what cannot be looked into."""
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+        self.unreadable: list[tuple[str, str]] = []
+        self.paths: list[Path] = []
+        self._by_stem: dict[Path, dict[str, Path]] = {}
+        for folder, folders, names in os.walk(source, onerror=self._refused):
+            folders.sort()
+            for name in folders:
+                if (Path(folder) / name).is_symlink():
+                    self._leave(Path(folder) / name, "link to a folder (not followed)")
+            for name in names:
+                path = Path(folder) / name
+                if path.is_file():
+                    self.paths.append(path)
+                    suffix = path.suffix.lower().removeprefix(".")
+                    self._by_stem.setdefault(path.with_suffix(""), {}).setdefault(suffix, path)
+                else:
+                    dangling = path.is_symlink()
+                    self._leave(path, "link that leads nowhere" if dangling else "no regular file")
+        self.paths.sort()
+
+    def beside(self, path: Path, suffixes: Sequence[str]) -> Path | None:
+        """The first file of the same stem with one of the suffixes, in either case."""
+        there = self._by_stem[path.with_suffix("")]
+        return next((there[s] for s in suffixes if s in there), None)
+
+    def _refused(self, error: OSError) -> None:
+        if error.filename is not None:
+            self._leave(Path(os.fsdecode(error.filename)), "folder that cannot be read")
+
+    def _leave(self, path: Path, reason: str) -> None:
+        self.unreadable.append((_shown(path.relative_to(self.source)), reason))
+
+
+def _begin(shards: Folder) -> None:
+    """Make room: what an interrupted pack left is replaced, finished or foreign shards are not."""
+    if shards.exists(_UNFINISHED):
+        for name in (*shards.names(".tar"), *shards.names("_stats.json"), SKIPPED):
+            shards.remove(name)
+    if shards.names(".tar"):
+        raise InputError(
+            f"{shards.url} holds .tar files already: pack into an empty folder, or remove them"
+        )
+    shards.publish_json(_UNFINISHED, {})
+
+
+def _read(path: Path, files: _Files, caption_lines: CaptionLines) -> _Pair | str:
     """A pair, the reason why the file is skipped, or "" for a sidecar of an image."""
     suffix = path.suffix.lower().removeprefix(".")
     if suffix in _SIDECARS:
-        pictures = (*IMAGE_SUFFIXES, *_OTHER_IMAGES)
-        stems = (path.with_suffix(f".{e}") for s in pictures for e in (s, s.upper()))
-        return "" if any(p in known for p in stems) else f"caption (.{suffix}) without an image"
+        image_there = files.beside(path, (*IMAGE_SUFFIXES, *_OTHER_IMAGES)) is not None
+        return "" if image_there else f"caption (.{suffix}) without an image"
     if suffix in _OTHER_IMAGES:
-        captioned = any(path.with_suffix(f".{s}") in known for s in _SIDECARS)
+        captioned = files.beside(path, _SIDECARS) is not None
         what = "captioned image" if captioned else "image without a caption"
         return f"{what} of a type that CLIP training does not read (.{suffix})"
     if suffix not in IMAGE_SUFFIXES:
@@ -148,41 +196,57 @@ def _read(path: Path, source: Path, known: set[Path], caption_lines: CaptionLine
     if not image:
         return "empty file"
     try:
-        with Image.open(io.BytesIO(image)) as picture:
-            size = picture.size
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a large picture is packed, not announced
+            with Image.open(io.BytesIO(image), formats=IMAGE_FORMATS) as picture:
+                size = picture.size
+    except Exception as error:  # decoders raise nearly anything on hostile bytes
         return f"broken image ({type(error).__name__})"
-    caption, meta = _caption(path)
+    caption, meta = _caption(path, files)
     if caption is None:
         return str(meta.get("reason", "image without a caption"))
     lines = [line.strip() for line in caption.splitlines() if line.strip()]
     if not lines:
         return "empty caption"
     text = lines[0] if caption_lines == "first" else " ".join(lines)
-    relative = path.relative_to(source)
+    relative = path.relative_to(files.source)
     return _Pair(relative, image, text, size, meta, more_lines=len(lines) > 1)
 
 
-def _caption(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """The caption beside an image, and its json; (None, {"reason": …}) when it is unusable."""
-    parsed: Any = {}
-    sidecar = path.with_suffix(".json")
-    if sidecar.is_file():
+def _caption(path: Path, files: _Files) -> tuple[str | None, dict[str, Any]]:
+    """The caption beside an image, and its json; (None, {"reason": …}) when it is unusable.
+
+    A .txt goes before a .json: annotations of another kind often lie beside images.
+    """
+    text, told = files.beside(path, ("txt",)), files.beside(path, ("json",))
+    meta: dict[str, Any] = {}
+    reason = ""
+    if told is not None:
         try:
-            parsed = json.loads(sidecar.read_text("utf-8-sig"))
+            parsed = json.loads(told.read_text("utf-8-sig"))
         except (ValueError, RecursionError):
-            return None, {"reason": "caption (.json) is broken"}
-        if not isinstance(parsed, dict):
-            return None, {"reason": "caption (.json) is no object"}
-    meta: dict[str, Any] = parsed
-    sidecar = path.with_suffix(".txt")
-    if sidecar.is_file():
+            parsed, reason = None, "caption (.json) is broken"
+        if isinstance(parsed, dict):
+            meta = parsed
+        reason = reason or ("" if meta else "caption (.json) holds no text")
+    if text is not None:
         try:
-            return sidecar.read_text("utf-8-sig"), meta
+            return text.read_text("utf-8-sig"), meta
         except UnicodeDecodeError:
             return None, {"reason": "caption (.txt) is no UTF-8"}
+    if told is None:
+        return None, {}
     caption = meta.get("caption", meta.get("text"))
-    return (caption, meta) if isinstance(caption, str) else (None, {})
+    if not isinstance(caption, str):
+        return None, {"reason": reason or "caption (.json) holds no text"}
+    if not encodable(caption):
+        return None, {"reason": "caption (.json) is no UTF-8"}
+    return caption, meta
+
+
+def _shown(path: Path) -> str:
+    """A path as text that every file can hold."""
+    return clean(str(path))
 
 
 def _write(pairs: Iterator[_Pair], shards: Folder, shard_size: int) -> tuple[int, int]:
@@ -212,14 +276,14 @@ def _write(pairs: Iterator[_Pair], shards: Folder, shard_size: int) -> tuple[int
 def sample_members(key: str, pair: _Pair) -> dict[str, Any]:
     """One sample for webdataset's TarWriter, with img2dataset's json fields."""
     width, height = pair.size
-    told = pair.meta.get("uid")
+    told, url = pair.meta.get("uid"), pair.meta.get("url")
     meta = {
         "uid": told
         if uid_format.is_uid(told)
         else uid_format.content_uid(pair.image, pair.caption),
         "caption": pair.caption,
-        "url": pair.meta.get("url"),
-        "path": pair.path.as_posix().encode("utf-8", "backslashreplace").decode(),
+        "url": url if isinstance(url, str) and encodable(url) else None,
+        "path": clean(pair.path.as_posix()),
         "key": key,
         "status": "success",
         "error_message": None,
@@ -234,7 +298,7 @@ def sample_members(key: str, pair: _Pair) -> dict[str, Any]:
     return {
         "__key__": key,
         suffix: pair.image,
-        "txt": pair.caption.encode("utf-8", "replace"),
+        "txt": pair.caption.encode(),
         "json": json.dumps(meta, ensure_ascii=True).encode(),
     }
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import shards as made
+from PIL import Image
 
 from d2filter.algorithm import scores
 from d2filter.cli import main
@@ -97,11 +100,8 @@ def test_the_metadata_is_datacomps(finished: Path) -> None:
 
 def test_embeddings_are_those_of_open_clip_itself(finished: Path) -> None:
     """The same pictures and captions through open_clip by hand."""
-    import io
-
     import open_clip
     import torch
-    from PIL import Image
 
     from d2filter.models import tiny
 
@@ -187,7 +187,7 @@ def test_a_truncated_shard_is_reported_after_everything_is_done(
         (["--model", "no-such-model", "--pretrained", "x"], 1, "knows no model 'no-such-model'"),
         (["--model", "ViT-B-32", "--pretrained", "/none.pt"], 1, "cannot be loaded"),
         (["--precision", "fp8"], 2, "precision is 'fp8', allowed are fp32"),
-        (["--batch-size", "0"], 2, "batch_size is 0"),
+        (["--batch-size", "0"], 2, "batch-size is 0"),
         (["--metadata-dir", "x"], 2, "shards and metadata-dir are both given"),
     ],
 )
@@ -206,6 +206,57 @@ def test_unusable_models_and_options(
     assert len(lines) == 1
     assert said in lines[0]
     assert not (tmp_path / "o/metadata").exists()
+
+
+def test_odd_names_shapes_and_depths(tmp_path: Path) -> None:
+    """None of these may cost the shard; a 16-bit gray picture is the 8-bit one."""
+    gray = Image.open(io.BytesIO(made.picture(3))).convert("L")
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    files = [
+        *made.members("a", 1),
+        ("b\udcff.jpg", made.picture(2)), ("b\udcff.txt", b"name that is no text"),
+        ("c.jpg", made.picture(3)), ("c.json", b'{"caption": "c", "url": "http://x/\\udc80"}'),
+        ("d.png", made.png(Image.new("L", (1, 60000)))), ("d.txt", b"a line"),
+        ("e.png", made.png(gray)), ("e.txt", b"gray"),
+        ("f.png", made.png(deep)), ("f.txt", b"gray"),
+        ("g.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), ("g.txt", b"PostScript"),
+    ]  # fmt: skip
+    made.write(tmp_path / "s/0.tar", files)
+    out = tmp_path / "o"
+    assert run("embed", "--shards", tmp_path / "s", "--max-bad", "1", "--out-dir", out) == 0
+    bad = pq.read_table(out / "bad_samples.parquet").to_pylist()
+    assert [(b["key"], b["reason"]) for b in bad] == [("d", "broken image"), ("g", "broken image")]
+    table = pq.read_table(out / "metadata/0.parquet").to_pydict()
+    assert table["key"] == ["a", "b\\udcff", "c", "e", "f"]
+    with np.load(out / "metadata/0.npz") as arrays:
+        image = arrays["tiny_img"].astype(float)
+    assert image[3] @ image[4] > 0.999
+
+
+def test_other_weights_at_the_same_path_are_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from d2filter.models import tiny
+
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(tiny.WEIGHTS.read_bytes())
+    made.write(tmp_path / "s/0.tar", made.members("a", 1))
+    words = (
+        "embed",
+        "--shards",
+        tmp_path / "s",
+        "--pretrained",
+        weights,
+        "--out-dir",
+        tmp_path / "o",
+    )
+    assert run(*words) == 0
+    assert run(*words) == 0
+    weights.write_bytes(tiny.WEIGHTS.read_bytes())
+    os.utime(weights, (1, 1))
+    capsys.readouterr()
+    assert run(*words) == 1
+    assert "weights was" in capsys.readouterr().err
 
 
 def test_shards_without_a_usable_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

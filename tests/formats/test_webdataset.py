@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from d2filter.errors import InputError, UsageError
 from d2filter.formats import uid, webdataset
+from d2filter.formats.paths import Folder
 
 
 def read(path: Path) -> list[webdataset.Sample]:
@@ -114,6 +117,65 @@ def test_a_damaged_header_in_the_middle_is_not_the_end(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(webdataset.LostTail, match="damaged header at byte"):
         read(path)
+
+
+def test_text_that_utf8_cannot_hold_is_bad_or_spelled_out(tmp_path: Path) -> None:
+    jpg = made.picture(1)
+    files = [
+        ("q\udcff.jpg", jpg), ("q\udcff.txt", b"fine"),
+        ("r.jpg", jpg), ("r.json", b'{"caption": "\\ud800 x"}'),
+        ("s\udcff.txt", b"no picture"),
+    ]  # fmt: skip
+    got = read(made.write(tmp_path / "0.tar", files))
+    assert [(s.key, s.reason) for s in got] == [
+        ("q\\udcff", ""), ("r", "caption is no UTF-8"), ("s\\udcff", "no image"),
+    ]  # fmt: skip
+    for sample in got:
+        (sample.key + sample.message).encode()
+
+
+@pytest.mark.parametrize("record", ["size=99999999999999999999", "GNU.sparse.map=1,2,x"])
+def test_hostile_headers_lose_the_tail_only(tmp_path: Path, record: str) -> None:
+    line = f" {record}\n"
+    header = f"{len(line) + 2}{line}".encode()
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        for i, name in enumerate(["a.txt", "b.txt"]):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            if i == 1:
+                extended = tarfile.TarInfo("pax")
+                extended.type, extended.size = tarfile.XHDTYPE, len(header)
+                archive.addfile(extended, io.BytesIO(header))
+            archive.addfile(info, io.BytesIO(b"x"))
+    got = []
+    with pytest.raises(webdataset.LostTail):  # noqa: PT012  # what came before is the point
+        for sample in webdataset.read_samples(webdataset.list_shards([str(path)])[0]):
+            got.append(sample.key)
+    assert got == ["a"]
+
+
+def test_names_with_brackets_are_taken_literally_where_they_exist(tmp_path: Path) -> None:
+    for folder in ("my [sh] 1", "plain {x}"):
+        made.write(tmp_path / folder / "0.tar", [])
+        assert len(webdataset.list_shards([str(tmp_path / folder)])) == 1
+        assert len(webdataset.list_shards([str(tmp_path / folder / "0.tar")])) == 1
+
+
+def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(30):
+        made.write(tmp_path / f"{i:02d}.tar", [])
+    listed = []
+    plain = Folder.files
+
+    def counting(self: Folder, suffix: str = "") -> list:
+        listed.append(self.url)
+        return plain(self, suffix)
+
+    monkeypatch.setattr(Folder, "files", counting)
+    found = webdataset.list_shards([f"{tmp_path}/{{00..19}}.tar", f"{tmp_path}/2*.tar"])
+    assert len(found) == 30
+    assert listed == [str(tmp_path)]
 
 
 def test_patterns(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from d2filter.algorithm import metrics
 from d2filter.cli import main
+from d2filter.errors import RunStateError
 from d2filter.formats.paths import Folder
 from d2filter.tools import demo
 
@@ -74,6 +75,16 @@ def test_the_demo_shows_what_it_promises(
     assert again == lines
     assert capsys.readouterr().out.count("done before") == 7
     assert (tmp_path / "shards/00000.tar").stat().st_mtime_ns == before
+
+
+def test_another_demo_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    demo._claim(folder, 120, 0)
+    demo._claim(folder, 120, 0)
+    with pytest.raises(RunStateError, match="holds a demo of 120 pairs, seed 0"):
+        demo._claim(folder, 150, 0)
+    with pytest.raises(RunStateError):
+        demo._claim(folder, 120, 1)
 
 
 def test_too_few_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,111 @@ def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "next: d2filter run --shards" in capsys.readouterr().out
     code, line = fail(folder, "--shards", out)
     assert (code, "holds .tar files already" in line) == (1, True)
+
+
+def one(root: Path, name: str, **sidecars: bytes) -> None:
+    (root / name).write_bytes(made.picture(len(name)))
+    for suffix, content in sidecars.items():
+        (root / f"{Path(name).stem}.{suffix}").write_bytes(content)
+
+
+def captions(out: Path) -> list[str]:
+    return sorted(
+        s["txt"].decode() for s in wds.WebDataset(str(out / "00000.tar"), shardshuffle=False)
+    )
+
+
+def test_suffixes_in_either_case(tmp_path: Path) -> None:
+    root = tmp_path / "pictures"
+    root.mkdir()
+    one(root, "A.JPG", TXT=b"upper")
+    one(root, "b.jpg", TXT=b"mixed one")
+    one(root, "C.Jpg", txt=b"mixed two")
+    packed = pack.pack(root, Folder(str(tmp_path / "out")))
+    assert captions(tmp_path / "out") == ["mixed one", "mixed two", "upper"]
+    assert packed.skipped == {}
+
+
+def test_a_txt_goes_before_any_json(tmp_path: Path) -> None:
+    root = tmp_path / "pictures"
+    root.mkdir()
+    one(root, "a.jpg", txt=b"good", json=b"[1, 2]")
+    one(root, "bb.jpg", txt=b"fine", json=b"{")
+    one(root, "ccc.jpg", json=b'{"caption": 5}')
+    one(root, "dddd.jpg", json=b'{"caption": "\\ud800"}')
+    one(root, "eeeee.jpg", txt=b"told", json=b'{"url": "http://x/\\udc80"}')
+    packed = pack.pack(root, Folder(str(tmp_path / "out")))
+    assert captions(tmp_path / "out") == ["fine", "good", "told"]
+    assert packed.skipped == {
+        "caption (.json) holds no text": 1, "caption (.json) is no UTF-8": 1
+    }  # fmt: skip
+
+
+def test_nothing_below_the_folder_is_lost_silently(tmp_path: Path) -> None:
+    root = tmp_path / "pictures"
+    (root / "sub").mkdir(parents=True)
+    one(root, "a.jpg", txt=b"good")
+    (root / "loop").symlink_to(root)
+    (root / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(root / "pipe.jpg")
+    bad = os.fsencode(root) + b"/caf\xe9.jpg"
+    Path(os.fsdecode(bad)).write_bytes(made.picture(4))
+    packed = pack.pack(root, Folder(str(tmp_path / "out")))
+    assert packed.skipped == {
+        "link to a folder (not followed)": 1,
+        "link that leads nowhere": 1,
+        "no regular file": 1,
+        "image without a caption": 1,
+    }
+    assert "caf\\udce9.jpg" in (tmp_path / "out/skipped.csv").read_text()
+
+
+def test_what_cannot_be_read_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "pictures"
+    root.mkdir()
+    one(root, "a.jpg", txt=b"good")
+    one(root, "bb.jpg", txt=b"denied")
+    plain = Path.read_bytes
+
+    def refusing(self: Path) -> bytes:
+        if self.name == "bb.jpg":
+            raise PermissionError(13, "Permission denied", str(self))
+        return plain(self)
+
+    # the tests may run as root, whom no permission stops
+    monkeypatch.setattr(Path, "read_bytes", refusing)
+    packed = pack.pack(root, Folder(str(tmp_path / "out")))
+    assert packed.skipped == {"file that cannot be read (Permission denied)": 1}
+
+
+def test_an_interrupted_pack_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for i in range(6):
+        one(root, f"{'x' * (i + 1)}.jpg", txt=b"caption")
+    out = Folder(str(tmp_path / "out"))
+    plain = pack._read
+
+    def stopping(path: Path, *rest: object) -> object:
+        if path.stem == "xxxxx":
+            raise KeyboardInterrupt
+        return plain(path, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pack, "_read", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        pack.pack(root, out, shard_size=2)
+    assert out.names(".tar")
+    monkeypatch.setattr(pack, "_read", plain)
+    assert pack.pack(root, out, shard_size=3).shards == 2
+    assert out.names(".tar") == ["00000.tar", "00001.tar"]
+    assert not out.exists("pack-unfinished.json")
+
+
+def test_no_decoder_but_those_of_pictures_is_started(tmp_path: Path) -> None:
+    root = tmp_path / "pictures"
+    root.mkdir()
+    one(root, "a.jpg", txt=b"good")
+    (root / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
+    (root / "eps.txt").write_text("PostScript under another name")
+    packed = pack.pack(root, Folder(str(tmp_path / "out")))
+    assert packed.skipped == {"broken image (UnidentifiedImageError)": 1}
