@@ -33,14 +33,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time ranking and graph against baselines.")
     parser.add_argument("--results", default="jobs/results/bench.md")
     path = Path(parser.parse_args().results)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
     lines = [
         "# Algorithms against plain baselines",
         "",
-        f"Made by `python -m jobs.bench` at commit {commit} on {os.cpu_count()} cores "
-        f"({_processor()}); "
+        f"Made by `python -m jobs.bench` at commit {commit()} on {os.cpu_count()} cores "
+        f"({processor()}); "
         + ", ".join(f"{name} {version}" for name, version in versions().items())
         + ". The machine is shared: read the ratios.",
         "",
@@ -153,7 +150,14 @@ def _time(run: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def _processor() -> str:
+def commit() -> str:
+    """Short hash of the tree's commit."""
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def processor() -> str:
+    """Model name of the CPU."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()

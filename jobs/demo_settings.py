@@ -9,7 +9,6 @@ largest k, and ranks it with every setting; a smaller k is a prefix of each list
 from __future__ import annotations
 
 import argparse
-import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from d2filter.formats import graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import versions
 from d2filter.tools import demo
+from jobs.bench import commit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,9 +84,6 @@ def _report(grid: GridConfig, shares: dict[str, list[metrics.Usefulness]]) -> st
         useful = np.array([u.useful for u in shares[name]]) * 100
         return f"{useful.mean():.1f} ± {useful.std(ddof=1):.1f}"
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
     lines = [
         "# Settings of D2 on the demo's drawn pool",
         "",
@@ -95,7 +92,7 @@ def _report(grid: GridConfig, shares: dict[str, list[metrics.Usefulness]]) -> st
         f"{grid.pairs:,} pairs each, 30% near-copies, 20% swapped captions, bundled model, "
         "features image|text, directed graph, same gamma in both passes.",
         "",
-        f"Made by `python -m jobs.demo_settings` at commit {commit}; "
+        f"Made by `python -m jobs.demo_settings` at commit {commit()}; "
         + ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
         "",
         "| k \\ gamma | " + " | ".join(f"{g:g}" for g in grid.gammas) + " |",
