@@ -88,9 +88,9 @@ def make(folder: Path, pool: PoolConfig) -> None:
         keys = [f"{row:09d}" for row in range(rows)]
         table = {"uid": uid, "shard": [f"s3://crawl/{number:08d}.tar"] * rows, "key": keys}
         pq.write_table(pa.table(table), folder / f"{number:05d}.parquet")
-        arrays: dict[str, Any] = {"l14_img": image, "l14_txt": text}
-        halves = {name: array.astype(np.float16) for name, array in arrays.items()}
-        np.savez(folder / f"{number:05d}.npz", **halves)  # type: ignore[arg-type]  # keyword arrays
+        arrays = {"l14_img": image, "l14_txt": text}
+        halves: dict[str, Any] = {n: array.astype(np.float16) for n, array in arrays.items()}
+        np.savez(folder / f"{number:05d}.npz", **halves)
 
 
 def _report(pool: PoolConfig, stats: dict[str, Any], verified: float) -> str:
