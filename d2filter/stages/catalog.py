@@ -119,18 +119,20 @@ def read_group(
     parts: list[catalog.Samples] = []
     entries: list[ledger.Entry] = []
     reasons: Counter[str] = Counter()
-    has_score: dict[str, bool] = {}
+    first: metadata.Rows | None = None
     read = 0
     for name in names:
         rows = metadata.read_pair(source, name, config)
-        if parts and parts[0].features.shape[1] != rows.features.shape[1]:
+        if first is None:
+            first = rows
+        if first.has_score != rows.has_score:
+            having, lacking = (name, names[0]) if rows.has_score else (names[0], name)
+            raise _mixed_scores(source, config, having, lacking)
+        if first.features.shape[1] != rows.features.shape[1]:
             raise InputError(
                 f"{source.where(name)}.npz has features of dimension {rows.features.shape[1]}, "
-                f"{names[0]}.npz of {parts[0].features.shape[1]}: use files of one model"
+                f"{names[0]}.npz of {first.features.shape[1]}: use files of one model"
             )
-        if rows.has_score != has_score.setdefault("", rows.has_score):
-            pair = (names[0], name) if rows.has_score is False else (name, names[0])
-            raise _mixed_scores(source, config, *(f"{n}.parquet" for n in pair))
         bad = np.flatnonzero(rows.reason)
         for row in bad.tolist():
             reason = metadata.REASONS[rows.reason[row]]
@@ -165,7 +167,7 @@ def read_group(
         "reasons": dict(reasons),
         "dimension": samples.features.shape[1],
         "first_file": names[0],
-        "has_score": has_score[""],
+        "has_score": first is not None and first.has_score,
         "marks": marks,
     }
 
@@ -239,8 +241,9 @@ def _ranges(marks: Sequence[str], parts: int) -> list[tuple[str, str]]:
 def _mixed_scores(source: Folder, config: CatalogConfig, having: str, lacking: str) -> InputError:
     column = config.score_column or f"clip_{config.arch}_similarity_score"
     return InputError(
-        f"{source.url}: {having} has the column {column} and {lacking} has not: scores of two "
-        "makings would be mixed; add it everywhere, or drop it everywhere to have it computed"
+        f"{source.url}: {having}.parquet has the column {column} and {lacking}.parquet has not: "
+        "scores of two makings would be mixed; add it everywhere, or drop it everywhere to have "
+        "it computed"
     )
 
 

@@ -18,8 +18,7 @@ from d2filter.stages.runner import Report
 
 def search(*, report: Report, out: Folder, config: GraphConfig, nprobe: int) -> dict[str, Any]:
     """Task: search all cells, write the one part of the graph, measure recall."""
-    loaded = load_pool(out)
-    pool = knn.make_pool(loaded.rows, loaded.hi, loaded.lo)
+    pool, difficulty = load_pool(out)
     # a copy: compiled code is made anew for read-only arrays
     centroids = np.array(catalog.read_features(out.sub("index"), CENTROIDS))
     index = knn.Index(centroids=centroids, probes=nprobe)
@@ -34,9 +33,9 @@ def search(*, report: Report, out: Folder, config: GraphConfig, nprobe: int) -> 
     with out.sub("index").publish("cells.parquet") as path:
         pq.write_table(cells, path)
     part = graph.GraphPart(
-        hi=loaded.hi,
-        lo=loaded.lo,
-        difficulty=loaded.difficulty,
+        hi=pool.hi,
+        lo=pool.lo,
+        difficulty=difficulty,
         neighbors=built.neighbors,
         sqdist=built.sqdist,
     )
