@@ -52,11 +52,20 @@ class Plan:
     """fingerprint of the stage before, empty for the first"""
     inputs: Sequence[FileInfo] = ()
     """input files from outside the run directory"""
+    independent: bool = False
+    """whether each input file makes a part of its own, named like it, that no other file changes"""
 
     @property
     def fingerprint(self) -> str:
         """blake2b-128 over stage, version, options, input files and the fingerprint upstream."""
-        files = [[f.name, f.size, f.version] for f in self.inputs]
+        return self._digest(self.inputs)
+
+    def fingerprint_of(self, part: FileInfo) -> str:
+        """The same for the part that one input file makes."""
+        return self._digest([part])
+
+    def _digest(self, inputs: Sequence[FileInfo]) -> str:
+        files = [[f.name, f.size, f.version] for f in inputs]
         made = [self.stage, d2filter.__version__, self.options, self.upstream, files]
         text = json.dumps(made, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -103,17 +112,32 @@ class RunState:
             raise self._other_making(stage, changed)
 
     def begin(self, plan: Plan) -> None:
-        """Note that a stage begins; what an attempt of another plan left is removed first.
-
-        Parts of the same plan stay, and tasks that published theirs are not run again.
-        """
+        """Note that a stage begins; what an attempt of another plan left is removed first."""
         note = f"completions/{plan.stage}.started.json"
         before = self.folder.read_json(note)
         if before is None or before["fingerprint"] != plan.fingerprint:
-            self.clear_from(plan.stage)
+            self.make_room(plan)
             self.folder.publish_json(note, {"fingerprint": plan.fingerprint})
         for output in ("completions", "ledger", *_OUTPUTS[plan.stage]):
             remove_leftovers(self.folder, output)
+
+    def make_room(self, plan: Plan) -> None:
+        """Remove what a stage and those after it left, but not independent parts still planned.
+
+        Whether such a part is made again is decided by its own fingerprint.
+        """
+        stage = plan.stage
+        if not plan.independent:
+            self.clear_from(stage)
+            return
+        self.folder.remove(f"completions/{stage}.json")
+        self.clear_from(STAGES[STAGES.index(stage) + 1])
+        planned = {info.name for info in plan.inputs}
+        for place in (f"completions/{stage}", f"ledger/{stage}", *_OUTPUTS[stage]):
+            folder = self.folder.sub(place)
+            for name in folder.names():
+                if name.rpartition(".")[0] not in planned:
+                    folder.remove(name)
 
     def clear_from(self, stage: str) -> None:
         """Remove a stage and all that follow from it; the records go first."""

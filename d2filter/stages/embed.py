@@ -17,6 +17,7 @@ from d2filter.config import EmbedConfig
 from d2filter.errors import InputError
 from d2filter.formats import ledger, metadata, webdataset
 from d2filter.formats.paths import Folder
+from d2filter.formats.runstate import Plan
 from d2filter.models import clip
 from d2filter.stages.runner import Report, Runner, Task, assigned_cpus
 
@@ -28,19 +29,24 @@ def build(
     out: Folder,
     shards: Sequence[webdataset.Shard],
     config: EmbedConfig,
-    fingerprint: str,
+    plan: Plan,
 ) -> dict[str, Any]:
-    """Embed all shards into OUT/metadata; returns the stage's figures."""
+    """Embed all shards into OUT/metadata; returns the stage's figures.
+
+    A shard that an earlier attempt embedded in the same way, and that did not change, is kept.
+    """
     # once, before all shards would find out one by one that the model cannot be had
     checking = Task(name="model", run=check_model, arguments={"config": config})
+    fingerprint = plan.fingerprint
     runner.map("embed-model", [checking], fingerprint=fingerprint, label="model", on_gpu=True)
     tasks = [
         Task(
             name=shard.name,
             run=embed_shard,
             arguments={"out": out, "shard": shard, "config": config},
+            fingerprint=plan.fingerprint_of(part),
         )
-        for shard in shards
+        for shard, part in zip(shards, plan.inputs, strict=True)
     ]
     done = runner.map("embed", tasks, fingerprint=fingerprint, label="embed", on_gpu=True)
     reasons = sum((Counter(figures["reasons"]) for figures in done), Counter())
@@ -111,9 +117,14 @@ def embed_shard(
         lost = f"{shard.url}: {error}"
     if batch:
         flush()
-    if rows:
+    folder = out.sub("metadata")
+    if not rows:
+        # an earlier version of this shard may have left a pair
+        folder.remove(f"{shard.name}.parquet")
+        folder.remove(f"{shard.name}.npz")
+    else:
         metadata.publish_pair(
-            out.sub("metadata"),
+            folder,
             shard.name,
             config.resolved_arch,
             rows,

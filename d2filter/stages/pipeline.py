@@ -85,10 +85,11 @@ class Pipeline:
             options=options,
             upstream="",
             inputs=[FileInfo(s.name, s.info.size, s.info.version) for s in shards],
+            independent=True,
         )
 
         def build() -> dict[str, Any]:
-            figures = embed.build(self._runner, self.out, shards, config, plan.fingerprint)
+            figures = embed.build(self._runner, self.out, shards, config, plan)
             ledger.collect(self.out, ["embed"])
             return figures
 
@@ -247,7 +248,7 @@ class Pipeline:
     def _stage(self, plan: Plan, build: Callable[[], dict[str, Any]]) -> None:
         # only now, when its input was looked at: a mistyped folder must not cost a finished run
         if plan.stage in self.config.overwrite:
-            self.state.clear_from(plan.stage)
+            self.state.make_room(plan)
         elif self.state.is_current(plan):
             self._say(f"{plan.stage:<9} done before")
             return

@@ -36,6 +36,8 @@ class Task:
     name: str
     run: Callable[..., dict[str, Any]]
     arguments: dict[str, Any]
+    fingerprint: str = ""
+    """of this task alone; empty: that of the stage"""
 
 
 @dataclass(slots=True)
@@ -69,7 +71,7 @@ class Runner:
         results: dict[str, dict[str, Any]] = {}
         for task in tasks:
             marker = self.folder.read_json(_marker(stage, task.name))
-            if marker is not None and marker["fingerprint"] == fingerprint:
+            if marker is not None and marker["fingerprint"] == (task.fingerprint or fingerprint):
                 results[task.name] = marker
         waiting = [task for task in tasks if task.name not in results]
         if waiting:
@@ -207,7 +209,7 @@ def _execute(folder: Folder, stage: str, task: Task, fingerprint: str, report: R
     try:
         figures = task.run(report=report, **task.arguments)
         record = {
-            "fingerprint": fingerprint,
+            "fingerprint": task.fingerprint or fingerprint,
             "seconds": round(time.monotonic() - started, 3),
             "peak_rss_bytes": peak_rss_bytes(),
             **figures,

@@ -233,6 +233,41 @@ def test_odd_names_shapes_and_depths(tmp_path: Path) -> None:
     assert image[3] @ image[4] > 0.999
 
 
+def test_shards_that_did_not_change_are_not_embedded_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One shard changed, one new, one gone: the others keep their embeddings, and nothing else."""
+    for number in range(4):
+        files = [f for i in range(6) for f in made.members(f"{i}", 10 * number + i)]
+        made.write(tmp_path / f"s/{number}.tar", files)
+    out = tmp_path / "o"
+    words = ("run", "--shards", tmp_path / "s", "--fraction", "0.5", "--out-dir", out)
+    assert run(*words) == 0
+    before = {p.name: p.stat().st_mtime_ns for p in (out / "metadata").iterdir()}
+    made.write(tmp_path / "s/1.tar", [f for i in range(3) for f in made.members(f"{i}", 70 + i)])
+    (tmp_path / "s/2.tar").unlink()
+    made.write(tmp_path / "s/4.tar", [f for i in range(5) for f in made.members(f"{i}", 90 + i)])
+    capsys.readouterr()
+    assert run(*words) == 1
+    assert "input file 1 is changed" in capsys.readouterr().err
+    assert run(*words, "--overwrite", "embed") == 0
+    after = {p.name: p.stat().st_mtime_ns for p in (out / "metadata").iterdir()}
+    assert sorted(after) == [f"{n}.{suffix}" for n in (0, 1, 3, 4) for suffix in ("npz", "parquet")]
+    kept = [name for name in after if after[name] == before.get(name)]
+    assert sorted(kept) == ["0.npz", "0.parquet", "3.npz", "3.parquet"]
+    assert stats(out)["samples"]["read"] == 6 + 3 + 6 + 5
+    assert run("verify", out) == 0
+    fresh = tmp_path / "fresh"
+    assert run(*words[:-1], fresh) == 0
+    assert (fresh / "subset.npy").read_bytes() == (out / "subset.npy").read_bytes()
+    # a shard that lost all its samples leaves no embeddings of its earlier self
+    (tmp_path / "s/4.tar").write_bytes(b"no tar" * 300)
+    assert run(*words, "--overwrite", "embed") == 3
+    assert not (out / "metadata/4.npz").exists()
+    assert stats(out)["samples"]["read"] == 6 + 3 + 6
+    assert run("verify", out) == 0
+
+
 def test_other_weights_at_the_same_path_are_noticed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
