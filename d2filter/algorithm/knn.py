@@ -127,8 +127,12 @@ def build_graph(
     """
     n = len(pool.rows)
     nlist = len(index.centroids)
-    probed, _ = cells.assign(pool.rows, index.centroids, index.probes, which=pool.copies.first)
-    everything = np.arange(pool.copies.first.size, dtype=np.int64)
+    first = pool.copies.first
+    if nlist == 1:
+        probed = np.zeros((first.size, 1), np.int32)
+    else:
+        probed, _ = cells.assign(pool.rows, index.centroids, index.probes, which=first)
+    everything = np.arange(first.size, dtype=np.int64)
     search = _search(pool, everything, probed, probed[:, 0], k, nlist, progress)
     neighbors = np.full((n, k), -1, np.int64)
     sqdist = np.full((n, k), np.inf, np.float32)
@@ -219,24 +223,17 @@ def _search(
 @numba.njit(cache=True, parallel=True)
 def _merge(near, ids, block, distance, index, members):  # type: ignore[no-untyped-def]
     """Merge a cell's ascending proposals into the ascending lists of its queries, in place."""
-    fetch = near.shape[1]
+    last = near.shape[1] - 1
     for b in numba.prange(block.size):
         q = block[b]
-        merged_near = np.empty(fetch, np.float32)
-        merged_ids = np.empty(fetch, np.int32)
-        old = 0
-        new = 0
-        for t in range(fetch):
-            take_new = (
-                new < index.shape[1] and index[b, new] >= 0 and distance[b, new] < near[q, old]
-            )
-            if take_new:
-                merged_near[t] = distance[b, new]
-                merged_ids[t] = members[index[b, new]]
-                new += 1
-            else:
-                merged_near[t] = near[q, old]
-                merged_ids[t] = ids[q, old]
-                old += 1
-        near[q] = merged_near
-        ids[q] = merged_ids
+        for t in range(index.shape[1]):
+            d = distance[b, t]
+            if index[b, t] < 0 or not d < near[q, last]:
+                break
+            at = last
+            while at > 0 and near[q, at - 1] > d:
+                near[q, at] = near[q, at - 1]
+                ids[q, at] = ids[q, at - 1]
+                at -= 1
+            near[q, at] = d
+            ids[q, at] = members[index[b, t]]

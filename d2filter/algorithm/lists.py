@@ -178,10 +178,31 @@ def _measure(own, found, bits, first, out, out_distance):  # type: ignore[no-unt
             out[count] = found[t]
             out_distance[count] = features.sqdist(bits[first[own]], bits[first[found[t]]])
             count += 1
-    by = np.argsort(out_distance[:count])  # equals need no order here: `_fill` takes whole levels
-    out[:count] = out[:count][by]
-    out_distance[:count] = out_distance[:count][by]
+    _sort(out, out_distance, count)
     return count
+
+
+@numba.njit(cache=True)
+def _sort(ids, distance, count):  # type: ignore[no-untyped-def]  # compiled by numba
+    """Sort the first `count` by distance, in place; equals in any order: `_fill` takes levels.
+
+    Shell's sort: lists are a handful of entries, thousands where ties are many; numba's own sorts
+    take seconds to compile.
+    """
+    gap = 1
+    while gap < count // 3:
+        gap = 3 * gap + 1
+    while gap > 0:
+        for i in range(gap, count):
+            d, j = distance[i], ids[i]
+            at = i
+            while at >= gap and distance[at - gap] > d:
+                distance[at] = distance[at - gap]
+                ids[at] = ids[at - gap]
+                at -= gap
+            distance[at] = d
+            ids[at] = j
+        gap //= 3
 
 
 @numba.njit(cache=True, parallel=True)
@@ -273,7 +294,13 @@ def _ring(row, members, n, out, begin, filled):  # type: ignore[no-untyped-def]
     Returns the new end. The row itself is never a member of its own list.
     """
     k = out.size
-    at = np.searchsorted(members, row + 1)
+    at, end = 0, members.size  # the first member behind the row
+    while at < end:
+        middle = (at + end) // 2
+        if members[middle] > row:
+            end = middle
+        else:
+            at = middle + 1
     for step in range(min(members.size, k - begin + 1)):
         j = members[(at + step) % members.size]
         if j == row:
