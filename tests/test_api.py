@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import doctest
+
+import numpy as np
+import pytest
+
+import d2filter
+from d2filter import api
+from d2filter.errors import InputError, UsageError
+
+
+def pool(n: int = 40, d: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(n, d)).astype(np.float32), rng.random(n).astype(np.float32)
+
+
+def test_the_example_in_the_docstring() -> None:
+    assert doctest.testmod(api).failed == 0
+    assert doctest.testmod(api).attempted > 2
+
+
+def test_every_budget_is_a_prefix_and_inputs_stay_as_they_are() -> None:
+    embeddings, scores = pool()
+    before = embeddings.copy(), scores.copy()
+    ranked = d2filter.rank(embeddings, scores, n_neighbors=3)
+    whole = ranked.select(1.0)
+    assert sorted(whole.tolist()) == list(range(40))
+    assert ranked.select(0.25).tolist() == whole[:10].tolist()
+    assert ranked.select(size=7).tolist() == whole[:7].tolist()
+    floor = float(np.median(scores))
+    assert ranked.select(0.5, min_score=floor).tolist() == [
+        row for row in whole[:20] if scores[row] >= floor
+    ]
+    assert (embeddings == before[0]).all()
+    assert (scores == before[1]).all()
+
+
+def test_the_order_of_rows_does_not_matter_when_uids_are_given() -> None:
+    embeddings, scores = pool()
+    embeddings[20:] = embeddings[:20]  # copies, so that uids decide
+    scores[:] = 0.5
+    uid = [f"{(i * 7919) % 40:032x}" for i in range(40)]
+    plain = d2filter.rank(embeddings, scores, n_neighbors=2, uids_hex=uid)
+    turn = np.random.default_rng(1).permutation(40)
+    turned = d2filter.rank(
+        embeddings[turn], scores[turn], n_neighbors=2, uids_hex=[uid[i] for i in turn]
+    )
+    assert (turned.rank == plain.rank[turn]).all()
+    assert (turned.final == plain.final[turn]).all()
+    found = turned.suppressed_by
+    assert (np.where(found >= 0, turn[found], -1) == plain.suppressed_by[turn]).all()
+
+
+def test_what_cannot_be_ranked_names_the_first_row() -> None:
+    embeddings, scores = pool()
+
+    def broken(row: int, value: float) -> np.ndarray:
+        out = embeddings.copy()
+        out[row] = value
+        return out
+
+    odd = scores.copy()
+    odd[9] = np.nan
+    twice = ["0" * 32] * 40
+    for arguments, said in (
+        ((broken(5, np.nan), scores), "embedding is not finite in 1 rows, first in row 5"),
+        ((broken(6, 0), scores), "embedding is zero in 1 rows, first in row 6"),
+        ((embeddings, odd), "score is not finite in 1 rows, first in row 9"),
+        ((embeddings[:30], scores), "embeddings has shape"),
+        ((embeddings, np.empty(0)), "scores has shape"),
+        (([], scores), "embeddings is empty"),
+    ):
+        with pytest.raises(InputError, match=said):
+            d2filter.rank(*arguments)
+    with pytest.raises(InputError, match="uid is repeated in 39 rows"):
+        d2filter.rank(embeddings, scores, uids_hex=twice)
+    with pytest.raises(InputError, match="uid is not 32 lowercase hex digits"):
+        d2filter.rank(embeddings, scores, uids_hex=["x"] * 40)
+    with pytest.raises(UsageError, match="n-neighbors is 0"):
+        d2filter.rank(embeddings, scores, n_neighbors=0)
+    with pytest.raises(UsageError, match="fraction is 2"):
+        d2filter.rank(embeddings, scores).select(2)
+
+
+def test_unknown_names_are_attribute_errors() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'filter'"):
+        _ = d2filter.filter
