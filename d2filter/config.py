@@ -85,6 +85,11 @@ class CatalogConfig:
         if not self.arch:
             raise UsageError("arch is empty: --arch l14 reads l14_img and l14_txt")
 
+    @property
+    def score_name(self) -> str:
+        """The parquet column that holds the difficulty, where there is one."""
+        return self.score_column or f"clip_{self.arch}_similarity_score"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphConfig:

@@ -7,8 +7,6 @@ neither the number of threads nor the layout of blocks can change a centroid or 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numba
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +17,6 @@ F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
-Progress = Callable[[int], None]
 
 _BLOCK = 16384
 _UNSURE_BLOCK = 4096
@@ -57,13 +54,11 @@ def assign(
     probes: int,
     *,
     which: I64 | None = None,
-    progress: Progress = lambda done: None,
 ) -> tuple[I32, F32]:
     """The `probes` nearest cells of each row, best first: cells (n, p) int32, sqdist (n, p) f32.
 
     rows: (m, d) float16; `which` picks n of them, None all. Order: (exact squared distance, cell
-    number). p = min(probes, number of cells). `progress` is called with the number of rows done
-    since the last call.
+    number). p = min(probes, number of cells).
     """
     cells = len(centroids)
     count = len(rows) if which is None else len(which)
@@ -82,7 +77,6 @@ def assign(
             block.view(np.uint16), bits, proposed, near, relative, out[part], distance[part]
         )
         _decide_unsure(block, centroids, np.flatnonzero(unsure), out[part], distance[part])
-        progress(len(block))
     return out, distance
 
 
@@ -132,13 +126,12 @@ def _decide_unsure(block: F16, centroids: F16, rows: I64, out: I32, distance: F3
     """Look at all cells that may be among the nearest of the rows whose proposals leave doubt."""
     for start in range(0, rows.size, _UNSURE_BLOCK):
         part = rows[start : start + _UNSURE_BLOCK]
-        limit = distance[part, -1].astype(np.float64) * (1.0 + 2.0**-22)
+        limit = distance[part, -1].astype(np.float64) * lists.ROUNDED
         everything = np.concatenate([block[part], centroids])
         queries = np.arange(part.size, dtype=np.int64)
         members = np.arange(part.size, len(everything), dtype=np.int64)
         query, cell = lists.within(everything, queries, members, limit)
-        order = np.argsort(query, kind="stable")
-        bounds = np.searchsorted(query[order], np.arange(part.size + 1))
+        bounds, order = features.bucketed(query, part.size)
         _insert_cells(
             block.view(np.uint16), centroids.view(np.uint16), part, bounds, cell[order],
             out, distance,
@@ -147,14 +140,10 @@ def _decide_unsure(block: F16, centroids: F16, rows: I64, out: I32, distance: F3
 
 @numba.njit(cache=True, parallel=True)
 def _squared_norms(bits):  # type: ignore[no-untyped-def]  # compiled by numba
-    n, d = bits.shape
+    n = bits.shape[0]
     out = np.empty(n, np.float64)
     for i in numba.prange(n):
-        total = np.float64(0.0)
-        for c in range(d):
-            value = np.float64(features.half(bits[i, c]))
-            total += value * value
-        out[i] = total
+        out[i] = features.squared_norm(bits[i])
     return out
 
 
@@ -191,10 +180,7 @@ def _positions(queries, centroids, true_cells):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, parallel=True)
 def _decide(rows, centroids, proposed, near, relative, out, out_distance):  # type: ignore[no-untyped-def]
-    """Order proposed cells by exact distance; returns the rows where another may be as near.
-
-    The bound is that of `lists._limits`.
-    """
+    """Order proposed cells by exact distance; returns the rows where another may be as near."""
     n = rows.shape[0]
     fetch = proposed.shape[1]
     probes = out.shape[1]
@@ -206,13 +192,8 @@ def _decide(rows, centroids, proposed, near, relative, out, out_distance):  # ty
             _insert(out[i], out_distance[i], count, c, features.sqdist(rows[i], centroids[c]))
             count = min(count + 1, probes)
         if fetch < centroids.shape[0]:
-            bar = near[i, fetch - 1]
-            norm = np.float32(0.0)
-            for c in range(rows.shape[1]):
-                value = features.half(rows[i, c])
-                norm += value * value
-            slack = np.float32(9.1) * relative * max(norm, bar)
-            unsure[i] = out_distance[i, probes - 1] >= bar - slack
+            bound = lists.certain(rows[i], near[i, fetch - 1], relative)
+            unsure[i] = out_distance[i, probes - 1] >= bound
     return unsure
 
 

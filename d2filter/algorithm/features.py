@@ -65,17 +65,20 @@ class Copies:
 
 def group_copies(rows: F16) -> Copies:
     """Find bit-identical rows of an (n, d) float16 array. Memory: ~40 bytes a row."""
-    n = len(rows)
     bits = np.ascontiguousarray(rows).view(np.uint16)
     key = _hash_rows(bits)
     order = np.argsort(key, kind="stable")
     leader = _leaders(bits, key, order.astype(np.int64, copy=False))
     first, group = np.unique(leader, return_inverse=True)
-    members = np.argsort(group, kind="stable").astype(np.int64, copy=False)
-    start = np.zeros(first.size + 1, np.int64)
-    np.cumsum(np.bincount(group, minlength=first.size), out=start[1:])
-    assert members.size == n
+    start, members = bucketed(group, first.size)
     return Copies(group.astype(np.int64, copy=False), first, start, members)
+
+
+def bucketed(keys: npt.NDArray[np.integer], buckets: int) -> tuple[I64, I64]:
+    """Positions by key as CSR: start (buckets + 1,) and the positions, ascending in each bucket."""
+    start = np.zeros(buckets + 1, np.int64)
+    np.cumsum(np.bincount(keys, minlength=buckets), out=start[1:])
+    return start, np.argsort(keys, kind="stable").astype(np.int64, copy=False)
 
 
 def to_float32(rows: F16, which: I64 | None = None) -> F32:
@@ -108,6 +111,16 @@ def sqdist(a, b):  # type: ignore[no-untyped-def]  # compiled by numba
         difference = np.float64(half(a[c])) - np.float64(half(b[c]))
         total += difference * difference
     return np.float32(total)
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc"})
+def squared_norm(a):  # type: ignore[no-untyped-def]  # compiled by numba
+    """Float64 squared norm of a float16 row given as uint16 bits."""
+    total = np.float64(0.0)
+    for c in range(a.size):
+        value = np.float64(half(a[c]))
+        total += value * value
+    return total
 
 
 @numba.njit(cache=True, parallel=True)

@@ -23,6 +23,8 @@ F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
+ROUNDED = 1.0 + 2.0**-22  # what a limit is widened by, as it was rounded to float32
+
 _UNSURE_BLOCK = 1024
 _WIDE_ROWS = 8192
 
@@ -45,10 +47,7 @@ class Search:
 
 def by_cell(assigned: npt.NDArray[np.integer], cell_total: int) -> tuple[I64, I64]:
     """Rows per cell as CSR (start (cells + 1,), rows ascending), of an (n, p) assignment."""
-    flat = assigned.ravel()
-    order = np.argsort(flat, kind="stable").astype(np.int64, copy=False)
-    start = np.zeros(cell_total + 1, np.int64)
-    np.cumsum(np.bincount(flat, minlength=cell_total), out=start[1:])
+    start, order = features.bucketed(assigned.ravel(), cell_total)
     return start, order // assigned.shape[1]
 
 
@@ -67,9 +66,7 @@ def fill_lists_inplace(
     if query_rows is None:
         query_rows = np.arange(len(rows), dtype=np.int64)
     slot = np.searchsorted(search.groups, copies.group[query_rows])
-    order = np.argsort(slot, kind="stable").astype(np.int64, copy=False)
-    start = np.zeros(search.groups.size + 1, np.int64)
-    np.cumsum(np.bincount(slot, minlength=search.groups.size), out=start[1:])
+    start, order = features.bucketed(slot, search.groups.size)
     bits = rows.view(np.uint16)
     k = neighbors.shape[1]
     limit, unsure = _limits(
@@ -130,10 +127,9 @@ def _wide(
     row_start, row_list = by_cell(search.home[:, None], cell_total)
     # lists that share their first cell share most of the others too
     positions = positions[np.argsort(search.probed[positions, 0], kind="stable")]
-    rounding = 1.0 + 2.0**-22  # the limit was rounded to float32
     for begin in range(0, positions.size, _UNSURE_BLOCK):
         which = positions[begin : begin + _UNSURE_BLOCK]
-        bound = limit[which].astype(np.float64) * rounding
+        bound = limit[which].astype(np.float64) * ROUNDED
         queries = copies.first[search.groups[which]]
         pair_query, pair_group = [], []
         known = np.isfinite(bound)
@@ -151,9 +147,7 @@ def _wide(
             pair_query.append(np.full(everything.size, lone))
             pair_group.append(everything)
         hits, groups = np.concatenate(pair_query), np.concatenate(pair_group)
-        order = np.argsort(hits, kind="stable")
-        start = np.zeros(which.size + 1, np.int64)
-        np.cumsum(np.bincount(hits, minlength=which.size), out=start[1:])
+        start, order = features.bucketed(hits, which.size)
         yield which, start, groups[order]
 
 
@@ -165,7 +159,7 @@ def _nearest_of_all(rows: F16, copies: features.Copies, query: int, k: int) -> I
         y = rows[copies.first[start : start + _WIDE_ROWS]].astype(np.float64) - x
         distance[start : start + _WIDE_ROWS] = (y * y).sum(axis=1)
     last = min(k, distance.size - 1)
-    bound = np.partition(distance, last)[last] * (1.0 + 2.0**-22)
+    bound = np.partition(distance, last)[last] * ROUNDED
     return np.flatnonzero(distance <= bound)
 
 
@@ -205,14 +199,20 @@ def _sort(ids, distance, count):  # type: ignore[no-untyped-def]  # compiled by 
         gap //= 3
 
 
+@numba.njit(cache=True)
+def certain(x, bar, relative):  # type: ignore[no-untyped-def]  # compiled by numba
+    """How far any row y is from x at least whose approximate distance is `bar` or more.
+
+    With errors of at most relative·(‖x‖ + ‖y‖)²: if ‖y‖ ≤ 2‖x‖, y is at least
+    bar − 9·relative·‖x‖² away, and if ‖y‖ > 2‖x‖ the error is at most 9·relative times the distance
+    itself.
+    """
+    return bar - 9.1 * relative * max(features.squared_norm(x), np.float64(bar))
+
+
 @numba.njit(cache=True, parallel=True)
 def _limits(bits, first, copy_start, groups, ids, near, k, relative):  # type: ignore[no-untyped-def]
-    """Distance of the last neighbor that each list needs, and whether more could be as near.
-
-    A row y that was not proposed has an approximate distance of at least T = near[-1]. With errors
-    of at most relative·(‖x‖ + ‖y‖)²: if ‖y‖ ≤ 2‖x‖ it is at least T − 9·relative·‖x‖² away, and if
-    ‖y‖ > 2‖x‖ the error is at most 9·relative times the distance itself.
-    """
+    """Distance of the last neighbor that each list needs, and whether more could be as near."""
     limit = np.zeros(groups.size, np.float32)
     unsure = np.zeros(groups.size, np.bool_)
     fetch = ids.shape[1]
@@ -237,12 +237,7 @@ def _limits(bits, first, copy_start, groups, ids, near, k, relative):  # type: i
             continue
         limit[g] = distance[last - 1]
         if ids[g, fetch - 1] >= 0:
-            bar = near[g, fetch - 1]
-            norm = np.float32(0.0)
-            for c in range(bits.shape[1]):
-                value = features.half(bits[first[own], c])
-                norm += value * value
-            unsure[g] = limit[g] >= bar - np.float32(9.1) * relative * max(norm, bar)
+            unsure[g] = limit[g] >= certain(bits[first[own]], near[g, fetch - 1], relative)
     return limit, unsure
 
 

@@ -84,16 +84,16 @@ def list_pairs(folder: Folder) -> tuple[list[Pair], list[FileInfo]]:
     """
     if not folder.exists():
         raise InputError(f"metadata folder {folder.url} does not exist: check --metadata-dir")
-    tables = folder.files(".parquet")
+    parquets = folder.files(".parquet")
     arrays = {info.name.removesuffix(".npz"): info for info in folder.files(".npz")}
-    if not tables:
+    if not parquets:
         raise InputError(
             f"metadata folder {folder.url} holds no .parquet file: "
             "--metadata-dir takes a folder of NAME.parquet + NAME.npz pairs"
         )
     pairs = []
     files = []
-    for table in tables:
+    for table in parquets:
         name = table.name.removesuffix(".parquet")
         partner = arrays.pop(name, None)
         if partner is None:
@@ -132,7 +132,7 @@ def _read_pair(folder: Folder, name: str, config: CatalogConfig) -> Rows:
     wanted = [
         m for m in ("img", "txt") if config.feature_type != {"img": "text", "txt": "image"}[m]
     ]
-    score_name = config.score_column or f"clip_{config.arch}_similarity_score"
+    score_name = config.score_name
     has_score = score_name in table.column_names
     if config.score_column and not has_score:
         raise InputError(
@@ -228,12 +228,11 @@ def shown(value: Any) -> str | None:
 
 
 def _read_table(folder: Folder, name: str, config: CatalogConfig) -> Any:
-    score_name = config.score_column or f"clip_{config.arch}_similarity_score"
     with tables.open_table(folder, name) as parquet:
         there = parquet.schema_arrow.names
         if "uid" not in there:
             raise InputError(f"{folder.where(name)} has no column uid; it has {', '.join(there)}")
-        columns = [c for c in ("uid", score_name, "shard", "key") if c in there]
+        columns = [c for c in ("uid", config.score_name, "shard", "key") if c in there]
         if config.score_column and config.score_column not in there:
             columns = there  # the caller's message lists them
         return parquet.read(columns=columns)

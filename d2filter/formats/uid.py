@@ -47,10 +47,9 @@ def parse(column: Any) -> tuple[U64, U64, npt.NDArray[np.bool_]]:
         column = column.combine_chunks()
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            raise pa.ArrowInvalid(f"type {column.type} where strings are needed")
-        column = column.cast(pa.large_binary())
+    texts = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
+    if column.type not in texts:
+        raise pa.ArrowInvalid(f"type {column.type} where strings are needed")
     column = column.cast(pa.large_binary())
     length = pc.fill_null(pc.binary_length(column), 0).to_numpy(zero_copy_only=False)
     valid = length == 32

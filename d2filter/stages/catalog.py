@@ -239,11 +239,10 @@ def _ranges(marks: Sequence[str], parts: int) -> list[tuple[str, str]]:
 
 
 def _mixed_scores(source: Folder, config: CatalogConfig, having: str, lacking: str) -> InputError:
-    column = config.score_column or f"clip_{config.arch}_similarity_score"
     return InputError(
-        f"{source.url}: {having}.parquet has the column {column} and {lacking}.parquet has not: "
-        "scores of two makings would be mixed; add it everywhere, or drop it everywhere to have "
-        "it computed"
+        f"{source.url}: {having}.parquet has the column {config.score_name} and {lacking}.parquet "
+        "has not: scores of two makings would be mixed; add it everywhere, or drop it everywhere "
+        "to have it computed"
     )
 
 

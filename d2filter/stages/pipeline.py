@@ -102,7 +102,8 @@ class Pipeline:
         embedded = self.state.done("embed")
         own = self.out.sub("metadata")
         source = Folder(absolute(self.config.metadata_dir)) if self.config.metadata_dir else own
-        chained = source == own and embedded is not None
+        # what `embed` of this run wrote, if that is the source
+        before = embedded if source == own else None
         if source == own and embedded is None and self.state.done("catalog") is not None:
             # made from a folder that this command was not told again
             self.state.require_options("catalog", options_of(self.config.catalog))
@@ -117,18 +118,18 @@ class Pipeline:
         plan = Plan(
             stage="catalog",
             options=options_of(self.config.catalog),
-            upstream=embedded["fingerprint"] if chained and embedded is not None else "",
-            inputs=() if chained else files,
+            upstream=before["fingerprint"] if before else "",
+            inputs=() if before else files,
         )
 
         def build() -> dict[str, Any]:
             figures = catalog.build(
                 self._runner, self.out, source, pairs, self.config.catalog, plan.fingerprint
             )
-            before = embedded["stats"]["samples"] if chained and embedded is not None else {}
-            figures["samples"]["read"] += before.get("bad", 0)
-            figures["samples"]["bad"] += before.get("bad", 0)
-            ledger.collect(self.out, ["embed", "catalog"] if chained else ["catalog"])
+            bad_before = before["stats"]["samples"]["bad"] if before else 0
+            figures["samples"]["read"] += bad_before
+            figures["samples"]["bad"] += bad_before
+            ledger.collect(self.out, ["embed", "catalog"] if before else ["catalog"])
             return figures
 
         self._stage(plan, build)

@@ -90,8 +90,6 @@ def lay_out(pairs: int, seed: int) -> Layout:
     caption_of = np.arange(pairs)
     caption_of[wrong] = np.roll(wrong, 1)
     # a caption that moved inside its own group would still be right
-    same = caption_of[scene[caption_of] == scene]
-    caption_of[np.isin(caption_of, same)] = same
     back = np.flatnonzero(scene[caption_of] == scene)
     caption_of[back] = back
     return Layout(scene=scene, copy=copy, caption_of=caption_of)

@@ -41,7 +41,7 @@ def test_the_layout_has_what_was_asked_for() -> None:
     originals = layout.scene[~layout.copy]
     assert len(set(originals)) == len(originals)
     assert set(layout.scene[layout.copy]) <= set(originals)
-    # a swapped caption never describes its own picture, and no caption is told twice
+    # a swapped caption never describes its own picture
     moved = layout.swapped
     assert (layout.scene[layout.caption_of[moved]] != layout.scene[moved]).all()
     assert (demo.lay_out(4200, 1).scene != layout.scene).any()
