@@ -98,14 +98,13 @@ def rank(
     _refuse(~np.isfinite(rows).all(axis=1), "features overflow float16")
     rows, hi, lo = rows[order], hi[order], lo[order]
     pool = knn.make_pool(rows, hi, lo)
-    index = knn.train_index(
+    graph, _ = knn.build(
         pool,
         graph_config.n_neighbors,
         target_recall=graph_config.target_recall,
         exact_below=graph_config.exact_below,
         seed=graph_config.seed,
     )
-    graph = knn.build_graph(pool, graph_config.n_neighbors, index)
     ranked = ranking.rank_graph(
         hi,
         lo,

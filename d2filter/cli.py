@@ -251,6 +251,42 @@ def _graph(parser: argparse.ArgumentParser) -> None:
         help="compare all with all up to this many distinct rows",
     )
     group.add_argument("--seed", type=int, default=default.seed, help="of the uid hashes")
+    group.add_argument(
+        "--best-effort",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="exit with 0 although the target recall is out of reach (default: no)",
+    )
+    group.add_argument(
+        "--partitions",
+        type=_partitions,
+        default=0,
+        metavar="N",
+        help="auto, or a number: parts that the graph is made in; never changes the result "
+        "(default: auto, as few as memory allows)",
+    )
+    group.add_argument(
+        "--memory-per-worker",
+        type=_bytes,
+        default=0,
+        metavar="SIZE",
+        help="what a task may use, 1GB or 800MiB (default: the node's share)",
+    )
+
+
+def _partitions(text: str) -> int:
+    if text == "auto":
+        return 0
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, allowed are auto and whole numbers from 1")
+    return int(text)
+
+
+def _bytes(text: str) -> int:
+    try:
+        return config.parse_bytes(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, allowed is a size: 1GB, 800MiB, 2e9") from None
 
 
 def _rank(parser: argparse.ArgumentParser) -> None:
@@ -301,6 +337,9 @@ def run_config(arguments: argparse.Namespace) -> config.RunConfig:
             fraction=None if fraction is None else parse_fraction(fraction),
         ),
         max_bad=arguments.max_bad,
+        best_effort=given.get("best_effort", False),
+        partitions=given.get("partitions", 0),
+        memory_per_worker=given.get("memory_per_worker", 0),
         address=arguments.address,
         overwrite=tuple(arguments.overwrite),
     )

@@ -19,6 +19,7 @@ FeatureType = Literal["image|text", "image", "text"]
 FEATURE_TYPES: tuple[FeatureType, ...] = ("image|text", "image", "text")
 PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16")
 DEFAULT_ARCH = "l14"
+LEAST_MEMORY = 700_000_000  # of a worker: half of it is taken before it holds a sample
 BUNDLED_MODEL = "d2filter-tiny"
 
 # names that DataComp's metadata gives to open_clip's models
@@ -171,6 +172,12 @@ class RunConfig:
     select: SelectConfig = field(default_factory=SelectConfig)
     max_bad: float = 0.01
     """share of bad samples above which a finished run exits with 3"""
+    best_effort: bool = False
+    """go on with the highest recall that can be had when the target is out of reach"""
+    partitions: int = 0
+    """parts that graph and ranking are made in; 0: as few as memory allows"""
+    memory_per_worker: int = 0
+    """bytes that a task may use; 0: the node's share"""
     address: str = ""
     """Ray cluster to join; empty: Ray starts inside this process"""
     overwrite: tuple[str, ...] = ()
@@ -181,6 +188,25 @@ class RunConfig:
             raise UsageError("out-dir is empty: --out-dir runs/first")
         if not 0 <= self.max_bad <= 1:
             raise UsageError(f"max-bad is {self.max_bad}, allowed is 0 to 1: --max-bad 0.01")
+        if self.partitions:
+            _at_least("partitions", self.partitions, 1)
+        if self.memory_per_worker and self.memory_per_worker < LEAST_MEMORY:
+            raise UsageError(
+                f"memory-per-worker is {self.memory_per_worker} bytes, allowed is at least "
+                f"{LEAST_MEMORY}: --memory-per-worker 1GB"
+            )
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from `1GB`, `512MiB`, `2e9`. Raises ValueError."""
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+    units.update({"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40})
+    word = text.strip().lower().replace(" ", "")
+    number = word.rstrip("bikmgt")
+    value = float(number) * units[word[len(number) :]] if word[len(number) :] in units else None
+    if value is None or not math.isfinite(value) or value <= 0:
+        raise ValueError(text)
+    return int(value)
 
 
 def options_of(part: Any) -> dict[str, Any]:

@@ -1,112 +1,190 @@
-"""Centroids, the exact choice of cells, and the number of cells to probe (DESIGN §4.1, 4.3, 4.7).
+"""Centroids on two levels and the exact choice of cells (DESIGN §4.1, §4.3).
 
-Float32 products only propose; every decision is taken on exact distances of float16 rows to
-float16 centroids, ties to the smaller cell. Sums of float16 values in float64 are exact as well, so
-neither the number of threads nor the layout of blocks can change a centroid or a cell.
+Cells are small, because a search costs less the finer they are, and there are many of them, so a
+row is not compared with all: it chooses among the cells under its nearest few *parents*. Every
+step is decided on exact distances, ties to the smaller cell; sums of float16 values in float64 are
+exact as well. So neither the number of threads nor the layout of blocks can change a centroid or a
+cell.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import backend, features, lists
+from d2filter.algorithm import backend, features
+from d2filter.algorithm.search import EVERY_CELL, Members, Progress, make_members, search
 
 F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
-_BLOCK = 16384
-_UNSURE_BLOCK = 4096
-_MARGIN = 4  # proposals beyond those wanted; near ties decide among them
+MOST_PROBES = 64
+STORED_PROBES = 16  # assigned at first; more only when the calibration asks for more
+TRAINING_ROWS_A_CELL = 16
+
+PARENTS_LOOKED_UNDER = 12
+_MOST_CELLS = 131072
+_FLAT_BELOW = 256  # so few cells are trained on one level
+_TRAINING_ROWS_A_PARENT = 256
+_ITERATIONS = 5
+_OVER_FETCH = 4  # centroids are not as alike as samples
+_COMMON_ITERATIONS = 1
+_BLOCK = 65536
 
 
-def cell_count(rows: int) -> int:
-    """nlist = ⌈2·√n⌉ cells for n distinct rows: cells of about √n/2 rows."""
-    return max(1, int(np.ceil(2.0 * np.sqrt(rows))))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cells:
+    """nlist centroids, numbered parent by parent."""
+
+    centroids: F16
+    """(nlist, d), no two equal"""
+    parents: F16
+    """(parents, d)"""
+    parent: I32
+    """(nlist,) parent of each cell"""
+
+    @property
+    def count(self) -> int:
+        """nlist."""
+        return len(self.centroids)
 
 
-def train_centroids(sample: F16, cells: int, *, iterations: int = 8) -> F16:
-    """k-means (Lloyd) over distinct rows, shape (≤ cells, d) float16, no two equal.
+def cell_count(rows: int, k: int) -> int:
+    """nlist = ⌈4·√n⌉ for n rows, but cells of at least 32 rows and of 4·(k + 1)."""
+    return int(max(1, min(np.ceil(4.0 * np.sqrt(rows)), rows // max(32, 4 * (k + 1)), _MOST_CELLS)))
 
-    sample: (m, d) float16, in an order that does not depend on the layout of files; evenly spaced
-    rows of it are the start. Where all rows have one norm (within 1%, as normalized ones do) the
-    centroids are scaled to it, so that large cells do not shrink towards the origin. A cell that
-    ends up empty moves to the row that lies farthest from its centroid.
+
+def train(sample: F16, count: int) -> Cells:
+    """k-means on two levels over (m, d) float16 rows, in an order independent of files.
+
+    √count parents first; then the rows of each parent make its share of the cells. Copies in the
+    sample count once. Fewer cells come out where rows or distinct centroids are few.
     """
-    cells = min(cells, len(sample))
-    centroids = sample[np.linspace(0, len(sample) - 1, cells).astype(np.int64)]
-    norm = np.sqrt(_squared_norms(sample.view(np.uint16)))
+    sample = _distinct(sample)
+    count = min(count, len(sample))
+    if count < _FLAT_BELOW:
+        return from_centroids(_kmeans(sample, count))
+    number = int(np.ceil(np.sqrt(count)))
+    parents = _kmeans(_spaced(sample, _TRAINING_ROWS_A_PARENT * number), number)
+    of_row = _nearest(sample, parents, 1)[:, 0]
+    start, order = features.bucketed(of_row, len(parents))
+    children: list[F16] = [sample[:0]] * len(parents)
+
+    def split(p: int) -> None:
+        rows = sample[order[start[p] : start[p + 1]]]
+        if len(rows):
+            children[p] = _kmeans(rows, max(1, round(count * len(rows) / len(sample))))
+
+    backend.each(split, len(parents))
+    cells = from_centroids(np.concatenate(children), parents)
+    # children of one parent know nothing of their neighbors under another
+    for _ in range(_COMMON_ITERATIONS):
+        home = assign(sample, cells, 1)[:, 0]
+        cells = from_centroids(_update(sample, home, cells.centroids, _level(sample)), parents)
+    return cells
+
+
+def from_centroids(centroids: F16, parents: F16 | None = None) -> Cells:
+    """The two levels around given centroids (·, d) float16; without parents, one that has all."""
+    centroids = _distinct(centroids)
+    if parents is None:
+        parents = centroids[:1]
+    parent = _nearest(centroids, parents, 1)[:, 0]
+    order = np.argsort(parent, kind="stable")
+    centroids, parent = np.ascontiguousarray(centroids[order]), parent[order]
+    return Cells(centroids=centroids, parents=parents, parent=parent)
+
+
+def assign(rows: F16, cells: Cells, probes: int, *, progress: Progress = lambda done: None) -> I32:
+    """The cells that each row probes, nearest first, (n, min(probes, nlist, MOST_PROBES)) int32.
+
+    rows: (n, d) float16. The first one is the row's home. −1 pads where the parents looked
+    under have fewer. Order: (exact squared distance, cell).
+    """
+    probes = min(probes, cells.count, MOST_PROBES)
+    out = np.zeros((len(rows), probes), np.int32)
+    if cells.count == 1:
+        return out
+    under = _under_parents(cells.centroids, cells.parent, len(cells.parents))
+    for begin in range(0, len(rows), _BLOCK):
+        block = np.ascontiguousarray(rows[begin : begin + _BLOCK])
+        looked = _nearest(block, cells.parents, PARENTS_LOOKED_UNDER)
+        numbers = np.full(len(block), -1, np.int64)
+        found = search(
+            under, block, numbers, looked, probes, cells.count + 1, over_fetch=_OVER_FETCH
+        )
+        out[begin : begin + len(block)] = found.numbers
+        progress(len(block))
+    return out
+
+
+def every_cell_where_short(probed: I32, sizes: I64, k: int) -> I32:
+    """`probed` with EVERY_CELL for the rows whose cells hold fewer than k others.
+
+    sizes: (nlist,) rows of each cell in the whole pool. −1 in a list then means that no more exist.
+    """
+    held = np.where(probed >= 0, sizes[probed], 0).sum(axis=1)
+    if (held > k).all():
+        return probed
+    out = probed.copy()
+    out[held <= k, 0] = EVERY_CELL
+    return out
+
+
+def _under_parents(centroids: F16, parent: I32, parents: int) -> Members:
+    return make_members(centroids, np.arange(len(centroids)), parent, parents)
+
+
+def _nearest(rows: F16, centroids: F16, count: int) -> I32:
+    """The nearest of a few centroids, compared with all: (n, min(count, centroids)) int32."""
+    among = make_members(
+        centroids, np.arange(len(centroids)), np.zeros(len(centroids), np.int64), 1
+    )
+    # all queries numbered −1: on the ring behind −1 come the cells in ascending order
+    numbers = np.full(len(rows), -1, np.int64)
+    probed = np.zeros((len(rows), 1), np.int32)
+    count = min(count, len(centroids))
+    found = search(among, rows, numbers, probed, count, len(centroids) + 1, over_fetch=_OVER_FETCH)
+    nearest: I32 = found.numbers.astype(np.int32)
+    return nearest
+
+
+def _kmeans(sample: F16, count: int) -> F16:
+    """Lloyd's k-means over distinct rows, (≤ count, d) float16, no two equal.
+
+    Evenly spaced rows are the start. Where all rows have one norm (within 1%, as normalized ones
+    do) the centroids are scaled to it, so that large cells do not shrink towards the origin. A cell
+    that ends up empty moves to the row that lies farthest from its centroid.
+    """
+    count = min(count, len(sample))
+    centroids = _spaced(sample, count)
+    if count == len(sample):
+        return centroids
+    level = _level(sample)
+    for _ in range(_ITERATIONS):
+        centroids = _distinct(centroids)
+        cell = _nearest(sample, centroids, 1)[:, 0]
+        centroids = _update(sample, cell, centroids, level)
+    return _distinct(centroids)
+
+
+def _level(sample: F16) -> float | None:
+    """The norm that all rows have within 1%, None where they have not."""
+    norm = np.sqrt(features.squared_norms(sample))
     # in 2⁻¹⁰ steps: far coarser than the rounding of the norms
     level = float(np.round(np.median(norm) * 1024) / 1024)
-    spherical = level > 0 and bool((np.abs(norm / level - 1) < 0.01).all())
-    for _ in range(iterations):
-        cell, distance = assign(sample, centroids, 1)
-        centroids = _update(sample, cell[:, 0], distance[:, 0], cells, level if spherical else None)
-    return np.unique(centroids, axis=0)
+    return level if level > 0 and bool((np.abs(norm / level - 1) < 0.01).all()) else None
 
 
-def assign(
-    rows: F16,
-    centroids: F16,
-    probes: int,
-    *,
-    which: I64 | None = None,
-) -> tuple[I32, F32]:
-    """The `probes` nearest cells of each row, best first: cells (n, p) int32, sqdist (n, p) f32.
-
-    rows: (m, d) float16; `which` picks n of them, None all. Order: (exact squared distance, cell
-    number). p = min(probes, number of cells).
-    """
-    cells = len(centroids)
-    count = len(rows) if which is None else len(which)
-    probes = min(probes, cells)
-    fetch = min(cells, probes + _MARGIN)
-    out = np.zeros((count, probes), np.int32)
-    distance = np.zeros((count, probes), np.float32)
-    wide = features.to_float32(centroids)
-    bits = centroids.view(np.uint16)
-    relative = np.float32(backend.relative_error(rows.shape[1]))
-    for start in range(0, count, _BLOCK):
-        part = slice(start, start + _BLOCK)
-        block = np.ascontiguousarray(rows[part] if which is None else rows[which[part]])
-        near, proposed = backend.nearest(features.to_float32(block), wide, fetch)
-        unsure = _decide(
-            block.view(np.uint16), bits, proposed, near, relative, out[part], distance[part]
-        )
-        _decide_unsure(block, centroids, np.flatnonzero(unsure), out[part], distance[part])
-    return out, distance
-
-
-def calibrate(
-    queries: F16, true_cells: I64, centroids: F16, target: float, *, z: float = 1.96
-) -> int:
-    """Fewest probes whose recall is at least `target` with the confidence that z stands for.
-
-    queries: (q, d) float16. true_cells: (q, k) int64, the cell of each exact neighbor, −1 where the
-    neighbor is found without probing (a copy) or the list is padded. A neighbor is found iff its
-    cell is among those probed, so recall is known for every number of probes at once.
-    """
-    where = _positions(queries.view(np.uint16), centroids.view(np.uint16), true_cells)
-    # the home cell of a copy costs nothing, but a search probes at least one
-    low, high = 1, len(centroids)
-    while low < high:  # recall cannot fall with more probes: bisect
-        middle = (low + high) // 2
-        hit = (where < middle).mean(axis=1)
-        error = z * float(hit.std()) / np.sqrt(len(hit))
-        if float(hit.mean()) - error >= target:
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
-def _update(sample: F16, cell: I32, distance: F32, cells: int, level: float | None) -> F16:
-    """New centroids, (cells, d) float16, from one assignment; scaled to norm `level` if given."""
-    sums = _sum_cells(sample.view(np.uint16), cell, cells)
-    count = np.bincount(cell, minlength=cells)
+def _update(sample: F16, cell: I32, centroids: F16, level: float | None) -> F16:
+    """New centroids from one assignment, as many; scaled to norm `level` if given."""
+    sums = _sum_cells(sample.view(np.uint16), cell, len(centroids))
+    count = np.bincount(cell, minlength=len(centroids))
     filled = count > 0
     means = np.zeros_like(sums)
     means[filled] = sums[filled] / count[filled, None]
@@ -114,37 +192,29 @@ def _update(sample: F16, cell: I32, distance: F32, cells: int, level: float | No
         length = np.sqrt((means * means).sum(axis=1))
         scalable = filled & (length > 0)
         means[scalable] *= (level / length[scalable])[:, None]
-    empty = np.flatnonzero(~filled)
-    farthest = np.argsort(-distance, kind="stable")[: empty.size]
     fixed: F16 = (means + 0.0).astype(np.float16)
-    fixed[empty] = sample[farthest]
+    empty = np.flatnonzero(~filled)
+    if empty.size:
+        distance = features.sqdist_pairs(np.concatenate([sample, centroids]), _pairing(cell))
+        fixed[empty] = sample[np.argsort(-distance[: len(sample), 0], kind="stable")[: empty.size]]
     fixed += np.float16(0)
     return fixed
 
 
-def _decide_unsure(block: F16, centroids: F16, rows: I64, out: I32, distance: F32) -> None:
-    """Look at all cells that may be among the nearest of the rows whose proposals leave doubt."""
-    for start in range(0, rows.size, _UNSURE_BLOCK):
-        part = rows[start : start + _UNSURE_BLOCK]
-        limit = distance[part, -1].astype(np.float64) * lists.ROUNDED
-        everything = np.concatenate([block[part], centroids])
-        queries = np.arange(part.size, dtype=np.int64)
-        members = np.arange(part.size, len(everything), dtype=np.int64)
-        query, cell = lists.within(everything, queries, members, limit)
-        bounds, order = features.bucketed(query, part.size)
-        _insert_cells(
-            block.view(np.uint16), centroids.view(np.uint16), part, bounds, cell[order],
-            out, distance,
-        )  # fmt: skip
+def _pairing(cell: I32) -> I64:
+    """Each row's centroid as a row number of [sample, centroids]."""
+    return (cell.astype(np.int64) + cell.size)[:, None]
 
 
-@numba.njit(cache=True, parallel=True)
-def _squared_norms(bits):  # type: ignore[no-untyped-def]  # compiled by numba
-    n = bits.shape[0]
-    out = np.empty(n, np.float64)
-    for i in numba.prange(n):
-        out[i] = features.squared_norm(bits[i])
-    return out
+def _distinct(rows: F16) -> F16:
+    """The first of each group of equal rows, in order."""
+    return rows[features.group_copies(rows).first]
+
+
+def _spaced(sample: F16, count: int) -> F16:
+    """Up to `count` evenly spaced rows."""
+    count = min(count, len(sample))
+    return sample[np.linspace(0, len(sample) - 1, count).astype(np.int64)]
 
 
 @numba.njit(cache=True)
@@ -155,69 +225,3 @@ def _sum_cells(bits, cell, cells):  # type: ignore[no-untyped-def]  # compiled b
         for c in range(d):
             sums[cell[i], c] += np.float64(features.half(bits[i, c]))
     return sums
-
-
-@numba.njit(cache=True, parallel=True)
-def _positions(queries, centroids, true_cells):  # type: ignore[no-untyped-def]
-    """How many cells come before each true cell in its query's order; −1 stays −1."""
-    q, k = true_cells.shape
-    cells = centroids.shape[0]
-    out = np.full((q, k), -1, np.int64)
-    for i in numba.prange(q):
-        distance = np.empty(cells, np.float32)
-        for c in range(cells):
-            distance[c] = features.sqdist(queries[i], centroids[c])
-        for t in range(k):
-            true = true_cells[i, t]
-            if true >= 0:
-                before = 0
-                for c in range(cells):
-                    if distance[c] < distance[true] or (distance[c] == distance[true] and c < true):
-                        before += 1
-                out[i, t] = before
-    return out
-
-
-@numba.njit(cache=True, parallel=True)
-def _decide(rows, centroids, proposed, near, relative, out, out_distance):  # type: ignore[no-untyped-def]
-    """Order proposed cells by exact distance; returns the rows where another may be as near."""
-    n = rows.shape[0]
-    fetch = proposed.shape[1]
-    probes = out.shape[1]
-    unsure = np.zeros(n, np.bool_)
-    for i in numba.prange(n):
-        count = 0
-        for t in range(fetch):
-            c = proposed[i, t]
-            _insert(out[i], out_distance[i], count, c, features.sqdist(rows[i], centroids[c]))
-            count = min(count + 1, probes)
-        if fetch < centroids.shape[0]:
-            bound = lists.certain(rows[i], near[i, fetch - 1], relative)
-            unsure[i] = out_distance[i, probes - 1] >= bound
-    return unsure
-
-
-@numba.njit(cache=True)
-def _insert_cells(rows, centroids, which, bounds, cells, out, out_distance):  # type: ignore[no-untyped-def]
-    """Fill the lists of some rows from candidates given as CSR."""
-    for w in range(which.size):
-        i = which[w]
-        count = 0
-        for t in range(bounds[w], bounds[w + 1]):
-            c = cells[t]
-            _insert(out[i], out_distance[i], count, c, features.sqdist(rows[i], centroids[c]))
-            count = min(count + 1, out.shape[1])
-
-
-@numba.njit(cache=True, inline="always")
-def _insert(ids, distance, count, c, d):  # type: ignore[no-untyped-def]  # compiled by numba
-    """Insert (d, c) into the ascending list of the best; the worst falls off the end."""
-    at = count
-    while at > 0 and (d < distance[at - 1] or (d == distance[at - 1] and c < ids[at - 1])):
-        if at < ids.size:
-            ids[at] = ids[at - 1]
-            distance[at] = distance[at - 1]
-        at -= 1
-    if at < ids.size:
-        ids[at] = c
-        distance[at] = d

@@ -14,12 +14,13 @@ from typing import Any
 import numba
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
 
 F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
-
-_TWO_POW_112 = np.float32(2.0**112)
 
 
 def fix(modalities: Sequence[npt.NDArray[Any]], *, normalize: bool = True) -> F16:
@@ -89,18 +90,39 @@ def to_float32(rows: F16, which: I64 | None = None) -> F32:
     return out
 
 
+def centered(rows: F16, which: I64, center: F32) -> tuple[F32, F32]:
+    """Rows at positions `which` minus `center` (d,): (w, d) float32, and their squared norms (w,).
+
+    The difference of two float16 values is rounded once; `backend.relative_error` allows for it.
+    """
+    out: tuple[F32, F32] = _centered(rows.view(np.uint16), which, center)
+    return out
+
+
+def squared_norms(rows: F16) -> npt.NDArray[np.float64]:
+    """Squared norm of each row, (n,) float64."""
+    out: npt.NDArray[np.float64] = _squared_norms(np.ascontiguousarray(rows).view(np.uint16))
+    return out
+
+
 def sqdist_pairs(rows: F16, neighbors: npt.NDArray[np.integer]) -> F32:
     """Squared distance of each row to each of its neighbors, (n, k) float32; inf where −1."""
     out: F32 = _pairs(np.ascontiguousarray(rows).view(np.uint16), neighbors)
     return out
 
 
-@numba.njit(cache=True)
-def half(bits):  # type: ignore[no-untyped-def]  # compiled by numba
-    """float32 of a finite float16 given as uint16 bits; exact, subnormals included."""
-    low = np.uint32(np.uint32(bits & np.uint16(0x7FFF)) << np.uint32(13))
-    scale = _TWO_POW_112 if bits < np.uint16(0x8000) else -_TWO_POW_112
-    return low.view(np.float32) * scale
+@intrinsic
+def _half(typing_context, bits):  # type: ignore[no-untyped-def]  # compiled by numba
+    """float32 of a float16 given as uint16 bits: the processor's own conversion, exact."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        value = builder.bitcast(arguments[0], ir.HalfType())
+        return builder.fpext(value, ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+half: Any = _half
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc"})
@@ -111,6 +133,23 @@ def sqdist(a, b):  # type: ignore[no-untyped-def]  # compiled by numba
         difference = np.float64(half(a[c])) - np.float64(half(b[c]))
         total += difference * difference
     return np.float32(total)
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc"})
+def sqdist_to(x, b):  # type: ignore[no-untyped-def]  # compiled by numba
+    """The same distance from a row that was widened to float64 once."""
+    total = np.float64(0.0)
+    for c in range(x.size):
+        difference = x[c] - np.float64(half(b[c]))
+        total += difference * difference
+    return np.float32(total)
+
+
+@numba.njit(cache=True, nogil=True)
+def widen(a, out):  # type: ignore[no-untyped-def]  # compiled by numba
+    """float64 of a float16 row given as uint16 bits, written to `out`."""
+    for c in range(a.size):
+        out[c] = np.float64(half(a[c]))
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc"})
@@ -135,6 +174,15 @@ def _pairs(bits, neighbors):  # type: ignore[no-untyped-def]  # compiled by numb
 
 
 @numba.njit(cache=True, parallel=True)
+def _squared_norms(bits):  # type: ignore[no-untyped-def]  # compiled by numba
+    n = bits.shape[0]
+    out = np.empty(n, np.float64)
+    for i in numba.prange(n):
+        out[i] = squared_norm(bits[i])
+    return out
+
+
+@numba.njit(cache=True, parallel=True)
 def _decode(bits):  # type: ignore[no-untyped-def]  # compiled by numba
     n, d = bits.shape
     out = np.empty((n, d), np.float32)
@@ -142,6 +190,22 @@ def _decode(bits):  # type: ignore[no-untyped-def]  # compiled by numba
         for c in range(d):
             out[i, c] = half(bits[i, c])
     return out
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc"})
+def _centered(bits, which, center):  # type: ignore[no-untyped-def]  # compiled by numba
+    n, d = which.size, bits.shape[1]
+    out = np.empty((n, d), np.float32)
+    norm = np.empty(n, np.float32)
+    for i in range(n):
+        row = bits[which[i]]
+        total = np.float32(0.0)
+        for c in range(d):
+            value = half(row[c]) - center[c]
+            out[i, c] = value
+            total += value * value
+        norm[i] = total
+    return out, norm
 
 
 @numba.njit(cache=True, parallel=True)

@@ -1,12 +1,8 @@
-"""The kNN graph: search by cell, exact lists in ring order, measured recall (DESIGN §4).
+"""The kNN graph of a pool in memory, and its measured recall (DESIGN §4).
 
-Rows are in ascending order of uid everywhere in this module, so row numbers stand for uids: among
-neighbors at equal distance the order is (row_j − row_i) mod n, which is the order of
-(uid_j − uid_i) mod 2¹²⁸. Copies of one vector then point at different copies, round the ring.
-
-The graph is a function of (rows, centroids, probes, k) alone: float32 products propose, exact
-distances decide, and a list whose last place lies within rounding of what was not proposed is
-searched again exactly. Copies are searched once.
+The same steps that `stages/` runs over files for a pool of any size: train, assign, calibrate,
+search, refine, measure. Rows are in ascending order of uid, so that a row number is the sample's
+number. The graph is a function of the rows and the options alone.
 """
 
 from __future__ import annotations
@@ -14,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import backend, cells, features, lists, uids
+from d2filter.algorithm import calibrate, cells, refine, search, uids
+from d2filter.algorithm.lists import Lists
 
 F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
@@ -26,13 +22,9 @@ I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 Progress = Callable[[int], None]
 
-OVER_FETCH = 16  # proposals beyond k (DESIGN §4.5)
-TRAINING_ROWS_A_CELL = 32
-CALIBRATION_QUERIES = 1000
 MEASURE_QUERIES = 3000
+EXACT_UP_TO = 1_000_000  # rows of a pool that is compared all with all when cells do not serve
 
-_QUERY_BLOCK = 8192
-_MEMBER_BLOCK = 65536  # rows of one matrix product: bounds the float32 copy of a cell
 _EXACT_SHARE = 0.5  # cells that cost more than this share of comparing all with all are not used
 
 
@@ -44,17 +36,14 @@ class Pool:
     """(n, d) fixed features"""
     hi: uids.U64
     lo: uids.U64
-    copies: features.Copies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Index:
     """What a search needs besides the rows; fixed before the search begins."""
 
-    centroids: F16
-    """(nlist, d)"""
-    probes: int
-    """cells searched for each row"""
+    cells: cells.Cells
+    choice: calibrate.Choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +54,6 @@ class Graph:
     """(n, k) rows, nearest first, equals in ring order; −1 only where fewer than k others exist"""
     sqdist: F32
     """(n, k) squared distances, ascending, inf where padded"""
-    cell_rows: I64
-    """(nlist,) rows in each cell, copies included"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,92 +66,176 @@ class Recall:
     queries: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InMemory:
+    """A pool of which all rows are at hand (calibrate.Searcher)."""
+
+    members: search.Members
+    assigned: I32
+    sizes: I64
+
+    @property
+    def total(self) -> int:
+        """n."""
+        return len(self.members.rows)
+
+    def find(self, queries: F16, numbers: I64, probed: I32, k: int) -> Lists:
+        """Exact lists within the probed cells."""
+        return search.search(self.members, queries, numbers, probed, k, self.total)
+
+    def rows(self, numbers: I64) -> F16:
+        """Their features."""
+        return self.members.rows[numbers]
+
+    def probed(self, numbers: I64) -> I32:
+        """The cells that they probe."""
+        return self.assigned[numbers]
+
+
 def make_pool(rows: F16, hi: uids.U64, lo: uids.U64) -> Pool:
-    """Group the copies of a pool. rows: (n, d) float16, finite; uids ascending and distinct."""
-    return Pool(rows=rows, hi=hi, lo=lo, copies=features.group_copies(rows))
+    """rows: (n, d) float16, finite; uids ascending and distinct."""
+    return Pool(rows=rows, hi=hi, lo=lo)
 
 
-def train_index(
-    pool: Pool, k: int, *, target_recall: float, exact_below: int = 16384, seed: int = 0
-) -> Index:
-    """Centroids and the number of probes that reach `target_recall` on a hash-chosen sample.
+def train_cells(pool: Pool, k: int, *, exact_below: int = 16384, seed: int = 0) -> cells.Cells:
+    """Cells from rows chosen by uid hash; a single one for at most `exact_below` rows."""
+    count = cells.cell_count(len(pool.rows), k)
+    if len(pool.rows) <= max(1, exact_below) or count == 1:
+        return single_cell(pool.rows[:1])
+    size = cells.TRAINING_ROWS_A_CELL * count
+    chosen = uids.hash_sample(pool.hi, pool.lo, size, salt=uids.SALT_TRAIN, seed=seed)
+    return cells.train(pool.rows[chosen], count)
 
-    With at most `exact_below` distinct rows there is one cell, and the search is exact; so it is
-    when cells would not save half the distances. The samples are chosen by uid hash, so the result
-    depends on the set of samples alone.
-    """
-    rows, hi, lo, distinct = pool.rows, pool.hi, pool.lo, pool.copies.first
-    exact = Index(centroids=_single_centroid(rows), probes=1)
-    if distinct.size <= max(1, exact_below):
-        return exact
-    count = cells.cell_count(distinct.size)
-    chosen = uids.hash_sample(
-        hi[distinct], lo[distinct], TRAINING_ROWS_A_CELL * count, salt=uids.SALT_TRAIN, seed=seed
+
+def single_cell(rows: F16) -> cells.Cells:
+    """One cell that holds everything."""
+    return cells.from_centroids(rows[:1])
+
+
+def in_cells(pool: Pool, index: cells.Cells, *, probes: int = cells.STORED_PROBES) -> InMemory:
+    """Assign all rows and gather them by cell."""
+    assigned = cells.assign(pool.rows, index, probes)
+    numbers = np.arange(len(pool.rows), dtype=np.int64)
+    return InMemory(
+        members=search.make_members(pool.rows, numbers, assigned[:, 0], index.count),
+        assigned=assigned,
+        sizes=np.bincount(assigned[:, 0], minlength=index.count),
     )
-    centroids = cells.train_centroids(rows[distinct[chosen]], count)
-    queries = uids.hash_sample(hi, lo, CALIBRATION_QUERIES, salt=uids.SALT_CALIBRATE, seed=seed)
-    truth, _ = exact_neighbors(pool, queries, k)
-    found = truth >= 0
-    wanted = np.unique(truth[found])
-    cell_of = np.full(len(rows), -1, np.int64)
-    cell_of[wanted] = cells.assign(rows, centroids, 1, which=wanted)[0][:, 0]
-    true_cells = np.where(found, cell_of[np.maximum(truth, 0)], -1)
-    # a copy of the query is found whatever is probed
-    group = pool.copies.group
-    true_cells[group[np.maximum(truth, 0)] == group[queries][:, None]] = -1
-    probes = cells.calibrate(rows[queries], true_cells, centroids, target_recall)
-    if probes / len(centroids) + len(centroids) / distinct.size > _EXACT_SHARE:
-        return exact
-    return Index(centroids=centroids, probes=probes)
+
+
+def exact_choice(total: int) -> calibrate.Choice:
+    """All rows in one cell."""
+    return calibrate.Choice(
+        probes=1, passes=0, predicted=1.0, evaluations=float(total), reached=True
+    )
+
+
+def pays(choice: calibrate.Choice, total: int, nlist: int) -> bool:
+    """Whether cells cost less than half of comparing all with all, and reach the target.
+
+    Where they do not, pools of up to EXACT_UP_TO rows are searched exactly.
+    """
+    dear = choice.evaluations + nlist > _EXACT_SHARE * total
+    return total > EXACT_UP_TO or (choice.reached and not dear)
+
+
+def build(
+    pool: Pool,
+    k: int,
+    *,
+    target_recall: float = 0.95,
+    exact_below: int = 16384,
+    seed: int = 0,
+    progress: Progress = lambda done: None,
+) -> tuple[Graph, Index]:
+    """The graph with the recall that is asked for, and how it was searched."""
+    total = len(pool.rows)
+    index = train_cells(pool, k, exact_below=exact_below, seed=seed)
+    if index.count == 1:
+        held = in_cells(pool, index)
+        choice = exact_choice(total)
+    else:
+        held = in_cells(pool, index)
+        queries = uids.hash_sample(
+            pool.hi, pool.lo, calibrate.QUERIES, salt=uids.SALT_CALIBRATE, seed=seed
+        )
+        most = cells.assign(pool.rows[queries], index, cells.MOST_PROBES)
+        choice = calibrate.choose(held, pool.rows[queries], queries, most, k, target_recall)
+        if not pays(choice, total, index.count):
+            index = single_cell(pool.rows)
+            held = in_cells(pool, index)
+            choice = exact_choice(total)
+        elif choice.probes > cells.STORED_PROBES:
+            held = in_cells(pool, index, probes=choice.probes)
+    graph = build_graph(held, k, choice, progress=progress)
+    return graph, Index(cells=index, choice=choice)
 
 
 def build_graph(
-    pool: Pool, k: int, index: Index, *, progress: Progress = lambda done: None
+    held: InMemory, k: int, choice: calibrate.Choice, *, progress: Progress = lambda done: None
 ) -> Graph:
-    """k nearest neighbors of every row among the cells that it probes.
+    """k nearest neighbors of every row among the cells that it probes, refined if so chosen."""
+    total = held.total
+    numbers = np.arange(total, dtype=np.int64)
+    width = list_width(k, choice.passes)
+    probed = np.ascontiguousarray(held.assigned[:, : choice.probes])
+    probed = cells.every_cell_where_short(probed, held.sizes, min(width, total - 1))
+    lists = search.search(
+        held.members, held.members.rows, numbers, probed, width, total, progress=progress
+    )
+    if choice.passes:
+        home = np.where(lists.numbers >= 0, held.assigned[lists.numbers, 0], -1)
+        before = refine.first_round(lists, home)
+        rows = held.members.rows
+        after = [lists.head(k)]
+        for begin in range(0, total, refine.BLOCK):
+            part = numbers[begin : begin + refine.BLOCK]
+            own = before.take(part)
+            start, found, its_cells = refine.candidates(
+                part, probed[part], own, before, own.lists.numbers
+            )
+            better = refine.improved(
+                rows[part], part, own, start, found, its_cells, rows, found, total
+            )
+            after.append(better.lists.head(k))
+        lists = Lists(
+            numbers=np.concatenate([a.numbers for a in after[1:]]),
+            sqdist=np.concatenate([a.sqdist for a in after[1:]]),
+        )
+    return Graph(neighbors=lists.numbers, sqdist=lists.sqdist)
 
-    Work: n·probes·(n/nlist)·d multiply-adds. Memory beside the rows: about 20·k + 400 bytes a row.
-    """
-    n = len(pool.rows)
-    nlist = len(index.centroids)
-    first = pool.copies.first
-    if nlist == 1:
-        probed = np.zeros((first.size, 1), np.int32)
-    else:
-        probed, _ = cells.assign(pool.rows, index.centroids, index.probes, which=first)
-    everything = np.arange(first.size, dtype=np.int64)
-    search = _search(pool, everything, probed, probed[:, 0], k, nlist, progress)
-    neighbors = np.full((n, k), -1, np.int64)
-    sqdist = np.full((n, k), np.inf, np.float32)
-    lists.fill_lists_inplace(pool.rows, pool.copies, search, None, neighbors, sqdist)
-    cell_rows = np.bincount(probed[:, 0], weights=np.diff(pool.copies.start), minlength=nlist)
-    return Graph(neighbors=neighbors, sqdist=sqdist, cell_rows=cell_rows.astype(np.int64))
+
+def list_width(k: int, passes: int) -> int:
+    """Places of the lists that are searched: refinement works on longer ones."""
+    return k + calibrate.REFINED_LISTS if passes else k
 
 
 def exact_neighbors(pool: Pool, queries: I64, k: int) -> tuple[I64, F32]:
     """Exact lists of some rows, by comparison with all: neighbors (q, k) int64, sqdist (q, k)."""
-    groups = np.unique(pool.copies.group[queries])
-    home = np.zeros(pool.copies.first.size, np.int32)
-    probed = np.zeros((groups.size, 1), np.int32)
-    search = _search(pool, groups, probed, home, k, 1, lambda done: None)
-    neighbors = np.full((len(queries), k), -1, np.int64)
-    sqdist = np.full((len(queries), k), np.inf, np.float32)
-    lists.fill_lists_inplace(pool.rows, pool.copies, search, queries, neighbors, sqdist)
-    return neighbors, sqdist
+    numbers = np.arange(len(pool.rows), dtype=np.int64)
+    members = search.make_members(pool.rows, numbers, np.zeros(numbers.size, np.int32), 1)
+    probed = np.zeros((len(queries), 1), np.int32)
+    lists = search.search(members, pool.rows[queries], queries, probed, k, numbers.size)
+    return lists.numbers, lists.sqdist
 
 
 def measure_recall(pool: Pool, graph: Graph, *, seed: int = 0) -> Recall:
-    """recall@k of `graph` against exact lists of 3,000 hash-chosen rows (all, in small pools).
+    """recall@k of `graph` against exact lists of 3,000 hash-chosen rows (all, in small pools)."""
+    queries = uids.hash_sample(pool.hi, pool.lo, MEASURE_QUERIES, salt=uids.SALT_MEASURE, seed=seed)
+    truth, _ = exact_neighbors(pool, queries, graph.neighbors.shape[1])
+    return recall_of(truth, graph.neighbors[queries], len(pool.rows))
+
+
+def recall_of(truth: I64, found: I64, total: int) -> Recall:
+    """recall@k of lists `found` (q, k) against exact ones, of q samples among `total`.
 
     The interval is mean ± 1.96 standard errors over queries, with the correction for a finite pool.
     """
-    queries = uids.hash_sample(pool.hi, pool.lo, MEASURE_QUERIES, salt=uids.SALT_MEASURE, seed=seed)
-    truth, _ = exact_neighbors(pool, queries, graph.neighbors.shape[1])
-    found = (truth[:, :, None] == graph.neighbors[queries][:, None, :]).any(axis=2)
+    hit = (truth[:, :, None] == found[:, None, :]).any(axis=2)
     # a sample without any neighbor has nothing to miss
-    share = np.where(truth >= 0, found, True).mean(axis=1)
+    share = np.where(truth >= 0, hit, True).mean(axis=1)
     value = float(share.mean())
-    left = np.sqrt((len(pool.rows) - share.size) / max(1, len(pool.rows) - 1))
+    left = np.sqrt((total - share.size) / max(1, total - 1))
     error = float(1.96 * share.std() / np.sqrt(share.size) * left)
     return Recall(
         value=value,
@@ -172,68 +243,3 @@ def measure_recall(pool: Pool, graph: Graph, *, seed: int = 0) -> Recall:
         high=min(1.0, value + error),
         queries=int(share.size),
     )
-
-
-def _single_centroid(rows: F16) -> F16:
-    """The mean row, (1, d) float16; sums of float16 values in float64 are exact."""
-    mean: F16 = np.asarray(rows.mean(axis=0, dtype=np.float64)).astype(np.float16)
-    return mean[None, :]
-
-
-def _search(
-    pool: Pool,
-    groups: I64,
-    probed: I32,
-    home: npt.NDArray[np.integer],
-    k: int,
-    cell_total: int,
-    progress: Progress,
-) -> lists.Search:
-    """Propose k + 17 groups for each of `groups`, one matrix product per cell.
-
-    A group is proposed to itself too (at distance ~0) and dropped later, by its number.
-    """
-    rows, first = pool.rows, pool.copies.first
-    fetch = min(k + 1 + OVER_FETCH, first.size)
-    near = np.full((groups.size, fetch), np.inf, np.float32)
-    ids = np.full((groups.size, fetch), -1, np.int32)
-    member_start, member_list = lists.by_cell(home[:, None], cell_total)
-    asker_start, asker_list = lists.by_cell(probed, cell_total)
-    share = 0.0
-    reported = 0
-    for cell in range(cell_total):
-        all_members = member_list[member_start[cell] : member_start[cell + 1]]
-        askers = asker_list[asker_start[cell] : asker_start[cell + 1]]
-        if not all_members.size or not askers.size:
-            continue
-        for member_begin in range(0, all_members.size, _MEMBER_BLOCK):
-            members = all_members[member_begin : member_begin + _MEMBER_BLOCK]
-            x = features.to_float32(rows, first[members])
-            for begin in range(0, askers.size, _QUERY_BLOCK):
-                block = askers[begin : begin + _QUERY_BLOCK]
-                queries = features.to_float32(rows, first[groups[block]])
-                distance, index = backend.nearest(queries, x, min(fetch, members.size))
-                _merge(near, ids, block, distance, index, members)
-                share += block.size / probed.shape[1] * (members.size / all_members.size)
-                progress(int(share) - reported)
-                reported = int(share)
-    return lists.Search(groups=groups, probed=probed, home=home, near=near, ids=ids)
-
-
-@numba.njit(cache=True, parallel=True)
-def _merge(near, ids, block, distance, index, members):  # type: ignore[no-untyped-def]
-    """Merge a cell's ascending proposals into the ascending lists of its queries, in place."""
-    last = near.shape[1] - 1
-    for b in numba.prange(block.size):
-        q = block[b]
-        for t in range(index.shape[1]):
-            d = distance[b, t]
-            if index[b, t] < 0 or not d < near[q, last]:
-                break
-            at = last
-            while at > 0 and near[q, at - 1] > d:
-                near[q, at] = near[q, at - 1]
-                ids[q, at] = ids[q, at - 1]
-                at -= 1
-            near[q, at] = d
-            ids[q, at] = members[index[b, t]]

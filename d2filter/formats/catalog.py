@@ -24,6 +24,7 @@ from d2filter.errors import InputError
 from d2filter.formats import tables
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
+from d2filter.formats.rows import Rows, read_array
 
 F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
@@ -144,24 +145,28 @@ def iter_parts(folder: Folder, *, with_features: bool = True) -> Iterator[Sample
         table = tables.read_table(folder, name)
         wide = np.empty((table.num_rows, 0), np.float16)
         if with_features:
-            wide = read_features(folder, name.removesuffix(".parquet") + ".npy")
+            wide = read_array(folder, name.removesuffix(".parquet") + ".npy")
         yield _samples(table, wide)
 
 
-def read_features(folder: Folder, name: str) -> F16:
-    """(rows, d) float16; a memory map on a local disk."""
-    local = folder.local
-    try:
-        if local is not None:
-            mapped: F16 = np.load(local / name, mmap_mode="r", allow_pickle=False)
-            return mapped
-        with folder.reading(name) as stream:
-            loaded: F16 = np.load(stream, allow_pickle=False)
-            return loaded
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(
-            f"{folder.where(name)} is no readable .npy file: {tables.first_line(error)}"
-        ) from error
+def layout(folder: Folder) -> Rows:
+    """Where the features of each sample lie. Raises InputError when there are no parts."""
+    names = folder.names(".parquet")
+    if not names:
+        raise InputError(f"{folder.url} holds no catalog parts: `d2filter graph` makes them")
+    starts = [0]
+    for name in names:
+        with tables.open_table(folder, name) as parquet:
+            starts.append(starts[-1] + parquet.metadata.num_rows)
+    return Rows(folder=folder, name="part", starts=tuple(starts))
+
+
+def read_ids(folder: Folder, number: int) -> tuple[uids.U64, uids.U64, F32]:
+    """uid_hi, uid_lo and difficulty of one part."""
+    columns = ["uid_hi", "uid_lo", "difficulty"]
+    table = tables.read_table(folder, f"part-{number:05d}.parquet", columns)
+    hi, lo, difficulty = (table.column(name).to_numpy() for name in columns)
+    return hi, lo, difficulty
 
 
 def _table(samples: Samples) -> Any:

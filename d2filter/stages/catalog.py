@@ -35,8 +35,15 @@ def build(
     pairs: Sequence[metadata.Pair],
     config: CatalogConfig,
     fingerprint: str,
+    memory: int = 0,
 ) -> dict[str, Any]:
-    """Run both passes; returns the stage's figures. Raises InputError when no sample is valid."""
+    """Run both passes; returns the stage's figures. Raises InputError when no sample is valid.
+
+    memory: bytes that a task may use, which bounds groups and parts; 0 for the usual sizes.
+    """
+    # a part is held about three times while it is merged, a group while it is read
+    part_bytes = min(_PART_BYTES, memory // 10) if memory else _PART_BYTES
+    group_bytes = min(_GROUP_BYTES, memory // 20) if memory else _GROUP_BYTES
     folder = out.sub("catalog")
     reading = [
         Task(
@@ -50,9 +57,9 @@ def build(
                 "config": config,
             },
         )
-        for number, group in enumerate(_grouped(pairs))
+        for number, group in enumerate(_grouped(pairs, group_bytes))
     ]
-    read = runner.map("catalog", reading, fingerprint=fingerprint, label="catalog")
+    read = runner.map("catalog", reading, fingerprint=fingerprint, label="catalog", memory=memory)
     kinds = {figures["has_score"]: figures["first_file"] for figures in read}
     if len(kinds) > 1:
         raise _mixed_scores(source, config, kinds[True], kinds[False])
@@ -71,7 +78,7 @@ def build(
             f"{source.url}: none of {total} rows is a valid sample ({what or 'no rows'})"
         )
     marks = [mark for figures in read for mark in figures["marks"]]
-    ranges = _ranges(marks, 1 + sum(pair.size for pair in pairs) // _PART_BYTES)
+    ranges = _ranges(marks, 1 + sum(pair.size for pair in pairs) // part_bytes)
     merging = [
         Task(
             name=f"merge-{number:05d}",
@@ -86,7 +93,7 @@ def build(
         )
         for number, (low, high) in enumerate(ranges)
     ]
-    merged = runner.map("catalog", merging, fingerprint=fingerprint, label="merge")
+    merged = runner.map("catalog", merging, fingerprint=fingerprint, label="merge", memory=memory)
     folder.remove("runs")
     return {
         "samples": {
@@ -246,12 +253,12 @@ def _mixed_scores(source: Folder, config: CatalogConfig, having: str, lacking: s
     )
 
 
-def _grouped(pairs: Sequence[metadata.Pair]) -> list[list[metadata.Pair]]:
-    """Consecutive pairs in groups of about _GROUP_BYTES, at least one a group."""
+def _grouped(pairs: Sequence[metadata.Pair], most: int) -> list[list[metadata.Pair]]:
+    """Consecutive pairs in groups of about `most` bytes, at least one a group."""
     groups: list[list[metadata.Pair]] = []
     held = 0
     for pair in pairs:
-        if not groups or held + pair.size > _GROUP_BYTES:
+        if not groups or held + pair.size > most:
             groups.append([])
             held = 0
         groups[-1].append(pair)

@@ -1,50 +1,303 @@
-"""Catalog + index → graph/, index/cells.parquet, and the measured recall (DESIGN §4.4–4.7)."""
+"""Partitions → graph/: search by cell, merge at home, refine, measure (DESIGN §4.4–4.7).
+
+index/found-00000.*       lists that a partition found for rows of others
+index/lists-00000.*       lists of a partition's own rows: number, list, sqdist, probed
+index/merged-00000.*      the same after what other partitions found came home
+index/refined-00000.*     the same after the refinement pass
+index/truth-00000.*       exact lists of the measured samples within one catalog part
+graph/part-00000.parquet  the graph
+
+Lists over the members of several partitions merge to the list over all of them, exactly: how rows
+were partitioned cannot be seen in the graph.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy.typing as npt
 
-from d2filter.algorithm import knn
-from d2filter.config import GraphConfig
+from d2filter.algorithm import backend, knn, refine, search
+from d2filter.algorithm.lists import Lists, merge_inplace
 from d2filter.formats import catalog, graph
 from d2filter.formats.paths import Folder
-from d2filter.stages.index import CENTROIDS, load_pool
-from d2filter.stages.runner import Report
+from d2filter.formats.rows import Rows, read_array, read_columns, write_columns
+from d2filter.stages.index import MEASURE, assigned_rows
+from d2filter.stages.route import Entries, graph_ids, read_entries
+from d2filter.stages.runner import Report, assigned_cpus
+
+I64 = npt.NDArray[np.int64]
 
 
-def search(*, report: Report, out: Folder, config: GraphConfig, nprobe: int) -> dict[str, Any]:
-    """Task: search all cells, write the one part of the graph, measure recall."""
-    pool, difficulty = load_pool(out)
-    # a copy: compiled code is made anew for read-only arrays
-    centroids = np.array(catalog.read_features(out.sub("index"), CENTROIDS))
-    index = knn.Index(centroids=centroids, probes=nprobe)
-    built = knn.build_graph(pool, config.n_neighbors, index, progress=report)
-    cells = pa.table(
-        {
-            "cell": np.arange(len(centroids), dtype=np.int32),
-            "partition": np.zeros(len(centroids), np.int32),
-            "rows": built.cell_rows,
-        }
+def find(
+    *, report: Report, out: Folder, number: int, parts: int, partitions: int, nlist: int, width: int
+) -> dict[str, Any]:
+    """Task: search the cells of one partition for its own rows and for those that visit.
+
+    Memory: the partition's rows, the visitors from one catalog part, and the lists.
+    """
+    backend.use_threads(assigned_cpus())
+    index = out.sub("index")
+    total = catalog.layout(out.sub("catalog")).total
+    own = [_own(read_entries(out, part, number), number) for part in range(parts)]
+    at_home = Entries(
+        rows=np.concatenate([e.rows for e in own]),
+        number=np.concatenate([e.number for e in own]),
+        home=np.concatenate([e.home for e in own]),
+        probed=np.concatenate([e.probed for e in own]),
     )
-    with out.sub("index").publish("cells.parquet") as path:
-        pq.write_table(cells, path)
+    del own
+    home_cell = _home_cells(out, at_home.number)
+    members = search.make_members(at_home.rows, at_home.number, home_cell, nlist)
+    found = search.search(
+        members, at_home.rows, at_home.number, at_home.probed, width, total, progress=report
+    )
+    write_columns(
+        index,
+        f"lists-{number:05d}",
+        number=at_home.number,
+        list=found.numbers,
+        sqdist=found.sqdist,
+        probed=at_home.probed,
+    )
+    homes, numbers, lists, sqdist = [], [], [], []
+    for part in range(parts):
+        entries = read_entries(out, part, number)
+        visits = np.flatnonzero(entries.home != number)
+        some = search.search(
+            members, entries.rows[visits], entries.number[visits], entries.probed[visits], width,
+            total,
+        )  # fmt: skip
+        homes.append(entries.home[visits])
+        numbers.append(entries.number[visits])
+        lists.append(some.numbers)
+        sqdist.append(some.sqdist)
+    home = np.concatenate(homes)
+    order = np.argsort(home, kind="stable")
+    write_columns(
+        index,
+        f"found-{number:05d}",
+        start=np.searchsorted(home[order], np.arange(partitions + 1)),
+        number=np.concatenate(numbers)[order],
+        list=np.concatenate(lists)[order],
+        sqdist=np.concatenate(sqdist)[order],
+    )
+    return {"rows": int(at_home.number.size), "visits": int(home.size)}
+
+
+def merge(*, report: Report, out: Folder, number: int, partitions: int) -> dict[str, Any]:
+    """Task: the lists of a partition's own rows, from everywhere they were compared."""
+    index = out.sub("index")
+    total = catalog.layout(out.sub("catalog")).total
+    own = read_columns(index, f"lists-{number:05d}", "number", "list", "sqdist", "probed")
+    lists = Lists(numbers=own["list"], sqdist=own["sqdist"])
+    for other in range(partitions):
+        if other == number:
+            continue
+        stem = f"found-{other:05d}"
+        start = read_array(index, f"{stem}.start.npy")
+        some = slice(int(start[number]), int(start[number + 1]))
+        theirs = read_columns(index, stem, "number", "list", "sqdist", rows=some)
+        merge_inplace(
+            lists,
+            np.searchsorted(own["number"], theirs["number"]),
+            Lists(numbers=theirs["list"], sqdist=theirs["sqdist"]),
+            theirs["number"],
+            total,
+        )
+    write_columns(
+        index,
+        f"merged-{number:05d}",
+        number=own["number"],
+        list=lists.numbers,
+        sqdist=lists.sqdist,
+        probed=own["probed"],
+    )
+    report(len(lists.numbers))
+    return {}
+
+
+def improve(*, report: Report, out: Folder, number: int, sizes: list[int]) -> dict[str, Any]:
+    """Task: one refinement pass over a partition's own rows. Figures: rows measured.
+
+    Reads the merged lists of all partitions where its own point to, and writes others.
+    """
+    backend.use_threads(assigned_cpus())
+    index = out.sub("index")
+    layout = catalog.layout(out.sub("catalog"))
+    homes, ids = assigned_rows(out, layout), graph_ids(out, layout)
+    own = read_columns(index, f"merged-{number:05d}", "number", "list", "sqdist", "probed")
+    mine = _round(own["list"], own["sqdist"], homes)
+    reader = _FriendLists(index, sizes, homes)
+    lists, sqdist, measured = [], [], 0
+    for begin in range(0, len(own["number"]), refine.BLOCK):
+        some = np.arange(begin, min(begin + refine.BLOCK, len(own["number"])))
+        block = mine.take(some)
+        numbers = own["number"][some]
+        there = block.lists.numbers >= 0
+        friends = np.unique(block.lists.numbers[there])
+        friend_of = np.where(there, np.searchsorted(friends, block.lists.numbers), -1)
+        start, found, cells = refine.candidates(
+            numbers, own["probed"][some], block, reader.read(ids.gather(friends)), friend_of
+        )
+        fetched, where = np.unique(found, return_inverse=True)
+        after = refine.improved(
+            layout.gather(numbers), numbers, block, start, found, cells, layout.gather(fetched),
+            where, layout.total,
+        )  # fmt: skip
+        lists.append(after.lists.numbers)
+        sqdist.append(after.lists.sqdist)
+        measured += found.size
+        report(some.size)
+    write_columns(
+        index,
+        f"refined-{number:05d}",
+        number=own["number"],
+        list=np.concatenate(lists),
+        sqdist=np.concatenate(sqdist),
+    )
+    return {"measured": measured}
+
+
+def finish(
+    *, report: Report, out: Folder, number: int, stem: str, k: int, first: int, rows: int
+) -> dict[str, Any]:
+    """Task: write one part of the graph. Figures: edges, and those that leave the partition.
+
+    first, rows: the graph ids of this partition.
+    """
+    layout = catalog.layout(out.sub("catalog"))
+    stem = f"{stem}-{number:05d}"
+    lists = read_columns(out.sub("index"), stem, "number", "list", "sqdist")
+    neighbors = np.ascontiguousarray(lists["list"][:, :k])
+    there = neighbors >= 0
+    graph_id = np.full(neighbors.shape, -1, np.int64)
+    graph_id[there] = graph_ids(out, layout).gather(neighbors[there])
+    hi, lo, difficulty = _read_ids(layout, lists["number"])
     part = graph.GraphPart(
-        hi=pool.hi,
-        lo=pool.lo,
+        hi=hi,
+        lo=lo,
         difficulty=difficulty,
-        neighbors=built.neighbors,
-        sqdist=built.sqdist,
+        neighbors=graph_id,
+        sqdist=np.ascontiguousarray(lists["sqdist"][:, :k]),
     )
-    graph.publish_part(out.sub("graph"), 0, part)
-    recall = knn.measure_recall(pool, built, seed=config.seed)
+    graph.publish_part(out.sub("graph"), number, part)
+    outside = there & ((graph_id < first) | (graph_id >= first + rows))
+    report(len(neighbors))
+    return {"edges": int(there.sum()), "cross_edges": int(outside.sum())}
+
+
+def measure(*, report: Report, out: Folder, part: int, k: int) -> dict[str, Any]:
+    """Task: exact lists of the measured queries within one catalog part."""
+    backend.use_threads(assigned_cpus())
+    layout = catalog.layout(out.sub("catalog"))
+    queries = read_columns(out.sub("index"), MEASURE, "number", "rows")
+    rows = np.array(layout.part(part))
+    numbers = layout.starts[part] + np.arange(len(rows), dtype=np.int64)
+    members = search.make_members(rows, numbers, np.zeros(len(rows), np.int32), 1)
+    probed = np.zeros((len(queries["number"]), 1), np.int32)
+    found = search.search(members, queries["rows"], queries["number"], probed, k, layout.total)
+    write_columns(out.sub("index"), f"truth-{part:05d}", list=found.numbers, sqdist=found.sqdist)
+    report(len(rows))
+    return {}
+
+
+def judge(
+    *, report: Report, out: Folder, parts: int, partitions: int, k: int, stem: str
+) -> dict[str, Any]:
+    """Task: recall of the graph's lists against the exact ones."""
+    index = out.sub("index")
+    layout = catalog.layout(out.sub("catalog"))
+    numbers = read_columns(index, MEASURE, "number")["number"]
+    truth = Lists.empty(numbers.size, k)
+    everyone = np.arange(numbers.size, dtype=np.int64)
+    for part in range(parts):
+        theirs = read_columns(index, f"truth-{part:05d}", "list", "sqdist")
+        more = Lists(numbers=theirs["list"], sqdist=theirs["sqdist"])
+        merge_inplace(truth, everyone, more, numbers, layout.total)
+    found = np.full((numbers.size, k), -1, np.int64)
+    for number in range(partitions):
+        lists = read_columns(index, f"{stem}-{number:05d}", "number", "list")
+        if len(lists["number"]):
+            at = np.minimum(np.searchsorted(lists["number"], numbers), len(lists["number"]) - 1)
+            here = np.flatnonzero(lists["number"][at] == numbers)
+            found[here] = lists["list"][at[here], :k]
+    recall = knn.recall_of(truth.numbers, found, layout.total)
     return {
         "recall": recall.value,
         "recall_ci": [recall.low, recall.high],
         "recall_queries": recall.queries,
-        "partitions": 1,
-        "cross_edges": 0,
     }
+
+
+class _FriendLists:
+    """Merged lists of any samples, by graph id; the last partition read is kept."""
+
+    def __init__(self, index: Folder, sizes: list[int], homes: Rows) -> None:
+        self._index = index
+        self._starts = np.concatenate([[0], np.cumsum(sizes)])
+        self._homes = homes
+        self._held: dict[int, dict[str, npt.NDArray[Any]]] = {}
+
+    def read(self, ids: I64) -> refine.Round:
+        """The lists of samples with the given graph ids."""
+        owner = np.searchsorted(self._starts, ids, side="right") - 1
+        lists, sqdist = None, None
+        for number in np.unique(owner).tolist():
+            held = self._read(number)
+            if lists is None or sqdist is None:
+                lists = np.empty((ids.size, held["list"].shape[1]), np.int64)
+                sqdist = np.empty(lists.shape, np.float32)
+            where = np.flatnonzero(owner == number)
+            lists[where] = held["list"][ids[where] - self._starts[number]]
+            sqdist[where] = held["sqdist"][ids[where] - self._starts[number]]
+        if lists is None or sqdist is None:
+            lists, sqdist = np.empty((0, 1), np.int64), np.empty((0, 1), np.float32)
+        return _round(lists, sqdist, self._homes)
+
+    def _read(self, number: int) -> dict[str, npt.NDArray[Any]]:
+        if number not in self._held:
+            self._held.clear()
+            stem = f"merged-{number:05d}"
+            self._held[number] = read_columns(self._index, stem, "list", "sqdist")
+        return self._held[number]
+
+
+def _round(lists: I64, sqdist: npt.NDArray[np.float32], homes: Rows) -> refine.Round:
+    there = lists >= 0
+    cells = np.full(lists.shape, -1, np.int32)
+    distinct, back = np.unique(lists[there], return_inverse=True)
+    if distinct.size:
+        cells[there] = homes.gather(distinct)[back, 0]
+    return refine.first_round(Lists(numbers=lists, sqdist=sqdist), cells)
+
+
+def _own(entries: Entries, number: int) -> Entries:
+    here = np.flatnonzero(entries.home == number)
+    return Entries(
+        rows=entries.rows[here],
+        number=entries.number[here],
+        home=entries.home[here],
+        probed=entries.probed[here],
+    )
+
+
+def _home_cells(out: Folder, numbers: I64) -> npt.NDArray[np.int32]:
+    layout = catalog.layout(out.sub("catalog"))
+    return np.ascontiguousarray(assigned_rows(out, layout).gather(numbers)[:, 0])
+
+
+def _read_ids(layout: Rows, numbers: I64) -> tuple[Any, Any, Any]:
+    """uid_hi, uid_lo and difficulty of ascending numbers."""
+    hi = np.empty(numbers.size, np.uint64)
+    lo = np.empty(numbers.size, np.uint64)
+    difficulty = np.empty(numbers.size, np.float32)
+    bounds = np.searchsorted(numbers, layout.starts)
+    for part, start in enumerate(layout.starts[:-1]):
+        some = slice(int(bounds[part]), int(bounds[part + 1]))
+        if some.start < some.stop:
+            rows = numbers[some] - start
+            every = catalog.read_ids(layout.folder, part)
+            hi[some], lo[some], difficulty[some] = (values[rows] for values in every)
+    return hi, lo, difficulty

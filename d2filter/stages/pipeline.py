@@ -124,7 +124,13 @@ class Pipeline:
 
         def build() -> dict[str, Any]:
             figures = catalog.build(
-                self._runner, self.out, source, pairs, self.config.catalog, plan.fingerprint
+                self._runner,
+                self.out,
+                source,
+                pairs,
+                self.config.catalog,
+                plan.fingerprint,
+                self.config.memory_per_worker,
             )
             bad_before = before["stats"]["samples"]["bad"] if before else 0
             figures["samples"]["read"] += bad_before
@@ -135,43 +141,15 @@ class Pipeline:
         self._stage(plan, build)
 
     def _graph(self) -> None:
-        from d2filter.stages import index, neighbors
+        from d2filter.stages import graph
 
         before = self.state.require("catalog")
         config = self.config.graph
         plan = Plan(stage="graph", options=options_of(config), upstream=before["fingerprint"])
-        ranked = before["stats"]["samples"]["ranked"]
-
-        def build() -> dict[str, Any]:
-            common = {"out": self.out, "config": config}
-            trained = self._alone("graph", plan, "index", index.train, common, None)
-            searched = self._alone(
-                "graph",
-                plan,
-                "neighbors",
-                neighbors.search,
-                {**common, "nprobe": trained["nprobe"]},
-                ranked,
-            )
-            return {
-                "k": config.n_neighbors,
-                "nlist": trained["nlist"],
-                "nprobe": trained["nprobe"],
-                **{
-                    name: searched[name]
-                    for name in (
-                        "recall",
-                        "recall_ci",
-                        "recall_queries",
-                        "partitions",
-                        "cross_edges",
-                    )
-                },
-                "seconds_detail": {"index": trained["seconds"], "neighbors": searched["seconds"]},
-                "peak_rss": max(trained["peak_rss_bytes"], searched["peak_rss_bytes"]),
-            }
-
-        self._stage(plan, build)
+        self._stage(
+            plan,
+            lambda: graph.build(self._runner, self.out, self.config, plan.fingerprint),
+        )
 
     def _rank(self) -> None:
         from d2filter.stages import rank
@@ -291,11 +269,11 @@ class Pipeline:
                 raise TooManyBadError(f"finished, but {'; and '.join(parts)}")
         if "graph" in stages:
             target = self.config.graph.target_recall
-            if stats["graph"]["recall"] < target:
+            if stats["graph"]["recall"] < target and not self.config.best_effort:
                 raise RecallError(
                     f"finished, but recall@{stats['graph']['k']} is {stats['graph']['recall']:.4f} "
-                    f"and --target-recall {target}: raise --exact-below for an exact graph or "
-                    "lower the target"
+                    f"and --target-recall {target}: raise --exact-below for an exact graph, "
+                    "lower the target or accept it with --best-effort"
                 )
 
 
@@ -324,6 +302,10 @@ def _brief(stage: str, figures: dict[str, Any]) -> str:
     if stage == "graph":
         low, high = figures["recall_ci"]
         how = "exact" if figures["nlist"] == 1 else f"{figures['nprobe']}/{figures['nlist']} cells"
+        if figures["refinement_passes"]:
+            how += " and their friends"
+        if figures["partitions"] > 1:
+            how += f" in {figures['partitions']} partitions"
         return (
             f"k={figures['k']}, {how}, recall {figures['recall']:.4f} "
             f"[{low:.4f}, {high:.4f}] on {figures['recall_queries']:,} queries"

@@ -59,13 +59,16 @@ class Runner:
         label: str,
         total: int | None = None,
         whole_node: bool = False,
+        share_node: bool = False,
         on_gpu: bool = False,
+        memory: int = 0,
     ) -> list[dict[str, Any]]:
         """Figures of all tasks, in their order; those that a former run published are not run.
 
         label: what the progress bar shows. total: samples expected, when known. whole_node: each
-        task gets all CPUs of a node. on_gpu: each task gets a GPU where the cluster has any, and
-        else the CPUs that fewer tasks than CPUs would leave idle.
+        task gets all CPUs of a node. share_node: fewer tasks than CPUs get the others' too. on_gpu:
+        each task gets a GPU where the cluster has any, and else shares the node. memory: bytes that
+        each task asks Ray for, so that no node starts more of them than it can hold; 0 for none.
         Raises the task's own error when all failures are the same, StageError otherwise.
         """
         results: dict[str, dict[str, Any]] = {}
@@ -75,15 +78,33 @@ class Runner:
                 results[task.name] = marker
         waiting = [task for task in tasks if task.name not in results]
         if waiting:
-            results.update(
-                self._fan_out(stage, waiting, fingerprint, label, total, whole_node, on_gpu)
-            )
+            ray = self._start_ray()
+            gpus = 1 if on_gpu and ray.cluster_resources().get("GPU", 0) >= 1 else 0
+            cpus = _largest_node(ray) if whole_node else 1
+            if (on_gpu or share_node) and not gpus:
+                cpus = max(1, _largest_node(ray) // len(waiting))
+            options = {"num_cpus": cpus, "num_gpus": gpus}
+            if memory:
+                options["memory"] = min(memory, _node_bytes(ray))
+            results.update(self._fan_out(stage, waiting, fingerprint, label, total, options))
         return [results[task.name] for task in tasks]
 
-    def here(self, stage: str, task: Task, *, fingerprint: str) -> dict[str, Any]:
-        """Run one small task in this process, recorded like any other."""
+    def here(
+        self, stage: str, task: Task, *, fingerprint: str, skip: bool = False
+    ) -> dict[str, Any]:
+        """Run one small task in this process, recorded like any other; skip: unless it was done."""
+        marker = self.folder.read_json(_marker(stage, task.name)) if skip else None
+        if marker is not None and marker["fingerprint"] == fingerprint:
+            found: dict[str, Any] = marker
+            return found
         outcome = _execute(self.folder, stage, task, fingerprint, lambda done: None)
         return _figures(self.folder, stage, [outcome])[task.name]
+
+    def resources(self) -> tuple[int, int, int]:
+        """CPUs of the largest node, number of nodes, and the least memory of a node in bytes."""
+        ray = self._start_ray()
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        return _largest_node(ray), len(alive), _node_bytes(ray)
 
     def close(self) -> None:
         """Stop Ray if this runner started it."""
@@ -100,17 +121,10 @@ class Runner:
         fingerprint: str,
         label: str,
         total: int | None,
-        whole_node: bool,
-        on_gpu: bool,
+        options: dict[str, Any],
     ) -> dict[str, dict[str, Any]]:
         ray = self._start_ray()
-        gpus = 1 if on_gpu and ray.cluster_resources().get("GPU", 0) >= 1 else 0
-        cpus = _largest_node(ray) if whole_node else 1
-        if on_gpu and not gpus:
-            cpus = max(1, _largest_node(ray) // len(tasks))
-        remote = ray.remote(_execute_remotely).options(
-            num_cpus=cpus, num_gpus=gpus, max_retries=_CRASH_RETRIES
-        )
+        remote = ray.remote(_execute_remotely).options(max_retries=_CRASH_RETRIES, **options)
         bar = _bar(label, total, self.show_progress)
         counter = None if bar.disable else ray.remote(_Counter).options(num_cpus=0).remote()
         names = {}
@@ -297,6 +311,11 @@ def _bar(label: str, total: int | None, show: bool | None) -> Any:
 def _largest_node(ray: Any) -> int:
     """CPUs of the largest node that is alive."""
     return max(1, *(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]))
+
+
+def _node_bytes(ray: Any) -> int:
+    """Memory that Ray hands out on the smallest node that is alive, in bytes."""
+    return min(int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"])
 
 
 def assigned_cpus() -> int:

@@ -19,6 +19,7 @@ from d2filter.algorithm import budget, certificate, features, messages, uids
 from d2filter.errors import InputError, VerificationError
 from d2filter.formats import catalog, graph, ledger, ranking, subset, tables
 from d2filter.formats.paths import Folder
+from d2filter.formats.rows import read_array
 from d2filter.formats.runstate import RunState
 
 I64 = npt.NDArray[np.int64]
@@ -168,20 +169,20 @@ def _sqdist(run: _Run) -> Breaches:
     out += _count("sqdist falls inside a list", g.sqdist[:, 1:] < g.sqdist[:, :-1])
     if out:
         return out
-    rows = run.catalog.features[run.precedence]
-    measured = features.sqdist_pairs(rows, g.neighbors)
+    measured = features.sqdist_pairs(run.catalog.features[run.precedence], g.neighbors)
     return _count("sqdist are not those of the features", measured != g.sqdist)
 
 
 def _cells(run: _Run) -> Breaches:
     index = run.folder.sub("index")
     table = tables.read_table(index, "cells.parquet")
-    rows = int(table.column("rows").to_numpy().sum())
+    held = int(table.column("rows").to_numpy().sum())
     ranked = run.stats["samples"]["ranked"]
-    centroids = catalog.read_features(index, "centroids.npy")
-    out = [] if rows == ranked else [f"cells hold {rows} rows, ranked are {ranked}"]
-    if centroids.shape != (table.num_rows, run.catalog.features.shape[1]):
-        out.append(f"centroids have shape {centroids.shape}, cells.parquet {table.num_rows} rows")
+    centroids = read_array(index, "centroids.npy")
+    out = [] if held == ranked else [f"cells hold {held} rows, ranked are {ranked}"]
+    named = len(set(table.column("cell").to_pylist()))
+    if centroids.shape != (named, run.catalog.features.shape[1]):
+        out.append(f"centroids have shape {centroids.shape}, cells.parquet names {named} cells")
     return out
 
 

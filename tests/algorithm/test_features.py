@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,36 +49,56 @@ def test_equal_hashes_of_different_rows_stay_apart() -> None:
 def test_cells_are_chosen_by_exact_distance_then_number(
     n: int, nlist: int, probes: int, seed: int
 ) -> None:
+    """Under all parents: the nearest of all cells, ties to the smaller; copies choose alike."""
     rng = np.random.default_rng(seed)
-    rows = rng.integers(-1, 2, (n, 3)).astype(np.float16)
-    centroids = rng.integers(-1, 2, (nlist, 3)).astype(np.float16)
-    chosen, distance = cells.assign(rows, centroids, probes)
+    rows = rng.integers(-1, 2, (n, 3)).astype(np.float16) + np.float16(0)
+    raw = rng.integers(-1, 2, (nlist, 3)).astype(np.float16) + np.float16(0)
+    built = cells.from_centroids(raw, raw[: max(1, nlist // 2)][features_first(raw, nlist)])
+    chosen = cells.assign(rows, built, probes)
+    centroids = built.centroids.astype(float)
+    assert len(centroids) == len(np.unique(raw, axis=0))
     for i in range(n):
-        d = np.square(rows[i].astype(float) - centroids.astype(float)).sum(axis=1)
-        order = sorted(range(nlist), key=lambda c: (d[c], c))[:probes]
+        d = np.square(rows[i].astype(float) - centroids).sum(axis=1)
+        order = sorted(range(len(centroids)), key=lambda c: (d[c], c))[:probes]
         assert chosen[i].tolist() == order
-        assert distance[i].tolist() == [np.float32(d[c]) for c in order]
 
 
-def test_training_gives_distinct_centroids_and_no_empty_start() -> None:
+def features_first(raw: np.ndarray, nlist: int) -> np.ndarray:
+    """Distinct parents among the first half."""
+    return features.group_copies(raw[: max(1, nlist // 2)]).first
+
+
+@pytest.mark.parametrize(("rows", "count"), [(500, 20), (6000, 400)])
+def test_training_gives_distinct_centroids_and_no_empty_start(rows: int, count: int) -> None:
     rng = np.random.default_rng(0)
-    sample = features.fix([rng.normal(size=(500, 8))])
-    centroids = cells.train_centroids(sample, 20)
-    assert len(np.unique(centroids, axis=0)) == len(centroids)
-    assert 15 <= len(centroids) <= 20
-    assert np.isfinite(centroids).all()
-    assert len(cells.train_centroids(sample[:3], 20)) == 3
+    sample = features.fix([rng.normal(size=(rows, 8))])
+    trained = cells.train(sample, count)
+    assert len(np.unique(trained.centroids, axis=0)) == trained.count
+    assert 0.75 * count <= trained.count <= 1.1 * count
+    assert np.isfinite(trained.centroids).all()
+    assert (np.diff(trained.parent) >= 0).all()
+    assert cells.train(sample[:3], count).count == 3
 
 
 def test_training_reduces_the_distance() -> None:
     rng = np.random.default_rng(0)
     centers = rng.normal(size=(10, 16))
     sample = features.fix([centers[rng.integers(0, 10, 800)] + 0.1 * rng.normal(size=(800, 16))])
-    start = sample[np.linspace(0, 799, 10).astype(int)]
-    trained = cells.train_centroids(sample, 10)
-    before = cells.assign(sample, start, 1)[1].mean()
-    after = cells.assign(sample, trained, 1)[1].mean()
-    assert after < before
+    start = cells.from_centroids(sample[np.linspace(0, 799, 10).astype(int)])
+    trained = cells.train(sample, 10)
+
+    def spread(built: cells.Cells) -> float:
+        home = built.centroids[cells.assign(sample, built, 1)[:, 0]]
+        return float(np.square(sample.astype(float) - home).sum(axis=1).mean())
+
+    assert spread(trained) < 0.5 * spread(start)
+
+
+def test_small_and_large_pools_get_cells_that_fit() -> None:
+    assert cells.cell_count(10, 5) == 1
+    assert cells.cell_count(20_000, 999) == 5
+    assert cells.cell_count(1_000_000, 5) == 4000
+    assert cells.cell_count(10**12, 5) == 131_072
 
 
 def test_extreme_magnitudes_normalize_to_the_same_rows() -> None:

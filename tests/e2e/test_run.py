@@ -311,10 +311,10 @@ def test_scores_of_two_makings_are_not_mixed(
 def test_a_killed_driver_is_continued_to_the_same_bits(tmp_path: Path) -> None:
     """SIGKILL at three moments, each in a process of its own; then the same command."""
     folder = pools.write(tmp_path / "m", pools.make(3000, 32), files=3)
-    words = ["run", "--metadata-dir", str(folder), "--n-neighbors", "3"]
+    words = ["run", "--metadata-dir", str(folder), "--n-neighbors", "3", "--partitions", "2"]
     assert run(*words, "--out-dir", tmp_path / "whole") == 0
     out = tmp_path / "o"
-    for marker in ("completions/catalog/read-00000.json", "completions/graph/index.json"):
+    for marker in ("completions/catalog/read-00000.json", "completions/graph/train-cells.json"):
         driver = subprocess.Popen(
             [sys.executable, "-m", "d2filter", *words, "--out-dir", str(out)],
             stdout=subprocess.DEVNULL,

@@ -1,0 +1,256 @@
+"""Catalog → index/ and graph/: the order of the tasks, and what each may use (DESIGN §4).
+
+train → assign (by catalog part) → choose → lay out → route (by part) → find, merge, improve, finish
+(by partition) and measure (by part) → judge. Every task publishes its output; a rerun skips it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from d2filter.algorithm import cells, knn
+from d2filter.config import RunConfig
+from d2filter.errors import RecallError, UsageError
+from d2filter.formats import catalog
+from d2filter.formats.paths import Folder
+from d2filter.stages import index, neighbors, route
+from d2filter.stages.index import CENTROIDS
+from d2filter.stages.runner import Runner, Task
+
+Figures = dict[str, Any]
+
+_PROCESS_BYTES = 350_000_000  # a worker with its libraries loaded, before it holds a sample
+_SHARE_OF_MEMORY = 0.5  # of what is left: products, arrow buffers and copies need the rest
+_KEPT = (CENTROIDS, "cells.parquet")
+
+
+def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> Figures:
+    """Run all tasks; returns the stage's figures.
+
+    Raises RecallError when the calibration finds the target out of reach and --best-effort is not
+    given: before the long part, with nothing thrown away.
+    """
+    steps = _Steps(runner, out, config, fingerprint)
+    k = config.graph.n_neighbors
+    trained, choice = steps.choose(exact=False)
+    if choice is not None and not choice["pays"]:
+        trained, choice = steps.choose(exact=True)
+    probes, passes = (choice["probes"], choice["passes"]) if choice else (1, 0)
+    if choice and not choice["reached"] and not config.best_effort:
+        raise RecallError(
+            f"recall@{k} of {config.graph.target_recall} is out of reach: {probes} of "
+            f"{trained['nlist']} cells find {choice['predicted']:.4f} on the calibration sample; "
+            "lower --target-recall, raise --exact-below above the size of the pool for an exact "
+            "graph, or take what can be had with --best-effort"
+        )
+    laid, partitions = steps.lay_out(knn.list_width(k, passes))
+    routed = steps.route(probes, knn.list_width(k, passes), partitions)
+    width = min(knn.list_width(k, passes), max(1, steps.total - 1)) if passes else k
+    found, edges, judged = steps.search(laid["sizes"], width, passes, trained["nlist"], partitions)
+    for name in out.sub("index").names():
+        if name not in _KEPT:
+            out.sub("index").remove(name)
+    entries = sum(figures["entries"] for figures in routed)
+    every = sum(figures["edges"] for figures in edges)
+    return {
+        "k": k,
+        "nlist": trained["nlist"],
+        "nprobe": probes,
+        "refinement_passes": passes,
+        "predicted_recall": choice["predicted"] if choice else 1.0,
+        "evaluations_per_sample": choice["evaluations"] if choice else float(steps.total),
+        **{name: judged[name] for name in ("recall", "recall_ci", "recall_queries")},
+        "partitions": partitions,
+        "partition_rows": [figures["rows"] for figures in found],
+        "fan_out": entries / max(1, steps.total),
+        "cross_edges": sum(figures["cross_edges"] for figures in edges) / max(1, every),
+        "seconds_detail": steps.seconds,
+        "peak_rss": steps.peak,
+    }
+
+
+class _Steps:
+    """The fan-outs of one graph, with seconds and peak memory of their tasks."""
+
+    def __init__(self, runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> None:
+        self._runner = runner
+        self._out = out
+        self._config = config
+        self._fingerprint = fingerprint
+        layout = catalog.layout(out.sub("catalog"))
+        self._parts = len(layout.starts) - 1
+        self.total = layout.total
+        self._row_bytes = 2 * layout.part(0).shape[1]
+        self.seconds: dict[str, float] = {}
+        self.peak = 0
+        self._memory = config.memory_per_worker
+
+    def choose(self, *, exact: bool) -> tuple[Figures, Figures | None]:
+        """Train, assign, calibrate. exact: one cell, whatever the calibration found."""
+        kind = "exact" if exact else "cells"
+        trained = self._alone(
+            f"train-{kind}", index.train, {"config": self._config.graph, "exact": exact}, kind
+        )
+        self._assign(kind, cells.STORED_PROBES)
+        if trained["nlist"] == 1:
+            return trained, None
+        choice = self._alone(
+            "choose", index.choose, {"config": self._config.graph, "parts": self._parts}
+        )
+        if choice["probes"] > cells.STORED_PROBES and choice["pays"]:
+            self._assign(f"{kind}-{choice['probes']}", choice["probes"])
+        return trained, choice
+
+    def _assign(self, kind: str, probes: int) -> None:
+        names = [f"assign-{kind}-{part:05d}" for part in range(self._parts)]
+        arguments = [{"part": part, "probes": probes} for part in range(self._parts)]
+        self._map("assign", index.assign, names, arguments, self.total, variant=kind)
+
+    def lay_out(self, width: int) -> tuple[Figures, int]:
+        """Cells → partitions, as many as asked for or as the memory of a worker needs."""
+        partitions = self._config.partitions or self._partitions(width)
+        laid = self._runner.here(
+            "graph",
+            Task(
+                name=f"layout-{partitions}",
+                run=route.lay_out,
+                arguments={"out": self._out, "parts": self._parts, "partitions": partitions},
+            ),
+            fingerprint=self._print("layout", partitions),
+            skip=True,
+        )
+        return laid, partitions
+
+    def route(self, probes: int, k: int, partitions: int) -> list[Figures]:
+        """Rows to the partitions where they must be compared."""
+        names = [f"route-{part:05d}" for part in range(self._parts)]
+        arguments = [
+            {
+                "part": part,
+                "parts": self._parts,
+                "probes": probes,
+                "k": k,
+                "partitions": partitions,
+            }
+            for part in range(self._parts)
+        ]
+        return self._map("route", route.route, names, arguments, self.total, variant=partitions)
+
+    def search(
+        self, sizes: Sequence[int], width: int, passes: int, nlist: int, partitions: int
+    ) -> tuple[list[Figures], list[Figures], Figures]:
+        """Search, merge, refine, write, measure: figures of find, finish and judge."""
+        k = self._config.graph.n_neighbors
+        numbers = range(partitions)
+
+        def each(label: str, run: Any, **more: Any) -> list[Figures]:
+            return self._map(
+                label,
+                run,
+                [f"{label}-{n:05d}" for n in numbers],
+                [{"number": n, **{key: _at(v, n) for key, v in more.items()}} for n in numbers],
+                self.total,
+                variant=partitions,
+            )
+
+        found = each(
+            "find", neighbors.find, parts=self._parts, partitions=partitions, nlist=nlist,
+            width=width,
+        )  # fmt: skip
+        each("merge", neighbors.merge, partitions=partitions)
+        stem = "merged"
+        if passes:
+            each("refine", neighbors.improve, sizes=_Whole(list(sizes)))
+            stem = "refined"
+        first = [sum(sizes[:n]) for n in numbers]
+        edges = each(
+            "finish", neighbors.finish, stem=stem, k=k, first=_Each(first), rows=_Each(sizes)
+        )
+        self._map(
+            "measure",
+            neighbors.measure,
+            [f"measure-{part:05d}" for part in range(self._parts)],
+            [{"part": part, "k": k} for part in range(self._parts)],
+            self.total,
+        )
+        judged = self._alone(
+            "judge",
+            neighbors.judge,
+            {"parts": self._parts, "partitions": partitions, "k": k, "stem": stem},
+            partitions,
+        )
+        return found, edges, judged
+
+    def _partitions(self, width: int) -> int:
+        """As few as memory allows, at least one a node; a whole node for a pool that fits one."""
+        # rows, copies and lists of a sample, and the buffers of its visits to other partitions
+        sample = self._row_bytes + 200 + 30 * width
+        needed = self.total * sample
+        cpus, nodes, node_bytes = self._runner.resources()
+        if not self._memory:
+            whole = (node_bytes - _PROCESS_BYTES) * _SHARE_OF_MEMORY
+            if needed <= whole and nodes == 1:
+                return 1
+            self._memory = max(2 * _PROCESS_BYTES, node_bytes // cpus)
+        room = (self._memory - _PROCESS_BYTES) * _SHARE_OF_MEMORY
+        if room <= 0:
+            raise UsageError(
+                f"memory-per-worker is {self._memory} bytes, a worker takes {_PROCESS_BYTES} "
+                "before it holds a sample: --memory-per-worker 1GB"
+            )
+        return int(max(nodes, math.ceil(needed / room)))
+
+    def _alone(self, name: str, run: Any, arguments: Figures, variant: Any = "") -> Figures:
+        return self._map(name, run, [name], [arguments], None, variant=variant)[0]
+
+    def _map(
+        self,
+        label: str,
+        run: Any,
+        names: list[str],
+        arguments: list[Figures],
+        total: int | None,
+        variant: Any = "",
+    ) -> list[Figures]:
+        fingerprint = self._print(label, variant)
+        figures = self._runner.map(
+            "graph",
+            [
+                Task(name=name, run=run, arguments={"out": self._out, **more})
+                for name, more in zip(names, arguments, strict=True)
+            ],
+            fingerprint=fingerprint,
+            label=label.split("-")[0],
+            total=total,
+            share_node=True,
+            memory=self._memory,
+        )
+        step = label.split("-")[0]
+        self.seconds[step] = round(
+            self.seconds.get(step, 0.0) + max(f["seconds"] for f in figures), 3
+        )
+        self.peak = max(self.peak, *(f["peak_rss_bytes"] for f in figures))
+        return figures
+
+    def _print(self, label: str, variant: Any) -> str:
+        """Fingerprint of one step: another number of partitions makes it anew."""
+        text = json.dumps([self._fingerprint, label, variant])
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class _Each(tuple[int, ...]):
+    """A value for every partition."""
+
+
+class _Whole(list[int]):
+    """A list that every partition gets whole."""
+
+
+def _at(value: Any, number: int) -> Any:
+    if isinstance(value, _Each):
+        return value[number]
+    return list(value) if isinstance(value, _Whole) else value

@@ -1,0 +1,207 @@
+"""The graph in partitions: the same bits, bounded memory, and what degenerate pools do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pools
+import pytest
+
+from d2filter import cli
+from d2filter.algorithm import uids
+from d2filter.formats import graph
+from d2filter.formats.paths import Folder
+from d2filter.stages import catalog as catalog_stage
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+# cells although the pool is small, and refinement where it pays
+GRAPH = ("--n-neighbors", "4", "--exact-below", "100", "--target-recall", "0.9")
+
+
+def run(*words: Any) -> int:
+    return cli.main([str(word) for word in words])
+
+
+def stats(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "stats.json").read_text())
+    return found
+
+
+def lists(out: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """uids, and each sample's list as rows of the sorted uids with distances, by uid."""
+    whole = graph.read(Folder(str(out)).sub("graph"))
+    order = uids.ascending(whole.hi, whole.lo)
+    position = np.empty(order.size, np.int64)
+    position[order] = np.arange(order.size)
+    there = whole.neighbors >= 0
+    neighbors = np.where(there, position[np.maximum(whole.neighbors, 0)], -1)
+    return whole.hi[order], neighbors[order], whole.sqdist[order]
+
+
+def same_graph(a: Path, b: Path) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(lists(a), lists(b), strict=True))
+
+
+@pytest.fixture(scope="module")
+def pool() -> dict[str, Any]:
+    return pools.make(6000, 24)
+
+
+@pytest.fixture(scope="module")
+def whole(pool: dict[str, Any], cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One partition."""
+    folder = tmp_path_factory.mktemp("whole")
+    metadata = pools.write(folder / "m", pool, files=2)
+    out = folder / "o"
+    assert run("run", "--metadata-dir", metadata, "--out-dir", out, "--partitions", 1, *GRAPH) == 0
+    assert run("verify", out) == 0
+    return out
+
+
+@pytest.mark.parametrize("partitions", [3, 8])
+def test_partitions_and_the_layout_of_files_cannot_be_seen_in_the_result(
+    partitions: int,
+    pool: dict[str, Any],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 150_000)
+    metadata = pools.write(tmp_path / "m", pool, files=5, shuffle=partitions)
+    out = tmp_path / "o"
+    words = ("--metadata-dir", metadata, "--out-dir", out, "--partitions", partitions)
+    assert run("run", *words, *GRAPH) == 0
+    found = stats(out)["graph"]
+    assert found["nlist"] > 1
+    assert found["partitions"] == partitions == len(list((out / "graph").glob("*.parquet")))
+    assert len(list((out / "catalog").glob("*.npy"))) > 2
+    assert same_graph(out, whole)
+    assert (out / "subset.npy").read_bytes() == (whole / "subset.npy").read_bytes()
+    one = stats(whole)["graph"]
+    for name in ("recall", "recall_ci", "nprobe", "refinement_passes", "nlist"):
+        assert found[name] == one[name]
+    assert 1 < found["fan_out"] < partitions
+    assert 0 < found["cross_edges"] < 1
+    assert sum(found["partition_rows"]) == 6000
+    assert max(found["partition_rows"]) < 2.5 * 6000 / partitions
+    assert run("verify", out) == 0
+    left = sorted(p.name for p in (out / "index").iterdir())
+    assert left == ["cells.parquet", "centroids.npy"]
+
+
+def test_refinement_is_the_same_in_partitions(tmp_path: Path) -> None:
+    """A scattered pool, where the calibration finds one pass cheaper than more probes."""
+    rng = np.random.default_rng(0)
+    n = 12_000
+    centers = rng.normal(size=(300, 24))
+    wide = (centers[rng.integers(0, 300, n)] + 0.9 * rng.normal(size=(n, 24))).astype(np.float16)
+    scattered = {"uid": [rng.bytes(16).hex() for _ in range(n)], "img": wide, "txt": wide}
+    metadata = pools.write(tmp_path / "m", scattered, files=2)
+    words = ("graph", "--metadata-dir", metadata, "--feature-type", "image", *GRAPH)
+    for partitions in (1, 4):
+        out = tmp_path / f"o{partitions}"
+        assert run(*words, "--out-dir", out, "--partitions", partitions) == 0
+        assert stats(out)["graph"]["refinement_passes"] == 1
+        assert stats(out)["graph"]["recall"] >= 0.9
+    assert same_graph(tmp_path / "o1", tmp_path / "o4")
+
+
+def test_memory_decides_the_number_of_partitions(
+    pool: dict[str, Any], whole: Path, tmp_path: Path
+) -> None:
+    """What is set aside for a worker holds few of these rows: several partitions, same graph."""
+    metadata = pools.write(tmp_path / "m", pool, files=3)
+    out = tmp_path / "o"
+    words = ("graph", "--metadata-dir", metadata, "--out-dir", out, *GRAPH)
+    assert run(*words, "--memory-per-worker", "500MB") == 2
+    assert run(*words, "--memory-per-worker", "1GB") == 0
+    assert stats(out)["peak_rss_bytes"]["graph"] < 1e9
+    assert same_graph(out, whole)
+
+
+def test_a_driver_killed_between_partitions_is_continued_with_another_number_of_them(
+    pool: dict[str, Any], whole: Path, tmp_path: Path
+) -> None:
+    metadata = pools.write(tmp_path / "m", pool, files=3)
+    out = tmp_path / "o"
+    words = ["run", "--metadata-dir", str(metadata), "--out-dir", str(out), *GRAPH]
+    for marker, partitions in (("route-00000", "3"), ("find-00001", "4")):
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "d2filter", *words, "--partitions", partitions],
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        path = out / f"completions/graph/{marker}.json"
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        while driver.poll() is None:
+            if path.exists() and path.stat().st_mtime_ns != before:
+                break
+            time.sleep(0.01)
+        if driver.poll() is None:
+            os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+        assert not (out / "subset.npy").exists()
+    assert run(*words, "--partitions", 2) == 0
+    assert len(list((out / "graph").glob("*.parquet"))) == 2
+    assert same_graph(out, whole)
+    assert (out / "subset.npy").read_bytes() == (whole / "subset.npy").read_bytes()
+    assert run("verify", out) == 0
+
+
+@pytest.mark.parametrize("equal", [1.0, 0.6])
+def test_a_pool_of_copies_is_cut_and_ranked(
+    equal: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All, or most, vectors equal: one giant cell in slices, the ring goes round all of them."""
+    monkeypatch.setattr(catalog_stage, "_GROUP_BYTES", 1)
+    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 15_000)
+    pool = pools.make(3000, 8, copies=0)
+    copied = np.random.default_rng(0).random(3000) < equal
+    pool["img"][copied], pool["txt"][copied] = pool["img"][0], pool["txt"][0]
+    scores = np.random.default_rng(1).random(3000).astype(np.float32)
+    column = {"clip_l14_similarity_score": scores}
+    metadata = pools.write(tmp_path / "m", pool, files=8, columns=column)
+    words = ("run", "--metadata-dir", metadata, *GRAPH, "--best-effort")
+    for partitions in (1, 3):
+        out = tmp_path / f"o{partitions}"
+        assert run(*words, "--out-dir", out, "--partitions", partitions) == 0
+        assert run("verify", out) == 0
+    assert same_graph(tmp_path / "o1", tmp_path / "o3")
+    assert max(stats(tmp_path / "o3")["graph"]["partition_rows"]) < 0.75 * 3000
+    _, neighbors, sqdist = lists(tmp_path / "o3")
+    zero = np.flatnonzero((sqdist == 0).all(axis=1))
+    assert zero.size > 0.9 * equal * 3000
+    at = np.arange(zero.size)[:, None] + np.arange(1, 5)
+    assert (neighbors[zero] == zero[at % zero.size]).all()
+
+
+def test_more_neighbors_than_samples_in_partitions(tmp_path: Path) -> None:
+    metadata = pools.write(tmp_path / "m", pools.make(50, 4))
+    out = tmp_path / "o"
+    words = ("--n-neighbors", 80, "--partitions", 7, "--exact-below", 0)
+    assert run("run", "--metadata-dir", metadata, "--out-dir", out, *words) == 0
+    assert run("verify", out) == 0
+    assert ((lists(out)[1] >= 0).sum(axis=1) == 49).all()
+
+
+def test_sizes_and_numbers_that_cannot_be_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("graph", "--metadata-dir", tmp_path, "--out-dir", tmp_path / "o")
+    for option, value, said in (
+        ("--memory-per-worker", "much", "'much', allowed is a size: 1GB"),
+        ("--memory-per-worker", "3", "memory-per-worker is 3 bytes, allowed is at least"),
+        ("--partitions", "0", "'0', allowed are auto and whole numbers"),
+        ("--partitions", "two", "'two', allowed are auto and whole numbers"),
+    ):
+        assert run(*words, option, value) == 2
+        assert said in capsys.readouterr().err
