@@ -25,8 +25,9 @@ REFINED_LISTS = 11  # places beyond k of the lists that are refined
 
 _REFINED_QUERIES = 400
 _EXACT_QUERIES = 128
-# one distance to a row fetched from anywhere costs about as much as this many of a product
-_FETCHED = 6
+# one distance to a row fetched from anywhere, with the search for it, costs about as much as this
+# many of a product
+_FETCHED = 16
 _Z = 1.96
 
 
@@ -82,14 +83,14 @@ def choose(
     where = _positions(pool, truth, probed)
     held = pool.sizes[probed] * (probed >= 0)
     cost = held.cumsum(axis=1).mean(axis=0)
-    inside = _share_inside(pool, queries, numbers, truth, k)
-    hits = [(where < p).mean(axis=1) * inside for p in range(1, most + 1)]
-    lower = [_lower(h) for h in hits]
+    inside = _hits_inside(pool, queries, numbers, truth, k)
+    hits = [(where < p).mean(axis=1) for p in range(1, most + 1)]
+    lower = [_lower(h, inside) for h in hits]
     enough = next((p for p in range(1, most + 1) if lower[p - 1] >= target), most)
     best = Choice(
         probes=enough,
         passes=0,
-        predicted=float(hits[enough - 1].mean()),
+        predicted=float(hits[enough - 1].mean() * inside.mean()),
         evaluations=float(cost[enough - 1]),
         reached=lower[enough - 1] >= target,
     )
@@ -101,16 +102,15 @@ def choose(
         hit, fetched = _refined(
             pool, queries[some], numbers[some], probed[some, :probes], truth.head(k), k
         )
-        hit = hit * inside
         evaluations = float(cost[probes - 1]) + _FETCHED * fetched
-        reached = _lower(hit) >= target
+        reached = _lower(hit, inside) >= target
         if reached:
             high = probes
             if evaluations < best.evaluations or not best.reached:
                 best = Choice(
                     probes=probes,
                     passes=1,
-                    predicted=float(hit.mean()),
+                    predicted=float(hit.mean() * inside.mean()),
                     evaluations=evaluations,
                     reached=True,
                 )
@@ -119,14 +119,15 @@ def choose(
     return best
 
 
-def _share_inside(pool: Searcher, queries: F16, numbers: I64, truth: Lists, k: int) -> float:
-    """Share of the true neighbors of the first few queries that `truth` has."""
+def _hits_inside(
+    pool: Searcher, queries: F16, numbers: I64, truth: Lists, k: int
+) -> npt.NDArray[np.float64]:
+    """Share of the true neighbors of each of the first few queries that `truth` has."""
     few = slice(0, _EXACT_QUERIES)
     everywhere = np.full((len(queries[few]), 1), EVERY_CELL, np.int32)
     exact = pool.find(queries[few], numbers[few], everywhere, k).numbers
-    there = exact >= 0
     hit = (exact[:, :, None] == truth.numbers[few][:, None, :]).any(axis=2)
-    return float(hit[there].mean()) if there.any() else 1.0
+    return np.where(exact >= 0, hit, True).mean(axis=1)
 
 
 def _positions(pool: Searcher, truth: Lists, probed: I32) -> I64:
@@ -172,6 +173,8 @@ def _refined(
     return np.where(wanted >= 0, hit, True).mean(axis=1), float(start[-1] / max(1, len(numbers)))
 
 
-def _lower(hits: npt.NDArray[np.float64]) -> float:
-    """Lower end of the 95% confidence interval of a mean."""
-    return float(hits.mean() - _Z * hits.std() / np.sqrt(max(1, len(hits))))
+def _lower(hits: npt.NDArray[np.float64], inside: npt.NDArray[np.float64]) -> float:
+    """Lower end of the 95% confidence interval of the product of two means."""
+    variance = hits.var() / len(hits) * inside.mean() ** 2
+    variance += inside.var() / len(inside) * hits.mean() ** 2
+    return float(hits.mean() * inside.mean() - _Z * np.sqrt(variance))

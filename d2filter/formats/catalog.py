@@ -30,6 +30,7 @@ F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
 
 _ROW_GROUP = 4096
+_MARKS = 16  # of a run, at least: parts come out even although runs are short
 
 _SCHEMA = pa.schema(
     [
@@ -82,7 +83,7 @@ def concatenate(parts: list[Samples]) -> Samples:
 def publish_run(folder: Folder, name: str, samples: Samples) -> list[str]:
     """Write rows sorted by uid, in small row groups; features lie in a binary column.
 
-    Returns the uid of every _ROW_GROUP-th row, from which the ranges of the parts are chosen.
+    Returns evenly spaced uids, from which the ranges of the parts are chosen.
     """
     ordered = samples.take(uids.ascending(samples.hi, samples.lo))
     width = samples.features.shape[1]
@@ -95,7 +96,8 @@ def publish_run(folder: Folder, name: str, samples: Samples) -> list[str]:
         pq.write_table(
             table, path, compression="none", use_dictionary=False, row_group_size=_ROW_GROUP
         )
-    return uid_format.to_hex(ordered.hi[::_ROW_GROUP], ordered.lo[::_ROW_GROUP])
+    step = max(1, min(_ROW_GROUP, len(packed) // _MARKS))
+    return uid_format.to_hex(ordered.hi[::step], ordered.lo[::step])
 
 
 def read_range(folder: Folder, name: str, low: str, high: str) -> Samples:

@@ -13,13 +13,16 @@ from typing import Any
 
 import numpy as np
 import pools
+import pyarrow as pa
 import pytest
 
 from d2filter import cli
-from d2filter.algorithm import uids
+from d2filter.algorithm import calibrate, features, knn, uids
 from d2filter.formats import graph
+from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
 from d2filter.stages import catalog as catalog_stage
+from d2filter.stages import graph as graph_stage
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -98,21 +101,64 @@ def test_partitions_and_the_layout_of_files_cannot_be_seen_in_the_result(
     assert left == ["cells.parquet", "centroids.npy"]
 
 
-def test_refinement_is_the_same_in_partitions(tmp_path: Path) -> None:
-    """A scattered pool, where the calibration finds one pass cheaper than more probes."""
+def test_refinement_is_the_same_in_partitions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two probes and a pass, whatever the calibration would take for so small a pool."""
     rng = np.random.default_rng(0)
-    n = 12_000
-    centers = rng.normal(size=(300, 24))
-    wide = (centers[rng.integers(0, 300, n)] + 0.9 * rng.normal(size=(n, 24))).astype(np.float16)
+    n = 8000
+    centers = rng.normal(size=(200, 24))
+    wide = (centers[rng.integers(0, 200, n)] + 0.9 * rng.normal(size=(n, 24))).astype(np.float16)
     scattered = {"uid": [rng.bytes(16).hex() for _ in range(n)], "img": wide, "txt": wide}
     metadata = pools.write(tmp_path / "m", scattered, files=2)
     words = ("graph", "--metadata-dir", metadata, "--feature-type", "image", *GRAPH)
+    original = graph_stage._Steps.choose
+    passes = 0
+
+    def chosen(steps: Any, *, exact: bool) -> Any:
+        trained, choice = original(steps, exact=exact)
+        return trained, {**choice, "probes": 2, "passes": passes, "pays": True, "reached": True}
+
+    monkeypatch.setattr(graph_stage._Steps, "choose", chosen)
+    plain = tmp_path / "plain"
+    assert run(*words, "--best-effort", "--out-dir", plain) == 0
+    passes = 1
     for partitions in (1, 4):
         out = tmp_path / f"o{partitions}"
-        assert run(*words, "--out-dir", out, "--partitions", partitions) == 0
-        assert stats(out)["graph"]["refinement_passes"] == 1
-        assert stats(out)["graph"]["recall"] >= 0.9
+        assert run(*words, "--best-effort", "--out-dir", out, "--partitions", partitions) == 0
+        assert stats(out)["graph"]["recall"] > stats(plain)["graph"]["recall"] + 0.05
+        assert run(*words, "--out-dir", out, "--partitions", partitions) == 4
     assert same_graph(tmp_path / "o1", tmp_path / "o4")
+    found = stats(tmp_path / "o4")["graph"]
+    # the same lists as in memory
+    rows = features.fix([wide])
+    hi, lo, valid = uid_format.parse(pa.array(scattered["uid"]))
+    assert valid.all()
+    order = uids.ascending(hi, lo)
+    pool = knn.make_pool(rows[order], hi[order], lo[order])
+    held = knn.in_cells(pool, knn.train_cells(pool, 4, exact_below=100))
+    choice = calibrate.Choice(probes=2, passes=1, predicted=0, evaluations=0, reached=True)
+    built = knn.build_graph(held, 4, choice)
+    assert np.array_equal(built.neighbors, lists(tmp_path / "o4")[1])
+    assert found["recall"] == knn.measure_recall(pool, built).value
+
+
+def test_a_target_out_of_reach_is_said_before_the_long_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metadata = pools.write(tmp_path / "m", pools.make(6000, 24), files=2)
+    original = graph_stage._Steps.choose
+
+    def short(steps: Any, *, exact: bool) -> Any:
+        trained, choice = original(steps, exact=exact)
+        return trained, {**choice, "reached": False, "predicted": 0.5}
+
+    monkeypatch.setattr(graph_stage._Steps, "choose", short)
+    words = ("graph", "--metadata-dir", metadata, "--out-dir", tmp_path / "o", *GRAPH)
+    assert run(*words) == 4
+    assert "is out of reach" in capsys.readouterr().err
+    assert not (tmp_path / "o/graph").exists()
+    assert run(*words, "--best-effort") == 0
 
 
 def test_memory_decides_the_number_of_partitions(
