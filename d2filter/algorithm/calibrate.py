@@ -20,11 +20,9 @@ F16 = npt.NDArray[np.float16]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
-QUERIES = 1000
+QUERIES = 600
 REFINED_LISTS = 11  # places beyond k of the lists that are refined
 
-_REFINED_QUERIES = 400
-_EXACT_QUERIES = 128
 # one distance to a row fetched from anywhere, with the search for it, costs about as much as this
 # many of a product
 _FETCHED = 16
@@ -73,44 +71,40 @@ def choose(
 ) -> Choice:
     """The cheapest way to search whose recall on the sample reaches `target` with confidence.
 
-    queries: (q, d) hash-chosen rows; numbers: (q,); probed: (q, most probes). The sample's true
-    neighbors are taken to be those within all cells of `probed`; what share of the neighbors lies
-    there is found by comparing a few queries with all rows, and every recall is lowered by it.
+    queries: (q, d) hash-chosen rows; numbers: (q,); probed: (q, most probes). They are compared
+    with the whole pool once, so that their true neighbors are known.
     """
     k = min(k, pool.total - 1)
     most = probed.shape[1]
-    truth = pool.find(queries, numbers, probed, k)
+    everywhere = np.full((len(queries), 1), EVERY_CELL, np.int32)
+    truth = pool.find(queries, numbers, everywhere, k)
     where = _positions(pool, truth, probed)
     held = pool.sizes[probed] * (probed >= 0)
     cost = held.cumsum(axis=1).mean(axis=0)
-    inside = _hits_inside(pool, queries, numbers, truth, k)
     hits = [(where < p).mean(axis=1) for p in range(1, most + 1)]
-    lower = [_lower(h, inside) for h in hits]
+    lower = [_lower(h) for h in hits]
     enough = next((p for p in range(1, most + 1) if lower[p - 1] >= target), most)
     best = Choice(
         probes=enough,
         passes=0,
-        predicted=float(hits[enough - 1].mean() * inside.mean()),
+        predicted=float(hits[enough - 1].mean()),
         evaluations=float(cost[enough - 1]),
         reached=lower[enough - 1] >= target,
     )
     # fewest probes with which one pass is enough: recall rises with probes, so bisect
     low, high = 1, enough
-    some = slice(0, _REFINED_QUERIES)
     while low < high:
         probes = (low + high) // 2
-        hit, fetched = _refined(
-            pool, queries[some], numbers[some], probed[some, :probes], truth.head(k), k
-        )
+        hit, fetched = _refined(pool, queries, numbers, probed[:, :probes], truth, k)
         evaluations = float(cost[probes - 1]) + _FETCHED * fetched
-        reached = _lower(hit, inside) >= target
+        reached = _lower(hit) >= target
         if reached:
             high = probes
             if evaluations < best.evaluations or not best.reached:
                 best = Choice(
                     probes=probes,
                     passes=1,
-                    predicted=float(hit.mean() * inside.mean()),
+                    predicted=float(hit.mean()),
                     evaluations=evaluations,
                     reached=True,
                 )
@@ -119,19 +113,11 @@ def choose(
     return best
 
 
-def _hits_inside(
-    pool: Searcher, queries: F16, numbers: I64, truth: Lists, k: int
-) -> npt.NDArray[np.float64]:
-    """Share of the true neighbors of each of the first few queries that `truth` has."""
-    few = slice(0, _EXACT_QUERIES)
-    everywhere = np.full((len(queries[few]), 1), EVERY_CELL, np.int32)
-    exact = pool.find(queries[few], numbers[few], everywhere, k).numbers
-    hit = (exact[:, :, None] == truth.numbers[few][:, None, :]).any(axis=2)
-    return np.where(exact >= 0, hit, True).mean(axis=1)
-
-
 def _positions(pool: Searcher, truth: Lists, probed: I32) -> I64:
-    """Which probe of its query finds each true neighbor, (q, k); −1 where there is none."""
+    """Which probe of its query finds each true neighbor, (q, k).
+
+    −1 where the list is padded, the number of probes where none of them does.
+    """
     there = truth.numbers >= 0
     distinct, back = np.unique(truth.numbers[there], return_inverse=True)
     home = np.full(truth.numbers.shape, -1, np.int32)
@@ -139,7 +125,8 @@ def _positions(pool: Searcher, truth: Lists, probed: I32) -> I64:
     out = np.full(truth.numbers.shape, -1, np.int64)
     for t in range(truth.numbers.shape[1]):
         same = probed == home[:, t : t + 1]
-        out[:, t] = np.where(there[:, t], same.argmax(axis=1), -1)
+        found = np.where(same.any(axis=1), same.argmax(axis=1), probed.shape[1])
+        out[:, t] = np.where(there[:, t], found, -1)
     return out
 
 
@@ -173,8 +160,6 @@ def _refined(
     return np.where(wanted >= 0, hit, True).mean(axis=1), float(start[-1] / max(1, len(numbers)))
 
 
-def _lower(hits: npt.NDArray[np.float64], inside: npt.NDArray[np.float64]) -> float:
-    """Lower end of the 95% confidence interval of the product of two means."""
-    variance = hits.var() / len(hits) * inside.mean() ** 2
-    variance += inside.var() / len(inside) * hits.mean() ** 2
-    return float(hits.mean() * inside.mean() - _Z * np.sqrt(variance))
+def _lower(hits: npt.NDArray[np.float64]) -> float:
+    """Lower end of the 95% confidence interval of a mean."""
+    return float(hits.mean() - _Z * hits.std() / np.sqrt(len(hits)))

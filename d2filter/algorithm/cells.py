@@ -24,10 +24,10 @@ I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
 MOST_PROBES = 64
-STORED_PROBES = 16  # assigned at first; more only when the calibration asks for more
+STORED_PROBES = 8  # assigned at first; more only when the calibration asks for more
 TRAINING_ROWS_A_CELL = 16
 
-PARENTS_LOOKED_UNDER = 12
+PARENTS_LOOKED_UNDER = 8
 _MOST_CELLS = 131072
 _FLAT_BELOW = 256  # so few cells are trained on one level
 _TRAINING_ROWS_A_PARENT = 256
@@ -62,14 +62,14 @@ def cell_count(rows: int, k: int) -> int:
 def train(sample: F16, count: int) -> Cells:
     """k-means on two levels over (m, d) float16 rows, in an order independent of files.
 
-    √count parents first; then the rows of each parent make its share of the cells. Copies in the
+    √count / 2 parents first; then the rows of each parent make its share of the cells. Copies in the
     sample count once. Fewer cells come out where rows or distinct centroids are few.
     """
     sample = _distinct(sample)
     count = min(count, len(sample))
     if count < _FLAT_BELOW:
         return from_centroids(_kmeans(sample, count))
-    number = int(np.ceil(np.sqrt(count)))
+    number = int(np.ceil(np.sqrt(count) / 2))
     parents = _kmeans(_spaced(sample, _TRAINING_ROWS_A_PARENT * number), number)
     of_row = _nearest(sample, parents, 1)[:, 0]
     start, order = features.bucketed(of_row, len(parents))

@@ -23,7 +23,7 @@ I64 = npt.NDArray[np.int64]
 Progress = Callable[[int], None]
 
 MEASURE_QUERIES = 3000
-EXACT_UP_TO = 1_000_000  # rows of a pool that is compared all with all when cells do not serve
+EXACT_UP_TO = 200_000  # rows of a pool that is compared all with all when cells miss the target
 
 _EXACT_SHARE = 0.5  # cells that cost more than this share of comparing all with all are not used
 
@@ -133,10 +133,11 @@ def exact_choice(total: int) -> calibrate.Choice:
 def pays(choice: calibrate.Choice, total: int, nlist: int) -> bool:
     """Whether cells cost less than half of comparing all with all, and reach the target.
 
-    Where they do not, pools of up to EXACT_UP_TO rows are searched exactly.
+    Where they cost more, all is compared with all; where they miss the target, so it is for pools
+    of up to EXACT_UP_TO rows.
     """
     dear = choice.evaluations + nlist > _EXACT_SHARE * total
-    return total > EXACT_UP_TO or (choice.reached and not dear)
+    return not dear and (choice.reached or total > EXACT_UP_TO)
 
 
 def build(
@@ -181,27 +182,33 @@ def build_graph(
     probed = np.ascontiguousarray(held.assigned[:, : choice.probes])
     probed = cells.every_cell_where_short(probed, held.sizes, min(width, total - 1))
     lists = search.search(
-        held.members, held.members.rows, numbers, probed, width, total, progress=progress
+        held.members,
+        held.members.rows,
+        numbers,
+        probed,
+        width,
+        total,
+        over_fetch=k + search.OVER_FETCH - width,
+        progress=progress,
     )
     if choice.passes:
         home = np.where(lists.numbers >= 0, held.assigned[lists.numbers, 0], -1)
         before = refine.first_round(lists, home)
         rows = held.members.rows
-        after = [lists.head(k)]
+        lists = Lists.empty(total, k)
+        # by cell: rows of one cell measure the same others
+        order = np.argsort(probed[:, 0], kind="stable")
         for begin in range(0, total, refine.BLOCK):
-            part = numbers[begin : begin + refine.BLOCK]
+            part = order[begin : begin + refine.BLOCK]
             own = before.take(part)
             start, found, its_cells = refine.candidates(
                 part, probed[part], own, before, own.lists.numbers
             )
             better = refine.improved(
                 rows[part], part, own, start, found, its_cells, rows, found, total
-            )
-            after.append(better.lists.head(k))
-        lists = Lists(
-            numbers=np.concatenate([a.numbers for a in after[1:]]),
-            sqdist=np.concatenate([a.sqdist for a in after[1:]]),
-        )
+            ).lists
+            lists.numbers[part] = better.numbers[:, :k]
+            lists.sqdist[part] = better.sqdist[:, :k]
     return Graph(neighbors=lists.numbers, sqdist=lists.sqdist)
 
 

@@ -99,14 +99,14 @@ def search(
         progress(len(queries))
         return out
     groups = features.group_copies(queries)
-    # queries that begin in one cell share most of the others
+    # queries that begin in one cell share most of the others, and the members that they measure
     order = np.argsort(probed[groups.first, 0], kind="stable")
     blocks = -(-order.size // _QUERY_BLOCK)
     blocks = max(blocks, min(backend.threads(), order.size // _SMALLEST_BLOCK))
     bounds = np.linspace(0, order.size, blocks + 1).astype(np.int64)
 
     def work(number: int) -> None:
-        block = np.sort(order[bounds[number] : bounds[number + 1]])
+        block = order[bounds[number] : bounds[number + 1]]
         _search_block(members, queries, numbers, probed, groups, block, total, over_fetch, out)
         progress(int((groups.start[block + 1] - groups.start[block]).sum()))
 
