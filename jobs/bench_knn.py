@@ -71,14 +71,19 @@ def main() -> None:
     parser.add_argument("--results", default="jobs/results/bench_knn.md")
     parser.add_argument("--data", default="")
     parser.add_argument("--one", nargs=2, metavar=("METHOD", "VALUE"))
+    parser.add_argument(
+        "--work", default="", help="folder for data and finished measurements, to go on from"
+    )
     parser.add_argument("--quick", action="store_true", help="20,000 rows: does it run at all")
     arguments = parser.parse_args()
     if arguments.one:
         method, value = arguments.one
         print(json.dumps(_METHODS[method](Path(arguments.data), value)))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        _all(Path(folder), Path(arguments.results), quick=arguments.quick)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(arguments.work or temporary)
+        folder.mkdir(exist_ok=True)
+        _all(folder, Path(arguments.results), quick=arguments.quick)
 
 
 def _all(folder: Path, results: Path, *, quick: bool) -> None:
@@ -97,20 +102,16 @@ def _all(folder: Path, results: Path, *, quick: bool) -> None:
             ("FAISS IVFFlat", "4"),
             *(("big_batch_search", v) for v in ("4", "12")),
             *(("pynndescent", v) for v in ("10", "15", "20")),
-            ("hnswlib", "16"),
         ],
     }
     measured: dict[int, list[Row]] = {}
     for n, runs in plan.items():
-        _prepare(folder, n, DIM)
         measured[n] = [_child(folder, n, DIM, method, value) for method, value in runs]
     grown = []
     for n in growth:
-        _prepare(folder, n, DIM)
         grown.append(_child(folder, n, DIM, "ours", "0.9"))
         if n not in plan:
             _remove(folder, n, DIM)
-    _prepare(folder, large, 2 * DIM)
     both = _child(folder, large, 2 * DIM, "ours", "0.9")
     spread = _child(folder, large, DIM, "partitions", "")
     agreed = _agreement(folder, 5_000 if quick else 50_000)
@@ -191,7 +192,7 @@ def _prepare(folder: Path, n: int, dim: int) -> None:
 
 
 def _remove(folder: Path, n: int, dim: int) -> None:
-    (folder / f"{n}x{dim}.npy").unlink()
+    (folder / f"{n}x{dim}.npy").unlink(missing_ok=True)
 
 
 def _without(lists: Any, queries: Any) -> Any:
@@ -200,6 +201,16 @@ def _without(lists: Any, queries: Any) -> Any:
 
 
 def _child(folder: Path, n: int, dim: int, method: str, value: str) -> Row:
+    """One measurement, or what an interrupted run has left of it."""
+    path = folder / f"{n}x{dim}-{method}-{value}.json".replace(" ", "_")
+    if not path.exists():
+        _prepare(folder, n, dim)
+        path.write_text(json.dumps(_measured(folder, n, dim, method, value)))
+    row: Row = json.loads(path.read_text())
+    return row
+
+
+def _measured(folder: Path, n: int, dim: int, method: str, value: str) -> Row:
     words = [sys.executable, "-m", "jobs.bench_knn", "--data", str(folder / f"{n}x{dim}.npy")]
     try:
         done = subprocess.run(
@@ -265,7 +276,7 @@ def _ours(path: Path, value: str) -> Row:
             spent["evaluated"] = float(sizes[np.maximum(probed, 0)].sum())
         return found
 
-    search.search = timed
+    search.search = timed  # type: ignore[assignment]  # watched, not changed
     started = time.perf_counter()
     graph, index = knn.build(knn.make_pool(rows, hi, lo), K, target_recall=float(value))
     seconds = time.perf_counter() - started
@@ -303,7 +314,7 @@ def _ivf(path: Path, value: str) -> Row:
 
 def _big_batch(path: Path, value: str) -> Row:
     import faiss
-    from faiss.contrib.big_batch_search import big_batch_search
+    from faiss.contrib import big_batch_search as contrib
 
     rows, queries, truth = _load(path)
     wide = rows.astype(np.float32)
@@ -314,7 +325,7 @@ def _big_batch(path: Path, value: str) -> Row:
     index.train(wide)
     index.add(wide)
     index.nprobe = int(value)
-    _, found = big_batch_search(
+    _, found = contrib.big_batch_search(
         index, wide, K + 1, method="knn_function", threaded=2, computation_threads=1
     )
     seconds = time.perf_counter() - started

@@ -1,15 +1,19 @@
 """Arrays in, arrays out: no Ray, no files, no clock, no torch.
 
 features.py  what a sample is: fixed float16 rows, exact distances, groups of copies
-cells.py     centroids, exact choice of cells, calibration of nprobe
-knn.py       search by cell, measured recall
-lists.py     exact neighbor lists in ring order from what the search proposed
+cells.py     centroids on two levels, exact choice of cells
+search.py    exact neighbors within chosen cells: one matrix product a cell
+lists.py     exact lists in ring order from what the products proposed; merging lists
+backend.py   threads, products on a CPU or a GPU
+calibrate.py how many cells to probe, and whether to refine, for a recall
+refine.py    neighbors of neighbors
+partition.py cells to partitions, rows to where they must be compared
+knn.py       all these steps for a pool in memory; measured recall
 messages.py  fixed-point scores, edge weights, the forward pass (§3)
 greedy.py    the exact parallel greedy (§3)
 budget.py    how many, and which: budgets as prefixes of one ranking
 ranking.py   messages and greedy over a finished graph
 certificate.py  proof that a ranking is the greedy's
-backend.py   faiss
 scores.py    difficulty from embeddings
 baselines.py rankings to compare with
 uids.py      order and hashes of 128-bit sample ids

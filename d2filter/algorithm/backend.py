@@ -73,6 +73,8 @@ def each(work: Callable[[int], None], count: int) -> None:
     """
     import threadpoolctl
 
+    if not count:
+        return
     with threadpoolctl.threadpool_limits(1, "blas"):
         _touch_buffers(min(count, threads()))
         # faiss's GPU resources serve one thread at a time
@@ -80,7 +82,10 @@ def each(work: Callable[[int], None], count: int) -> None:
             for number in range(count):
                 work(number)
             return
-        with ThreadPoolExecutor(min(count, threads())) as pool:
+        # numba's own threads are counted by calling thread: none beside ours
+        with ThreadPoolExecutor(
+            min(count, threads()), initializer=numba.set_num_threads, initargs=(1,)
+        ) as pool:
             for _ in pool.map(work, range(count)):
                 pass
 
@@ -112,6 +117,14 @@ def gpus() -> int:
     """GPUs that faiss can use in this process."""
     faiss = load_faiss()
     return int(faiss.get_num_gpus()) if hasattr(faiss, "knn_gpu") else 0
+
+
+def may_use_gpus() -> bool:
+    """Whether the faiss of this installation knows GPUs at all: what to ask a cluster for."""
+    try:
+        return hasattr(load_faiss(), "knn_gpu")
+    except DependencyError:
+        return False  # the workers will say so
 
 
 def improve_inplace(

@@ -92,7 +92,7 @@ def choose(
         reached=lower[enough - 1] >= target,
     )
     # fewest probes with which one pass is enough: recall rises with probes, so bisect
-    low, high = 1, enough
+    low, high = 1, enough if best.reached else most + 1
     while low < high:
         probes = (low + high) // 2
         hit, fetched = _refined(pool, queries, numbers, probed[:, :probes], truth, k)

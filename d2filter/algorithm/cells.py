@@ -62,8 +62,8 @@ def cell_count(rows: int, k: int) -> int:
 def train(sample: F16, count: int) -> Cells:
     """k-means on two levels over (m, d) float16 rows, in an order independent of files.
 
-    √count / 2 parents first; then the rows of each parent make its share of the cells. Copies in the
-    sample count once. Fewer cells come out where rows or distinct centroids are few.
+    √count / 2 parents first; then the rows of each parent make its share of the cells. Copies in
+    the sample count once. Fewer cells come out where rows or distinct centroids are few.
     """
     sample = _distinct(sample)
     count = min(count, len(sample))
@@ -131,7 +131,7 @@ def every_cell_where_short(probed: I32, sizes: I64, k: int) -> I32:
     held = np.where(probed >= 0, sizes[probed], 0).sum(axis=1)
     if (held > k).all():
         return probed
-    out = probed.copy()
+    out: I32 = probed.copy()
     out[held <= k, 0] = EVERY_CELL
     return out
 

@@ -29,7 +29,8 @@ EVERY_CELL = -2  # in the first column of `probed`: this query searches all memb
 
 _QUERY_BLOCK = 32768  # distinct queries whose heaps a thread holds at a time
 _SMALLEST_BLOCK = 256  # below it a thread of its own does not pay
-_WIDE_BLOCK = 1024
+_WIDE_BLOCK = 256
+_WIDE_PAIRS = 2_000_000
 _WIDE_ROWS = 8192
 _ROUNDED = 1.0 + 2.0**-22  # what a limit is widened by, as it was rounded to float32
 
@@ -90,17 +91,17 @@ def search(
         return out
     everywhere = np.flatnonzero(probed[:, 0] == EVERY_CELL)
     if everywhere.size:
-        whole = _one_cell(members)
-        rest = np.flatnonzero(probed[:, 0] != EVERY_CELL)
-        for rows, among in ((everywhere, whole), (rest, members)):
-            wanted = np.zeros((rows.size, 1), np.int32) if among is whole else probed[rows]
-            found = search(among, queries[rows], numbers[rows], wanted, k, total)
-            out.numbers[rows], out.sqdist[rows] = found.numbers, found.sqdist
-        progress(len(queries))
-        return out
+        all_cells = np.zeros((everywhere.size, 1), np.int32)
+        found = search(
+            _one_cell(members), queries[everywhere], numbers[everywhere], all_cells, k, total,
+            over_fetch=over_fetch,
+        )  # fmt: skip
+        out.numbers[everywhere], out.sqdist[everywhere] = found.numbers, found.sqdist
+        progress(everywhere.size)
     groups = features.group_copies(queries)
+    begins = probed[groups.first, 0]
     # queries that begin in one cell share most of the others, and the members that they measure
-    order = np.argsort(probed[groups.first, 0], kind="stable")
+    order = np.argsort(begins, kind="stable")[np.count_nonzero(begins == EVERY_CELL) :]
     blocks = -(-order.size // _QUERY_BLOCK)
     blocks = max(blocks, min(backend.threads(), order.size // _SMALLEST_BLOCK))
     bounds = np.linspace(0, order.size, blocks + 1).astype(np.int64)
@@ -135,11 +136,16 @@ def _search_block(
         backend.relative_error(queries.shape[1]), *common,
     )  # fmt: skip
     positions = np.flatnonzero(unsure)
-    for begin in range(0, positions.size, _WIDE_BLOCK):
-        which = positions[begin : begin + _WIDE_BLOCK]
+    step = _WIDE_BLOCK
+    begin = 0
+    while begin < positions.size:
+        which = positions[begin : begin + step]
         start, candidates = _within_limits(
             members, queries[first[which]], asked[which], limit[which].astype(np.float64) * _ROUNDED
         )
+        begin += which.size
+        # where many are equally near, few queries at a time bound the memory
+        step = max(16, min(_WIDE_BLOCK, _WIDE_PAIRS * which.size // max(1, candidates.size)))
         lists.fill_from_candidates(
             bits, copies.first, copies.start, members.copy_numbers, which, start, candidates,
             *common,

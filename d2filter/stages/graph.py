@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from d2filter.algorithm import cells, knn
+from d2filter.algorithm import backend, cells, knn
 from d2filter.config import RunConfig
 from d2filter.errors import RecallError, UsageError
 from d2filter.formats import catalog
@@ -25,6 +25,8 @@ Figures = dict[str, Any]
 
 _PROCESS_BYTES = 350_000_000  # a worker with its libraries loaded, before it holds a sample
 _SHARE_OF_MEMORY = 0.5  # of what is left: products, arrow buffers and copies need the rest
+_PRODUCTS = ("train", "assign", "choose", "find", "measure")  # steps that a GPU makes shorter
+_AFTER_LAYOUT = ("route-", "find-", "merge-", "refine-", "finish-", "judge")
 _KEPT = (CENTROIDS, "cells.parquet")
 
 
@@ -40,10 +42,11 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
     if choice is not None and not choice["pays"]:
         trained, choice = steps.choose(exact=True)
     probes, passes = (choice["probes"], choice["passes"]) if choice else (1, 0)
-    if choice and not choice["reached"] and not config.best_effort:
+    target = config.graph.target_recall
+    if choice and choice["predicted"] < target and not config.best_effort:
         raise RecallError(
-            f"recall@{k} of {config.graph.target_recall} is out of reach: {probes} of "
-            f"{trained['nlist']} cells find {choice['predicted']:.4f} on the calibration sample; "
+            f"recall@{k} of {target} is out of reach: {probes} of {trained['nlist']} cells find "
+            f"{choice['predicted']:.4f} on the calibration sample; "
             "lower --target-recall, raise --exact-below above the size of the pool for an exact "
             "graph, or take what can be had with --best-effort"
         )
@@ -51,9 +54,6 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
     routed = steps.route(probes, knn.list_width(k, passes), partitions)
     width = min(knn.list_width(k, passes), max(1, steps.total - 1)) if passes else k
     found, edges, judged = steps.search(laid["sizes"], width, passes, trained["nlist"], partitions)
-    for name in out.sub("index").names():
-        if name not in _KEPT:
-            out.sub("index").remove(name)
     entries = sum(figures["entries"] for figures in routed)
     every = sum(figures["edges"] for figures in edges)
     return {
@@ -71,6 +71,14 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
         "seconds_detail": steps.seconds,
         "peak_rss": steps.peak,
     }
+
+
+def tidy(out: Folder) -> None:
+    """Remove what only the making of a graph needs. After the stage is recorded as done."""
+    index = out.sub("index")
+    for name in index.names():
+        if name not in _KEPT:
+            index.remove(name)
 
 
 class _Steps:
@@ -111,16 +119,30 @@ class _Steps:
         self._map("assign", index.assign, names, arguments, self.total, variant=kind)
 
     def lay_out(self, width: int) -> tuple[Figures, int]:
-        """Cells → partitions, as many as asked for or as the memory of a worker needs."""
-        partitions = self._config.partitions or self._partitions(width)
+        """Cells → partitions: as many as asked for, as before, or as a worker's memory needs."""
+        marker = "completions/graph/layout.json"
+        before = self._out.read_json(marker)
+        partitions = self._config.partitions
+        if before and not partitions and not self._config.memory_per_worker:
+            # a rerun may find another amount of memory free: what was laid out stays
+            same = before["fingerprint"] == self._print("layout", before["partitions"])
+            partitions = before["partitions"] if same else 0
+        partitions = partitions or self._partitions(width)
+        fingerprint = self._print("layout", partitions)
+        if before is None or before["fingerprint"] != fingerprint:
+            # markers go before the files that they stand for
+            self._out.remove(marker)
+            for name in self._out.sub("completions/graph").names(".json"):
+                if name.startswith(_AFTER_LAYOUT):
+                    self._out.remove(f"completions/graph/{name}")
         laid = self._runner.here(
             "graph",
             Task(
-                name=f"layout-{partitions}",
+                name="layout",
                 run=route.lay_out,
                 arguments={"out": self._out, "parts": self._parts, "partitions": partitions},
             ),
-            fingerprint=self._print("layout", partitions),
+            fingerprint=fingerprint,
             skip=True,
         )
         return laid, partitions
@@ -227,6 +249,7 @@ class _Steps:
             label=label.split("-")[0],
             total=total,
             share_node=True,
+            on_gpu=label.split("-")[0] in _PRODUCTS and backend.may_use_gpus(),
             memory=self._memory,
         )
         step = label.split("-")[0]

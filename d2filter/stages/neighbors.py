@@ -20,14 +20,18 @@ import numpy.typing as npt
 
 from d2filter.algorithm import backend, knn, refine, search
 from d2filter.algorithm.lists import Lists, merge_inplace
+from d2filter.errors import InputError
 from d2filter.formats import catalog, graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import Rows, read_array, read_columns, write_columns
 from d2filter.stages.index import MEASURE, assigned_rows
-from d2filter.stages.route import Entries, graph_ids, read_entries
+from d2filter.stages.route import Entries, graph_ids, read_entries, read_layout
 from d2filter.stages.runner import Report, assigned_cpus
 
 I64 = npt.NDArray[np.int64]
+
+_REFINED_ROWS = 8192  # whose candidates are held at a time
+_FETCHED_ROWS = 65536  # features from anywhere that are held at a time
 
 
 def find(
@@ -40,14 +44,7 @@ def find(
     backend.use_threads(assigned_cpus())
     index = out.sub("index")
     total = catalog.layout(out.sub("catalog")).total
-    own = [_own(read_entries(out, part, number), number) for part in range(parts)]
-    at_home = Entries(
-        rows=np.concatenate([e.rows for e in own]),
-        number=np.concatenate([e.number for e in own]),
-        home=np.concatenate([e.home for e in own]),
-        probed=np.concatenate([e.probed for e in own]),
-    )
-    del own
+    at_home = _at_home(out, number, parts)
     home_cell = _home_cells(out, at_home.number)
     members = search.make_members(at_home.rows, at_home.number, home_cell, nlist)
     found = search.search(
@@ -130,9 +127,14 @@ def improve(*, report: Report, out: Folder, number: int, sizes: list[int]) -> di
     own = read_columns(index, f"merged-{number:05d}", "number", "list", "sqdist", "probed")
     mine = _round(own["list"], own["sqdist"], homes)
     reader = _FriendLists(index, sizes, homes)
-    lists, sqdist, measured = [], [], 0
-    for begin in range(0, len(own["number"]), refine.BLOCK):
-        some = np.arange(begin, min(begin + refine.BLOCK, len(own["number"])))
+    width = own["list"].shape[1]
+    after = Lists.empty(len(own["number"]), width)
+    # rows of one cell ask for the same others
+    order = np.argsort(own["probed"][:, 0], kind="stable")
+    waiting = [order[b : b + _REFINED_ROWS] for b in range(0, order.size, _REFINED_ROWS)][::-1]
+    measured = 0
+    while waiting:
+        some = waiting.pop()
         block = mine.take(some)
         numbers = own["number"][some]
         there = block.lists.numbers >= 0
@@ -142,20 +144,22 @@ def improve(*, report: Report, out: Folder, number: int, sizes: list[int]) -> di
             numbers, own["probed"][some], block, reader.read(ids.gather(friends)), friend_of
         )
         fetched, where = np.unique(found, return_inverse=True)
-        after = refine.improved(
+        if fetched.size > _FETCHED_ROWS and some.size > 1:
+            waiting += [some[some.size // 2 :], some[: some.size // 2]]
+            continue
+        better = refine.improved(
             layout.gather(numbers), numbers, block, start, found, cells, layout.gather(fetched),
             where, layout.total,
-        )  # fmt: skip
-        lists.append(after.lists.numbers)
-        sqdist.append(after.lists.sqdist)
+        ).lists  # fmt: skip
+        after.numbers[some], after.sqdist[some] = better.numbers, better.sqdist
         measured += found.size
         report(some.size)
     write_columns(
         index,
         f"refined-{number:05d}",
         number=own["number"],
-        list=np.concatenate(lists),
-        sqdist=np.concatenate(sqdist),
+        list=after.numbers,
+        sqdist=after.sqdist,
     )
     return {"measured": measured}
 
@@ -273,14 +277,31 @@ def _round(lists: I64, sqdist: npt.NDArray[np.float32], homes: Rows) -> refine.R
     return refine.first_round(Lists(numbers=lists, sqdist=sqdist), cells)
 
 
-def _own(entries: Entries, number: int) -> Entries:
-    here = np.flatnonzero(entries.home == number)
-    return Entries(
-        rows=entries.rows[here],
-        number=entries.number[here],
-        home=entries.home[here],
-        probed=entries.probed[here],
-    )
+def _at_home(out: Folder, number: int, parts: int) -> Entries:
+    """A partition's own rows, ascending by number, held once."""
+    at_home: Entries | None = None
+    begin = 0
+    for part in range(parts):
+        entries = read_entries(out, part, number)
+        here = np.flatnonzero(entries.home == number)
+        if at_home is None:
+            table = read_layout(out.sub("index"))
+            size = int(table["rows"][table["partition"] == number].sum())
+            at_home = Entries(
+                rows=np.empty((size, entries.rows.shape[1]), np.float16),
+                number=np.empty(size, np.int64),
+                home=np.empty(size, np.int32),
+                probed=np.empty((size, entries.probed.shape[1]), np.int32),
+            )
+        some = slice(begin, begin + here.size)
+        at_home.rows[some] = entries.rows[here]
+        at_home.number[some] = entries.number[here]
+        at_home.home[some] = entries.home[here]
+        at_home.probed[some] = entries.probed[here]
+        begin += here.size
+    if at_home is None:
+        raise InputError(f"{out.where('index')} holds no routed rows: `--overwrite graph`")
+    return at_home
 
 
 def _home_cells(out: Folder, numbers: I64) -> npt.NDArray[np.int32]:

@@ -150,6 +150,7 @@ class Pipeline:
             plan,
             lambda: graph.build(self._runner, self.out, self.config, plan.fingerprint),
         )
+        graph.tidy(self.out)
 
     def _rank(self) -> None:
         from d2filter.stages import rank

@@ -30,23 +30,23 @@ I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
 _WRITE_ROWS = 16384
+_OF_A_LAYOUT = ("routed-", "ids-", "found-", "lists-", "merged-", "refined-")
 
 
 def lay_out(*, report: Report, out: Folder, parts: int, partitions: int) -> dict[str, Any]:
     """Task of the driver: cells → partitions. Removes what another layout has left."""
     index = out.sub("index")
-    for folder, stems in ((index, ("routed-", "ids-", "found-", "lists-", "refined-")),):
-        for name in folder.names():
-            if name.startswith(stems):
-                folder.remove(name)
-    out.remove("graph")
     centroids = np.array(read_array(index, CENTROIDS))
     laid = partition.lay_out(centroids, read_counts(out, parts), partitions)
+    for name in index.names():
+        if name.startswith(_OF_A_LAYOUT):
+            index.remove(name)
+    out.remove("graph")
     write_array(index, "partition.npy", laid.partition)
     table = pa.table({"cell": laid.cell, "partition": laid.owner, "rows": laid.rows})
     with index.publish("cells.parquet") as path:
         pq.write_table(table, path)
-    return {"sizes": laid.sizes().tolist()}
+    return {"sizes": laid.sizes().tolist(), "partitions": partitions}
 
 
 def route(
@@ -57,7 +57,7 @@ def route(
     layout = catalog.layout(out.sub("catalog"))
     counts = read_counts(out, parts)
     home_of = read_array(index, "partition.npy")
-    table = pq_columns(index)
+    table = read_layout(index)
     laid = partition.Layout(
         partition=home_of,
         cell=table["cell"],
@@ -109,7 +109,7 @@ def graph_ids(out: Folder, layout: Rows) -> Rows:
     return Rows(folder=out.sub("index"), name="ids", starts=layout.starts)
 
 
-def pq_columns(index: Folder) -> dict[str, npt.NDArray[Any]]:
+def read_layout(index: Folder) -> dict[str, npt.NDArray[Any]]:
     """cells.parquet as arrays."""
     from d2filter.formats import tables
 
@@ -136,13 +136,9 @@ def _graph_ids(
 
 def _write_rows(folder: Folder, name: str, rows: npt.NDArray[Any], which: I64) -> None:
     """Publish rows[which] block by block."""
-    with folder.publish(name) as path:
+    with folder.publish(name) as path, path.open("wb") as stream:
         shape = (which.size, rows.shape[1])
-        if not which.size:
-            np.save(path.open("wb"), np.empty(shape, rows.dtype))
-            return
-        with path.open("wb") as stream:
-            header = {"descr": "<f2", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(stream, header)
-            for begin in range(0, which.size, _WRITE_ROWS):
-                stream.write(rows[which[begin : begin + _WRITE_ROWS]].tobytes())
+        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(stream, header)
+        for begin in range(0, which.size, _WRITE_ROWS):
+            stream.write(rows[which[begin : begin + _WRITE_ROWS]].tobytes())

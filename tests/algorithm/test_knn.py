@@ -123,7 +123,7 @@ def test_rows_whose_cells_hold_too_few_are_compared_with_all() -> None:
 def test_refinement_finds_more_for_fewer_distances() -> None:
     p = pool(20_000, 24, clusters=400, noise=0.9)
     index = knn.train_cells(p, 5, exact_below=10)
-    held = knn.in_cells(p, index)
+    held = knn.in_cells(p, index, probes=cells.MOST_PROBES)
     queries = np.sort(np.random.default_rng(0).choice(20_000, 1000, replace=False))
     most = cells.assign(p.rows[queries], index, cells.MOST_PROBES)
     truth, _ = knn.exact_neighbors(p, queries, 5)

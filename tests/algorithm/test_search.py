@@ -164,7 +164,7 @@ class FakeGpu:
     def get_num_gpus(self) -> int:
         return 1
 
-    def StandardGpuResources(self) -> object:  # noqa: N802  # faiss's own name
+    def StandardGpuResources(self) -> object:  # faiss's own name
         return object()
 
     def omp_set_num_threads(self, count: int) -> None:
