@@ -325,7 +325,7 @@ def _big_batch(path: Path, value: str) -> Row:
     index.train(wide)
     index.add(wide)
     index.nprobe = int(value)
-    _, found = contrib.big_batch_search(
+    _, found = contrib.big_batch_search(  # type: ignore[no-untyped-call]
         index, wide, K + 1, method="knn_function", threaded=2, computation_threads=1
     )
     seconds = time.perf_counter() - started

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from d2filter.errors import InputError
+from d2filter.formats.paths import Folder
+from d2filter.formats.rows import Rows, read_array, read_columns, write_array, write_columns
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    """A local folder, and one that is only reached through fsspec."""
+    return Folder(str(tmp_path) if request.param == "local" else f"memory://{tmp_path.name}/rows")
+
+
+def test_rows_of_any_part_come_in_the_order_asked_for(folder: Folder) -> None:
+    rng = np.random.default_rng(0)
+    whole = rng.integers(0, 100, (10, 3)).astype(np.int32)
+    starts = (0, 4, 4, 10)
+    for part in range(3):
+        write_array(folder, f"x-{part:05d}.npy", whole[starts[part] : starts[part + 1]])
+    rows = Rows(folder=folder, name="x", starts=starts)
+    numbers = np.array([9, 0, 4, 3, 9])
+    assert rows.total == 10
+    assert (rows.gather(numbers) == whole[numbers]).all()
+    assert rows.gather(numbers[:0]).shape == (0, 3)
+    assert rows.gather(numbers[:0]).dtype == np.int32
+
+
+def test_columns_are_read_by_range_and_writable(folder: Folder) -> None:
+    write_columns(folder, "y", a=np.arange(6), b=np.arange(12).reshape(6, 2))
+    some = read_columns(folder, "y", "a", "b", rows=slice(2, 4))
+    assert some["a"].tolist() == [2, 3]
+    assert some["b"].tolist() == [[4, 5], [6, 7]]
+    some["a"][0] = 99
+    assert read_columns(folder, "y", "a")["a"].tolist() == list(range(6))
+
+
+def test_a_broken_file_is_named(folder: Folder) -> None:
+    write_array(folder, "z.npy", np.arange(4))
+    with folder.publish("z.npy") as path:
+        path.write_bytes(b"\x93NUMPY")
+    with pytest.raises(InputError, match=r"z\.npy is no readable \.npy file"):
+        read_array(folder, "z.npy")
