@@ -33,6 +33,8 @@ SPREAD = 0.5
 COPIES = 0.1
 _LIMIT = 420  # seconds that one measurement may take
 
+_SECTIONS = ("peers", "growth", "both", "partitions", "agreement")
+
 Row = dict[str, Any]
 
 
@@ -74,6 +76,9 @@ def main() -> None:
     parser.add_argument(
         "--work", default="", help="folder for data and finished measurements, to go on from"
     )
+    parser.add_argument(
+        "--sections", default=",".join(_SECTIONS), help="some of " + ", ".join(_SECTIONS)
+    )
     parser.add_argument("--quick", action="store_true", help="20,000 rows: does it run at all")
     arguments = parser.parse_args()
     if arguments.one:
@@ -83,10 +88,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(arguments.work or temporary)
         folder.mkdir(exist_ok=True)
-        _all(folder, Path(arguments.results), quick=arguments.quick)
+        _all(folder, Path(arguments.results), arguments.sections.split(","), quick=arguments.quick)
 
 
-def _all(folder: Path, results: Path, *, quick: bool) -> None:
+def _all(folder: Path, results: Path, sections: list[str], *, quick: bool) -> None:
     small, large = (20_000, 30_000) if quick else (200_000, 500_000)
     growth = (10_000, 20_000) if quick else (250_000, 500_000, 1_000_000, 2_000_000)
     plan = {
@@ -104,17 +109,6 @@ def _all(folder: Path, results: Path, *, quick: bool) -> None:
             *(("pynndescent", v) for v in ("10", "15", "20")),
         ],
     }
-    measured: dict[int, list[Row]] = {}
-    for n, runs in plan.items():
-        measured[n] = [_child(folder, n, DIM, method, value) for method, value in runs]
-    grown = []
-    for n in growth:
-        grown.append(_child(folder, n, DIM, "ours", "0.9"))
-        if n not in plan:
-            _remove(folder, n, DIM)
-    both = _child(folder, large, 2 * DIM, "ours", "0.9")
-    spread = _child(folder, large, DIM, "partitions", "")
-    agreed = _agreement(folder, 5_000 if quick else 50_000)
     lines = [
         "# The kNN graph: seconds for recall, growth, partitions",
         "",
@@ -127,15 +121,33 @@ def _all(folder: Path, results: Path, *, quick: bool) -> None:
         f"Data: `draw` in the file, {DIM}-d, clusters of heavy-tailed size, 10% near-copies. "
         f"recall@{K} on {CHECKED} samples against all rows.",
     ]
-    for n, rows in measured.items():
-        lines += ["", f"## {n:,} rows", "", *_table(rows), "", _verdict(rows)]
-    lines += [
-        "",
-        f"![seconds against recall]({results.stem}.png)",
-        "",
-        f"## `image|text`: {large:,} × {2 * DIM}",
-        "",
-        *_table([both]),
+    if "peers" in sections:
+        measured = {n: [_child(folder, n, DIM, *run) for run in runs] for n, runs in plan.items()}
+        for n, rows in measured.items():
+            lines += ["", f"## {n:,} rows", "", *_table(rows), "", _verdict(rows)]
+        lines += ["", f"![seconds against recall]({results.stem}.png)"]
+        _plot(measured, results.with_suffix(".png"))
+    if "growth" in sections:
+        grown = []
+        for n in growth:
+            grown.append(_child(folder, n, DIM, "ours", "0.9"))
+            if n not in plan:
+                _remove(folder, n, DIM)
+        lines += _growth(grown)
+    if "both" in sections:
+        both = _child(folder, large, 2 * DIM, "ours", "0.9")
+        lines += ["", f"## `image|text`: {large:,} × {2 * DIM}", "", *_table([both])]
+    if "partitions" in sections:
+        lines += _spread(large, _child(folder, large, DIM, "partitions", "")["rows"])
+    if "agreement" in sections:
+        lines += ["", "## Measured recall against an exact check of all rows", ""]
+        lines.append(_agreement(5_000 if quick else 50_000))
+    results.write_text("\n".join(lines) + "\n", "utf-8")
+    print("\n".join(lines))
+
+
+def _growth(grown: list[Row]) -> list[str]:
+    return [
         "",
         "## Growth (target 0.9)",
         "",
@@ -150,24 +162,22 @@ def _all(folder: Path, results: Path, *, quick: bool) -> None:
         f"seconds grow as n^{_exponent(grown, 'seconds'):.2f}, "
         f"memory as n^{_exponent(grown, 'peak'):.2f}, "
         f"distances a row as n^{_exponent(grown, 'evaluations'):.2f}.",
+    ]
+
+
+def _spread(rows: int, measured: list[Row]) -> list[str]:
+    return [
         "",
-        f"## Partitions of {large:,} rows",
+        f"## Partitions of {rows:,} rows",
         "",
         "| partitions | partitions a row goes to | edges that cross | largest / mean |",
         "|---|---|---|---|",
         *(
             f"| {r['partitions']} | {r['fan_out']:.2f} | {100 * r['cross']:.1f}% | "
             f"{r['largest']:.2f} |"
-            for r in spread["rows"]
+            for r in measured
         ),
-        "",
-        "## Measured recall against an exact check of all rows",
-        "",
-        agreed,
     ]
-    results.write_text("\n".join(lines) + "\n", "utf-8")
-    _plot(measured, results.with_suffix(".png"))
-    print("\n".join(lines))
 
 
 def _prepare(folder: Path, n: int, dim: int) -> None:
@@ -387,7 +397,7 @@ def _partitions(path: Path, value: str) -> Row:
     return {"rows": out}
 
 
-def _agreement(folder: Path, n: int) -> str:
+def _agreement(n: int) -> str:
     from d2filter.algorithm import knn
 
     rows = draw(n, DIM)
