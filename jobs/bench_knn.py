@@ -488,7 +488,7 @@ def _plot(measured: dict[int, list[Row]], path: Path) -> None:
         axis.set_yscale("log")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("seconds, arrays to lists")
-    axes[-1].legend()
+    axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
