@@ -36,10 +36,7 @@ def main() -> None:
     lines = [
         "# Algorithms against plain baselines",
         "",
-        f"Made by `python -m jobs.bench` at commit {commit()} on {os.cpu_count()} cores "
-        f"({processor()}); "
-        + ", ".join(f"{name} {version}" for name, version in versions().items())
-        + ". The machine is shared: read the ratios.",
+        f"{made_by('jobs.bench')} The machine is shared: read the ratios.",
         "",
         *_ranking(),
         "",
@@ -123,7 +120,7 @@ def _graph() -> list[str]:
 
     their_training, _ = _time(train)
     queries = np.random.default_rng(1).choice(POOL, 3000, replace=False)
-    truth, _ = knn.exact_neighbors(pool, queries, NEIGHBORS)
+    truth = knn.exact_neighbors(pool, queries, NEIGHBORS)
     lines = [
         f"## Graph of {POOL:,} × {DIM} clustered float16 rows, k={NEIGHBORS}",
         "",
@@ -131,13 +128,13 @@ def _graph() -> list[str]:
         "",
         "| | cells | probes | recall@5 | seconds |",
         "|---|---|---|---|---|",
-        f"| ours, training and calibration included | {index.cells.count} | "
+        f"| ours, training and calibration included | {index.trained.cells.count} | "
         f"{index.choice.probes} | {recall.value:.3f} | {seconds:.1f} |",
     ]
     for probes in (1, 2, 4, 8):
         plain.nprobe = probes
         seconds, (_, found) = _time(lambda: plain.search(wide, NEIGHBORS + 1))
-        hits = (truth[:, :, None] == found[queries][:, None, :]).any(axis=2).mean()
+        hits = truth.share_in(found[queries]).mean()
         lines.append(
             f"| FAISS IndexIVFFlat | {nlist} | {probes} | {hits:.3f} | "
             f"{their_training + seconds:.1f} |"
@@ -149,6 +146,15 @@ def _time(run: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     started = time.perf_counter()
     result = run(*arguments)
     return time.perf_counter() - started, result
+
+
+def made_by(command: str) -> str:
+    """The sentence that every results file has: command, commit, machine, versions."""
+    software = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return (
+        f"Made by `python -m {command}` at commit {commit()} on {os.cpu_count()} cores "
+        f"({processor()}); {software}."
+    )
 
 
 def commit() -> str:

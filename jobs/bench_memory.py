@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,9 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2filter.formats.runstate import versions
-from jobs.bench import commit, processor
-from jobs.bench_knn import DIM, draw
+from jobs.bench import made_by
+from jobs.knn_methods import DIM, draw
 
 ROWS_A_FILE = 20_000
 
@@ -51,11 +49,8 @@ def main() -> None:
     lines = [
         f"# The graph of {arguments.rows:,} × {DIM} with {arguments.memory} workers",
         "",
-        "Made by `python -m jobs.bench_memory "
-        f"--rows {arguments.rows} --memory {arguments.memory}` "
-        f"at commit {commit()} on {os.cpu_count()} cores ({processor()}); "
-        + ", ".join(f"{name} {version}" for name, version in versions().items())
-        + f". Metadata in {arguments.rows // ROWS_A_FILE} files to graph/, k=5, one thread a task.",
+        made_by(f"jobs.bench_memory --rows {arguments.rows} --memory {arguments.memory}")
+        + f" Metadata in {arguments.rows // ROWS_A_FILE} files to graph/, k=5, one thread a task.",
         "",
         "| | |",
         "|---|---|",
@@ -66,6 +61,7 @@ def main() -> None:
         f"| edges that cross | {100 * graph['cross_edges']:.1f}% |",
         f"| cells probed | {graph['nprobe']} of {graph['nlist']}, "
         f"{graph['refinement_passes']} passes |",
+        f"| axes of the sketches | {graph['sketch_dim']} of {DIM} |",
         f"| recall@5 | {graph['recall']:.4f} [{low:.4f}, {high:.4f}] on "
         f"{graph['recall_queries']:,} queries, predicted {graph['predicted_recall']:.4f} |",
         f"| peak memory of a process, catalog | {peak['catalog'] / 1e9:.2f} GB |",

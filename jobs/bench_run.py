@@ -9,7 +9,6 @@ NaN and zero embeddings.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -23,10 +22,9 @@ import pyarrow.parquet as pq
 
 from d2filter import config
 from d2filter.formats.paths import Folder
-from d2filter.formats.runstate import versions
 from d2filter.stages.pipeline import Pipeline
 from d2filter.tools.verify import verify
-from jobs.bench import commit, processor
+from jobs.bench import made_by
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,11 +97,9 @@ def _report(pool: PoolConfig, stats: dict[str, Any], verified: float) -> str:
     lines = [
         "# The whole line on a dirty pool, files to files",
         "",
-        f"{pool.samples:,} rows of 2 × {pool.dimension} float16 in {pool.files} files, made by "
-        f"`python -m jobs.bench_run` at commit {commit()} on {os.cpu_count()} cores "
-        f"({processor()}); "
-        + ", ".join(f"{name} {version}" for name, version in versions().items())
-        + ". The machine is shared and Ray's start is included in the first stage.",
+        f"{pool.samples:,} rows of 2 × {pool.dimension} float16 in {pool.files} files. "
+        f"{made_by('jobs.bench_run')} The machine is shared and Ray's start is included in the "
+        "first stage.",
         "",
         f"{samples['read']:,} read, {samples['ranked']:,} ranked, {samples['bad']:,} bad, "
         f"{samples['duplicate']:,} duplicate; k={graph['k']}, {graph['nprobe']} of "

@@ -17,9 +17,8 @@ import numpy as np
 from d2filter.algorithm import baselines, metrics, ranking
 from d2filter.formats import graph
 from d2filter.formats.paths import Folder
-from d2filter.formats.runstate import versions
 from d2filter.tools import demo
-from jobs.bench import commit
+from jobs.bench import made_by
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,8 +91,7 @@ def _report(grid: GridConfig, shares: dict[str, list[metrics.Usefulness]]) -> st
         f"{grid.pairs:,} pairs each, 30% near-copies, 20% swapped captions, bundled model, "
         "features image|text, directed graph, same gamma in both passes.",
         "",
-        f"Made by `python -m jobs.demo_settings` at commit {commit()}; "
-        + ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
+        made_by("jobs.demo_settings"),
         "",
         "| k \\ gamma | " + " | ".join(f"{g:g}" for g in grid.gammas) + " |",
         "|---" * (len(grid.gammas) + 1) + "|",

@@ -10,12 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 
-def make(n: int, dim: int, *, seed: int = 0, copies: float = 0.1) -> dict[str, Any]:
-    """uid (n,), img and txt (n, dim) float16: clustered, with a share of exact copies."""
+def make(
+    n: int, dim: int, *, seed: int = 0, copies: float = 0.1, decay: float = 0
+) -> dict[str, Any]:
+    """uid (n,), img and txt (n, dim) float16: clustered, with a share of exact copies.
+
+    decay: axis number to this negative power is the spread along it; 0 for the same along all.
+    """
     rng = np.random.default_rng(seed)
-    centers = rng.normal(size=(max(2, n // 60), dim))
-    img = centers[rng.integers(0, len(centers), n)] + 0.4 * rng.normal(size=(n, dim))
-    txt = img + rng.normal(size=(n, dim))
+    axes = np.arange(1.0, dim + 1) ** -decay
+    centers = rng.normal(size=(max(2, n // 60), dim)) * axes
+    img = centers[rng.integers(0, len(centers), n)] + 0.4 * rng.normal(size=(n, dim)) * axes
+    txt = img + rng.normal(size=(n, dim)) * axes
     copied = rng.random(n) < copies
     source = rng.integers(0, n, n)
     img[copied], txt[copied] = img[source[copied]], txt[source[copied]]

@@ -2,7 +2,9 @@
 
 features.py  what a sample is: fixed float16 rows, exact distances, groups of copies
 cells.py     centroids on two levels, exact choice of cells
+sketch.py    short rows, projections, that propose neighbors
 search.py    exact neighbors within chosen cells: one matrix product a cell
+shortlist.py the nearest by sketch, of which exact distances choose
 lists.py     exact lists in ring order from what the products proposed; merging lists
 backend.py   threads, products on a CPU or a GPU
 calibrate.py how many cells to probe, and whether to refine, for a recall

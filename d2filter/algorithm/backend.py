@@ -22,7 +22,6 @@ from d2filter.errors import DependencyError
 
 F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
-I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
 UNIT_ROUNDOFF = 2.0**-24

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from d2filter.algorithm import refine
 from d2filter.algorithm.lists import Lists
-from d2filter.algorithm.search import EVERY_CELL
+from d2filter.algorithm.sketch import Sketch
 
 F16 = npt.NDArray[np.float16]
 I32 = npt.NDArray[np.int32]
@@ -23,14 +23,19 @@ I64 = npt.NDArray[np.int64]
 QUERIES = 600
 REFINED_LISTS = 11  # places beyond k of the lists that are refined
 
-# one distance to a row fetched from anywhere, with the search for it, costs about as much as this
-# many of a product
-_FETCHED = 16
+# measured costs: a distance by product has those of so many dimensions besides its own, and one to
+# a row fetched from anywhere, with the search for it, costs about as much as so many of a product
+_OVERHEAD = 256
+_FETCHED = 4
 _Z = 1.96
 
 
 class Searcher(Protocol):
     """The whole pool, wherever it lies; samples are known by number."""
+
+    @property
+    def sketch(self) -> Sketch:
+        """What the cells are searched with."""
 
     @property
     def total(self) -> int:
@@ -40,8 +45,11 @@ class Searcher(Protocol):
     def sizes(self) -> I64:
         """(nlist,) rows of each cell."""
 
+    def truth(self, queries: F16, numbers: I64, k: int) -> Lists:
+        """Exact lists over the whole pool."""
+
     def find(self, queries: F16, numbers: I64, probed: I32, k: int) -> Lists:
-        """Exact lists within the probed cells."""
+        """Lists as the search of these cells finds them."""
 
     def rows(self, numbers: I64) -> F16:
         """Their features, (n, d)."""
@@ -61,7 +69,7 @@ class Choice:
     predicted: float
     """recall@k on the calibration sample"""
     evaluations: float
-    """expected distance evaluations a row"""
+    """expected cost a row: as many distances of whole rows by products"""
     reached: bool
     """whether the lower end of the sample's 95% interval is at the target"""
 
@@ -75,30 +83,19 @@ def choose(
     with the whole pool once, so that their true neighbors are known.
     """
     k = min(k, pool.total - 1)
-    most = probed.shape[1]
-    everywhere = np.full((len(queries), 1), EVERY_CELL, np.int32)
-    truth = pool.find(queries, numbers, everywhere, k)
-    where = _positions(pool, truth, probed)
+    truth = pool.truth(queries, numbers, k)
     held = pool.sizes[probed] * (probed >= 0)
-    cost = held.cumsum(axis=1).mean(axis=0)
-    hits = [(where < p).mean(axis=1) for p in range(1, most + 1)]
-    lower = [_lower(h) for h in hits]
-    enough = next((p for p in range(1, most + 1) if lower[p - 1] >= target), most)
-    best = Choice(
-        probes=enough,
-        passes=0,
-        predicted=float(hits[enough - 1].mean()),
-        evaluations=float(cost[enough - 1]),
-        reached=lower[enough - 1] >= target,
-    )
+    dim = queries.shape[1]
+    scanned = (pool.sketch.share * dim + _OVERHEAD) / (dim + _OVERHEAD)
+    cost = scanned * held.cumsum(axis=1).mean(axis=0)
+    best = _without_refinement(pool, queries, numbers, probed, truth, target, cost)
     # fewest probes with which one pass is enough: recall rises with probes, so bisect
-    low, high = 1, enough if best.reached else most + 1
+    low, high = 1, best.probes if best.reached else probed.shape[1] + 1
     while low < high:
         probes = (low + high) // 2
         hit, fetched = _refined(pool, queries, numbers, probed[:, :probes], truth, k)
         evaluations = float(cost[probes - 1]) + _FETCHED * fetched
-        reached = _lower(hit) >= target
-        if reached:
+        if _lower(hit) >= target:
             high = probes
             if evaluations < best.evaluations or not best.reached:
                 best = Choice(
@@ -113,15 +110,45 @@ def choose(
     return best
 
 
+def _without_refinement(
+    pool: Searcher, queries: F16, numbers: I64, probed: I32, truth: Lists, target: float,
+    cost: npt.NDArray[np.float64],
+) -> Choice:  # fmt: skip
+    """The fewest probes that are enough."""
+    k = truth.numbers.shape[1]
+    most = probed.shape[1]
+    where = _positions(pool, truth, probed)
+    # what lies in the probed cells: found, but for what shortlists lose, which is measured
+    held = [(where < p).mean(axis=1) for p in range(1, most + 1)]
+    lost = 0.0
+    probes = 0
+    while True:
+        # what is lost grows with the probes: steps of a quarter at least
+        least = min(most, probes + 1 + probes // 4)
+        probes = next((p for p in range(least, most) if _lower(held[p - 1]) - lost >= target), most)
+        hits = held[probes - 1]
+        if not pool.sketch.identity:
+            found = pool.find(queries, numbers, np.ascontiguousarray(probed[:, :probes]), k)
+            hits = truth.share_in(found.numbers)
+            lost = float(held[probes - 1].mean() - hits.mean())
+        reached = _lower(hits) >= target
+        if reached or probes == most:
+            return Choice(
+                probes=probes,
+                passes=0,
+                predicted=float(hits.mean()),
+                evaluations=float(cost[probes - 1]),
+                reached=reached,
+            )
+
+
 def _positions(pool: Searcher, truth: Lists, probed: I32) -> I64:
     """Which probe of its query finds each true neighbor, (q, k).
 
     −1 where the list is padded, the number of probes where none of them does.
     """
     there = truth.numbers >= 0
-    distinct, back = np.unique(truth.numbers[there], return_inverse=True)
-    home = np.full(truth.numbers.shape, -1, np.int32)
-    home[there] = pool.probed(distinct)[back, 0]
+    home = refine.home_cells(truth.numbers, lambda numbers: pool.probed(numbers)[:, 0])
     out = np.full(truth.numbers.shape, -1, np.int64)
     for t in range(truth.numbers.shape[1]):
         same = probed == home[:, t : t + 1]
@@ -137,27 +164,17 @@ def _refined(
     probed = np.ascontiguousarray(probed)
     width = k + REFINED_LISTS
     own = pool.find(queries, numbers, probed, width)
-    friends = np.unique(own.numbers[own.numbers >= 0])
+    friends, friend_of = refine.distinct(own.numbers)
     friend_cells = np.ascontiguousarray(pool.probed(friends)[:, : probed.shape[1]])
     theirs = pool.find(pool.rows(friends), friends, friend_cells, width)
-    listed = np.unique(np.concatenate([own.numbers.ravel(), theirs.numbers.ravel()]))
-    listed = listed[listed >= 0]
-    home = pool.probed(listed)[:, 0]
 
-    def started(lists: Lists) -> refine.Round:
-        at = np.searchsorted(listed, np.maximum(lists.numbers, 0)) % max(1, listed.size)
-        return refine.first_round(lists, np.where(lists.numbers >= 0, home[at], -1))
-
-    friend_of = np.where(own.numbers >= 0, np.searchsorted(friends, own.numbers), -1)
-    mine = started(own)
-    start, found, cells = refine.candidates(numbers, probed, mine, started(theirs), friend_of)
+    homes = refine.home_cells(theirs.numbers, lambda named: pool.probed(named)[:, 0])
+    start, found = refine.candidates(numbers, probed, own.numbers, theirs.numbers, homes, friend_of)
     fetched, where = np.unique(found, return_inverse=True)
     after = refine.improved(
-        queries, numbers, mine, start, found, cells, pool.rows(fetched), where, pool.total
+        queries, numbers, own, start, found, pool.rows(fetched), where, pool.total
     )
-    wanted = truth.numbers[: len(numbers)]
-    hit = (wanted[:, :, None] == after.lists.numbers[:, None, :k]).any(axis=2)
-    return np.where(wanted >= 0, hit, True).mean(axis=1), float(start[-1] / max(1, len(numbers)))
+    return truth.share_in(after.numbers[:, :k]), float(start[-1] / max(1, len(numbers)))
 
 
 def _lower(hits: npt.NDArray[np.float64]) -> float:

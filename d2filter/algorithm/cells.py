@@ -16,15 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from d2filter.algorithm import backend, features
-from d2filter.algorithm.search import EVERY_CELL, Members, Progress, make_members, search
+from d2filter.algorithm.search import EVERY_CELL, Progress, make_members, search, search_all
 
 F16 = npt.NDArray[np.float16]
-F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
 MOST_PROBES = 64
-STORED_PROBES = 8  # assigned at first; more only when the calibration asks for more
+STORED_PROBES = 16  # assigned at first; more only when the calibration asks for more
 TRAINING_ROWS_A_CELL = 16
 
 PARENTS_LOOKED_UNDER = 8
@@ -110,14 +109,16 @@ def assign(rows: F16, cells: Cells, probes: int, *, progress: Progress = lambda 
     out = np.zeros((len(rows), probes), np.int32)
     if cells.count == 1:
         return out
-    under = _under_parents(cells.centroids, cells.parent, len(cells.parents))
+    numbers = np.arange(cells.count, dtype=np.int64)
+    under = make_members(cells.centroids, numbers, cells.parent, len(cells.parents))
     for begin in range(0, len(rows), _BLOCK):
-        block = np.ascontiguousarray(rows[begin : begin + _BLOCK])
+        # a copy, of a memory map too: compiled code is made anew for read-only arrays
+        block = np.array(rows[begin : begin + _BLOCK])
         looked = _nearest(block, cells.parents, PARENTS_LOOKED_UNDER)
-        numbers = np.full(len(block), -1, np.int64)
         found = search(
-            under, block, numbers, looked, probes, cells.count + 1, over_fetch=_OVER_FETCH
-        )
+            under, block, _before_all(block), looked, probes, cells.count + 1,
+            over_fetch=_OVER_FETCH,
+        )  # fmt: skip
         out[begin : begin + len(block)] = found.numbers
         progress(len(block))
     return out
@@ -136,22 +137,19 @@ def every_cell_where_short(probed: I32, sizes: I64, k: int) -> I32:
     return out
 
 
-def _under_parents(centroids: F16, parent: I32, parents: int) -> Members:
-    return make_members(centroids, np.arange(len(centroids)), parent, parents)
-
-
 def _nearest(rows: F16, centroids: F16, count: int) -> I32:
     """The nearest of a few centroids, compared with all: (n, min(count, centroids)) int32."""
-    among = make_members(
-        centroids, np.arange(len(centroids)), np.zeros(len(centroids), np.int64), 1
-    )
-    # all queries numbered −1: on the ring behind −1 come the cells in ascending order
-    numbers = np.full(len(rows), -1, np.int64)
-    probed = np.zeros((len(rows), 1), np.int32)
-    count = min(count, len(centroids))
-    found = search(among, rows, numbers, probed, count, len(centroids) + 1, over_fetch=_OVER_FETCH)
+    found = search_all(
+        centroids, np.arange(len(centroids)), rows, _before_all(rows), min(count, len(centroids)),
+        len(centroids) + 1, over_fetch=_OVER_FETCH,
+    )  # fmt: skip
     nearest: I32 = found.numbers.astype(np.int32)
     return nearest
+
+
+def _before_all(rows: F16) -> I64:
+    """Every query numbered −1: on the ring behind −1 come the cells in ascending order."""
+    return np.full(len(rows), -1, np.int64)
 
 
 def _kmeans(sample: F16, count: int) -> F16:
@@ -195,15 +193,11 @@ def _update(sample: F16, cell: I32, centroids: F16, level: float | None) -> F16:
     fixed: F16 = (means + 0.0).astype(np.float16)
     empty = np.flatnonzero(~filled)
     if empty.size:
-        distance = features.sqdist_pairs(np.concatenate([sample, centroids]), _pairing(cell))
-        fixed[empty] = sample[np.argsort(-distance[: len(sample), 0], kind="stable")[: empty.size]]
+        own = (len(sample) + cell.astype(np.int64))[:, None]
+        distance = features.sqdist_pairs(np.concatenate([sample, centroids]), own)[:, 0]
+        fixed[empty] = sample[np.argsort(-distance, kind="stable")[: empty.size]]
     fixed += np.float16(0)
     return fixed
-
-
-def _pairing(cell: I32) -> I64:
-    """Each row's centroid as a row number of [sample, centroids]."""
-    return (cell.astype(np.int64) + cell.size)[:, None]
 
 
 def _distinct(rows: F16) -> F16:

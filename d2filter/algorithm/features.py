@@ -82,10 +82,15 @@ def bucketed(keys: npt.NDArray[np.integer], buckets: int) -> tuple[I64, I64]:
     return start, np.argsort(keys, kind="stable").astype(np.int64, copy=False)
 
 
-def to_float32(rows: F16, which: I64 | None = None) -> F32:
-    """The same values as float32: of all rows, or of those at positions `which`, (·, d)."""
-    if which is not None:
-        rows = rows[which]
+def inside_runs(sizes: npt.NDArray[np.integer]) -> I64:
+    """0 … size − 1 for each run of the given sizes, one run after the other."""
+    ends = np.cumsum(sizes)
+    inside: I64 = np.arange(int(ends[-1]) if ends.size else 0) - np.repeat(ends - sizes, sizes)
+    return inside
+
+
+def to_float32(rows: F16) -> F32:
+    """The same values as float32, (n, d)."""
     out: F32 = _decode(np.ascontiguousarray(rows).view(np.uint16))
     return out
 
@@ -126,18 +131,8 @@ half: Any = _half
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc"})
-def sqdist(a, b):  # type: ignore[no-untyped-def]  # compiled by numba
-    """Float32 squared distance of two float16 rows given as uint16 bits."""
-    total = np.float64(0.0)
-    for c in range(a.size):
-        difference = np.float64(half(a[c])) - np.float64(half(b[c]))
-        total += difference * difference
-    return np.float32(total)
-
-
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc"})
 def sqdist_to(x, b):  # type: ignore[no-untyped-def]  # compiled by numba
-    """The same distance from a row that was widened to float64 once."""
+    """Float32 squared distance of a row widened to float64 to one given as uint16 bits."""
     total = np.float64(0.0)
     for c in range(x.size):
         difference = x[c] - np.float64(half(b[c]))
@@ -167,9 +162,11 @@ def _pairs(bits, neighbors):  # type: ignore[no-untyped-def]  # compiled by numb
     n, k = neighbors.shape
     out = np.full((n, k), np.inf, np.float32)
     for i in numba.prange(n):
+        x = np.empty(bits.shape[1], np.float64)
+        widen(bits[i], x)
         for c in range(k):
             if neighbors[i, c] >= 0:
-                out[i, c] = sqdist(bits[i], bits[neighbors[i, c]])
+                out[i, c] = sqdist_to(x, bits[neighbors[i, c]])
     return out
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import calibrate, cells, refine, search, uids
+from d2filter.algorithm import calibrate, cells, refine, search, shortlist, sketch, uids
 from d2filter.algorithm.lists import Lists
+from d2filter.algorithm.sketch import Sketch
 
 F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
@@ -39,10 +40,19 @@ class Pool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What the cells of rows are found by."""
+
+    sketch: Sketch
+    cells: cells.Cells
+    """of sketches"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Index:
     """What a search needs besides the rows; fixed before the search begins."""
 
-    cells: cells.Cells
+    trained: Trained
     choice: calibrate.Choice
 
 
@@ -70,22 +80,41 @@ class Recall:
 class InMemory:
     """A pool of which all rows are at hand (calibrate.Searcher)."""
 
+    features: F16
+    """(n, d)"""
+    sketch: Sketch
     members: search.Members
+    """of sketches"""
     assigned: I32
     sizes: I64
 
     @property
     def total(self) -> int:
         """n."""
-        return len(self.members.rows)
+        return len(self.features)
 
-    def find(self, queries: F16, numbers: I64, probed: I32, k: int) -> Lists:
-        """Exact lists within the probed cells."""
-        return search.search(self.members, queries, numbers, probed, k, self.total)
+    def truth(self, queries: F16, numbers: I64, k: int) -> Lists:
+        """Exact lists over the whole pool."""
+        everyone = np.arange(self.total, dtype=np.int64)
+        return search.search_all(self.features, everyone, queries, numbers, k, self.total)
+
+    def find(
+        self, queries: F16, numbers: I64, probed: I32, k: int,
+        *, progress: Progress = lambda done: None,
+    ) -> Lists:  # fmt: skip
+        """Lists as the search of these cells finds them."""
+        everyone = np.arange(self.total, dtype=np.int64)
+        whole = queries is self.features
+        sketches = self.members.rows if whole else self.sketch.apply(queries)
+        short = shortlist.find(
+            self.members, self.features, everyone, sketches, queries, numbers, probed,
+            self.sketch.places(k), self.total, progress=progress,
+        )  # fmt: skip
+        return shortlist.settle(short, numbers, k, self.total)
 
     def rows(self, numbers: I64) -> F16:
         """Their features."""
-        return self.members.rows[numbers]
+        return self.features[numbers]
 
     def probed(self, numbers: I64) -> I32:
         """The cells that they probe."""
@@ -97,29 +126,39 @@ def make_pool(rows: F16, hi: uids.U64, lo: uids.U64) -> Pool:
     return Pool(rows=rows, hi=hi, lo=lo)
 
 
-def train_cells(pool: Pool, k: int, *, exact_below: int = 16384, seed: int = 0) -> cells.Cells:
-    """Cells from rows chosen by uid hash; a single one for at most `exact_below` rows."""
-    count = cells.cell_count(len(pool.rows), k)
-    if len(pool.rows) <= max(1, exact_below) or count == 1:
-        return single_cell(pool.rows[:1])
-    size = cells.TRAINING_ROWS_A_CELL * count
+def train(pool: Pool, k: int, *, exact_below: int = 16384, seed: int = 0) -> Trained:
+    """Sketches and cells from rows chosen by uid hash; one cell for at most `exact_below` rows."""
+    count = count_to_train(len(pool.rows), k, exact_below)
+    size = cells.TRAINING_ROWS_A_CELL * count if count > 1 else 1
     chosen = uids.hash_sample(pool.hi, pool.lo, size, salt=uids.SALT_TRAIN, seed=seed)
-    return cells.train(pool.rows[chosen], count)
+    return train_on(pool.rows[chosen], count)
 
 
-def single_cell(rows: F16) -> cells.Cells:
-    """One cell that holds everything."""
-    return cells.from_centroids(rows[:1])
+def train_on(sample: F16, count: int) -> Trained:
+    """Sketches and `count` cells from chosen rows (m, d); one cell holds everything."""
+    if count == 1:
+        trained = sketch.none(sample.shape[1])
+        return Trained(sketch=trained, cells=cells.from_centroids(sample[:1]))
+    trained = sketch.train(sample)
+    return Trained(sketch=trained, cells=cells.train(trained.apply(sample), count))
 
 
-def in_cells(pool: Pool, index: cells.Cells, *, probes: int = cells.STORED_PROBES) -> InMemory:
+def count_to_train(total: int, k: int, exact_below: int) -> int:
+    """Cells of a pool; 1, an exact search, for at most `exact_below` rows."""
+    return 1 if total <= max(1, exact_below) else cells.cell_count(total, k)
+
+
+def in_cells(pool: Pool, trained: Trained, *, probes: int = cells.STORED_PROBES) -> InMemory:
     """Assign all rows and gather them by cell."""
-    assigned = cells.assign(pool.rows, index, probes)
+    sketches = trained.sketch.apply(pool.rows)
+    assigned = cells.assign(sketches, trained.cells, probes)
     numbers = np.arange(len(pool.rows), dtype=np.int64)
     return InMemory(
-        members=search.make_members(pool.rows, numbers, assigned[:, 0], index.count),
+        features=pool.rows,
+        sketch=trained.sketch,
+        members=search.make_members(sketches, numbers, assigned[:, 0], trained.cells.count),
         assigned=assigned,
-        sizes=np.bincount(assigned[:, 0], minlength=index.count),
+        sizes=np.bincount(assigned[:, 0], minlength=trained.cells.count),
     )
 
 
@@ -151,62 +190,58 @@ def build(
 ) -> tuple[Graph, Index]:
     """The graph with the recall that is asked for, and how it was searched."""
     total = len(pool.rows)
-    index = train_cells(pool, k, exact_below=exact_below, seed=seed)
-    if index.count == 1:
-        held = in_cells(pool, index)
-        choice = exact_choice(total)
-    else:
-        held = in_cells(pool, index)
+    trained = train(pool, k, exact_below=exact_below, seed=seed)
+    held = in_cells(pool, trained)
+    choice = exact_choice(total)
+    if trained.cells.count > 1:
         queries = uids.hash_sample(
             pool.hi, pool.lo, calibrate.QUERIES, salt=uids.SALT_CALIBRATE, seed=seed
         )
-        most = cells.assign(pool.rows[queries], index, cells.MOST_PROBES)
-        choice = calibrate.choose(held, pool.rows[queries], queries, most, k, target_recall)
-        if not pays(choice, total, index.count):
-            index = single_cell(pool.rows)
-            held = in_cells(pool, index)
+        rows = pool.rows[queries]
+        most = cells.assign(trained.sketch.apply(rows), trained.cells, cells.MOST_PROBES)
+        choice = calibrate.choose(held, rows, queries, most, k, target_recall)
+        if not pays(choice, total, trained.cells.count):
+            trained = train_on(pool.rows[:1], 1)
+            held = in_cells(pool, trained)
             choice = exact_choice(total)
         elif choice.probes > cells.STORED_PROBES:
-            held = in_cells(pool, index, probes=choice.probes)
+            held = in_cells(pool, trained, probes=choice.probes)
     graph = build_graph(held, k, choice, progress=progress)
-    return graph, Index(cells=index, choice=choice)
+    return graph, Index(trained=trained, choice=choice)
 
 
 def build_graph(
     held: InMemory, k: int, choice: calibrate.Choice, *, progress: Progress = lambda done: None
 ) -> Graph:
-    """k nearest neighbors of every row among the cells that it probes, refined if so chosen."""
+    """k nearest neighbors of every row among the cells that it probes, refined if so chosen.
+
+    Raises ValueError when fewer cells were assigned than are to be probed.
+    """
     total = held.total
+    if held.assigned.shape[1] < min(choice.probes, held.members.cells):
+        raise ValueError(
+            f"{choice.probes} cells are to be probed, {held.assigned.shape[1]} were assigned"
+        )
     numbers = np.arange(total, dtype=np.int64)
     width = list_width(k, choice.passes)
     probed = np.ascontiguousarray(held.assigned[:, : choice.probes])
     probed = cells.every_cell_where_short(probed, held.sizes, min(width, total - 1))
-    lists = search.search(
-        held.members,
-        held.members.rows,
-        numbers,
-        probed,
-        width,
-        total,
-        over_fetch=k + search.OVER_FETCH - width,
-        progress=progress,
-    )
+    lists = held.find(held.features, numbers, probed, width, progress=progress)
     if choice.passes:
-        home = np.where(lists.numbers >= 0, held.assigned[lists.numbers, 0], -1)
-        before = refine.first_round(lists, home)
-        rows = held.members.rows
+        before = lists
+        homes = held.assigned[before.numbers, 0]  # of padding too: it is not looked at
         lists = Lists.empty(total, k)
         # by cell: rows of one cell measure the same others
         order = np.argsort(probed[:, 0], kind="stable")
         for begin in range(0, total, refine.BLOCK):
             part = order[begin : begin + refine.BLOCK]
             own = before.take(part)
-            start, found, its_cells = refine.candidates(
-                part, probed[part], own, before, own.lists.numbers
+            start, found = refine.candidates(
+                part, probed[part], own.numbers, before.numbers, homes, own.numbers
             )
             better = refine.improved(
-                rows[part], part, own, start, found, its_cells, rows, found, total
-            ).lists
+                held.features[part], part, own, start, found, held.features, found, total
+            )
             lists.numbers[part] = better.numbers[:, :k]
             lists.sqdist[part] = better.sqdist[:, :k]
     return Graph(neighbors=lists.numbers, sqdist=lists.sqdist)
@@ -217,30 +252,25 @@ def list_width(k: int, passes: int) -> int:
     return k + calibrate.REFINED_LISTS if passes else k
 
 
-def exact_neighbors(pool: Pool, queries: I64, k: int) -> tuple[I64, F32]:
-    """Exact lists of some rows, by comparison with all: neighbors (q, k) int64, sqdist (q, k)."""
+def exact_neighbors(pool: Pool, queries: I64, k: int) -> Lists:
+    """Exact lists of some rows, by comparison with all."""
     numbers = np.arange(len(pool.rows), dtype=np.int64)
-    members = search.make_members(pool.rows, numbers, np.zeros(numbers.size, np.int32), 1)
-    probed = np.zeros((len(queries), 1), np.int32)
-    lists = search.search(members, pool.rows[queries], queries, probed, k, numbers.size)
-    return lists.numbers, lists.sqdist
+    return search.search_all(pool.rows, numbers, pool.rows[queries], queries, k, numbers.size)
 
 
 def measure_recall(pool: Pool, graph: Graph, *, seed: int = 0) -> Recall:
     """recall@k of `graph` against exact lists of 3,000 hash-chosen rows (all, in small pools)."""
     queries = uids.hash_sample(pool.hi, pool.lo, MEASURE_QUERIES, salt=uids.SALT_MEASURE, seed=seed)
-    truth, _ = exact_neighbors(pool, queries, graph.neighbors.shape[1])
+    truth = exact_neighbors(pool, queries, graph.neighbors.shape[1])
     return recall_of(truth, graph.neighbors[queries], len(pool.rows))
 
 
-def recall_of(truth: I64, found: I64, total: int) -> Recall:
+def recall_of(truth: Lists, found: I64, total: int) -> Recall:
     """recall@k of lists `found` (q, k) against exact ones, of q samples among `total`.
 
     The interval is mean ± 1.96 standard errors over queries, with the correction for a finite pool.
     """
-    hit = (truth[:, :, None] == found[:, None, :]).any(axis=2)
-    # a sample without any neighbor has nothing to miss
-    share = np.where(truth >= 0, hit, True).mean(axis=1)
+    share = truth.share_in(found)
     value = float(share.mean())
     left = np.sqrt((total - share.size) / max(1, total - 1))
     error = float(1.96 * share.std() / np.sqrt(share.size) * left)

@@ -40,34 +40,46 @@ class Lists:
             sqdist=np.full((queries, k), np.inf, np.float32),
         )
 
+    def share_in(self, found: I64) -> npt.NDArray[np.float64]:
+        """Share of each of these lists that `found` (q, ·) names too, (q,): recall by query.
+
+        A sample without any neighbor has nothing to miss.
+        """
+        hit = (self.numbers[:, :, None] == found[:, None, :]).any(axis=2)
+        share: npt.NDArray[np.float64] = np.where(self.numbers >= 0, hit, True).mean(axis=1)
+        return share
+
     def take(self, rows: I64) -> Lists:
         """The given rows, in that order."""
         return Lists(numbers=self.numbers[rows], sqdist=self.sqdist[rows])
 
-    def head(self, k: int) -> Lists:
-        """The first k places."""
-        return Lists(
-            numbers=np.ascontiguousarray(self.numbers[:, :k]),
-            sqdist=np.ascontiguousarray(self.sqdist[:, :k]),
-        )
 
-
-def merge_inplace(into: Lists, rows: I64, other: Lists, queries: I64, total: int) -> None:
+def merge_inplace(
+    into: Lists, rows: I64, other: Lists, queries: I64, total: int,
+    *, carried: tuple[F32, F32] | None = None,
+) -> None:  # fmt: skip
     """Merge the lists `other` (r, k) of some samples into those at positions `rows`.
 
     queries: (r,) numbers of these samples; total: n. Both hold different neighbors, so exact lists
-    of two sets of samples become the exact list of both.
+    of two sets of samples become the exact list of both. carried: a value beside each place of
+    `into` and of `other`, which moves along.
     """
-    _merge(into.numbers, into.sqdist, rows, other.numbers, other.sqdist, queries, total)
+    mine, theirs = carried or (into.sqdist, other.sqdist)
+    _merge(
+        into.numbers, into.sqdist, mine, rows, other.numbers, other.sqdist, theirs, queries, total
+    )
 
 
 @numba.njit(cache=True, parallel=True)
-def _merge(numbers, sqdist, rows, more, more_sqdist, queries, total):  # type: ignore[no-untyped-def]
+def _merge(  # type: ignore[no-untyped-def]  # compiled by numba
+    numbers, sqdist, carried, rows, more, more_sqdist, more_carried, queries, total
+):
     k = numbers.shape[1]
     for r in numba.prange(rows.size):
         i = rows[r]
         held = numbers[i].copy()
         distance = sqdist[i].copy()
+        value = carried[i].copy()
         a, b = 0, 0
         for t in range(k):
             left = a < k and held[a] >= 0
@@ -81,11 +93,36 @@ def _merge(numbers, sqdist, rows, more, more_sqdist, queries, total):  # type: i
             elif not left and not right:
                 break
             if left:
-                numbers[i, t], sqdist[i, t] = held[a], distance[a]
+                numbers[i, t], sqdist[i, t], carried[i, t] = held[a], distance[a], value[a]
                 a += 1
             else:
                 numbers[i, t], sqdist[i, t] = more[r, b], more_sqdist[r, b]
+                carried[i, t] = more_carried[r, b]
                 b += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def insert(numbers, sqdist, number, distance, query, total):  # type: ignore[no-untyped-def]
+    """Put one more neighbor into a list that may have free places (−1), in place.
+
+    Returns the place that it got, the length of the list when it got none.
+    """
+    k = numbers.size
+    offset = (number - query) % total
+    at = k
+    while at > 0 and (
+        numbers[at - 1] < 0
+        or sqdist[at - 1] > distance
+        or (sqdist[at - 1] == distance and (numbers[at - 1] - query) % total > offset)
+    ):
+        at -= 1
+    if at < k:
+        for s in range(k - 1, at, -1):
+            numbers[s] = numbers[s - 1]
+            sqdist[s] = sqdist[s - 1]
+        numbers[at] = number
+        sqdist[at] = distance
+    return at
 
 
 @numba.njit(cache=True, nogil=True)

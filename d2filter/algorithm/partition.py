@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from d2filter.algorithm import features
+
 F16 = npt.NDArray[np.float16]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -41,8 +43,7 @@ class Layout:
     def owners_of(self, cells: int) -> tuple[I64, I32]:
         """The partitions that hold some of each cell, as CSR (start (cells + 1,), partitions)."""
         pairs = np.unique(np.stack([self.cell, self.owner], axis=1), axis=0)
-        start = np.zeros(cells + 1, np.int64)
-        np.cumsum(np.bincount(pairs[:, 0], minlength=cells), out=start[1:])
+        start, _ = features.bucketed(pairs[:, 0], cells)
         return start, np.ascontiguousarray(pairs[:, 1]).astype(np.int32)
 
 
@@ -88,9 +89,8 @@ def destinations(assigned: I32, home: I32, start: I64, owners: I32) -> tuple[I64
         cell = assigned[:, p]
         there = np.flatnonzero(cell >= 0)
         count = start[cell[there] + 1] - start[cell[there]]
-        inside = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
         rows.append(np.repeat(there, count))
-        goals.append(owners[np.repeat(start[cell[there]], count) + inside])
+        goals.append(owners[np.repeat(start[cell[there]], count) + features.inside_runs(count)])
     everywhere = np.flatnonzero(assigned[:, 0] < -1)
     all_of_them = np.unique(owners)
     rows.append(np.repeat(everywhere, all_of_them.size))

@@ -1,98 +1,84 @@
 """Refinement over neighbors of neighbors (DESIGN §4): what few probes missed, friends know.
 
-A pass reads the lists of the pass before and nothing else (double-buffered), so neither order nor
+The pass reads the lists of the search and nothing else (double-buffered), so neither order nor
 partition can change it. A neighbor of a neighbor is measured only when its home cell was not
-probed: all others were compared already. From the second pass on only what is new counts.
+probed: all others were compared already.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import features
+from d2filter.algorithm import features, lists
 from d2filter.algorithm.lists import Lists
 from d2filter.algorithm.search import EVERY_CELL
 
 F16 = npt.NDArray[np.float16]
-F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
+
 BLOCK = 65536  # samples whose candidates are held at a time
 
-Fresh = npt.NDArray[np.bool_]
+
+def distinct(numbers: I64) -> tuple[I64, I64]:
+    """The samples named in lists, ascending, and where each place of the lists names: −1 pads."""
+    there = numbers >= 0
+    named, back = np.unique(numbers[there], return_inverse=True)
+    where = np.full(numbers.shape, -1, np.int64)
+    where[there] = back
+    return named, where
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Round:
-    """Lists between two passes, with what the next pass needs of each neighbor."""
-
-    lists: Lists
-    cells: I32
-    """(q, K) home cell of each neighbor"""
-    fresh: Fresh
-    """(q, K) whether it came with the last pass"""
-
-    def take(self, rows: I64) -> Round:
-        """The given rows, in that order."""
-        return Round(lists=self.lists.take(rows), cells=self.cells[rows], fresh=self.fresh[rows])
-
-
-def first_round(lists: Lists, cells: I32) -> Round:
-    """The lists of the search. cells: (q, K) home cell of each neighbor."""
-    return Round(lists=lists, cells=cells, fresh=np.ones(cells.shape, np.bool_))
+def home_cells(numbers: I64, home_of: Callable[[I64], I32]) -> I32:
+    """Home cell of each neighbor in lists, −1 where padded; home_of is asked once for each."""
+    named, where = distinct(numbers)
+    cells = np.full(numbers.shape, -1, np.int32)
+    cells[where >= 0] = home_of(named)[where[where >= 0]]
+    return cells
 
 
 def candidates(
-    numbers: I64, probed: I32, own: Round, friends: Round, friend_of: I64
-) -> tuple[I64, I64, I32]:
-    """Neighbors of neighbors worth measuring: CSR (start (q + 1,), numbers, home cells).
+    numbers: I64, probed: I32, own: I64, friends: I64, friend_cells: I32, friend_of: I64
+) -> tuple[I64, I64]:
+    """Neighbors of neighbors worth measuring, as CSR: start (q + 1,), numbers.
 
-    numbers: (q,) of the samples; probed: (q, p); own: their lists. friends: lists of their
-    neighbors, friend_of: (q, K) row of each neighbor in it, −1 for none. Each candidate is named
-    once, is not in the list yet, and was never compared.
+    numbers: (q,) of the samples; probed: (q, p); own: (q, K) their lists. friends: (f, K) lists of
+    their neighbors with the home cells of what these name; friend_of: (q, K) row of each neighbor
+    in it, −1 for none. Each candidate is named once, is not in the list yet, and was never
+    compared.
     """
     start = np.zeros(numbers.size + 1, np.int64)
-    arguments = (
-        numbers, probed, own.lists.numbers, own.fresh, friends.lists.numbers, friends.cells,
-        friends.fresh, friend_of, start,
-    )  # fmt: skip
+    arguments = (numbers, probed, own, friends, friend_cells, friend_of, start)
     nothing = np.empty(0, np.int64)
-    _candidates(*arguments, nothing, nothing.astype(np.int32), True)
+    _candidates(*arguments, nothing, True)
     np.cumsum(start, out=start)
     found = np.empty(start[-1], np.int64)
-    cells = np.empty(start[-1], np.int32)
-    _candidates(*arguments, found, cells, False)
-    return start, found, cells
+    _candidates(*arguments, found, False)
+    return start, found
 
 
 def improved(
-    rows: F16, numbers: I64, own: Round, start: I64, found: I64, cells: I32,
-    table: F16, where: I64, total: int,
-) -> Round:  # fmt: skip
-    """The lists after a pass. rows: (q, d) features of the samples. Nothing is modified.
+    rows: F16, numbers: I64, own: Lists, start: I64, found: I64, table: F16, where: I64, total: int
+) -> Lists:
+    """The lists after the pass. rows: (q, d) features of the samples. Nothing is modified.
 
-    start, found, cells: the candidates (CSR); table[where]: their features. total: n.
+    start, found: the candidates (CSR); table[where]: their features. total: n.
     """
-    after = Round(
-        lists=Lists(numbers=own.lists.numbers.copy(), sqdist=own.lists.sqdist.copy()),
-        cells=own.cells.copy(),
-        fresh=np.zeros_like(own.fresh),
-    )
+    after = Lists(numbers=own.numbers.copy(), sqdist=own.sqdist.copy())
     _improve(
-        rows.view(np.uint16), numbers, start, found, cells, table.view(np.uint16), where, total,
-        after.lists.numbers, after.lists.sqdist, after.cells, after.fresh,
+        rows.view(np.uint16), numbers, start, found, table.view(np.uint16), where, total,
+        after.numbers, after.sqdist,
     )  # fmt: skip
     return after
 
 
 @numba.njit(cache=True, parallel=True)
 def _candidates(  # type: ignore[no-untyped-def]  # compiled by numba
-    numbers, probed, own, own_fresh, friends, friend_cells, friend_fresh, friend_of, start,
-    found, cells, counting,
+    numbers, probed, own, friends, friend_cells, friend_of, start, found, counting
 ):  # fmt: skip
     """Count the candidates of each sample into start[1:], or write them from start[i] on."""
     q, width = own.shape
@@ -116,8 +102,6 @@ def _candidates(  # type: ignore[no-untyped-def]  # compiled by numba
                 h = friends[f, s]
                 if h < 0:
                     break
-                if not (own_fresh[i, t] or friend_fresh[f, s]):
-                    continue
                 cell = friend_cells[f, s]
                 compared = False
                 for c in range(probed.shape[1]):
@@ -128,7 +112,6 @@ def _candidates(  # type: ignore[no-untyped-def]  # compiled by numba
                     continue
                 if not counting:
                     found[start[i] + count] = h
-                    cells[start[i] + count] = cell
                 count += 1
         if counting:
             start[i + 1] = count
@@ -149,9 +132,8 @@ def _add(seen, number):  # type: ignore[no-untyped-def]  # compiled by numba
 
 @numba.njit(cache=True, parallel=True)
 def _improve(  # type: ignore[no-untyped-def]  # compiled by numba
-    bits, numbers, start, found, cells, table, where, total, out, out_sqdist, out_cells, out_fresh
+    bits, numbers, start, found, table, where, total, out, out_sqdist
 ):
-    k = out.shape[1]
     for i in numba.prange(numbers.size):
         if start[i] == start[i + 1]:
             continue
@@ -159,23 +141,4 @@ def _improve(  # type: ignore[no-untyped-def]  # compiled by numba
         features.widen(bits[i], x)
         for t in range(start[i], start[i + 1]):
             d = features.sqdist_to(x, table[where[t]])
-            h = found[t]
-            offset = (h - numbers[i]) % total
-            at = k
-            while at > 0 and (
-                out[i, at - 1] < 0
-                or out_sqdist[i, at - 1] > d
-                or (out_sqdist[i, at - 1] == d and (out[i, at - 1] - numbers[i]) % total > offset)
-            ):
-                at -= 1
-            if at == k:
-                continue
-            for s in range(k - 1, at, -1):
-                out[i, s] = out[i, s - 1]
-                out_sqdist[i, s] = out_sqdist[i, s - 1]
-                out_cells[i, s] = out_cells[i, s - 1]
-                out_fresh[i, s] = out_fresh[i, s - 1]
-            out[i, at] = h
-            out_sqdist[i, at] = d
-            out_cells[i, at] = cells[t]
-            out_fresh[i, at] = True
+            lists.insert(out[i], out_sqdist[i], found[t], d, numbers[i], total)

@@ -68,6 +68,22 @@ def make_members(rows: F16, numbers: I64, cell: npt.NDArray[np.integer], cells: 
     )
 
 
+def search_all(
+    rows: F16,
+    numbers: I64,
+    queries: F16,
+    query_numbers: I64,
+    k: int,
+    total: int,
+    *,
+    over_fetch: int = OVER_FETCH,
+) -> Lists:
+    """The k nearest of all `rows` to each query: `search` where there is one cell."""
+    among = make_members(rows, numbers, np.zeros(len(rows), np.int32), 1)
+    probed = np.zeros((len(queries), 1), np.int32)
+    return search(among, queries, query_numbers, probed, k, total, over_fetch=over_fetch)
+
+
 def search(
     members: Members,
     queries: F16,
@@ -208,8 +224,8 @@ def _rows_of(groups: features.Copies, block: I64) -> tuple[I64, I64]:
     sizes = groups.start[block + 1] - groups.start[block]
     start = np.zeros(block.size + 1, np.int64)
     np.cumsum(sizes, out=start[1:])
-    inside = np.arange(start[-1]) - np.repeat(start[:-1], sizes)
-    return start, groups.members[np.repeat(groups.start[block], sizes) + inside]
+    at = np.repeat(groups.start[block], sizes) + features.inside_runs(sizes)
+    return start, groups.members[at]
 
 
 def _one_cell(members: Members) -> Members:

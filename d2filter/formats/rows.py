@@ -27,6 +27,8 @@ class Rows:
     folder: Folder
     name: str
     starts: tuple[int, ...]
+    column: str = ""
+    """of parts that `write_columns` wrote"""
 
     @property
     def total(self) -> int:
@@ -35,7 +37,8 @@ class Rows:
 
     def part(self, number: int) -> Array:
         """One part; a memory map on a local disk."""
-        return read_array(self.folder, f"{self.name}-{number:05d}.npy")
+        column = f".{self.column}" if self.column else ""
+        return read_array(self.folder, f"{self.name}-{number:05d}{column}.npy")
 
     def gather(self, numbers: I64) -> Array:
         """Rows of the given samples, in any order."""

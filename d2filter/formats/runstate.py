@@ -66,9 +66,13 @@ class Plan:
 
     def _digest(self, inputs: Sequence[FileInfo]) -> str:
         files = [[f.name, f.size, f.version] for f in inputs]
-        made = [self.stage, d2filter.__version__, self.options, self.upstream, files]
-        text = json.dumps(made, sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return digest([self.stage, d2filter.__version__, self.options, self.upstream, files])
+
+
+def digest(values: object) -> str:
+    """Hash of anything that JSON can hold: what fingerprints are made of."""
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,17 +6,17 @@ train → assign (by catalog part) → choose → lay out → route (by part) �
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from d2filter.algorithm import backend, cells, knn
+from d2filter.algorithm import backend, cells, knn, sketch
 from d2filter.config import RunConfig
-from d2filter.errors import RecallError, UsageError
+from d2filter.errors import RecallError
 from d2filter.formats import catalog
 from d2filter.formats.paths import Folder
+from d2filter.formats.runstate import digest
 from d2filter.stages import index, neighbors, route
 from d2filter.stages.index import CENTROIDS
 from d2filter.stages.runner import Runner, Task
@@ -39,20 +39,20 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
     steps = _Steps(runner, out, config, fingerprint)
     k = config.graph.n_neighbors
     trained, choice = steps.choose(exact=False)
-    if choice is not None and not choice["pays"]:
+    if not choice["pays"]:
         trained, choice = steps.choose(exact=True)
-    probes, passes = (choice["probes"], choice["passes"]) if choice else (1, 0)
+    probes, passes = choice["probes"], choice["passes"]
     target = config.graph.target_recall
-    if choice and choice["predicted"] < target and not config.best_effort:
+    if choice["predicted"] < target and not config.best_effort:
         raise RecallError(
             f"recall@{k} of {target} is out of reach: {probes} of {trained['nlist']} cells find "
             f"{choice['predicted']:.4f} on the calibration sample; "
             "lower --target-recall, raise --exact-below above the size of the pool for an exact "
             "graph, or take what can be had with --best-effort"
         )
-    laid, partitions = steps.lay_out(knn.list_width(k, passes))
-    routed = steps.route(probes, knn.list_width(k, passes), partitions)
-    width = min(knn.list_width(k, passes), max(1, steps.total - 1)) if passes else k
+    width = knn.list_width(k, passes)
+    laid, partitions = steps.lay_out(width, trained["sketch_dim"])
+    routed = steps.route(probes, width, partitions)
     found, edges, judged = steps.search(laid["sizes"], width, passes, trained["nlist"], partitions)
     entries = sum(figures["entries"] for figures in routed)
     every = sum(figures["edges"] for figures in edges)
@@ -61,8 +61,9 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
         "nlist": trained["nlist"],
         "nprobe": probes,
         "refinement_passes": passes,
-        "predicted_recall": choice["predicted"] if choice else 1.0,
-        "evaluations_per_sample": choice["evaluations"] if choice else float(steps.total),
+        "sketch_dim": trained["sketch_dim"],
+        "predicted_recall": choice["predicted"],
+        "evaluations_per_sample": choice["evaluations"],
         **{name: judged[name] for name in ("recall", "recall_ci", "recall_queries")},
         "partitions": partitions,
         "partition_rows": [figures["rows"] for figures in found],
@@ -97,15 +98,15 @@ class _Steps:
         self.peak = 0
         self._memory = config.memory_per_worker
 
-    def choose(self, *, exact: bool) -> tuple[Figures, Figures | None]:
+    def choose(self, *, exact: bool) -> tuple[Figures, Figures]:
         """Train, assign, calibrate. exact: one cell, whatever the calibration found."""
         kind = "exact" if exact else "cells"
         trained = self._alone(
-            f"train-{kind}", index.train, {"config": self._config.graph, "exact": exact}, kind
+            "train", index.train, {"config": self._config.graph, "exact": exact}, kind
         )
         self._assign(kind, cells.STORED_PROBES)
         if trained["nlist"] == 1:
-            return trained, None
+            return trained, {**asdict(knn.exact_choice(self.total)), "pays": True}
         choice = self._alone(
             "choose", index.choose, {"config": self._config.graph, "parts": self._parts}
         )
@@ -118,7 +119,7 @@ class _Steps:
         arguments = [{"part": part, "probes": probes} for part in range(self._parts)]
         self._map("assign", index.assign, names, arguments, self.total, variant=kind)
 
-    def lay_out(self, width: int) -> tuple[Figures, int]:
+    def lay_out(self, width: int, sketch_dim: int) -> tuple[Figures, int]:
         """Cells → partitions: as many as asked for, as before, or as a worker's memory needs."""
         marker = "completions/graph/layout.json"
         before = self._out.read_json(marker)
@@ -127,7 +128,7 @@ class _Steps:
             # a rerun may find another amount of memory free: what was laid out stays
             same = before["fingerprint"] == self._print("layout", before["partitions"])
             partitions = before["partitions"] if same else 0
-        partitions = partitions or self._partitions(width)
+        partitions = partitions or self._partitions(width, sketch_dim)
         fingerprint = self._print("layout", partitions)
         if before is None or before["fingerprint"] != fingerprint:
             # markers go before the files that they stand for
@@ -169,28 +170,27 @@ class _Steps:
         k = self._config.graph.n_neighbors
         numbers = range(partitions)
 
-        def each(label: str, run: Any, **more: Any) -> list[Figures]:
+        def each(label: str, run: Any, arguments: Callable[[int], Figures]) -> list[Figures]:
             return self._map(
                 label,
                 run,
                 [f"{label}-{n:05d}" for n in numbers],
-                [{"number": n, **{key: _at(v, n) for key, v in more.items()}} for n in numbers],
+                [{"number": n, **arguments(n)} for n in numbers],
                 self.total,
                 variant=partitions,
             )
 
-        found = each(
-            "find", neighbors.find, parts=self._parts, partitions=partitions, nlist=nlist,
-            width=width,
-        )  # fmt: skip
-        each("merge", neighbors.merge, partitions=partitions)
+        every: Figures = {"parts": self._parts, "partitions": partitions, "width": width}
+        found = each("find", neighbors.find, lambda n: {**every, "nlist": nlist})
+        each("merge", neighbors.merge, lambda n: every)
         stem = "merged"
         if passes:
-            each("refine", neighbors.improve, sizes=_Whole(list(sizes)))
+            each("refine", neighbors.improve, lambda n: {"parts": self._parts, "sizes": sizes})
             stem = "refined"
-        first = [sum(sizes[:n]) for n in numbers]
         edges = each(
-            "finish", neighbors.finish, stem=stem, k=k, first=_Each(first), rows=_Each(sizes)
+            "finish",
+            neighbors.finish,
+            lambda n: {"stem": stem, "k": k, "first": sum(sizes[:n]), "rows": sizes[n]},
         )
         self._map(
             "measure",
@@ -204,13 +204,15 @@ class _Steps:
             neighbors.judge,
             {"parts": self._parts, "partitions": partitions, "k": k, "stem": stem},
             partitions,
+            named=False,
         )
         return found, edges, judged
 
-    def _partitions(self, width: int) -> int:
+    def _partitions(self, width: int, sketch_dim: int) -> int:
         """As few as memory allows, at least one a node; a whole node for a pool that fits one."""
-        # rows, copies and lists of a sample, and the buffers of its visits to other partitions
-        sample = self._row_bytes + 200 + 30 * width
+        places = sketch.places(width, identity=2 * sketch_dim == self._row_bytes)
+        # row, sketch, copies and cells; shortlists of own rows, then of those that visit
+        sample = self._row_bytes + 2 * sketch_dim + 200 + 32 * places
         needed = self.total * sample
         cpus, nodes, node_bytes = self._runner.resources()
         if not self._memory:
@@ -219,15 +221,14 @@ class _Steps:
                 return 1
             self._memory = max(2 * _PROCESS_BYTES, node_bytes // cpus)
         room = (self._memory - _PROCESS_BYTES) * _SHARE_OF_MEMORY
-        if room <= 0:
-            raise UsageError(
-                f"memory-per-worker is {self._memory} bytes, a worker takes {_PROCESS_BYTES} "
-                "before it holds a sample: --memory-per-worker 1GB"
-            )
         return int(max(nodes, math.ceil(needed / room)))
 
-    def _alone(self, name: str, run: Any, arguments: Figures, variant: Any = "") -> Figures:
-        return self._map(name, run, [name], [arguments], None, variant=variant)[0]
+    def _alone(
+        self, label: str, run: Any, arguments: Figures, variant: Any = "", *, named: bool = True
+    ) -> Figures:
+        """One task; named: with the variant in its name, so that two variants keep both markers."""
+        name = f"{label}-{variant}" if named and variant else label
+        return self._map(label, run, [name], [arguments], None, variant=variant)[0]
 
     def _map(
         self,
@@ -238,42 +239,24 @@ class _Steps:
         total: int | None,
         variant: Any = "",
     ) -> list[Figures]:
-        fingerprint = self._print(label, variant)
         figures = self._runner.map(
             "graph",
             [
                 Task(name=name, run=run, arguments={"out": self._out, **more})
                 for name, more in zip(names, arguments, strict=True)
             ],
-            fingerprint=fingerprint,
-            label=label.split("-")[0],
+            fingerprint=self._print(label, variant),
+            label=label,
             total=total,
             share_node=True,
-            on_gpu=label.split("-")[0] in _PRODUCTS and backend.may_use_gpus(),
+            on_gpu=label in _PRODUCTS and backend.may_use_gpus(),
             memory=self._memory,
         )
-        step = label.split("-")[0]
-        self.seconds[step] = round(
-            self.seconds.get(step, 0.0) + max(f["seconds"] for f in figures), 3
-        )
+        longest = max(f["seconds"] for f in figures)
+        self.seconds[label] = round(self.seconds.get(label, 0.0) + longest, 3)
         self.peak = max(self.peak, *(f["peak_rss_bytes"] for f in figures))
         return figures
 
     def _print(self, label: str, variant: Any) -> str:
         """Fingerprint of one step: another number of partitions makes it anew."""
-        text = json.dumps([self._fingerprint, label, variant])
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-class _Each(tuple[int, ...]):
-    """A value for every partition."""
-
-
-class _Whole(list[int]):
-    """A list that every partition gets whole."""
-
-
-def _at(value: Any, number: int) -> Any:
-    if isinstance(value, _Each):
-        return value[number]
-    return list(value) if isinstance(value, _Whole) else value
+        return digest([self._fingerprint, label, variant])

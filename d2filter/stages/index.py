@@ -1,6 +1,7 @@
-"""Catalog → index/: centroids, the cells of every row, how to search (DESIGN §4.1, §4.3, §4.7).
+"""Catalog → index/: sketches, centroids, the cells of every row, how to search (DESIGN §4.1–4.3).
 
-index/centroids.npy            (nlist, d) float16; parents.npy, parent.npy: the level above
+index/centroids.npy            (nlist, d') float16; parents.npy, parent.npy: the level above
+index/sketch.*                 the projection: mean (d,), axes (d, d') and grid
 index/calibrate.*, measure.*   hash-chosen samples: numbers and features
 index/assigned-00000.npy       (rows, p) int32, by catalog part: cells that each row probes
 index/counts-00000.npy         (nlist,) int64 rows of each cell in that part
@@ -10,14 +11,15 @@ All but centroids.npy and cells.parquet is removed when the graph is done.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import backend, calibrate, cells, knn, search, uids
+from d2filter.algorithm import backend, calibrate, cells, knn, search, shortlist, uids
 from d2filter.algorithm.lists import Lists, merge_inplace
+from d2filter.algorithm.sketch import Sketch
 from d2filter.config import GraphConfig
 from d2filter.formats import catalog
 from d2filter.formats.paths import Folder
@@ -34,16 +36,14 @@ _BLOCK = 65536
 
 
 def train(*, report: Report, out: Folder, config: GraphConfig, exact: bool) -> dict[str, Any]:
-    """Task: choose samples by uid hash and train the centroids. Figures: nlist.
+    """Task: choose samples by uid hash, train sketches and centroids. Figures: nlist, sketch_dim.
 
     Memory: the training sample, 16 rows a cell; one part's uids.
     """
     backend.use_threads(assigned_cpus())
     layout = catalog.layout(out.sub("catalog"))
-    k = config.n_neighbors
-    count = 1 if exact else cells.cell_count(layout.total, k)
-    if layout.total <= max(1, config.exact_below):
-        count = 1
+    count = knn.count_to_train(layout.total, config.n_neighbors, config.exact_below)
+    count = 1 if exact else count
     sizes = {
         uids.SALT_TRAIN: cells.TRAINING_ROWS_A_CELL * count if count > 1 else 1,
         uids.SALT_CALIBRATE: calibrate.QUERIES,
@@ -53,26 +53,29 @@ def train(*, report: Report, out: Folder, config: GraphConfig, exact: bool) -> d
     index = out.sub("index")
     for stem, salt in ((CALIBRATE, uids.SALT_CALIBRATE), (MEASURE, uids.SALT_MEASURE)):
         write_columns(index, stem, number=chosen[salt], rows=layout.gather(chosen[salt]))
-    sample = layout.gather(chosen[uids.SALT_TRAIN])
-    trained = knn.single_cell(sample) if count == 1 else cells.train(sample, count)
-    write_array(index, "parents.npy", trained.parents)
-    write_array(index, "parent.npy", trained.parent)
-    write_array(index, CENTROIDS, trained.centroids)
-    return {"nlist": trained.count}
+    trained = knn.train_on(layout.gather(chosen[uids.SALT_TRAIN]), count)
+    to_sketch = trained.sketch
+    write_columns(
+        index, "sketch", mean=to_sketch.mean, axes=to_sketch.axes, grid=np.array([to_sketch.grid])
+    )
+    write_array(index, "parents.npy", trained.cells.parents)
+    write_array(index, "parent.npy", trained.cells.parent)
+    write_array(index, CENTROIDS, trained.cells.centroids)
+    return {"nlist": trained.cells.count, "sketch_dim": trained.cells.centroids.shape[1]}
 
 
 def assign(*, report: Report, out: Folder, part: int, probes: int) -> dict[str, Any]:
     """Task: the cells that each row of a catalog part probes. Memory: a block of rows."""
     backend.use_threads(assigned_cpus())
-    trained = read_cells(out)
+    trained = read_trained(out)
     rows = catalog.layout(out.sub("catalog")).part(part)
-    found = np.zeros((len(rows), min(probes, trained.count)), np.int32)
+    found = np.zeros((len(rows), min(probes, trained.cells.count)), np.int32)
     for begin in range(0, len(rows), _BLOCK):
-        block = np.array(rows[begin : begin + _BLOCK])
-        found[begin : begin + len(block)] = cells.assign(block, trained, probes)
-        report(len(block))
+        sketches = trained.sketch.apply(np.array(rows[begin : begin + _BLOCK]))
+        found[begin : begin + len(sketches)] = cells.assign(sketches, trained.cells, probes)
+        report(len(sketches))
     index = out.sub("index")
-    counts = np.bincount(found[:, 0], minlength=trained.count).astype(np.int64)
+    counts = np.bincount(found[:, 0], minlength=trained.cells.count).astype(np.int64)
     write_array(index, f"counts-{part:05d}.npy", counts)
     write_array(index, f"assigned-{part:05d}.npy", found)
     return {}
@@ -81,36 +84,36 @@ def assign(*, report: Report, out: Folder, part: int, probes: int) -> dict[str, 
 def choose(*, report: Report, out: Folder, config: GraphConfig, parts: int) -> dict[str, Any]:
     """Task: how many cells to probe, and whether to refine. Memory: one part at a time."""
     backend.use_threads(assigned_cpus())
-    trained = read_cells(out)
-    pool = Streamed(out, parts, trained.count)
+    trained = read_trained(out)
+    pool = Streamed(out, parts, trained)
     queries = read_columns(out.sub("index"), CALIBRATE, "number", "rows")
     rows = queries["rows"]
     choice = calibrate.choose(
         pool,
         rows,
         queries["number"],
-        cells.assign(rows, trained, cells.MOST_PROBES),
+        cells.assign(trained.sketch.apply(rows), trained.cells, cells.MOST_PROBES),
         config.n_neighbors,
         config.target_recall,
     )
-    return {
-        "probes": choice.probes,
-        "passes": choice.passes,
-        "predicted": choice.predicted,
-        "evaluations": choice.evaluations,
-        "reached": choice.reached,
-        "pays": knn.pays(choice, pool.total, trained.count),
-    }
+    return {**asdict(choice), "pays": knn.pays(choice, pool.total, trained.cells.count)}
 
 
-def read_cells(out: Folder) -> cells.Cells:
-    """The trained cells; copies, for compiled code is made anew for read-only arrays."""
+def read_trained(out: Folder) -> knn.Trained:
+    """Sketches and cells; copies, for compiled code is made anew for read-only arrays."""
     index = out.sub("index")
-    return cells.Cells(
+    found = cells.Cells(
         centroids=np.array(read_array(index, CENTROIDS)),
         parents=np.array(read_array(index, "parents.npy")),
         parent=np.array(read_array(index, "parent.npy")),
     )
+    return knn.Trained(sketch=read_sketch(out), cells=found)
+
+
+def read_sketch(out: Folder) -> Sketch:
+    """The projection of rows."""
+    held = read_columns(out.sub("index"), "sketch", "mean", "axes", "grid")
+    return Sketch(mean=held["mean"], axes=held["axes"], grid=float(held["grid"][0]))
 
 
 def read_counts(out: Folder, parts: int) -> I64:
@@ -130,23 +133,39 @@ class Streamed:
 
     out: Folder
     parts: int
-    nlist: int
+    trained: knn.Trained
 
     def __post_init__(self) -> None:
         self._layout = catalog.layout(self.out.sub("catalog"))
         self._assigned = assigned_rows(self.out, self._layout)
+        self.sketch = self.trained.sketch
         self.total = self._layout.total
         self.sizes: I64 = read_counts(self.out, self.parts).sum(axis=0)
-        self._held: dict[int, search.Members] = {}
+        self._held: dict[int, tuple[F16, I64, search.Members]] = {}
 
-    def find(self, queries: F16, numbers: I64, probed: I32, k: int) -> Lists:
-        """Exact lists within the probed cells, merged over the parts."""
+    def truth(self, queries: F16, numbers: I64, k: int) -> Lists:
+        """Exact lists over the whole pool, merged over the parts."""
         found = Lists.empty(len(queries), k)
         everyone = np.arange(len(queries), dtype=np.int64)
         for part in range(self.parts):
-            theirs = search.search(self._members(part), queries, numbers, probed, k, self.total)
+            rows, own, _ = self._part(part)
+            theirs = search.search_all(rows, own, queries, numbers, k, self.total)
             merge_inplace(found, everyone, theirs, numbers, self.total)
         return found
+
+    def find(self, queries: F16, numbers: I64, probed: I32, k: int) -> Lists:
+        """Lists as the search of these cells finds them, merged over the parts."""
+        places = self.sketch.places(k)
+        sketches = self.sketch.apply(queries)
+        found = shortlist.empty(len(queries), places)
+        everyone = np.arange(len(queries), dtype=np.int64)
+        for part in range(self.parts):
+            rows, own, members = self._part(part)
+            theirs = shortlist.find(
+                members, rows, own, sketches, queries, numbers, probed, places, self.total
+            )
+            shortlist.merge_inplace(found, everyone, theirs, numbers, self.total)
+        return shortlist.settle(found, numbers, k, self.total)
 
     def rows(self, numbers: I64) -> F16:
         """Their features."""
@@ -156,30 +175,32 @@ class Streamed:
         """The cells that they probe."""
         return self._assigned.gather(numbers)
 
-    def _members(self, part: int) -> search.Members:
+    def _part(self, part: int) -> tuple[F16, I64, search.Members]:
+        """Rows and numbers of a catalog part, and its sketches in cells."""
         if part not in self._held:
             self._held.clear()
             start = self._layout.starts[part]
             rows = np.array(self._layout.part(part))
             numbers = start + np.arange(len(rows), dtype=np.int64)
             home = np.array(self._assigned.part(part)[:, 0])
-            self._held[part] = search.make_members(rows, numbers, home, self.nlist)
+            members = search.make_members(
+                self.sketch.apply(rows), numbers, home, self.trained.cells.count
+            )
+            self._held[part] = rows, numbers, members
         return self._held[part]
 
 
 def _choose(layout: Rows, sizes: dict[int, int], seed: int) -> dict[int, I64]:
     """Numbers of the samples with the smallest hashes, ascending, for each salt and size."""
-    keys: dict[int, list[npt.NDArray[np.uint64]]] = {salt: [] for salt in sizes}
-    numbers: dict[int, list[I64]] = {salt: [] for salt in sizes}
+    held: dict[int, list[tuple[Any, ...]]] = {salt: [] for salt in sizes}
     for part, start in enumerate(layout.starts[:-1]):
         hi, lo, _ = catalog.read_ids(layout.folder, part)
         for salt, size in sizes.items():
             some = uids.hash_sample(hi, lo, size, salt=salt, seed=seed)
-            keys[salt].append(uids.hashed(hi[some], lo[some], salt=salt, seed=seed))
-            numbers[salt].append(start + some)
+            held[salt].append((hi[some], lo[some], start + some))
     out = {}
     for salt, size in sizes.items():
-        key, number = np.concatenate(keys[salt]), np.concatenate(numbers[salt])
-        # numbers ascend with uids: the tie rule of `uids.hash_sample`
-        out[salt] = np.sort(number[np.lexsort((number, key))[:size]])
+        hi, lo, numbers = (np.concatenate(values) for values in zip(*held[salt], strict=True))
+        # a sample of samples: the smallest hashes of all are among the smallest of each part
+        out[salt] = numbers[uids.hash_sample(hi, lo, size, salt=salt, seed=seed)]
     return out

@@ -1,14 +1,15 @@
 """Partitions → graph/: search by cell, merge at home, refine, measure (DESIGN §4.4–4.7).
 
-index/found-00000.*       lists that a partition found for rows of others
-index/lists-00000.*       lists of a partition's own rows: number, list, sqdist, probed
-index/merged-00000.*      the same after what other partitions found came home
+index/lists-00000.*       shortlists of a partition's own rows: number, list, near, exact
+index/found-00000.*       shortlists that a partition found for rows of others, by catalog part and
+                          home partition; start (parts, P + 1)
+index/merged-00000.*      lists after what other partitions found came home: number, list, sqdist
 index/refined-00000.*     the same after the refinement pass
 index/truth-00000.*       exact lists of the measured samples within one catalog part
 graph/part-00000.parquet  the graph
 
-Lists over the members of several partitions merge to the list over all of them, exactly: how rows
-were partitioned cannot be seen in the graph.
+Shortlists over the members of several partitions merge to the one over all of them, exactly: how
+rows were partitioned cannot be seen in the graph.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import backend, knn, refine, search
+from d2filter.algorithm import backend, knn, refine, search, shortlist
 from d2filter.algorithm.lists import Lists, merge_inplace
-from d2filter.errors import InputError
+from d2filter.algorithm.shortlist import Shortlists
 from d2filter.formats import catalog, graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import Rows, read_array, read_columns, write_columns
-from d2filter.stages.index import MEASURE, assigned_rows
-from d2filter.stages.route import Entries, graph_ids, read_entries, read_layout
+from d2filter.stages.index import MEASURE, assigned_rows, read_sketch
+from d2filter.stages.route import Entries, count_entries, graph_ids, read_entries, read_probed
 from d2filter.stages.runner import Report, assigned_cpus
 
 I64 = npt.NDArray[np.int64]
@@ -39,83 +40,71 @@ def find(
 ) -> dict[str, Any]:
     """Task: search the cells of one partition for its own rows and for those that visit.
 
-    Memory: the partition's rows, the visitors from one catalog part, and the lists.
+    Memory: the partition's rows and sketches, the visitors from one catalog part, and shortlists.
     """
     backend.use_threads(assigned_cpus())
     index = out.sub("index")
-    total = catalog.layout(out.sub("catalog")).total
-    at_home = _at_home(out, number, parts)
-    home_cell = _home_cells(out, at_home.number)
-    members = search.make_members(at_home.rows, at_home.number, home_cell, nlist)
-    found = search.search(
-        members, at_home.rows, at_home.number, at_home.probed, width, total, progress=report
-    )
-    write_columns(
-        index,
-        f"lists-{number:05d}",
-        number=at_home.number,
-        list=found.numbers,
-        sqdist=found.sqdist,
-        probed=at_home.probed,
-    )
-    homes, numbers, lists, sqdist = [], [], [], []
-    for part in range(parts):
-        entries = read_entries(out, part, number)
-        visits = np.flatnonzero(entries.home != number)
-        some = search.search(
-            members, entries.rows[visits], entries.number[visits], entries.probed[visits], width,
-            total,
+    layout = catalog.layout(out.sub("catalog"))
+    sketch = read_sketch(out)
+    places = sketch.places(width)
+    own = _at_home(out, layout, number, parts)
+    sketches = sketch.apply(own.rows)
+    homes = np.ascontiguousarray(assigned_rows(out, layout).gather(own.number)[:, 0])
+    members = search.make_members(sketches, own.number, homes, nlist)
+
+    def search_for(entries: Entries, short: Any, progress: search.Progress) -> Shortlists:
+        return shortlist.find(
+            members, own.rows, own.number, short, entries.rows, entries.number, entries.probed,
+            places, layout.total, progress=progress,
         )  # fmt: skip
-        homes.append(entries.home[visits])
-        numbers.append(entries.number[visits])
-        lists.append(some.numbers)
-        sqdist.append(some.sqdist)
-    home = np.concatenate(homes)
-    order = np.argsort(home, kind="stable")
-    write_columns(
-        index,
-        f"found-{number:05d}",
-        start=np.searchsorted(home[order], np.arange(partitions + 1)),
-        number=np.concatenate(numbers)[order],
-        list=np.concatenate(lists)[order],
-        sqdist=np.concatenate(sqdist)[order],
-    )
-    return {"rows": int(at_home.number.size), "visits": int(home.size)}
+
+    _write_short(index, f"lists-{number:05d}", own.number, search_for(own, sketches, report))
+    visits = sum(count_entries(out, part, number, visitors=True) for part in range(parts))
+    found = shortlist.empty(visits, places)
+    numbers = np.empty(visits, np.int64)
+    start = np.zeros((parts, partitions + 1), np.int64)
+    begin = 0
+    for part in range(parts):
+        entries = read_entries(out, part, number, visitors=True)
+        theirs = search_for(entries, sketch.apply(entries.rows), lambda done: None)
+        order = np.argsort(entries.home, kind="stable")
+        some = slice(begin, begin + order.size)
+        found.put(some, theirs, order)
+        numbers[some] = entries.number[order]
+        start[part] = begin + np.searchsorted(entries.home[order], np.arange(partitions + 1))
+        begin += order.size
+    _write_short(index, f"found-{number:05d}", numbers, found, start=start)
+    return {"rows": int(own.number.size), "visits": visits}
 
 
-def merge(*, report: Report, out: Folder, number: int, partitions: int) -> dict[str, Any]:
+def merge(
+    *, report: Report, out: Folder, number: int, parts: int, partitions: int, width: int
+) -> dict[str, Any]:
     """Task: the lists of a partition's own rows, from everywhere they were compared."""
     index = out.sub("index")
     total = catalog.layout(out.sub("catalog")).total
-    own = read_columns(index, f"lists-{number:05d}", "number", "list", "sqdist", "probed")
-    lists = Lists(numbers=own["list"], sqdist=own["sqdist"])
+    numbers, short = _read_short(index, f"lists-{number:05d}")
     for other in range(partitions):
         if other == number:
             continue
         stem = f"found-{other:05d}"
         start = read_array(index, f"{stem}.start.npy")
-        some = slice(int(start[number]), int(start[number + 1]))
-        theirs = read_columns(index, stem, "number", "list", "sqdist", rows=some)
-        merge_inplace(
-            lists,
-            np.searchsorted(own["number"], theirs["number"]),
-            Lists(numbers=theirs["list"], sqdist=theirs["sqdist"]),
-            theirs["number"],
-            total,
-        )
-    write_columns(
-        index,
-        f"merged-{number:05d}",
-        number=own["number"],
-        list=lists.numbers,
-        sqdist=lists.sqdist,
-        probed=own["probed"],
+        for part in range(parts):
+            some = slice(int(start[part, number]), int(start[part, number + 1]))
+            if some.start < some.stop:
+                visitors, theirs = _read_short(index, stem, some)
+                at = np.searchsorted(numbers, visitors)
+                shortlist.merge_inplace(short, at, theirs, visitors, total)
+    _write_lists(
+        index, f"merged-{number:05d}", numbers, shortlist.settle(short, numbers, width, total)
     )
-    report(len(lists.numbers))
+    report(numbers.size)
     return {}
 
 
-def improve(*, report: Report, out: Folder, number: int, sizes: list[int]) -> dict[str, Any]:
+def improve(
+    *, report: Report, out: Folder, number: int, parts: int, sizes: list[int]
+) -> dict[str, Any]:
     """Task: one refinement pass over a partition's own rows. Figures: rows measured.
 
     Reads the merged lists of all partitions where its own point to, and writes others.
@@ -123,44 +112,37 @@ def improve(*, report: Report, out: Folder, number: int, sizes: list[int]) -> di
     backend.use_threads(assigned_cpus())
     index = out.sub("index")
     layout = catalog.layout(out.sub("catalog"))
-    homes, ids = assigned_rows(out, layout), graph_ids(out, layout)
-    own = read_columns(index, f"merged-{number:05d}", "number", "list", "sqdist", "probed")
-    mine = _round(own["list"], own["sqdist"], homes)
-    reader = _FriendLists(index, sizes, homes)
-    width = own["list"].shape[1]
-    after = Lists.empty(len(own["number"]), width)
+    assigned, ids = assigned_rows(out, layout), graph_ids(out, layout)
+    starts = (0, *np.cumsum(sizes).tolist())
+    lists_of = Rows(folder=index, name="merged", starts=starts, column="list")
+    numbers, own = _read_lists(index, f"merged-{number:05d}")
+    probed = _probed(out, number, parts)
+    after = Lists.empty(numbers.size, own.numbers.shape[1])
     # rows of one cell ask for the same others
-    order = np.argsort(own["probed"][:, 0], kind="stable")
+    order = np.argsort(probed[:, 0], kind="stable")
     waiting = [order[b : b + _REFINED_ROWS] for b in range(0, order.size, _REFINED_ROWS)][::-1]
     measured = 0
     while waiting:
         some = waiting.pop()
-        block = mine.take(some)
-        numbers = own["number"][some]
-        there = block.lists.numbers >= 0
-        friends = np.unique(block.lists.numbers[there])
-        friend_of = np.where(there, np.searchsorted(friends, block.lists.numbers), -1)
-        start, found, cells = refine.candidates(
-            numbers, own["probed"][some], block, reader.read(ids.gather(friends)), friend_of
+        block = own.take(some)
+        friends, friend_of = refine.distinct(block.numbers)
+        theirs = lists_of.gather(ids.gather(friends))
+        homes = refine.home_cells(theirs, lambda named: assigned.gather(named)[:, 0])
+        start, found = refine.candidates(
+            numbers[some], probed[some], block.numbers, theirs, homes, friend_of
         )
         fetched, where = np.unique(found, return_inverse=True)
         if fetched.size > _FETCHED_ROWS and some.size > 1:
             waiting += [some[some.size // 2 :], some[: some.size // 2]]
             continue
         better = refine.improved(
-            layout.gather(numbers), numbers, block, start, found, cells, layout.gather(fetched),
-            where, layout.total,
-        ).lists  # fmt: skip
+            layout.gather(numbers[some]), numbers[some], block, start, found,
+            layout.gather(fetched), where, layout.total,
+        )  # fmt: skip
         after.numbers[some], after.sqdist[some] = better.numbers, better.sqdist
         measured += found.size
         report(some.size)
-    write_columns(
-        index,
-        f"refined-{number:05d}",
-        number=own["number"],
-        list=after.numbers,
-        sqdist=after.sqdist,
-    )
+    _write_lists(index, f"refined-{number:05d}", numbers, after)
     return {"measured": measured}
 
 
@@ -172,19 +154,18 @@ def finish(
     first, rows: the graph ids of this partition.
     """
     layout = catalog.layout(out.sub("catalog"))
-    stem = f"{stem}-{number:05d}"
-    lists = read_columns(out.sub("index"), stem, "number", "list", "sqdist")
-    neighbors = np.ascontiguousarray(lists["list"][:, :k])
+    numbers, lists = _read_lists(out.sub("index"), f"{stem}-{number:05d}")
+    neighbors = np.ascontiguousarray(lists.numbers[:, :k])
     there = neighbors >= 0
     graph_id = np.full(neighbors.shape, -1, np.int64)
     graph_id[there] = graph_ids(out, layout).gather(neighbors[there])
-    hi, lo, difficulty = _read_ids(layout, lists["number"])
+    hi, lo, difficulty = _read_ids(layout, numbers)
     part = graph.GraphPart(
         hi=hi,
         lo=lo,
         difficulty=difficulty,
         neighbors=graph_id,
-        sqdist=np.ascontiguousarray(lists["sqdist"][:, :k]),
+        sqdist=np.ascontiguousarray(lists.sqdist[:, :k]),
     )
     graph.publish_part(out.sub("graph"), number, part)
     outside = there & ((graph_id < first) | (graph_id >= first + rows))
@@ -199,10 +180,8 @@ def measure(*, report: Report, out: Folder, part: int, k: int) -> dict[str, Any]
     queries = read_columns(out.sub("index"), MEASURE, "number", "rows")
     rows = np.array(layout.part(part))
     numbers = layout.starts[part] + np.arange(len(rows), dtype=np.int64)
-    members = search.make_members(rows, numbers, np.zeros(len(rows), np.int32), 1)
-    probed = np.zeros((len(queries["number"]), 1), np.int32)
-    found = search.search(members, queries["rows"], queries["number"], probed, k, layout.total)
-    write_columns(out.sub("index"), f"truth-{part:05d}", list=found.numbers, sqdist=found.sqdist)
+    found = search.search_all(rows, numbers, queries["rows"], queries["number"], k, layout.total)
+    _write_lists(out.sub("index"), f"truth-{part:05d}", queries["number"], found)
     report(len(rows))
     return {}
 
@@ -217,17 +196,16 @@ def judge(
     truth = Lists.empty(numbers.size, k)
     everyone = np.arange(numbers.size, dtype=np.int64)
     for part in range(parts):
-        theirs = read_columns(index, f"truth-{part:05d}", "list", "sqdist")
-        more = Lists(numbers=theirs["list"], sqdist=theirs["sqdist"])
-        merge_inplace(truth, everyone, more, numbers, layout.total)
+        _, theirs = _read_lists(index, f"truth-{part:05d}")
+        merge_inplace(truth, everyone, theirs, numbers, layout.total)
     found = np.full((numbers.size, k), -1, np.int64)
     for number in range(partitions):
-        lists = read_columns(index, f"{stem}-{number:05d}", "number", "list")
-        if len(lists["number"]):
-            at = np.minimum(np.searchsorted(lists["number"], numbers), len(lists["number"]) - 1)
-            here = np.flatnonzero(lists["number"][at] == numbers)
-            found[here] = lists["list"][at[here], :k]
-    recall = knn.recall_of(truth.numbers, found, layout.total)
+        named, lists = _read_lists(index, f"{stem}-{number:05d}")
+        if named.size:
+            at = np.minimum(np.searchsorted(named, numbers), named.size - 1)
+            here = np.flatnonzero(named[at] == numbers)
+            found[here] = lists.numbers[at[here], :k]
+    recall = knn.recall_of(truth, found, layout.total)
     return {
         "recall": recall.value,
         "recall_ci": [recall.low, recall.high],
@@ -235,78 +213,52 @@ def judge(
     }
 
 
-class _FriendLists:
-    """Merged lists of any samples, by graph id; the last partition read is kept."""
-
-    def __init__(self, index: Folder, sizes: list[int], homes: Rows) -> None:
-        self._index = index
-        self._starts = np.concatenate([[0], np.cumsum(sizes)])
-        self._homes = homes
-        self._held: dict[int, dict[str, npt.NDArray[Any]]] = {}
-
-    def read(self, ids: I64) -> refine.Round:
-        """The lists of samples with the given graph ids."""
-        owner = np.searchsorted(self._starts, ids, side="right") - 1
-        lists, sqdist = None, None
-        for number in np.unique(owner).tolist():
-            held = self._read(number)
-            if lists is None or sqdist is None:
-                lists = np.empty((ids.size, held["list"].shape[1]), np.int64)
-                sqdist = np.empty(lists.shape, np.float32)
-            where = np.flatnonzero(owner == number)
-            lists[where] = held["list"][ids[where] - self._starts[number]]
-            sqdist[where] = held["sqdist"][ids[where] - self._starts[number]]
-        if lists is None or sqdist is None:
-            lists, sqdist = np.empty((0, 1), np.int64), np.empty((0, 1), np.float32)
-        return _round(lists, sqdist, self._homes)
-
-    def _read(self, number: int) -> dict[str, npt.NDArray[Any]]:
-        if number not in self._held:
-            self._held.clear()
-            stem = f"merged-{number:05d}"
-            self._held[number] = read_columns(self._index, stem, "list", "sqdist")
-        return self._held[number]
-
-
-def _round(lists: I64, sqdist: npt.NDArray[np.float32], homes: Rows) -> refine.Round:
-    there = lists >= 0
-    cells = np.full(lists.shape, -1, np.int32)
-    distinct, back = np.unique(lists[there], return_inverse=True)
-    if distinct.size:
-        cells[there] = homes.gather(distinct)[back, 0]
-    return refine.first_round(Lists(numbers=lists, sqdist=sqdist), cells)
-
-
-def _at_home(out: Folder, number: int, parts: int) -> Entries:
+def _at_home(out: Folder, layout: Rows, number: int, parts: int) -> Entries:
     """A partition's own rows, ascending by number, held once."""
-    at_home: Entries | None = None
+    size = sum(count_entries(out, part, number, visitors=False) for part in range(parts))
+    own = Entries(
+        rows=np.empty((size, layout.part(0).shape[1]), np.float16),
+        number=np.empty(size, np.int64),
+        home=np.full(size, number, np.int32),
+        probed=np.empty((size, read_probed(out, 0, number).shape[1]), np.int32),
+    )
     begin = 0
     for part in range(parts):
-        entries = read_entries(out, part, number)
-        here = np.flatnonzero(entries.home == number)
-        if at_home is None:
-            table = read_layout(out.sub("index"))
-            size = int(table["rows"][table["partition"] == number].sum())
-            at_home = Entries(
-                rows=np.empty((size, entries.rows.shape[1]), np.float16),
-                number=np.empty(size, np.int64),
-                home=np.empty(size, np.int32),
-                probed=np.empty((size, entries.probed.shape[1]), np.int32),
-            )
-        some = slice(begin, begin + here.size)
-        at_home.rows[some] = entries.rows[here]
-        at_home.number[some] = entries.number[here]
-        at_home.home[some] = entries.home[here]
-        at_home.probed[some] = entries.probed[here]
-        begin += here.size
-    if at_home is None:
-        raise InputError(f"{out.where('index')} holds no routed rows: `--overwrite graph`")
-    return at_home
+        entries = read_entries(out, part, number, visitors=False)
+        some = slice(begin, begin + entries.number.size)
+        own.rows[some], own.number[some] = entries.rows, entries.number
+        own.probed[some] = entries.probed
+        begin += entries.number.size
+    return own
 
 
-def _home_cells(out: Folder, numbers: I64) -> npt.NDArray[np.int32]:
-    layout = catalog.layout(out.sub("catalog"))
-    return np.ascontiguousarray(assigned_rows(out, layout).gather(numbers)[:, 0])
+def _probed(out: Folder, number: int, parts: int) -> npt.NDArray[np.int32]:
+    """The cells that a partition's own rows probe, in the order of their numbers."""
+    return np.concatenate([read_probed(out, part, number) for part in range(parts)])
+
+
+def _write_short(
+    index: Folder, stem: str, numbers: I64, short: Shortlists, **more: npt.NDArray[Any]
+) -> None:
+    write_columns(
+        index, stem, number=numbers, list=short.lists.numbers, near=short.lists.sqdist,
+        exact=short.exact, **more,
+    )  # fmt: skip
+
+
+def _read_short(index: Folder, stem: str, rows: slice | None = None) -> tuple[I64, Shortlists]:
+    held = read_columns(index, stem, "number", "list", "near", "exact", rows=rows)
+    lists = Lists(numbers=held["list"], sqdist=held["near"])
+    return held["number"], Shortlists(lists=lists, exact=held["exact"])
+
+
+def _write_lists(index: Folder, stem: str, numbers: I64, lists: Lists) -> None:
+    write_columns(index, stem, number=numbers, list=lists.numbers, sqdist=lists.sqdist)
+
+
+def _read_lists(index: Folder, stem: str) -> tuple[I64, Lists]:
+    held = read_columns(index, stem, "number", "list", "sqdist")
+    return held["number"], Lists(numbers=held["list"], sqdist=held["sqdist"])
 
 
 def _read_ids(layout: Rows, numbers: I64) -> tuple[Any, Any, Any]:

@@ -1,8 +1,9 @@
 """Catalog parts → partitions: every row goes home, and as a query to where it must be compared.
 
 index/cells.parquet            cell i32, partition i32, rows i64 (a cell cut in slices: several)
-index/routed-00000.npy         (entries, d) float16, by catalog part, sorted by (partition, number)
-index/routed-00000.*.npy       beside it: number, home partition, probed; start (P + 1,)
+index/routed-00000.npy         (entries, d) float16, by catalog part: for every partition the rows
+                               that are at home there, then those that visit, both by number
+index/routed-00000.*.npy       beside it: number, home partition, probed; start (2·P + 1,)
 index/ids-00000.npy            (rows,) int64, by catalog part: the graph id of each sample
 
 Vectors travel as float16 on disk and never through an object store.
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2filter.algorithm import cells, partition
+from d2filter.algorithm import cells, features, partition
 from d2filter.formats import catalog
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import Rows, read_array, read_columns, write_array, write_columns
@@ -69,7 +70,9 @@ def route(
     home = home_of[part][assigned[:, 0]]
     probed = cells.every_cell_where_short(assigned, counts.sum(axis=0), min(k, layout.total - 1))
     row, goal = partition.destinations(probed, home, *laid.owners_of(counts.shape[1]))
-    start = np.searchsorted(goal, np.arange(partitions + 1))
+    group = 2 * goal.astype(np.int64) + (home[row] != goal)
+    start, order = features.bucketed(group, 2 * partitions)
+    row = row[order]
     _write_rows(index, f"routed-{part:05d}.npy", layout.part(part), row)
     write_columns(
         index,
@@ -94,14 +97,33 @@ class Entries:
     probed: I32
 
 
-def read_entries(out: Folder, part: int, number: int) -> Entries:
-    """What partition `number` got from catalog part `part`."""
+def read_entries(out: Folder, part: int, number: int, *, visitors: bool) -> Entries:
+    """What partition `number` got from catalog part `part`: its own rows, or those that visit."""
     index = out.sub("index")
     stem = f"routed-{part:05d}"
-    start = read_array(index, f"{stem}.start.npy")
-    some = slice(int(start[number]), int(start[number + 1]))
+    some = _slice(index, stem, number, visitors=visitors)
     rows = np.array(read_array(index, f"{stem}.npy")[some])
     return Entries(rows=rows, **read_columns(index, stem, "number", "home", "probed", rows=some))
+
+
+def read_probed(out: Folder, part: int, number: int) -> I32:
+    """The cells that the own rows of partition `number` from one catalog part probe."""
+    index = out.sub("index")
+    stem = f"routed-{part:05d}"
+    some = _slice(index, stem, number, visitors=False)
+    return read_columns(index, stem, "probed", rows=some)["probed"]
+
+
+def count_entries(out: Folder, part: int, number: int, *, visitors: bool) -> int:
+    """How many `read_entries` would return."""
+    some = _slice(out.sub("index"), f"routed-{part:05d}", number, visitors=visitors)
+    return int(some.stop - some.start)
+
+
+def _slice(index: Folder, stem: str, number: int, *, visitors: bool) -> slice:
+    start = read_array(index, f"{stem}.start.npy")
+    group = 2 * number + visitors
+    return slice(int(start[group]), int(start[group + 1]))
 
 
 def graph_ids(out: Folder, layout: Rows) -> Rows:
@@ -126,11 +148,9 @@ def _graph_ids(
         first += np.bincount(
             home_of[before], weights=counts[before], minlength=laid.partitions
         ).astype(np.int64)
-    order = np.argsort(home, kind="stable")
-    held = np.bincount(home, minlength=laid.partitions)
-    inside = np.arange(home.size) - np.repeat(np.cumsum(held) - held, held)
+    start, order = features.bucketed(home, laid.partitions)
     ids = np.empty(home.size, np.int64)
-    ids[order] = first[home[order]] + inside
+    ids[order] = first[home[order]] + features.inside_runs(np.diff(start))
     return ids
 
 

@@ -86,7 +86,7 @@ class Runner:
             options = {"num_cpus": cpus, "num_gpus": gpus}
             if memory:
                 options["memory"] = min(memory, _node_bytes(ray))
-            results.update(self._fan_out(stage, waiting, fingerprint, label, total, options))
+            results.update(self._fan_out(ray, stage, waiting, fingerprint, label, total, options))
         return [results[task.name] for task in tasks]
 
     def here(
@@ -116,6 +116,7 @@ class Runner:
 
     def _fan_out(
         self,
+        ray: Any,
         stage: str,
         tasks: Sequence[Task],
         fingerprint: str,
@@ -123,7 +124,6 @@ class Runner:
         total: int | None,
         options: dict[str, Any],
     ) -> dict[str, dict[str, Any]]:
-        ray = self._start_ray()
         remote = ray.remote(_execute_remotely).options(max_retries=_CRASH_RETRIES, **options)
         bar = _bar(label, total, self.show_progress)
         counter = None if bar.disable else ray.remote(_Counter).options(num_cpus=0).remote()

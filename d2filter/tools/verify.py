@@ -181,8 +181,9 @@ def _cells(run: _Run) -> Breaches:
     centroids = read_array(index, "centroids.npy")
     out = [] if held == ranked else [f"cells hold {held} rows, ranked are {ranked}"]
     named = len(set(table.column("cell").to_pylist()))
-    if centroids.shape != (named, run.catalog.features.shape[1]):
-        out.append(f"centroids have shape {centroids.shape}, cells.parquet names {named} cells")
+    expected = (named, run.stats["graph"]["sketch_dim"])
+    if centroids.shape != expected:
+        out.append(f"centroids have shape {centroids.shape}, cells and sketches make {expected}")
     return out
 
 

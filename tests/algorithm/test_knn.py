@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 
-from d2filter.algorithm import backend, calibrate, cells, features, knn, refine
+from d2filter.algorithm import backend, calibrate, cells, features, knn, refine, sketch
 from d2filter.algorithm.lists import Lists
 
 
@@ -28,7 +28,7 @@ def same(a: knn.Graph, b: knn.Graph) -> bool:
 def test_a_small_pool_is_compared_all_with_all() -> None:
     p = pool(300, 6)
     graph, index = knn.build(p, 4)
-    assert index.cells.count == 1
+    assert index.trained.cells.count == 1
     neighbors, sqdist = oracle.knn(p.rows, list(range(300)), 4)
     assert graph.neighbors.tolist() == neighbors
     assert graph.sqdist.tolist() == sqdist
@@ -39,11 +39,10 @@ def test_calibration_keeps_its_promise_and_recall_is_measured_right(target: floa
     n, k = 12_000, 5
     p = pool(n, 16, clusters=200)
     graph, index = knn.build(p, k, target_recall=target, exact_below=100)
-    assert index.cells.count > 100
+    assert index.trained.cells.count > 100
     assert index.choice.reached
     measured = knn.measure_recall(p, graph)
-    truth, _ = knn.exact_neighbors(p, np.arange(n), k)
-    real = (truth[:, :, None] == graph.neighbors[:, None, :]).any(axis=2).mean()
+    real = knn.exact_neighbors(p, np.arange(n), k).share_in(graph.neighbors).mean()
     assert measured.value >= target
     assert measured.queries == 3000
     assert measured.low <= real <= measured.high
@@ -62,7 +61,7 @@ def test_threads_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         again, its_index = knn.build(p, 3, target_recall=0.9, exact_below=10)
     finally:
         backend.use_threads(2)
-    assert (index.cells.centroids == its_index.cells.centroids).all()
+    assert (index.trained.cells.centroids == its_index.trained.cells.centroids).all()
     assert index.choice == its_index.choice
     assert same(whole, again)
 
@@ -70,7 +69,7 @@ def test_threads_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 def test_an_unclustered_pool_is_searched_exactly_when_cells_would_not_help() -> None:
     p = pooled(features.fix([np.random.default_rng(0).normal(size=(2000, 64))]))
     _, index = knn.build(p, 5, target_recall=0.99, exact_below=100)
-    assert index.cells.count == 1
+    assert index.trained.cells.count == 1
 
 
 def test_a_large_pool_is_never_compared_all_with_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +77,7 @@ def test_a_large_pool_is_never_compared_all_with_all(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(knn, "EXACT_UP_TO", 1000)
     p = pooled(features.fix([np.random.default_rng(0).normal(size=(6000, 64))]))
     _, index = knn.build(p, 5, target_recall=1.0, exact_below=100)
-    assert index.cells.count > 1
+    assert index.trained.cells.count > 1
     assert not index.choice.reached
 
 
@@ -111,22 +110,21 @@ def test_rows_whose_cells_hold_too_few_are_compared_with_all() -> None:
     wide = rng.normal(size=(5000, 8)) + 6 * rng.normal(size=(60, 8))[rng.integers(0, 60, 5000)]
     wide[:3] = -300 + rng.normal(size=(3, 8))
     p = pooled(features.fix([wide], normalize=False))
-    index = cells.from_centroids(np.concatenate([p.rows[:1], p.rows[100:160]]))
-    held = knn.in_cells(p, index)
+    found = cells.from_centroids(np.concatenate([p.rows[:1], p.rows[100:160]]))
+    held = knn.in_cells(p, knn.Trained(sketch=sketch.none(8), cells=found))
     one = calibrate.Choice(probes=1, passes=0, predicted=0, evaluations=0, reached=True)
     graph = knn.build_graph(held, 5, one)
-    truth, _ = knn.exact_neighbors(p, np.arange(3), 5)
-    assert (graph.neighbors[:3] == truth).all()
+    assert (graph.neighbors[:3] == knn.exact_neighbors(p, np.arange(3), 5).numbers).all()
     assert (graph.neighbors >= 0).all()
 
 
 def test_refinement_finds_more_for_fewer_distances() -> None:
     p = pool(20_000, 24, clusters=400, noise=0.9)
-    index = knn.train_cells(p, 5, exact_below=10)
-    held = knn.in_cells(p, index, probes=cells.MOST_PROBES)
+    trained = knn.train(p, 5, exact_below=10)
+    held = knn.in_cells(p, trained, probes=cells.MOST_PROBES)
     queries = np.sort(np.random.default_rng(0).choice(20_000, 1000, replace=False))
-    most = cells.assign(p.rows[queries], index, cells.MOST_PROBES)
-    truth, _ = knn.exact_neighbors(p, queries, 5)
+    most = cells.assign(p.rows[queries], trained.cells, cells.MOST_PROBES)
+    truth = knn.exact_neighbors(p, queries, 5)
 
     def recall(choice: calibrate.Choice) -> float:
         graph = knn.build_graph(held, 5, choice)
@@ -171,18 +169,23 @@ def naive_refinement(
 @pytest.mark.parametrize("seed", range(4))
 def test_a_refinement_pass_equals_its_definition(seed: int) -> None:
     p = pool(400, 6, seed=seed, clusters=30)
-    index = knn.train_cells(p, 3, exact_below=10)
-    held = knn.in_cells(p, index)
+    held = knn.in_cells(p, knn.train(p, 3, exact_below=10))
     probed = np.ascontiguousarray(held.assigned[:, :2])
     everyone = np.arange(400)
     before = held.find(p.rows, everyone, probed, 6)
     home = held.assigned[:, 0]
-    cell = np.where(before.numbers >= 0, home[before.numbers], -1).astype(np.int32)
-    started = refine.first_round(before, cell)
-    start, found, its = refine.candidates(everyone, probed, started, started, before.numbers)
-    after = refine.improved(p.rows, everyone, started, start, found, its, p.rows, found, 400)
-    assert after.lists.numbers.tolist() == naive_refinement(p.rows, probed, home, before, 6)
-    there = after.lists.numbers >= 0
-    assert (after.cells[there] == home[after.lists.numbers[there]]).all()
-    measured = features.sqdist_pairs(p.rows, after.lists.numbers)
-    assert (measured == after.lists.sqdist).all()
+    start, found = refine.candidates(
+        everyone, probed, before.numbers, before.numbers, home[before.numbers], before.numbers
+    )
+    after = refine.improved(p.rows, everyone, before, start, found, p.rows, found, 400)
+    assert after.numbers.tolist() == naive_refinement(p.rows, probed, home, before, 6)
+    measured = features.sqdist_pairs(p.rows, after.numbers)
+    assert (measured == after.sqdist).all()
+
+
+def test_more_probes_than_were_assigned_are_refused() -> None:
+    p = pool(2000, 8)
+    held = knn.in_cells(p, knn.train(p, 3, exact_below=10), probes=2)
+    three = calibrate.Choice(probes=3, passes=0, predicted=0, evaluations=0, reached=True)
+    with pytest.raises(ValueError, match="3 cells are to be probed, 2 were assigned"):
+        knn.build_graph(held, 3, three)

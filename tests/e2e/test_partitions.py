@@ -56,7 +56,7 @@ def same_graph(a: Path, b: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def pool() -> dict[str, Any]:
-    return pools.make(6000, 24)
+    return pools.make(6000, 64, decay=1)
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +85,13 @@ def test_partitions_and_the_layout_of_files_cannot_be_seen_in_the_result(
     assert run("run", *words, *GRAPH) == 0
     found = stats(out)["graph"]
     assert found["nlist"] > 1
+    assert found["sketch_dim"] < 128
     assert found["partitions"] == partitions == len(list((out / "graph").glob("*.parquet")))
     assert len(list((out / "catalog").glob("*.npy"))) > 2
     assert same_graph(out, whole)
     assert (out / "subset.npy").read_bytes() == (whole / "subset.npy").read_bytes()
     one = stats(whole)["graph"]
-    for name in ("recall", "recall_ci", "nprobe", "refinement_passes", "nlist"):
+    for name in ("recall", "recall_ci", "nprobe", "refinement_passes", "nlist", "sketch_dim"):
         assert found[name] == one[name]
     assert 1 < found["fan_out"] < partitions
     assert 0 < found["cross_edges"] < 1
@@ -107,8 +108,9 @@ def test_refinement_is_the_same_in_partitions(
     """Two probes and a pass, whatever the calibration would take for so small a pool."""
     rng = np.random.default_rng(0)
     n = 8000
-    centers = rng.normal(size=(200, 24))
-    wide = (centers[rng.integers(0, 200, n)] + 0.9 * rng.normal(size=(n, 24))).astype(np.float16)
+    centers = rng.normal(size=(200, 96))
+    wide = centers[rng.integers(0, 200, n)] + 0.9 * rng.normal(size=(n, 96))
+    wide = (wide * np.arange(1, 97) ** -0.7).astype(np.float16)
     scattered = {"uid": [rng.bytes(16).hex() for _ in range(n)], "img": wide, "txt": wide}
     metadata = pools.write(tmp_path / "m", scattered, files=2)
     words = ("graph", "--metadata-dir", metadata, "--feature-type", "image", *GRAPH)
@@ -130,13 +132,14 @@ def test_refinement_is_the_same_in_partitions(
         assert run(*words, "--out-dir", out, "--partitions", partitions) == 4
         assert same_graph(tmp_path / "o1", out)
     found = stats(tmp_path / "o4")["graph"]
+    assert found["sketch_dim"] < 96
     # the same lists as in memory
     rows = features.fix([wide])
     hi, lo, valid = uid_format.parse(pa.array(scattered["uid"]))
     assert valid.all()
     order = uids.ascending(hi, lo)
     pool = knn.make_pool(rows[order], hi[order], lo[order])
-    held = knn.in_cells(pool, knn.train_cells(pool, 4, exact_below=100))
+    held = knn.in_cells(pool, knn.train(pool, 4, exact_below=100))
     choice = calibrate.Choice(probes=2, passes=1, predicted=0, evaluations=0, reached=True)
     built = knn.build_graph(held, 4, choice)
     assert np.array_equal(built.neighbors, lists(tmp_path / "o4")[1])

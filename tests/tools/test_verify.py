@@ -114,6 +114,7 @@ BREACHES: list[tuple[Callable[[Path], None], str]] = [
     (zero_features, "sqdist are not those of the features"),
     (lambda o: edit(o, "graph", "neighbors", turn_ties), "equals are not in ring order"),
     (lambda o: (o / "index/centroids.npy").unlink(), "centroids.npy"),
+    (lambda o: np.save(o / "index/centroids.npy", np.zeros((3, 2))), "centroids have shape (3, 2)"),
     (lambda o: (o / "catalog/part-00000.parquet").write_bytes(b"PAR1"), "no readable parquet"),
     (lambda o: (o / "index/cells.parquet").write_bytes(b"PAR1"), "no readable parquet"),
     (lambda o: (o / "bad_samples.parquet").write_bytes(b"PAR1"), "no readable parquet"),

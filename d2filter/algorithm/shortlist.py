@@ -1,0 +1,118 @@
+"""Shortlists: the nearest by sketch, of which the nearest by exact distance become the list.
+
+A shortlist is an exact list in the space of sketches. So those over disjoint members merge to the
+one over all of them, whatever the partitions, and only then are the lists made from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.algorithm import features, lists, search
+from d2filter.algorithm.lists import Lists
+
+F16 = npt.NDArray[np.float16]
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+
+_OVER_FETCH = 4  # a list that misses the edge of a long shortlist loses next to nothing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shortlists:
+    """Shortlists of q samples."""
+
+    lists: Lists
+    """(q, T) by squared distance of sketches"""
+    exact: F32
+    """(q, T) squared distances of the rows, in the order of the lists; inf where padded"""
+
+    def put(self, rows: slice, other: Shortlists, order: I64) -> None:
+        """Overwrite some rows with rows `order` of others."""
+        self.lists.numbers[rows] = other.lists.numbers[order]
+        self.lists.sqdist[rows] = other.lists.sqdist[order]
+        self.exact[rows] = other.exact[order]
+
+
+def find(
+    members: search.Members, rows: F16, numbers: I64, sketches: F16, queries: F16,
+    query_numbers: I64, probed: I32, places: int, total: int,
+    *, progress: search.Progress = lambda done: None,
+) -> Shortlists:  # fmt: skip
+    """Shortlists of `places` among the members of the probed cells.
+
+    members: of sketches; rows, numbers: (m, d) and (m,) ascending, the same members. sketches,
+    queries: (q, d') and (q, d); where rows are their own sketches both are the same array.
+    """
+    same = sketches is queries
+    found = search.search(
+        members, sketches, query_numbers, probed, places, total,
+        over_fetch=search.OVER_FETCH if same else _OVER_FETCH, progress=progress,
+    )  # fmt: skip
+    if same:
+        return Shortlists(lists=found, exact=found.sqdist)
+    exact = np.full(found.numbers.shape, np.inf, np.float32)
+    # queries of one cell are near the same members
+    order = np.argsort(probed[:, 0], kind="stable")
+    _measure(rows.view(np.uint16), numbers, queries.view(np.uint16), order, found.numbers, exact)
+    return Shortlists(lists=found, exact=exact)
+
+
+def empty(queries: int, places: int) -> Shortlists:
+    """Shortlists that hold nothing yet."""
+    return Shortlists(
+        lists=Lists.empty(queries, places),
+        exact=np.full((queries, places), np.inf, np.float32),
+    )
+
+
+def merge_inplace(into: Shortlists, rows: I64, other: Shortlists, queries: I64, total: int) -> None:
+    """Merge shortlists over other members, as `lists.merge_inplace` does."""
+    lists.merge_inplace(
+        into.lists, rows, other.lists, queries, total, carried=(into.exact, other.exact)
+    )
+
+
+def settle(short: Shortlists, queries: I64, width: int, total: int) -> Lists:
+    """The lists: the `width` nearest of each shortlist, equals in ring order."""
+    if short.exact is short.lists.sqdist:
+        return Lists(
+            numbers=np.ascontiguousarray(short.lists.numbers[:, :width]),
+            sqdist=np.ascontiguousarray(short.exact[:, :width]),
+        )
+    out = Lists.empty(len(queries), width)
+    _settle(short.lists.numbers, short.exact, queries, total, out.numbers, out.sqdist)
+    return out
+
+
+@numba.njit(cache=True, parallel=True)
+def _measure(bits, numbers, query_bits, order, found, exact):  # type: ignore[no-untyped-def]
+    """Exact distances of each query to the members that its shortlist names."""
+    blocks = -(-order.size // 64)
+    first = numbers[0] if numbers.size else 0
+    gapless = numbers.size > 0 and numbers[-1] - first + 1 == numbers.size
+    for block in numba.prange(blocks):
+        x = np.empty(query_bits.shape[1], np.float64)
+        for at in range(block * 64, min(order.size, block * 64 + 64)):
+            q = order[at]
+            features.widen(query_bits[q], x)
+            for t in range(found.shape[1]):
+                number = found[q, t]
+                if number < 0:
+                    break
+                row = number - first if gapless else np.searchsorted(numbers, number)
+                exact[q, t] = features.sqdist_to(x, bits[row])
+
+
+@numba.njit(cache=True, parallel=True)
+def _settle(found, exact, queries, total, out, out_sqdist):  # type: ignore[no-untyped-def]
+    for q in numba.prange(queries.size):
+        for t in range(found.shape[1]):
+            if found[q, t] < 0:
+                break
+            lists.insert(out[q], out_sqdist[q], found[q, t], exact[q, t], queries[q], total)
