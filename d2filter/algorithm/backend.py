@@ -1,6 +1,6 @@
 """The one place where faiss is loaded, and where products run on a CPU or on a GPU.
 
-Products only propose: they improve the heap of each query with what lies in one cell. Their
+Products only propose: they improve the list of each query with what lies in one cell. Their
 distances may be off by `relative_error`; what they propose is then measured exactly, so the path
 chosen here cannot change a list.
 """
@@ -8,6 +8,7 @@ chosen here cannot change a list.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -16,6 +17,9 @@ from typing import Any
 import numba
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
 
 from d2filter.algorithm import features
 from d2filter.errors import DependencyError
@@ -26,9 +30,9 @@ I64 = npt.NDArray[np.int64]
 
 UNIT_ROUNDOFF = 2.0**-24
 
-_QUERIES = 4096  # rows of one product on a CPU: with _MEMBERS it bounds the product to 64 MB
+_QUERIES = 1024  # rows of one product on a CPU: with _MEMBERS it bounds the product to 16 MB
 _MEMBERS = 4096
-_STRIP = 16  # values of a product that are compared at once with what a heap still takes
+_STRIP = 16  # values of a product that are compared at once with what a list still takes
 _GPU_BYTES = 2**31  # of one block on a GPU: queries, members and faiss's own tiles
 
 _threads = 0
@@ -127,36 +131,60 @@ def may_use_gpus() -> bool:
 
 
 def improve_inplace(
-    queries: F16, askers: I64, members: F16, which: I64, names: I64, center: F32, heaps: Heaps
+    queries: F16, askers: I64, members: F16, which: I64, names: I64, center: F32, held: Nearest
 ) -> None:
     """Offer the members of one cell to the queries that ask for it.
 
     queries: (q, d); askers: positions in it. members: (m, d); which: positions in it; names: what
-    the heaps are to call them. center: (d,) float32, a point near both: products of differences to
+    the lists are to call them. center: (d,) float32, a point near both: products of differences to
     it are the more exact the nearer it is.
     """
     if gpus():
-        _improve_on_gpu_inplace(queries, askers, members, which, names, heaps)
+        _improve_on_gpu_inplace(queries, askers, members, which, names, held)
         return
     for begin in range(0, which.size, _MEMBERS):
         part = slice(begin, begin + _MEMBERS)
-        y, y_norm = features.centered(members, which[part], center)
+        y = _scratch.take("members", which[part].size, center.size)
+        y_norm = features.centered_into(members, which[part], center, y)
         for start in range(0, askers.size, _QUERIES):
             block = askers[start : start + _QUERIES]
-            x, x_norm = features.centered(queries, block, center)
+            x = _scratch.take("queries", block.size, center.size)
+            x_norm = features.centered_into(queries, block, center, x)
+            product = _scratch.take("product", block.size, len(y))
+            np.matmul(x, y.T, out=product)
             _scan_inplace(
-                x @ y.T, x_norm, y_norm, block, names[part], heaps.near, heaps.ids, heaps.reach
+                product, x_norm, y_norm, block, names[part], held.near, held.ids, held.reach
             )
 
 
-class Heaps:
-    """The nearest found so far of q queries, as max-heaps of f places."""
+class _Scratch(threading.local):
+    """Buffers of a thread that serve again: new pages for every product took a third of its time.
+
+    They go with the thread, or stay as large as the largest product of the calling one.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, F32] = {}
+
+    def take(self, name: str, rows: int, columns: int) -> F32:
+        """An uninitialized (rows, columns) array, valid until the same name is taken again."""
+        size = rows * columns
+        if name not in self._held or self._held[name].size < size:
+            self._held[name] = np.empty(size, np.float32)
+        return self._held[name][:size].reshape(rows, columns)
+
+
+_scratch = _Scratch()
+
+
+class Nearest:
+    """The nearest found so far of q queries."""
 
     __slots__ = ("ids", "near", "reach")
 
     def __init__(self, queries: int, places: int) -> None:
         self.near: F32 = np.full((queries, places), np.inf, np.float32)
-        """(q, f) approximate squared distances, the largest first; inf where free"""
+        """(q, f) approximate squared distances, ascending; inf where free"""
         self.ids: I64 = np.full((queries, places), -1, np.int64)
         """(q, f) members, −1 where free"""
         self.reach: F32 = np.zeros(queries, np.float32)
@@ -170,10 +198,10 @@ def gpu_block(members: int, dim: int, places: int) -> int:
 
 
 def _improve_on_gpu_inplace(
-    queries: F16, askers: I64, members: F16, which: I64, names: I64, heaps: Heaps
+    queries: F16, askers: I64, members: F16, which: I64, names: I64, held: Nearest
 ) -> None:
     """faiss.knn_gpu on float16 rows as they are: products of float16 are exact in float32."""
-    places = min(heaps.ids.shape[1], which.size)
+    places = min(held.ids.shape[1], which.size)
     rows_at_once = max(places, _GPU_BYTES // (8 * members.shape[1]))
     for begin in range(0, which.size, rows_at_once):
         part = slice(begin, begin + rows_at_once)
@@ -186,7 +214,7 @@ def _improve_on_gpu_inplace(
             distance, index = load_faiss().knn_gpu(_gpu_resources(), x, y, wanted)
             norm = features.squared_norms(x).astype(np.float32)
             _offer_inplace(
-                distance, index, norm, block, names[part], heaps.near, heaps.ids, heaps.reach
+                distance, index, norm, block, names[part], held.near, held.ids, held.reach
             )
 
 
@@ -195,62 +223,92 @@ def _gpu_resources() -> Any:
     return load_faiss().StandardGpuResources()
 
 
+@intrinsic
+def _strip_below(typing_context, product, norms, begin, bar):  # type: ignore[no-untyped-def]
+    """Bits of the _STRIP places from `begin` on where ‖y‖² − 2x·y is below `bar`."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        vector = ir.VectorType(ir.FloatType(), _STRIP)
+
+        def strip(number: int) -> Any:
+            array = context.make_array(signature.args[number])(context, builder, arguments[number])
+            place = builder.bitcast(builder.gep(array.data, [arguments[2]]), vector.as_pointer())
+            return builder.load(place, align=4)
+
+        first = builder.insert_element(
+            ir.Constant(vector, ir.Undefined), arguments[3], ir.Constant(ir.IntType(32), 0)
+        )
+        everywhere = ir.Constant(ir.VectorType(ir.IntType(32), _STRIP), [0] * _STRIP)
+        bars = builder.shuffle_vector(first, first, everywhere)
+        two = ir.Constant(vector, [2.0] * _STRIP)
+        distance = builder.fsub(strip(1), builder.fmul(two, strip(0)))
+        below = builder.fcmp_ordered("<", distance, bars)
+        return builder.zext(builder.bitcast(below, ir.IntType(_STRIP)), ir.IntType(32))
+
+    return types.uint32(product, norms, types.int64, types.float32), generate
+
+
+@intrinsic
+def _trailing_zeros(typing_context, bits):  # type: ignore[no-untyped-def]
+    """Number of the lowest bit that is set; there must be one."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.zext(
+            builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1)), ir.IntType(64)
+        )
+
+    return types.int64(types.uint32), generate
+
+
+# compiled by numba, which mypy does not follow
+_nearer: Any = _strip_below
+_lowest_bit: Any = _trailing_zeros
+
+
 @numba.njit(cache=True, nogil=True)
-def _replace_top(near, ids, distance, number):  # type: ignore[no-untyped-def]
-    """Put a nearer member in place of the farthest of a max-heap."""
-    size = near.size
-    at = 0
-    while True:
-        child = 2 * at + 1
-        if child >= size:
-            break
-        if child + 1 < size and near[child + 1] > near[child]:
-            child += 1
-        if near[child] <= distance:
-            break
-        near[at] = near[child]
-        ids[at] = ids[child]
-        at = child
+def _insert(near, ids, distance, number):  # type: ignore[no-untyped-def]
+    """Put a member into a list that is sorted by distance; the last one falls out."""
+    at = near.size - 1
+    while at > 0 and near[at - 1] > distance:
+        near[at] = near[at - 1]
+        ids[at] = ids[at - 1]
+        at -= 1
     near[at] = distance
     ids[at] = number
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"nnan", "nsz", "reassoc", "contract"})
+@numba.njit(cache=True, nogil=True, fastmath={"nnan", "nsz", "contract"})
 def _scan_inplace(product, x_norm, y_norm, askers, which, near, ids, reach):  # type: ignore[no-untyped-def]
-    """Offer ‖x‖² + ‖y‖² − 2x·y to the heaps, strip by strip."""
+    """Offer ‖x‖² + ‖y‖² − 2x·y to the lists; most strips have nothing that is near enough."""
     count, members = product.shape
+    last = near.shape[1] - 1
     whole = members // _STRIP * _STRIP
     for a in range(count):
         q = askers[a]
         row = product[a]
-        heap = near[q]
-        names = ids[q]
         own = x_norm[a]
         reach[q] = max(reach[q], own)
         for begin in range(0, whole, _STRIP):
-            strip = row[begin : begin + _STRIP]
-            norms = y_norm[begin : begin + _STRIP]
-            least = np.float32(np.inf)
-            for b in range(_STRIP):  # of fixed length: compiled to vectors
-                d = norms[b] - np.float32(2.0) * strip[b]
-                least = d if d < least else least
-            if least + own < heap[0]:
-                for b in range(_STRIP):
-                    d = norms[b] - np.float32(2.0) * strip[b] + own
-                    if d < heap[0]:
-                        _replace_top(heap, names, d, which[begin + b])
+            bits = _nearer(row, y_norm, begin, near[q, last] - own)
+            while bits:
+                b = begin + _lowest_bit(bits)
+                bits &= bits - np.uint32(1)
+                d = y_norm[b] - np.float32(2.0) * row[b] + own
+                if d < near[q, last]:
+                    _insert(near[q], ids[q], d, which[b])
         for b in range(whole, members):
             d = y_norm[b] - np.float32(2.0) * row[b] + own
-            if d < heap[0]:
-                _replace_top(heap, names, d, which[b])
+            if d < near[q, last]:
+                _insert(near[q], ids[q], d, which[b])
 
 
 @numba.njit(cache=True, nogil=True)
 def _offer_inplace(distance, index, x_norm, askers, which, near, ids, reach):  # type: ignore[no-untyped-def]
-    """Offer lists of nearest members to the heaps."""
+    """Offer lists of nearest members to the lists held."""
+    last = near.shape[1] - 1
     for a in range(askers.size):
         q = askers[a]
         reach[q] = max(reach[q], x_norm[a])
         for t in range(index.shape[1]):
-            if index[a, t] >= 0 and distance[a, t] < near[q, 0]:
-                _replace_top(near[q], ids[q], distance[a, t], which[index[a, t]])
+            if index[a, t] >= 0 and distance[a, t] < near[q, last]:
+                _insert(near[q], ids[q], distance[a, t], which[index[a, t]])

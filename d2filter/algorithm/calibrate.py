@@ -20,7 +20,7 @@ F16 = npt.NDArray[np.float16]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
-QUERIES = 600
+QUERIES = 400
 REFINED_LISTS = 11  # places beyond k of the lists that are refined
 
 # measured costs: a distance by product has those of so many dimensions besides its own, and one to
@@ -172,9 +172,9 @@ def _refined(
     start, found = refine.candidates(numbers, probed, own.numbers, theirs.numbers, homes, friend_of)
     fetched, where = np.unique(found, return_inverse=True)
     after = refine.improved(
-        queries, numbers, own, start, found, pool.rows(fetched), where, pool.total
+        queries, numbers, own, k, start, found, pool.rows(fetched), where, pool.total
     )
-    return truth.share_in(after.numbers[:, :k]), float(start[-1] / max(1, len(numbers)))
+    return truth.share_in(after.numbers), float(start[-1] / max(1, len(numbers)))
 
 
 def _lower(hits: npt.NDArray[np.float64]) -> float:

@@ -95,13 +95,13 @@ def to_float32(rows: F16) -> F32:
     return out
 
 
-def centered(rows: F16, which: I64, center: F32) -> tuple[F32, F32]:
-    """Rows at positions `which` minus `center` (d,): (w, d) float32, and their squared norms (w,).
+def centered_into(rows: F16, which: I64, center: F32, out: F32) -> F32:
+    """Write the rows at positions `which` minus `center` (d,) to `out` (w, d); squared norms (w,).
 
     The difference of two float16 values is rounded once; `backend.relative_error` allows for it.
     """
-    out: tuple[F32, F32] = _centered(rows.view(np.uint16), which, center)
-    return out
+    norms: F32 = _centered_into(rows.view(np.uint16), which, center, out)
+    return norms
 
 
 def squared_norms(rows: F16) -> npt.NDArray[np.float64]:
@@ -138,6 +138,19 @@ def sqdist_to(x, b):  # type: ignore[no-untyped-def]  # compiled by numba
         difference = x[c] - np.float64(half(b[c]))
         total += difference * difference
     return np.float32(total)
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+def about(x, b):  # type: ignore[no-untyped-def]  # compiled by numba
+    """Squared distance of a row widened to float32 to one given as uint16 bits, in float32.
+
+    At most (d + 4)·2⁻²⁴ off, relative: a sum of d terms that are not negative, in any order.
+    """
+    total = np.float32(0.0)
+    for c in range(x.size):
+        difference = x[c] - half(b[c])
+        total += difference * difference
+    return total
 
 
 @numba.njit(cache=True, nogil=True)
@@ -190,19 +203,17 @@ def _decode(bits):  # type: ignore[no-untyped-def]  # compiled by numba
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc"})
-def _centered(bits, which, center):  # type: ignore[no-untyped-def]  # compiled by numba
-    n, d = which.size, bits.shape[1]
-    out = np.empty((n, d), np.float32)
-    norm = np.empty(n, np.float32)
-    for i in range(n):
+def _centered_into(bits, which, center, out):  # type: ignore[no-untyped-def]  # compiled by numba
+    norm = np.empty(which.size, np.float32)
+    for i in range(which.size):
         row = bits[which[i]]
         total = np.float32(0.0)
-        for c in range(d):
+        for c in range(center.size):
             value = half(row[c]) - center[c]
             out[i, c] = value
             total += value * value
         norm[i] = total
-    return out, norm
+    return norm
 
 
 @numba.njit(cache=True, parallel=True)

@@ -240,10 +240,9 @@ def build_graph(
                 part, probed[part], own.numbers, before.numbers, homes, own.numbers
             )
             better = refine.improved(
-                held.features[part], part, own, start, found, held.features, found, total
+                held.features[part], part, own, k, start, found, held.features, found, total
             )
-            lists.numbers[part] = better.numbers[:, :k]
-            lists.sqdist[part] = better.sqdist[:, :k]
+            lists.numbers[part], lists.sqdist[part] = better.numbers, better.sqdist
     return Graph(neighbors=lists.numbers, sqdist=lists.sqdist)
 
 

@@ -144,10 +144,10 @@ def fill_from_proposals(  # type: ignore[no-untyped-def]  # compiled by numba
     """Write the lists of all queries whose proposals settle them, in place.
 
     bits (m, d), first (g,), copy_start, copy_numbers: the members and their groups of copies. near,
-    ids (w, f): heaps of groups for w distinct queries; reach (w,). query_bits[query_first[w]]: the
-    features; rows[rows_start[w]:rows_start[w + 1]]: the positions in `queries` (their numbers) and
-    in the lists. Returns limit (w,) float32 and unsure (w,) bool: the lists not written, and the
-    distance within which their neighbors lie.
+    ids (w, f): the nearest groups of w distinct queries, ascending; reach (w,).
+    query_bits[query_first[w]]: the features; rows[rows_start[w]:rows_start[w + 1]]: the positions
+    in `queries` (their numbers) and in the lists. Returns limit (w,) float32 and unsure (w,) bool:
+    the lists not written, and the distance within which their neighbors lie.
     """
     w_count, f = ids.shape
     k = numbers.shape[1]
@@ -156,18 +156,15 @@ def fill_from_proposals(  # type: ignore[no-untyped-def]  # compiled by numba
     x = np.empty(bits.shape[1], np.float64)
     for w in range(w_count):
         features.widen(query_bits[query_first[w]], x)
-        proposed = ids[w].copy()
-        approximate = near[w].copy()
+        proposed = ids[w]
+        approximate = near[w]
         count = 0
-        for t in range(f):
-            if proposed[t] >= 0:
-                proposed[count] = proposed[t]
-                approximate[count] = approximate[t]
-                count += 1
-        sort(proposed, approximate, count)
+        while count < f and proposed[count] >= 0:
+            count += 1
         measured = np.empty(count, np.float32)
         groups = np.empty(count, np.int64)
         sure = False
+        among = 0  # samples in the groups measured
         for t in range(count):
             d = features.sqdist_to(x, bits[first[proposed[t]]])
             at = t
@@ -179,13 +176,14 @@ def fill_from_proposals(  # type: ignore[no-untyped-def]  # compiled by numba
             groups[at] = proposed[t]
             # a copy of the query among the members may be the query itself, which is not listed
             need = k + 1 if measured[0] == 0 else k
+            among += copy_start[proposed[t] + 1] - copy_start[proposed[t]]
+            if among < need:
+                continue
             held = 0
             last = 0
             while last <= t and held < need:
                 held += copy_start[groups[last] + 1] - copy_start[groups[last]]
                 last += 1
-            if held < need:
-                continue
             limit[w] = measured[last - 1]
             bar = approximate[t + 1] if t + 1 < count else approximate[t]
             # nothing but copies of one another lies at distance 0
@@ -193,7 +191,7 @@ def fill_from_proposals(  # type: ignore[no-untyped-def]  # compiled by numba
                 sure = True
                 count = t + 1
                 break
-        # a heap with free places, or with a place for every group, was offered nothing else
+        # proposals with free places, or with a place for every group, were offered nothing else
         if not sure and count == f and f < first.size:
             unsure[w] = True
             continue

@@ -62,13 +62,14 @@ def candidates(
 
 
 def improved(
-    rows: F16, numbers: I64, own: Lists, start: I64, found: I64, table: F16, where: I64, total: int
-) -> Lists:
-    """The lists after the pass. rows: (q, d) features of the samples. Nothing is modified.
+    rows: F16, numbers: I64, own: Lists, k: int, start: I64, found: I64, table: F16, where: I64,
+    total: int,
+) -> Lists:  # fmt: skip
+    """The first k of the lists after the pass. rows: (q, d) features of the samples.
 
-    start, found: the candidates (CSR); table[where]: their features. total: n.
+    start, found: the candidates (CSR); table[where]: their features. total: n. Nothing is modified.
     """
-    after = Lists(numbers=own.numbers.copy(), sqdist=own.sqdist.copy())
+    after = Lists(numbers=own.numbers[:, :k].copy(), sqdist=own.sqdist[:, :k].copy())
     _improve(
         rows.view(np.uint16), numbers, start, found, table.view(np.uint16), where, total,
         after.numbers, after.sqdist,
@@ -134,11 +135,16 @@ def _add(seen, number):  # type: ignore[no-untyped-def]  # compiled by numba
 def _improve(  # type: ignore[no-untyped-def]  # compiled by numba
     bits, numbers, start, found, table, where, total, out, out_sqdist
 ):
+    last = out.shape[1] - 1
+    surely = 1 - (bits.shape[1] + 16) * 2.0**-24  # of a distance in float32: it is as large as this
     for i in numba.prange(numbers.size):
         if start[i] == start[i + 1]:
             continue
         x = np.empty(bits.shape[1], np.float64)
         features.widen(bits[i], x)
+        narrow = x.astype(np.float32)
         for t in range(start[i], start[i + 1]):
+            if features.about(narrow, table[where[t]]) * surely > out_sqdist[i, last]:
+                continue
             d = features.sqdist_to(x, table[where[t]])
             lists.insert(out[i], out_sqdist[i], found[t], d, numbers[i], total)

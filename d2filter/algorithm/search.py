@@ -27,8 +27,8 @@ Progress = Callable[[int], None]
 OVER_FETCH = 16  # proposals beyond k (DESIGN §4.5)
 EVERY_CELL = -2  # in the first column of `probed`: this query searches all members
 
-_QUERY_BLOCK = 32768  # distinct queries whose heaps a thread holds at a time
-_SMALLEST_BLOCK = 256  # below it a thread of its own does not pay
+_QUERY_BLOCK = 65536  # distinct queries whose lists a thread holds at a time
+_SMALLEST_BLOCK = 128  # below it a thread of its own does not pay
 _WIDE_BLOCK = 256
 _WIDE_PAIRS = 2_000_000
 _WIDE_ROWS = 8192
@@ -141,14 +141,14 @@ def _search_block(
     asked = probed[first]
     k = out.numbers.shape[1]
     places = min(k + 1 + over_fetch, members.copies.first.size)
-    heaps = _propose(members, queries, first, asked, places)
+    held = _propose(members, queries, first, asked, places)
     common = (
         queries.view(np.uint16), first, rows_start, rows, numbers, total, out.numbers, out.sqdist,
     )  # fmt: skip
     copies = members.copies
     bits = members.rows.view(np.uint16)
     limit, unsure = lists.fill_from_proposals(
-        bits, copies.first, copies.start, members.copy_numbers, heaps.near, heaps.ids, heaps.reach,
+        bits, copies.first, copies.start, members.copy_numbers, held.near, held.ids, held.reach,
         backend.relative_error(queries.shape[1]), *common,
     )  # fmt: skip
     positions = np.flatnonzero(unsure)
@@ -168,18 +168,22 @@ def _search_block(
         )  # fmt: skip
 
 
-def _propose(members: Members, queries: F16, first: I64, asked: I32, places: int) -> backend.Heaps:
-    """Heaps of the nearest groups of each distinct query, cell by cell."""
-    heaps = backend.Heaps(first.size, places)
-    # heaps are numbered like `first`; products need the rows themselves
+def _propose(
+    members: Members, queries: F16, first: I64, asked: I32, places: int
+) -> backend.Nearest:
+    """The nearest groups of each distinct query, cell by cell."""
+    held = backend.Nearest(first.size, places)
+    # what is held is numbered like `first`; products need the rows themselves
     rows = np.ascontiguousarray(queries[first])
-    for cell, askers in _by_cell(asked, members.cells):
+    # the nearest cells first: after them little is near enough to be taken
+    nearest, others = asked[:, :1], asked[:, 1:]
+    for cell, askers in _by_cell(nearest, members.cells) + _by_cell(others, members.cells):
         which = members.cell_groups[members.cell_start[cell] : members.cell_start[cell + 1]]
         if which.size:
             member_rows = members.copies.first[which]
             center = members.rows[member_rows[0]].astype(np.float32)
-            backend.improve_inplace(rows, askers, members.rows, member_rows, which, center, heaps)
-    return heaps
+            backend.improve_inplace(rows, askers, members.rows, member_rows, which, center, held)
+    return held
 
 
 def _by_cell(asked: I32, cells: int) -> list[tuple[int, I64]]:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import threadpoolctl
 
-from d2filter.algorithm import features, search
+from d2filter.algorithm import backend, features, search
 
 F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
@@ -35,7 +35,7 @@ _LOOKED_AT = 32768  # rows of the sample
 _JUDGED = 400  # of which the sketches must find the neighbors
 _ENOUGH = 0.98  # share of them, with shortlists of half the length: the pool is denser
 _NEIGHBORS = 5
-_BLOCK = 32768
+_BLOCK = 2048  # what one block holds stays in the cache
 _STEP_ROWS = 4096
 
 
@@ -69,18 +69,22 @@ class Sketch:
         if self.identity:
             return rows
         out = np.empty((len(rows), self.axes.shape[1]), np.float16)
-        length = _length(self.axes)
-        for begin in range(0, len(rows), _BLOCK):
-            block = np.ascontiguousarray(rows[begin : begin + _BLOCK]).view(np.uint16)
-            whole, large = _to_grid(block, self.grid, self.mean, _EXACT / length)
+        most = _EXACT / _length(self.axes)
+
+        def work(number: int) -> None:
+            some = slice(number * _BLOCK, (number + 1) * _BLOCK)
+            block = np.ascontiguousarray(rows[some]).view(np.uint16)
+            whole, large = _to_grid(block, self.grid, self.mean, most)
             projected = whole @ self.axes
             if large.any():
                 projected[large] = whole[large].astype(np.float64) @ self.axes.astype(np.float64)
             projected *= _SCALE
             # of rows far longer than any in the sample: finite is all that they must be
             np.clip(projected, -60000, 60000, out=projected)
-            out[begin : begin + len(block)] = projected
-        out += np.float16(0)  # -0 becomes +0: equal sketches have equal bits
+            projected += 0.0  # -0 becomes +0: equal sketches have equal bits
+            out[some] = projected
+
+        backend.each(work, -(-len(rows) // _BLOCK))
         return out
 
 
@@ -158,13 +162,13 @@ def _length(axes: F32) -> float:
     return float(np.sqrt((axes.astype(np.float64) ** 2).sum(axis=0).max()))
 
 
-@numba.njit(cache=True, parallel=True, fastmath={"reassoc"})
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc"})
 def _to_grid(bits, grid, mean, most):  # type: ignore[no-untyped-def]  # compiled by numba
     """Rows minus the mean as integers in float32, (n, d), and which are longer than `most`."""
     n, d = bits.shape
     out = np.empty((n, d), np.float32)
     large = np.empty(n, np.bool_)
-    for i in numba.prange(n):
+    for i in range(n):
         total = np.float64(0.0)
         for c in range(d):
             value = np.rint(features.half(bits[i, c]) * np.float32(grid)) - mean[c]

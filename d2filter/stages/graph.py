@@ -185,7 +185,11 @@ class _Steps:
         each("merge", neighbors.merge, lambda n: every)
         stem = "merged"
         if passes:
-            each("refine", neighbors.improve, lambda n: {"parts": self._parts, "sizes": sizes})
+            each(
+                "refine",
+                neighbors.improve,
+                lambda n: {"parts": self._parts, "sizes": sizes, "k": k},
+            )
             stem = "refined"
         edges = each(
             "finish",

@@ -103,7 +103,7 @@ def merge(
 
 
 def improve(
-    *, report: Report, out: Folder, number: int, parts: int, sizes: list[int]
+    *, report: Report, out: Folder, number: int, parts: int, sizes: list[int], k: int
 ) -> dict[str, Any]:
     """Task: one refinement pass over a partition's own rows. Figures: rows measured.
 
@@ -117,7 +117,7 @@ def improve(
     lists_of = Rows(folder=index, name="merged", starts=starts, column="list")
     numbers, own = _read_lists(index, f"merged-{number:05d}")
     probed = _probed(out, number, parts)
-    after = Lists.empty(numbers.size, own.numbers.shape[1])
+    after = Lists.empty(numbers.size, k)
     # rows of one cell ask for the same others
     order = np.argsort(probed[:, 0], kind="stable")
     waiting = [order[b : b + _REFINED_ROWS] for b in range(0, order.size, _REFINED_ROWS)][::-1]
@@ -136,7 +136,7 @@ def improve(
             waiting += [some[some.size // 2 :], some[: some.size // 2]]
             continue
         better = refine.improved(
-            layout.gather(numbers[some]), numbers[some], block, start, found,
+            layout.gather(numbers[some]), numbers[some], block, k, start, found,
             layout.gather(fetched), where, layout.total,
         )  # fmt: skip
         after.numbers[some], after.sqdist[some] = better.numbers, better.sqdist

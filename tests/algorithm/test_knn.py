@@ -177,8 +177,8 @@ def test_a_refinement_pass_equals_its_definition(seed: int) -> None:
     start, found = refine.candidates(
         everyone, probed, before.numbers, before.numbers, home[before.numbers], before.numbers
     )
-    after = refine.improved(p.rows, everyone, before, start, found, p.rows, found, 400)
-    assert after.numbers.tolist() == naive_refinement(p.rows, probed, home, before, 6)
+    after = refine.improved(p.rows, everyone, before, 4, start, found, p.rows, found, 400)
+    assert after.numbers.tolist() == naive_refinement(p.rows, probed, home, before, 4)
     measured = features.sqdist_pairs(p.rows, after.numbers)
     assert (measured == after.sqdist).all()
 

@@ -122,13 +122,13 @@ def test_the_number_of_threads_does_not_matter() -> None:
         assert (other.sqdist == found[0].sqdist).all()
 
 
-def offer(heaps: backend.Heaps, q: int, distance: np.ndarray, names: np.ndarray) -> None:
-    """Keep the nearest of what the heap holds and what is offered: a heap is any order but top."""
-    places = heaps.ids.shape[1]
-    near = np.concatenate([heaps.near[q], distance.astype(np.float32)])
-    ids = np.concatenate([heaps.ids[q], names])
-    best = np.argsort(near, kind="stable")[:places][::-1]
-    heaps.near[q], heaps.ids[q] = near[best], ids[best]
+def offer(held: backend.Nearest, q: int, distance: np.ndarray, names: np.ndarray) -> None:
+    """Keep the nearest of what is held and what is offered."""
+    places = held.ids.shape[1]
+    near = np.concatenate([held.near[q], distance.astype(np.float32)])
+    ids = np.concatenate([held.ids[q], names])
+    best = np.argsort(near, kind="stable")[:places]
+    held.near[q], held.ids[q] = near[best], ids[best]
 
 
 def test_proposals_off_by_the_whole_bound_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,15 +139,15 @@ def test_proposals_off_by_the_whole_bound_change_nothing(monkeypatch: pytest.Mon
     bound = 0.02
     monkeypatch.setattr(backend, "relative_error", lambda dim: bound / 4)
 
-    def noisy(queries, askers, members, which, names, center, heaps) -> None:  # type: ignore[no-untyped-def]
+    def noisy(queries, askers, members, which, names, center, held) -> None:  # type: ignore[no-untyped-def]
         y = members[which].astype(np.float64) - center
         for q in askers.tolist():
             x = queries[q].astype(np.float64) - center
             d = np.square(x - y).sum(axis=1)
             # what the bound allows: relative·(‖x‖ + ‖y‖)²
             size = bound / 4 * (np.linalg.norm(x) + np.linalg.norm(y, axis=1)) ** 2
-            heaps.reach[q] = max(heaps.reach[q], float(x @ x))
-            offer(heaps, q, d + noise.uniform(-1, 1, d.size) * size, names)
+            held.reach[q] = max(held.reach[q], float(x @ x))
+            offer(held, q, d + noise.uniform(-1, 1, d.size) * size, names)
 
     monkeypatch.setattr(backend, "improve_inplace", noisy)
     again = exact(rows, 4)
