@@ -119,8 +119,9 @@ def _ours(path: Path, value: str) -> Row:
     rows, queries, truth = _load(path)
     n, dim = rows.shape
     hi, lo = np.arange(n, dtype=np.uint64), np.zeros(n, np.uint64)
-    few = knn.make_pool(draw(8000, dim, seed=9), hi[:8000], lo[:8000])
-    knn.build(few, K, exact_below=10)  # compile
+    # compile: large enough for sketches, cells and refinement to be used
+    few = min(n, 40_000)
+    knn.build(knn.make_pool(rows[:few], hi[:few], lo[:few]), K, target_recall=0.97, exact_below=10)
     spent: dict[str, float] = {}
     original = search.search
 
