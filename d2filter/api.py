@@ -66,6 +66,10 @@ def rank(
     n_neighbors: int = 1,
     gamma: float = 1.0,
     gamma_forward: float | None = None,
+    kernel: str = "rbf",
+    forward: str = "sum",
+    reverse: str = "weighted",
+    undirected: bool = False,
     uids_hex: Sequence[str] | None = None,
     normalize: bool = True,
     target_recall: float = 0.95,
@@ -87,7 +91,14 @@ def rank(
     graph_config = GraphConfig(
         n_neighbors=n_neighbors, target_recall=target_recall, exact_below=exact_below, seed=seed
     )
-    rank_config = RankConfig(gamma=gamma, gamma_forward=gamma_forward)
+    rank_config = RankConfig(
+        gamma=gamma,
+        gamma_forward=gamma_forward,
+        kernel=kernel,
+        forward=forward,
+        reverse=reverse,
+        undirected=undirected,
+    )
     single = isinstance(embeddings, np.ndarray)
     modalities = [np.asarray(e) for e in ([embeddings] if single else embeddings)]
     difficulty = np.asarray(scores, np.float32)
@@ -111,8 +122,8 @@ def rank(
         difficulty[order],
         graph.neighbors,
         graph.sqdist,
-        gamma_forward=rank_config.forward,
-        gamma_reverse=rank_config.gamma,
+        scheme=rank_config.scheme,
+        undirected=rank_config.undirected,
     )
     back = np.empty_like(order)
     back[order] = np.arange(order.size)

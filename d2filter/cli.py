@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from d2filter import __version__, config
+from d2filter.algorithm import schemes
 from d2filter.algorithm.budget import parse_fraction
 from d2filter.errors import D2FilterError, UsageError
 
@@ -297,6 +298,27 @@ def _rank(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--gamma-forward", type=float, default=None, help="of the forward pass, if another"
+    )
+    group.add_argument(
+        "--kernel",
+        choices=schemes.KERNELS,
+        default=default.kernel,
+        help="rbf: of the squared distance; exp: exp(-gamma·d)",
+    )
+    group.add_argument(
+        "--forward",
+        choices=schemes.FORWARD,
+        default=default.forward,
+        help="how a score takes in those of its neighbors",
+    )
+    group.add_argument(
+        "--reverse",
+        choices=schemes.REVERSE,
+        default=default.reverse,
+        help="what a kept sample takes from its neighbors: its weighted score, all of it, nothing",
+    )
+    group.add_argument(
+        "--undirected", action="store_true", help="edges count both ways, as in the paper"
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Literal, cast
 
+from d2filter.algorithm import schemes
 from d2filter.algorithm.budget import parse_fraction
 from d2filter.errors import UsageError
 
@@ -123,16 +124,37 @@ class RankConfig:
     """kernel width of the reverse pass, and of the forward pass unless that is given"""
     gamma_forward: float | None = None
     """kernel width of the forward pass; None: gamma"""
+    kernel: str = "rbf"
+    """rbf: weight = exp(−gamma·d²); exp: exp(−gamma·d)"""
+    forward: str = "sum"
+    """what the forward pass makes of a score: sum, product or none"""
+    reverse: str = "weighted"
+    """what a selected sample takes from its neighbors: weighted, absolute or none"""
+    undirected: bool = False
+    """an edge counts in both directions, each pair once"""
 
     def __post_init__(self) -> None:
         for name, value in (("gamma", self.gamma), ("gamma-forward", self.gamma_forward)):
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"{name} is {value}, allowed is a finite number of at least 0")
+        for name, word, known in (
+            ("kernel", self.kernel, schemes.KERNELS),
+            ("forward", self.forward, schemes.FORWARD),
+            ("reverse", self.reverse, schemes.REVERSE),
+        ):
+            if word not in known:
+                raise UsageError(f"{name} is {word!r}, allowed are {', '.join(known)}")
 
     @property
-    def forward(self) -> float:
-        """gamma of the forward pass."""
-        return self.gamma if self.gamma_forward is None else self.gamma_forward
+    def scheme(self) -> schemes.Scheme:
+        """How messages are made."""
+        return schemes.Scheme(
+            kernel=self.kernel,
+            forward=self.forward,
+            reverse=self.reverse,
+            gamma_forward=self.gamma if self.gamma_forward is None else self.gamma_forward,
+            gamma_reverse=self.gamma,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

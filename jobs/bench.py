@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from d2filter.algorithm import backend, features, greedy, knn, messages
+from d2filter.algorithm import backend, features, greedy, knn, messages, schemes
 from d2filter.formats.runstate import versions
 
 SEED = 0
@@ -60,7 +60,10 @@ def _ranking() -> list[str]:
         neighbors = np.where(rng.random((RANKED, k)) < 0.1, far, near % RANKED).astype(np.int32)
         neighbors[neighbors == np.arange(RANKED)[:, None]] = -1
         weights = np.exp(-rng.random((RANKED, k))).astype(np.float32)
-        forward = messages.forward_pass(rng.random(RANKED), neighbors, weights)
+        scores, there = rng.random(RANKED), neighbors >= 0
+        start = np.concatenate([[0], np.cumsum(there.sum(axis=1))])
+        gathered = messages.gather(scores, start, neighbors[there], weights[there])
+        forward = schemes.Scheme().forward_scores(scores, gathered)
         greedy.select_all(forward[:1000], neighbors[:1000] % 1000, weights[:1000])  # compile
         ours, chosen = _time(
             lambda f, n, w: greedy.select_all(f, n, w), forward, neighbors, weights

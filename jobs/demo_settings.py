@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from d2filter.algorithm import baselines, metrics, ranking
+from d2filter.algorithm.schemes import Scheme
 from d2filter.formats import graph
 from d2filter.formats.paths import Folder
 from d2filter.tools import demo
@@ -68,8 +69,7 @@ def main() -> None:
                     rows.difficulty,
                     np.ascontiguousarray(rows.neighbors[:, :k]),
                     np.ascontiguousarray(rows.sqdist[:, :k]),
-                    gamma_forward=gamma,
-                    gamma_reverse=gamma,
+                    scheme=Scheme(gamma_forward=gamma, gamma_reverse=gamma),
                 )
                 judge(f"{k}|{gamma:g}", np.argsort(ranked.rank))
         judge("CLIP score alone", baselines.by_score(rows.difficulty, rows.hi, rows.lo))

@@ -117,7 +117,7 @@ def _ours(path: Path, value: str) -> Row:
     from d2filter.algorithm import knn, search
 
     rows, queries, truth = _load(path)
-    n, dim = rows.shape
+    n = len(rows)
     hi, lo = np.arange(n, dtype=np.uint64), np.zeros(n, np.uint64)
     # compile: large enough for sketches, cells and refinement to be used
     few = min(n, 40_000)

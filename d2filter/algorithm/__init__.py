@@ -11,10 +11,15 @@ calibrate.py how many cells to probe, and whether to refine, for a recall
 refine.py    neighbors of neighbors
 partition.py cells to partitions, rows to where they must be compared
 knn.py       all these steps for a pool in memory; measured recall
-messages.py  fixed-point scores, edge weights, the forward pass (§3)
-greedy.py    the exact parallel greedy (§3)
+messages.py  fixed-point scores, edge weights, sums over neighbors (§3)
+schemes.py   message schemes: kernels, forward and reverse rules, each a table entry
+supersteps.py the exact parallel greedy in one partition: states in, states out (§3)
+cut.py       what partitions of a graph must tell each other
+share.py     the whole program of one partition of a ranking
+merge.py     the global order from the partitions' scores
+greedy.py    the greedy over lists in one piece
 budget.py    how many, and which: budgets as prefixes of one ranking
-ranking.py   messages and greedy over a finished graph
+ranking.py   a ranking in one partition, in memory
 certificate.py  proof that a ranking is the greedy's
 scores.py    difficulty from embeddings
 baselines.py rankings to compare with

@@ -6,6 +6,7 @@ seconds: the clock cannot change the graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +22,9 @@ I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
 QUERIES = 400
+# what is tried, in multiples of the probes whose cells hold enough of the true neighbors
+_PLAIN = (1.0, 1.3, 1.7)
+_REFINED = (0.12, 0.2, 0.33, 0.5, 0.75)
 REFINED_LISTS = 11  # places beyond k of the lists that are refined
 
 # measured costs: a distance by product has those of so many dimensions besides its own, and one to
@@ -28,6 +32,18 @@ REFINED_LISTS = 11  # places beyond k of the lists that are refined
 _OVERHEAD = 256
 _FETCHED = 4
 _Z = 1.96
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """Lists that are asked for."""
+
+    queries: F16
+    """(q, d)"""
+    numbers: I64
+    probed: I32
+    """(q, p) cells to search"""
+    k: int
 
 
 class Searcher(Protocol):
@@ -48,8 +64,8 @@ class Searcher(Protocol):
     def truth(self, queries: F16, numbers: I64, k: int) -> Lists:
         """Exact lists over the whole pool."""
 
-    def find(self, queries: F16, numbers: I64, probed: I32, k: int) -> Lists:
-        """Lists as the search of these cells finds them."""
+    def find(self, requests: Sequence[Request]) -> list[Lists]:
+        """Lists as the search of these cells finds them; the pool is read once for all of them."""
 
     def rows(self, numbers: I64) -> F16:
         """Their features, (n, d)."""
@@ -80,66 +96,73 @@ def choose(
     """The cheapest way to search whose recall on the sample reaches `target` with confidence.
 
     queries: (q, d) hash-chosen rows; numbers: (q,); probed: (q, most probes). They are compared
-    with the whole pool once, so that their true neighbors are known.
+    with the whole pool once, so that their true neighbors are known: where these lie tells how many
+    probes hold enough of them. Around that number, shortlists and refinement are tried. The pool is
+    read three times.
     """
     k = min(k, pool.total - 1)
+    most = probed.shape[1]
     truth = pool.truth(queries, numbers, k)
-    held = pool.sizes[probed] * (probed >= 0)
+    where = _positions(pool, truth, probed)
+    held = [(where < p).mean(axis=1) for p in range(1, most + 1)]
     dim = queries.shape[1]
     scanned = (pool.sketch.share * dim + _OVERHEAD) / (dim + _OVERHEAD)
-    cost = scanned * held.cumsum(axis=1).mean(axis=0)
-    best = _without_refinement(pool, queries, numbers, probed, truth, target, cost)
-    # fewest probes with which one pass is enough: recall rises with probes, so bisect
-    low, high = 1, best.probes if best.reached else probed.shape[1] + 1
-    while low < high:
-        probes = (low + high) // 2
-        hit, fetched = _refined(pool, queries, numbers, probed[:, :probes], truth, k)
-        evaluations = float(cost[probes - 1]) + _FETCHED * fetched
-        if _lower(hit) >= target:
-            high = probes
-            if evaluations < best.evaluations or not best.reached:
-                best = Choice(
-                    probes=probes,
-                    passes=1,
-                    predicted=float(hit.mean()),
-                    evaluations=evaluations,
-                    reached=True,
-                )
-        else:
-            low = probes + 1
+    cost = scanned * (pool.sizes[probed] * (probed >= 0)).cumsum(axis=1).mean(axis=0)
+    bound = next((p for p in range(1, most + 1) if _lower(held[p - 1]) >= target), most)
+    reaches = _lower(held[bound - 1]) >= target
+    tried = _steps(bound, _PLAIN, most) if not pool.sketch.identity else []
+    fewer = _steps(bound, _REFINED if reaches else (*_REFINED, 1.0), most)
+
+    def request(p: int, width: int) -> Request:
+        cells = np.ascontiguousarray(probed[:, :p])
+        return Request(queries=queries, numbers=numbers, probed=cells, k=width)
+
+    asked = [request(p, k) for p in tried] + [request(p, k + REFINED_LISTS) for p in fewer]
+    found = pool.find(asked)
+    # neighbors that lie in probed cells, and are lost because no shortlist has them
+    lost = [
+        (p, float((held[p - 1] - truth.share_in(lists.numbers)).mean()))
+        for p, lists in zip(tried, found, strict=False)
+    ] or [(most, 0.0)]
+    best = _plain(held, lost, bound, target, cost)
+    after = _refined(pool, [request(p, k) for p in fewer], found[len(tried) :], truth)
+    for p, (hits, fetched) in zip(fewer, after, strict=True):
+        evaluations = float(cost[p - 1]) + _FETCHED * fetched
+        if _lower(hits) >= target and (evaluations < best.evaluations or not best.reached):
+            best = Choice(
+                probes=p,
+                passes=1,
+                predicted=float(hits.mean()),
+                evaluations=evaluations,
+                reached=True,
+            )
     return best
 
 
-def _without_refinement(
-    pool: Searcher, queries: F16, numbers: I64, probed: I32, truth: Lists, target: float,
-    cost: npt.NDArray[np.float64],
+def _plain(
+    held: Sequence[npt.NDArray[np.float64]], lost: Sequence[tuple[int, float]], bound: int,
+    target: float, cost: npt.NDArray[np.float64],
 ) -> Choice:  # fmt: skip
-    """The fewest probes that are enough."""
-    k = truth.numbers.shape[1]
-    most = probed.shape[1]
-    where = _positions(pool, truth, probed)
-    # what lies in the probed cells: found, but for what shortlists lose, which is measured
-    held = [(where < p).mean(axis=1) for p in range(1, most + 1)]
-    lost = 0.0
-    probes = 0
-    while True:
-        # what is lost grows with the probes: steps of a quarter at least
-        least = min(most, probes + 1 + probes // 4)
-        probes = next((p for p in range(least, most) if _lower(held[p - 1]) - lost >= target), most)
-        hits = held[probes - 1]
-        if not pool.sketch.identity:
-            found = pool.find(queries, numbers, np.ascontiguousarray(probed[:, :probes]), k)
-            hits = truth.share_in(found.numbers)
-            lost = float(held[probes - 1].mean() - hits.mean())
-        reached = _lower(hits) >= target
-        if reached or probes == most:
-            return Choice(
-                probes=probes,
-                passes=0,
-                predicted=float(hits.mean()),
-                evaluations=float(cost[probes - 1]),
-                reached=reached,
-            )
+    """The fewest probes that are enough without refinement. lost: measured at some probes, it grows
+    with them; between two of them the larger one is taken.
+    """
+    most = len(held)
+    for p in range(bound, most + 1):
+        loss = next((share for at, share in lost if at >= p), lost[-1][1])
+        reached = _lower(held[p - 1]) - loss >= target
+        if reached or p == most:
+            break
+    return Choice(
+        probes=p,
+        passes=0,
+        predicted=float(held[p - 1].mean()) - loss,
+        evaluations=float(cost[p - 1]),
+        reached=reached,
+    )
+
+
+def _steps(bound: int, factors: Sequence[float], most: int) -> list[int]:
+    return sorted({min(most, max(1, round(bound * f))) for f in factors})
 
 
 def _positions(pool: Searcher, truth: Lists, probed: I32) -> I64:
@@ -158,23 +181,36 @@ def _positions(pool: Searcher, truth: Lists, probed: I32) -> I64:
 
 
 def _refined(
-    pool: Searcher, queries: F16, numbers: I64, probed: I32, truth: Lists, k: int
-) -> tuple[npt.NDArray[np.float64], float]:
-    """Share of the truth found by each query after one pass, and rows fetched a query."""
-    probed = np.ascontiguousarray(probed)
-    width = k + REFINED_LISTS
-    own = pool.find(queries, numbers, probed, width)
-    friends, friend_of = refine.distinct(own.numbers)
-    friend_cells = np.ascontiguousarray(pool.probed(friends)[:, : probed.shape[1]])
-    theirs = pool.find(pool.rows(friends), friends, friend_cells, width)
-
-    homes = refine.home_cells(theirs.numbers, lambda named: pool.probed(named)[:, 0])
-    start, found = refine.candidates(numbers, probed, own.numbers, theirs.numbers, homes, friend_of)
-    fetched, where = np.unique(found, return_inverse=True)
-    after = refine.improved(
-        queries, numbers, own, k, start, found, pool.rows(fetched), where, pool.total
+    pool: Searcher, requests: Sequence[Request], wide: Sequence[Lists], truth: Lists
+) -> list[tuple[npt.NDArray[np.float64], float]]:
+    """For each request, whose lists before the pass are `wide`: share of the truth found by each
+    query after it, and rows fetched a query.
+    """
+    friends = [refine.distinct(own.numbers) for own in wide]
+    theirs = pool.find(
+        [
+            Request(
+                queries=pool.rows(named),
+                numbers=named,
+                probed=np.ascontiguousarray(pool.probed(named)[:, : asked.probed.shape[1]]),
+                k=own.numbers.shape[1],
+            )
+            for asked, own, (named, _) in zip(requests, wide, friends, strict=True)
+        ]
     )
-    return truth.share_in(after.numbers), float(start[-1] / max(1, len(numbers)))
+    out = []
+    for asked, own, (_, friend_of), lists in zip(requests, wide, friends, theirs, strict=True):
+        homes = refine.home_cells(lists.numbers, lambda named: pool.probed(named)[:, 0])
+        start, found = refine.candidates(
+            asked.numbers, asked.probed, own.numbers, lists.numbers, homes, friend_of
+        )
+        fetched, where = np.unique(found, return_inverse=True)
+        after = refine.improved(
+            asked.queries, asked.numbers, own, asked.k, start, found, pool.rows(fetched), where,
+            pool.total,
+        )  # fmt: skip
+        out.append((truth.share_in(after.numbers), float(start[-1] / max(1, len(asked.numbers)))))
+    return out
 
 
 def _lower(hits: npt.NDArray[np.float64]) -> float:

@@ -23,21 +23,20 @@ def breaches(
     final: I64,
     rank: I64,
     precedence: I64,
-    neighbors: I64,
-    weights: npt.NDArray[np.float32],
+    edges: tuple[I64, I64, npt.NDArray[np.float32]],
     suppressed_by: I64,
 ) -> tuple[int, int, int]:
     """How many samples break the greedy: (final score wrong, taken too late, suppressor wrong).
 
     forward, final, rank, suppressed_by: (n,) int64. precedence: (n,) int64, position by ascending
-    uid. neighbors: (n, k) int64, −1 pads. weights: (n, k) float32 of the reverse pass.
+    uid. edges: source, target (e,) int64 and weight (e,) float32 of the reverse pass; an edge that
+    counts in both directions is there twice.
     """
-    source, column = np.nonzero(neighbors >= 0)
-    target = neighbors[source, column]
+    source, target, weight = edges
     sent = rank[source] < rank[target]
-    source, column, target = source[sent], column[sent], target[sent]
+    source, target = source[sent], target[sent]
     value = np.maximum(final[source], 0)
-    message = np.rint(weights[source, column].astype(np.float64) * value.astype(np.float64))
+    message = np.rint(weight[sent].astype(np.float64) * value.astype(np.float64))
     order = np.lexsort((rank[source], target))
     wrong, late, other = _walk(
         forward,

@@ -7,20 +7,17 @@ Rule used here: an unselected sample whose key beats those of all its unselected
 out- and in-edges both, is final. Scores only fall, so nothing can change its x any more, and the
 sequential order is "final key, best first".
 
-A sample that is beaten waits for one neighbor that beats it and is looked at again only when that
-neighbor became final or fell below it; so the work follows the changes instead of rescanning every
-live sample each round.
+This is the whole pool in one partition; `supersteps` has the rule itself, for any number of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm.messages import FLOOR
+from d2filter.algorithm import supersteps
 
 I64 = npt.NDArray[np.int64]
 
@@ -51,127 +48,23 @@ def select_all(
     A message is rint(float64(w)·float64(x_i)), and 0 when x_i ≤ 0: the formula as printed would
     *raise* the neighbors of a negative sample. Subtraction saturates at −2⁶².
     """
-    x = forward.copy()
-    in_start, in_source = _transpose(neighbors)
-    suppressed_by, rounds = _fixpoint(x, neighbors, weights, in_start, in_source)
+    n = len(forward)
+    there = neighbors >= 0
+    start = np.zeros(n + 1, np.int64)
+    np.cumsum(there.sum(axis=1), out=start[1:])
+    kind = np.int32 if n < 2**31 else np.int64
+    graph = supersteps.make_graph(
+        np.ones(n, np.bool_), start, neighbors[there].astype(kind), weights[there]
+    )
+    partition = supersteps.Partition(graph, forward)
+    rounds = partition.advance()
     # rows ascend by uid, so a stable sort is (x descending, uid ascending)
-    order = np.argsort(-x, kind="stable")
+    order = np.argsort(-partition.x, kind="stable")
     rank = np.empty_like(order)
     rank[order] = np.arange(order.size)
-    return Selection(final=x, rank=rank, suppressed_by=suppressed_by, rounds=int(rounds))
-
-
-@numba.njit(cache=True, nogil=True)
-def _transpose(neighbors):  # type: ignore[no-untyped-def]  # compiled by numba
-    """In-edges as CSR: sources of row j are in_source[in_start[j]:in_start[j+1]]."""
-    n, k = neighbors.shape
-    start = np.zeros(n + 1, np.int64)
-    for i in range(n):
-        for c in range(k):
-            if neighbors[i, c] >= 0:
-                start[neighbors[i, c] + 1] += 1
-    for j in range(n):
-        start[j + 1] += start[j]
-    fill = start[:-1].copy()
-    source = np.empty(start[n], neighbors.dtype)
-    for i in range(n):
-        for c in range(k):
-            j = neighbors[i, c]
-            if j >= 0:
-                source[fill[j]] = i
-                fill[j] += 1
-    return start, source
-
-
-@numba.njit(cache=True, nogil=True, inline="always")
-def _beats(x, i, j):  # type: ignore[no-untyped-def]  # compiled by numba
-    return x[i] > x[j] or (x[i] == x[j] and i < j)
-
-
-@numba.njit(cache=True, nogil=True)
-def _blocker(i, x, final, neighbors, in_start, in_source):  # type: ignore[no-untyped-def]
-    """A live neighbor that beats i, over out- and in-edges; −1 when there is none."""
-    for c in range(neighbors.shape[1]):
-        j = neighbors[i, c]
-        if j >= 0 and not final[j] and _beats(x, j, i):
-            return np.int64(j)
-    for e in range(in_start[i], in_start[i + 1]):
-        j = in_source[e]
-        if not final[j] and _beats(x, j, i):
-            return np.int64(j)
-    return np.int64(-1)
-
-
-@numba.njit(cache=True, nogil=True)
-def _fixpoint(x, neighbors, weights, in_start, in_source):  # type: ignore[no-untyped-def]
-    """Lower x in place to the final scores; returns (suppressed_by, rounds).
-
-    Every live sample is in exactly one place: the worklist of this round, that of the next, or the
-    list of those waiting for one blocker (head/after are linked lists over rows).
-    """
-    n, k = neighbors.shape
-    floor = np.int64(FLOOR)
-    final = np.zeros(n, np.bool_)
-    dirty = np.zeros(n, np.bool_)
-    strongest = np.zeros(n, np.int64)
-    suppressed_by = np.full(n, -1, np.int64)
-    head = np.full(n, -1, neighbors.dtype)
-    after = np.empty(n, neighbors.dtype)
-    work = np.arange(n).astype(neighbors.dtype)
-    coming = np.empty(n, neighbors.dtype)
-    lowered = np.empty(n, neighbors.dtype)
-    waiting = n
-    rounds = 0
-    while waiting > 0:
-        rounds += 1
-        n_coming = 0
-        n_lowered = 0
-        for t in range(waiting):
-            i = work[t]
-            b = _blocker(i, x, final, neighbors, in_start, in_source)
-            if b >= 0:
-                after[i] = head[b]
-                head[b] = i
-                continue
-            final[i] = True
-            w = head[i]
-            while w >= 0:
-                coming[n_coming] = w
-                n_coming += 1
-                w = after[w]
-            head[i] = -1
-            if x[i] <= 0:
-                continue
-            for c in range(k):
-                j = neighbors[i, c]
-                if j < 0 or final[j]:
-                    continue
-                message = np.int64(np.rint(np.float64(weights[i, c]) * np.float64(x[i])))
-                if message <= 0:
-                    continue
-                x[j] = max(x[j] - message, floor)
-                if message > strongest[j] or (message == strongest[j] and i < suppressed_by[j]):
-                    strongest[j] = message
-                    suppressed_by[j] = i
-                if not dirty[j]:
-                    dirty[j] = True
-                    lowered[n_lowered] = j
-                    n_lowered += 1
-        # once a round, not once a message: a hub is lowered as often as it has in-edges
-        for t in range(n_lowered):
-            j = lowered[t]
-            dirty[j] = False
-            w = head[j]
-            head[j] = -1
-            while w >= 0:
-                following = after[w]
-                if _beats(x, j, w):
-                    after[w] = head[j]
-                    head[j] = w
-                else:
-                    coming[n_coming] = w
-                    n_coming += 1
-                w = following
-        work, coming = coming, work
-        waiting = n_coming
-    return suppressed_by, rounds
+    return Selection(
+        final=partition.x,
+        rank=rank,
+        suppressed_by=partition.suppressed_by.astype(np.int64),
+        rounds=rounds,
+    )

@@ -7,7 +7,7 @@ number. The graph is a function of the rows and the options alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,14 +98,22 @@ class InMemory:
         everyone = np.arange(self.total, dtype=np.int64)
         return search.search_all(self.features, everyone, queries, numbers, k, self.total)
 
-    def find(
-        self, queries: F16, numbers: I64, probed: I32, k: int,
-        *, progress: Progress = lambda done: None,
-    ) -> Lists:  # fmt: skip
+    def find(self, requests: Sequence[calibrate.Request]) -> list[Lists]:
         """Lists as the search of these cells finds them."""
+        return [self._find(r.queries, r.numbers, r.probed, r.k) for r in requests]
+
+    def find_all(self, probed: I32, k: int, progress: Progress) -> Lists:
+        """The same for every row of the pool. probed: (n, p)."""
         everyone = np.arange(self.total, dtype=np.int64)
+        return self._find(self.features, everyone, probed, k, progress)
+
+    def _find(
+        self, queries: F16, numbers: I64, probed: I32, k: int,
+        progress: Progress = lambda done: None,
+    ) -> Lists:  # fmt: skip
         whole = queries is self.features
         sketches = self.members.rows if whole else self.sketch.apply(queries)
+        everyone = np.arange(self.total, dtype=np.int64)
         short = shortlist.find(
             self.members, self.features, everyone, sketches, queries, numbers, probed,
             self.sketch.places(k), self.total, progress=progress,
@@ -222,11 +230,10 @@ def build_graph(
         raise ValueError(
             f"{choice.probes} cells are to be probed, {held.assigned.shape[1]} were assigned"
         )
-    numbers = np.arange(total, dtype=np.int64)
     width = list_width(k, choice.passes)
     probed = np.ascontiguousarray(held.assigned[:, : choice.probes])
     probed = cells.every_cell_where_short(probed, held.sizes, min(width, total - 1))
-    lists = held.find(held.features, numbers, probed, width, progress=progress)
+    lists = held.find_all(probed, width, progress)
     if choice.passes:
         before = lists
         homes = held.assigned[before.numbers, 0]  # of padding too: it is not looked at

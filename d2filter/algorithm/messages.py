@@ -6,12 +6,16 @@ their terms, so neither do the results on partitions, threads or the order of ne
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numba
 import numpy as np
 import numpy.typing as npt
 
 ONE = 2**40
 FLOOR = -(2**62)  # scores saturate here; a hub of millions of copies would overflow otherwise
+
+_BLOCK = 1 << 20  # values whose float64 are held at a time
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -34,41 +38,43 @@ def normalized(difficulty: F32, low: float | None = None, high: float | None = N
     return (s - low) / (high - low)
 
 
-def edge_weights(sqdist: F32, gamma: float) -> F32:
-    """w = float32(exp(−gamma·float64(d²))), same shape as `sqdist`, float32 in [0, 1].
+def edge_weights(
+    sqdist: F32, gamma: float, kernel: Callable[[F64], F64] = lambda squared: squared
+) -> F32:
+    """w = float32(exp(−gamma·kernel(float64(d²)))), same shape as `sqdist`, float32 in [0, 1].
 
     sqdist: float32 ≥ 0, inf where a list is padded (the weight is then 0). The exponential is
     taken in float64: float32 versions differ between libraries in 40% of all values.
     """
-    exponent = sqdist.astype(np.float64)
-    padding = np.isinf(exponent)
-    exponent[padding] = 0.0
-    with np.errstate(over="ignore", under="ignore"):  # a huge gamma: the weight is 0
-        exponent *= -gamma
-        weights = np.exp(exponent, out=exponent).astype(np.float32)
-    weights[padding] = 0.0
-    return weights
+    flat = np.ravel(sqdist)
+    weights = np.empty(flat.size, np.float32)
+    for begin in range(0, flat.size, _BLOCK):
+        some = slice(begin, begin + _BLOCK)
+        exponent = flat[some].astype(np.float64)
+        padding = np.isinf(exponent)
+        exponent[padding] = 0.0
+        with np.errstate(over="ignore", under="ignore"):  # a huge gamma: the weight is 0
+            weights[some] = np.exp(-gamma * kernel(exponent))
+        weights[some][padding] = 0.0
+    return weights.reshape(sqdist.shape)
 
 
-def forward_pass(scores: F64, neighbors: npt.NDArray[np.integer], weights: F32) -> I64:
-    """x_i = rint(s'_i·2⁴⁰) + Σ_j rint(w_ij·s'_j·2⁴⁰) over i's out-neighbors, shape (n,) int64.
+def gather(scores: F64, start: I64, target: npt.NDArray[np.integer], weights: F32) -> I64:
+    """Σ_j rint(w_ij·s'_j·2⁴⁰) over i's out-neighbors, shape (n,) int64.
 
-    scores: (n,) float64 in [0, 1]. neighbors: (n, k) int, −1 pads. weights: (n, k) float32.
+    scores: (n,) float64 in [0, 1]. Edges as CSR: start (n + 1,), target and weights (e,).
     """
-    out: I64 = _forward(scores, neighbors, weights)
+    out: I64 = _gather(scores, start, target, weights)
     return out
 
 
 @numba.njit(cache=True, nogil=True)
-def _forward(scores, neighbors, weights):  # type: ignore[no-untyped-def]  # compiled by numba
-    n, k = neighbors.shape
-    x = np.empty(n, np.int64)
+def _gather(scores, start, target, weights):  # type: ignore[no-untyped-def]  # compiled by numba
+    out = np.empty(scores.size, np.int64)
     one = np.float64(ONE)
-    for i in range(n):
-        total = np.int64(np.rint(scores[i] * one))
-        for c in range(k):
-            j = neighbors[i, c]
-            if j >= 0:
-                total += np.int64(np.rint(np.float64(weights[i, c]) * scores[j] * one))
-        x[i] = total
-    return x
+    for i in range(scores.size):
+        total = np.int64(0)
+        for e in range(start[i], start[i + 1]):
+            total += np.int64(np.rint(np.float64(weights[e]) * scores[target[e]] * one))
+        out[i] = total
+    return out

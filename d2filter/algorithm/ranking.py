@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import greedy, messages, uids
+from d2filter.algorithm import share, uids
+from d2filter.algorithm.schemes import Scheme
 
 I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
@@ -35,45 +36,36 @@ def rank_graph(
     neighbors: I64,
     sqdist: F32,
     *,
-    gamma_forward: float,
-    gamma_reverse: float,
+    scheme: Scheme,
+    undirected: bool = False,
 ) -> RankedGraph:
     """Rank all samples of a graph (DESIGN §3). Nothing is modified.
 
     hi, lo: (n,) uint64, distinct uids in any order. difficulty: (n,) float32, finite. neighbors:
-    (n, k) int64 rows, −1 pads. sqdist: (n, k) float32. The result does not depend on the order of
-    the rows.
+    (n, k) int64 rows, −1 pads. sqdist: (n, k) float32. undirected: an edge counts in both
+    directions, each pair once. The result does not depend on the order of the rows.
     """
     n = len(neighbors)
     order = uids.ascending(hi, lo)
-    ascending = bool((order == np.arange(n)).all())
-    # ties are decided by uid, which the greedy takes to be the row order
-    if not ascending:
-        position = np.empty_like(order)
-        position[order] = np.arange(n)
+    position = np.empty_like(order)
+    position[order] = np.arange(n)
+    # graph ids ascend with uids in each partition, and this is one
+    if not (order == np.arange(n)).all():
         neighbors = np.where(neighbors >= 0, position[neighbors], -1)[order]
-        sqdist = sqdist[order]
-        difficulty = difficulty[order]
-    lists = neighbors.astype(np.int32) if n < 2**31 else neighbors
-    weights = messages.edge_weights(sqdist, gamma_forward)
-    forward = messages.forward_pass(messages.normalized(difficulty), lists, weights)
-    if gamma_reverse != gamma_forward:
-        weights = messages.edge_weights(sqdist, gamma_reverse)
-    chosen = greedy.select_all(forward, lists, weights)
-    suppressed_by = chosen.suppressed_by
-    if ascending:
-        return RankedGraph(
-            forward=forward,
-            final=chosen.final,
-            rank=chosen.rank,
-            suppressed_by=suppressed_by,
-            rounds=chosen.rounds,
-        )
-    suppressed_by = np.where(suppressed_by >= 0, order[suppressed_by], -1)
+        sqdist, difficulty, hi, lo = sqdist[order], difficulty[order], hi[order], lo[order]
+    rows = share.Rows(hi=hi, lo=lo, difficulty=difficulty, neighbors=neighbors, sqdist=sqdist)
+    whole = share.Share(rows, np.array([0, n], np.int64), 0)
+    whole.begin(scheme, *whole.range(), whole.describe(whole.halo()), both_ways=undirected)
+    rounds = whole.advance()
+    found = whole.outcome()
+    rank = np.empty(n, np.int64)
+    # rows ascend by uid, so a stable sort is (x descending, uid ascending)
+    rank[np.argsort(~found.final, kind="stable")] = np.arange(n)
+    by = found.suppressed_by
     return RankedGraph(
-        forward=forward[position],
-        final=chosen.final[position],
-        rank=chosen.rank[position],
-        suppressed_by=suppressed_by[position],
-        rounds=chosen.rounds,
+        forward=found.forward[position],
+        final=found.final[position],
+        rank=rank[position],
+        suppressed_by=np.where(by >= 0, order[by], -1)[position],
+        rounds=rounds,
     )

@@ -47,8 +47,25 @@ def publish_part(folder: Folder, number: int, part: GraphPart) -> None:
             "sqdist": pa.FixedSizeListArray.from_arrays(pa.array(part.sqdist.ravel()), k),
         }
     )
-    with folder.publish(f"part-{number:05d}.parquet") as path:
+    with folder.publish(part_name(number)) as path:
         pq.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP)
+
+
+def part_name(number: int) -> str:
+    """File of one part."""
+    return f"part-{number:05d}.parquet"
+
+
+def starts(folder: Folder) -> npt.NDArray[np.int64]:
+    """First graph id of each part, and the number of all samples at the end, (parts + 1,).
+
+    Raises InputError when there is no part.
+    """
+    names = folder.names(".parquet")
+    if not names:
+        raise InputError(f"{folder.url} holds no parts: `d2filter graph --overwrite graph`")
+    rows = [tables.count_rows(folder, name) for name in names]
+    return np.cumsum([0, *rows]).astype(np.int64)
 
 
 def read_part(folder: Folder, name: str) -> GraphPart:

@@ -26,7 +26,7 @@ _OUTPUTS = {
     "embed": ("metadata", "completions/embed-model"),
     "catalog": ("catalog",),
     "graph": ("index", "graph"),
-    "rank": ("ranking",),
+    "rank": ("ranking", "ranking-work"),
     "select": ("subset.npy", "kept"),
 }
 _DRIVER_LOG = "driver.jsonl"

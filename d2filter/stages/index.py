@@ -11,6 +11,7 @@ All but centroids.npy and cells.parquet is removed when the graph is done.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -153,19 +154,23 @@ class Streamed:
             merge_inplace(found, everyone, theirs, numbers, self.total)
         return found
 
-    def find(self, queries: F16, numbers: I64, probed: I32, k: int) -> Lists:
+    def find(self, requests: Sequence[calibrate.Request]) -> list[Lists]:
         """Lists as the search of these cells finds them, merged over the parts."""
-        places = self.sketch.places(k)
-        sketches = self.sketch.apply(queries)
-        found = shortlist.empty(len(queries), places)
-        everyone = np.arange(len(queries), dtype=np.int64)
+        asked = [(r, self.sketch.places(r.k), self.sketch.apply(r.queries)) for r in requests]
+        found = [shortlist.empty(len(r.queries), places) for r, places, _ in asked]
         for part in range(self.parts):
             rows, own, members = self._part(part)
-            theirs = shortlist.find(
-                members, rows, own, sketches, queries, numbers, probed, places, self.total
-            )
-            shortlist.merge_inplace(found, everyone, theirs, numbers, self.total)
-        return shortlist.settle(found, numbers, k, self.total)
+            for (r, places, sketches), short in zip(asked, found, strict=True):
+                theirs = shortlist.find(
+                    members, rows, own, sketches, r.queries, r.numbers, r.probed, places,
+                    self.total,
+                )  # fmt: skip
+                everyone = np.arange(len(r.queries), dtype=np.int64)
+                shortlist.merge_inplace(short, everyone, theirs, r.numbers, self.total)
+        return [
+            shortlist.settle(short, r.numbers, r.k, self.total)
+            for r, short in zip(requests, found, strict=True)
+        ]
 
     def rows(self, numbers: I64) -> F16:
         """Their features."""

@@ -156,26 +156,11 @@ class Pipeline:
         from d2filter.stages import rank
 
         before = self.state.require("graph")
-        ranked = self.state.require("catalog")["stats"]["samples"]["ranked"]
-        options = {**options_of(self.config.rank), "gamma_forward": self.config.rank.forward}
+        options = options_of(self.config.rank)
+        options["gamma_forward"] = self.config.rank.scheme.gamma_forward
         plan = Plan(stage="rank", options=options, upstream=before["fingerprint"])
-
-        def build() -> dict[str, Any]:
-            figures = self._alone(
-                "rank",
-                plan,
-                "rank",
-                rank.rank,
-                {"out": self.out, "config": self.config.rank},
-                ranked,
-            )
-            return {
-                "rounds": figures["rounds"],
-                "supersteps": figures["supersteps"],
-                "peak_rss": figures["peak_rss_bytes"],
-            }
-
-        self._stage(plan, build)
+        self._stage(plan, lambda: rank.build(self._runner, self.out, self.config, plan.fingerprint))
+        rank.tidy(self.out)
 
     def _select(self) -> None:
         from d2filter.stages import select
@@ -204,26 +189,6 @@ class Pipeline:
             }
 
         self._stage(plan, build)
-
-    def _alone(
-        self,
-        stage: str,
-        plan: Plan,
-        name: str,
-        run: Callable[..., dict[str, Any]],
-        arguments: dict[str, Any],
-        total: int | None,
-    ) -> dict[str, Any]:
-        """One task that gets a whole node."""
-        task = Task(name=name, run=run, arguments=arguments)
-        return self._runner.map(
-            stage,
-            [task],
-            fingerprint=plan.fingerprint,
-            label=name,
-            total=total,
-            whole_node=True,
-        )[0]
 
     def _stage(self, plan: Plan, build: Callable[[], dict[str, Any]]) -> None:
         # only now, when its input was looked at: a mistyped folder must not cost a finished run
@@ -312,6 +277,7 @@ def _brief(stage: str, figures: dict[str, Any]) -> str:
             f"[{low:.4f}, {high:.4f}] on {figures['recall_queries']:,} queries"
         )
     if stage == "rank":
-        return f"{figures['rounds']} rounds"
+        where = f" in {figures['partitions']} partitions" if figures["partitions"] > 1 else ""
+        return f"{figures['supersteps']} supersteps{where}"
     samples = figures["samples"]
     return f"{samples['kept']:,} kept, {samples['pruned']:,} pruned"

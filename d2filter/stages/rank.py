@@ -1,46 +1,199 @@
-"""Graph → ranking/ (DESIGN §3)."""
+"""Graph → ranking/: one partition a graph part, and one order over all of them (DESIGN §3).
+
+cut → describe → supersteps (actors, see `supersteps`) → ranges → merge → finish.
+
+ranking-work/cut-00000.*      edges that leave a partition: source, target, sqdist; start (P + 1,)
+ranking-work/known-00000.*    uid and difficulty of samples that others have edges with: ids, hi,
+                              lo, difficulty; start (P + 1,)
+ranking-work/state-00000.npz  the last snapshot of a partition
+ranking-work/scores-00000.*   forward, final, suppressed_by of its rows; order: best key first
+ranking-work/best-00000.*     its keys in that order, and sampled-00000.*: some of them
+ranking-work/ranges-00000.*   where these are cut into ranges
+ranking-work/ranks-00000.*    ranks of one range of keys, by partition; start (P + 1,)
+ranking/part-00000.parquet    the ranking
+
+All of ranking-work/ is removed when the ranking is done.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from d2filter.algorithm import ranking as algorithm
-from d2filter.config import RankConfig
+import numpy as np
+
+from d2filter.algorithm import merge
+from d2filter.config import RunConfig
 from d2filter.formats import graph, ranking
 from d2filter.formats.paths import Folder
-from d2filter.stages.runner import Report
+from d2filter.formats.rows import read_array, read_columns, write_columns
+from d2filter.stages import supersteps
+from d2filter.stages.runner import Report, Runner, Task
+from d2filter.stages.supersteps import WORK, read_cut, read_rows, read_share
+
+Figures = dict[str, Any]
 
 
-def rank(*, report: Report, out: Folder, config: RankConfig) -> dict[str, Any]:
-    """Task: rank the whole graph in one partition; one ranking part for each graph part."""
-    folder = out.sub("graph")
-    parts = [graph.read_part(folder, name) for name in folder.names(".parquet")]
-    whole = graph.concatenate(folder, parts)
-    ranked = algorithm.rank_graph(
-        whole.hi,
-        whole.lo,
-        whole.difficulty,
-        whole.neighbors,
-        whole.sqdist,
-        gamma_forward=config.forward,
-        gamma_reverse=config.gamma,
+def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> Figures:
+    """Run all tasks; returns the stage's figures."""
+    starts = graph.starts(out.sub("graph"))
+    parts, total = len(starts) - 1, int(starts[-1])
+    peak = 0
+    seconds: dict[str, float] = {}
+
+    def each(label: str, run: Any, **arguments: Any) -> list[Figures]:
+        nonlocal peak
+        tasks = [
+            Task(
+                name=f"{label}-{number:05d}",
+                run=run,
+                arguments={"out": out, "number": number, **arguments},
+            )
+            for number in range(parts)
+        ]
+        found = runner.map("rank", tasks, fingerprint=fingerprint, label=label, total=total)
+        peak = max(peak, *(f["peak_rss_bytes"] for f in found))
+        seconds[f"rank_{label}"] = max(f["seconds"] for f in found)
+        return found
+
+    ends = each("cut", cut)
+    each("describe", describe, parts=parts)
+    made = {
+        "scheme": config.rank.scheme,
+        "both_ways": config.rank.undirected,
+        "low": min(f["low"] for f in ends),
+        "high": max(f["high"] for f in ends),
+    }
+    done = _supersteps(runner, out, parts, made, fingerprint, total, config.memory_per_worker)
+    each("ranges", cut_keys, parts=parts)
+    each("merge", merge_range, parts=parts)
+    each("finish", finish, parts=parts)
+    return {
+        "rounds": done["rounds"],
+        "supersteps": done["supersteps"],
+        "bytes_exchanged": done["bytes"],
+        "restarts": done["restarts"],
+        "cut_edges": sum(f["edges"] for f in ends),
+        "partitions": parts,
+        "seconds_detail": {**seconds, "supersteps": done["seconds"]},
+        "peak_rss": max(peak, done["peak_rss_bytes"]),
+    }
+
+
+def _supersteps(
+    runner: Runner, out: Folder, parts: int, made: Figures, fingerprint: str, total: int,
+    memory: int,
+) -> Figures:  # fmt: skip
+    """Actors where there are several partitions, a task where there is one."""
+    if parts == 1:
+        task = Task(name="supersteps", run=supersteps.alone, arguments={"out": out, "made": made})
+        return runner.map("rank", [task], fingerprint=fingerprint, label="rank", total=total)[0]
+    marker = "completions/rank/supersteps.json"
+    before: Figures | None = out.read_json(marker)
+    if before is not None and before["fingerprint"] == fingerprint:
+        return before
+    done = supersteps.run(runner, out, parts, made=made, total=total, memory=memory)
+    out.publish_json(marker, {"fingerprint": fingerprint, **done})
+    return done
+
+
+def tidy(out: Folder) -> None:
+    """Remove what only the making of a ranking needs. After the stage is recorded as done."""
+    out.remove(WORK)
+
+
+def cut(*, report: Report, out: Folder, number: int) -> Figures:
+    """Task: the edges that leave a partition. Figures: how many, extremes of difficulty."""
+    one = read_share(out, number)
+    leaving = one.cut()
+    write_columns(
+        out.sub(WORK), f"cut-{number:05d}", start=leaving.start, source=leaving.source,
+        target=leaving.target, sqdist=leaving.sqdist,
+    )  # fmt: skip
+    low, high = one.range()
+    report(one.size)
+    return {"edges": int(leaving.source.size), "low": low, "high": high}
+
+
+def describe(*, report: Report, out: Folder, number: int, parts: int) -> Figures:
+    """Task: what the other partitions must know of own samples that they have edges with."""
+    work = out.sub(WORK)
+    one = read_share(out, number)
+    own = read_columns(work, f"cut-{number:05d}", "start", "source")
+    ids = []
+    for peer in range(parts):
+        mine = own["source"][own["start"][peer] : own["start"][peer + 1]]
+        theirs = np.empty(0, np.int64)
+        if peer != number:
+            theirs = read_cut(work, peer, number, "target")["target"]
+        ids.append(np.union1d(mine, theirs))
+    every = np.concatenate(ids)
+    known = one.describe(every)
+    write_columns(
+        work, f"known-{number:05d}", start=np.cumsum([0, *(some.size for some in ids)]), ids=every,
+        hi=known.hi, lo=known.lo, difficulty=known.difficulty,
+    )  # fmt: skip
+    report(one.size)
+    return {}
+
+
+def cut_keys(*, report: Report, out: Folder, number: int, parts: int) -> Figures:
+    """Task: where the keys of a partition, best first, are cut into ranges."""
+    work = out.sub(WORK)
+    samples = [_keys(read_columns(work, f"sampled-{p:05d}", "x", "hi", "lo")) for p in range(parts)]
+    best = _keys(read_columns(work, f"best-{number:05d}", "x", "hi", "lo"))
+    cuts = merge.cut(best, merge.splitters(samples, parts))
+    # fewer keys than ranges: the last ones are empty
+    cuts = np.append(cuts, np.full(parts + 1 - cuts.size, best.x.size))
+    write_columns(work, f"ranges-{number:05d}", start=cuts)
+    report(best.x.size)
+    return {}
+
+
+def merge_range(*, report: Report, out: Folder, number: int, parts: int) -> Figures:
+    """Task: ranks of one range of keys, whichever partitions they lie in."""
+    work = out.sub(WORK)
+    pieces, first = [], 0
+    for p in range(parts):
+        start = read_array(work, f"ranges-{p:05d}.start.npy")
+        first += int(start[number])
+        some = slice(int(start[number]), int(start[number + 1]))
+        pieces.append(_keys(read_columns(work, f"best-{p:05d}", "x", "hi", "lo", rows=some)))
+    ranks = merge.ranks(pieces, first)
+    write_columns(
+        work, f"ranks-{number:05d}", start=np.cumsum([0, *(r.size for r in ranks)]),
+        rank=np.concatenate(ranks),
+    )  # fmt: skip
+    report(sum(r.size for r in ranks))
+    return {}
+
+
+def finish(*, report: Report, out: Folder, number: int, parts: int) -> Figures:
+    """Task: write one part of the ranking."""
+    work = out.sub(WORK)
+    rows = read_rows(out, number)
+    scores = read_columns(
+        work, f"scores-{number:05d}", "forward", "final", "suppressed_by", "order"
     )
-    start = 0
-    for number, part in enumerate(parts):
-        end = start + len(part.hi)
-        ranking.publish_part(
-            out.sub("ranking"),
-            number,
-            ranking.RankingPart(
-                uid_hi=part.hi,
-                uid_lo=part.lo,
-                difficulty=part.difficulty,
-                forward=ranked.forward[start:end],
-                final=ranked.final[start:end],
-                rank=ranked.rank[start:end],
-                suppressed_by=ranked.suppressed_by[start:end],
-            ),
-        )
-        start = end
-    report(start)
-    return {"rounds": ranked.rounds, "supersteps": 1}
+    pieces = []
+    for r in range(parts):
+        start = read_array(work, f"ranks-{r:05d}.start.npy")
+        some = slice(int(start[number]), int(start[number + 1]))
+        pieces.append(read_columns(work, f"ranks-{r:05d}", "rank", rows=some)["rank"])
+    rank = np.empty(len(rows.hi), np.int64)
+    rank[scores["order"]] = np.concatenate(pieces)
+    part = ranking.RankingPart(
+        uid_hi=rows.hi,
+        uid_lo=rows.lo,
+        difficulty=rows.difficulty,
+        forward=scores["forward"],
+        final=scores["final"],
+        rank=rank,
+        suppressed_by=scores["suppressed_by"],
+    )
+    ranking.publish_part(out.sub("ranking"), number, part)
+    report(rank.size)
+    return {}
+
+
+def _keys(columns: dict[str, Any]) -> merge.Keys:
+    return merge.Keys(x=columns["x"], hi=columns["hi"], lo=columns["lo"])

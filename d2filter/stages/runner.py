@@ -58,15 +58,14 @@ class Runner:
         fingerprint: str,
         label: str,
         total: int | None = None,
-        whole_node: bool = False,
         share_node: bool = False,
         on_gpu: bool = False,
         memory: int = 0,
     ) -> list[dict[str, Any]]:
         """Figures of all tasks, in their order; those that a former run published are not run.
 
-        label: what the progress bar shows. total: samples expected, when known. whole_node: each
-        task gets all CPUs of a node. share_node: fewer tasks than CPUs get the others' too. on_gpu:
+        label: what the progress bar shows. total: samples expected, when known. share_node:
+        fewer tasks than CPUs get the others' too. on_gpu:
         each task gets a GPU where the cluster has any, and else shares the node. memory: bytes that
         each task asks Ray for, so that no node starts more of them than it can hold; 0 for none.
         Raises the task's own error when all failures are the same, StageError otherwise.
@@ -78,9 +77,9 @@ class Runner:
                 results[task.name] = marker
         waiting = [task for task in tasks if task.name not in results]
         if waiting:
-            ray = self._start_ray()
+            ray = self.ray()
             gpus = 1 if on_gpu and ray.cluster_resources().get("GPU", 0) >= 1 else 0
-            cpus = _largest_node(ray) if whole_node else 1
+            cpus = 1
             if (on_gpu or share_node) and not gpus:
                 cpus = max(1, _largest_node(ray) // len(waiting))
             options = {"num_cpus": cpus, "num_gpus": gpus}
@@ -102,7 +101,7 @@ class Runner:
 
     def resources(self) -> tuple[int, int, int]:
         """CPUs of the largest node, number of nodes, and the least memory of a node in bytes."""
-        ray = self._start_ray()
+        ray = self.ray()
         alive = [node for node in ray.nodes() if node["Alive"]]
         return _largest_node(ray), len(alive), _node_bytes(ray)
 
@@ -125,7 +124,7 @@ class Runner:
         options: dict[str, Any],
     ) -> dict[str, dict[str, Any]]:
         remote = ray.remote(_execute_remotely).options(max_retries=_CRASH_RETRIES, **options)
-        bar = _bar(label, total, self.show_progress)
+        bar = progress_bar(label, total, self.show_progress)
         counter = None if bar.disable else ray.remote(_Counter).options(num_cpus=0).remote()
         names = {}
         outcomes: list[_Outcome] = []
@@ -145,7 +144,8 @@ class Runner:
             bar.close()
         return _figures(self.folder, stage, outcomes)
 
-    def _start_ray(self) -> Any:
+    def ray(self) -> Any:
+        """The ray module, connected to the cluster, or to one started in this process."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
 
@@ -296,7 +296,8 @@ def _marker(stage: str, task: str) -> str:
     return f"completions/{stage}/{task}.json"
 
 
-def _bar(label: str, total: int | None, show: bool | None) -> Any:
+def progress_bar(label: str, total: int | None, show: bool | None) -> Any:
+    """A bar of samples done; show: None for only on a terminal."""
     disable = None if show is None else not show
     return tqdm(
         desc=f"{label:<9}",

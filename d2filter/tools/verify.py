@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from d2filter.algorithm import budget, certificate, features, messages, uids
+from d2filter.algorithm import budget, certificate, cut, features, messages, uids
+from d2filter.config import RankConfig
 from d2filter.errors import InputError, VerificationError
 from d2filter.formats import catalog, graph, ledger, ranking, subset, tables
 from d2filter.formats.paths import Folder
@@ -207,18 +208,20 @@ def _order(run: _Run) -> Breaches:
 
 def _scores(run: _Run) -> Breaches:
     g, r = run.graph, run.ranking
-    options = run.records["rank"]["options"]
-    weights = messages.edge_weights(g.sqdist, options["gamma_forward"])
-    forward = messages.forward_pass(messages.normalized(g.difficulty), g.neighbors, weights)
+    options = RankConfig(**run.records["rank"]["options"])
+    source, target, sqdist = cut.whole(g.neighbors, g.sqdist, both_ways=options.undirected)
+    start = np.searchsorted(source, np.arange(len(g.hi) + 1))
+    scores = messages.normalized(g.difficulty)
+    weights = options.scheme.forward_weights(sqdist)
+    gathered = messages.gather(scores, start, target, weights)
+    forward = options.scheme.forward_scores(scores, gathered)
     out = _count("forward scores are not those of the graph", forward != r["forward"])
-    weights = messages.edge_weights(g.sqdist, options["gamma"])
     wrong, late, other = certificate.breaches(
         r["forward"],
         r["final"],
         r["rank"],
         run.precedence,
-        g.neighbors,
-        weights,
+        (source, target, options.scheme.reverse_weights(sqdist)),
         r["suppressed_by"],
     )
     if wrong:

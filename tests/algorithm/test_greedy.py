@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from strategies import Case, graphs
 
-from d2filter.algorithm import certificate, greedy, messages, ranking
+from d2filter.algorithm import certificate, cut, greedy, messages, ranking, schemes
 
 
 @settings(max_examples=400)
@@ -49,8 +49,7 @@ def test_the_order_of_rows_changes_nothing(case: Case) -> None:
             difficulty[rows],
             lists,
             case.sqdist[rows],
-            gamma_forward=0.5,
-            gamma_reverse=2.0,
+            scheme=schemes.Scheme(gamma_forward=0.5, gamma_reverse=2.0),
         )
 
     plain = rank(np.arange(n), case.neighbors)
@@ -104,14 +103,14 @@ def test_the_certificate_accepts_the_greedy_and_nothing_else(case: Case) -> None
     n = len(case.uid)
     chosen = greedy.select_all(case.x, case.neighbors, case.weights)
     rows = np.arange(n)
+    source, column = np.nonzero(case.neighbors >= 0)
 
     def check(**changed: np.ndarray) -> tuple[int, int, int]:
         parts = {name: getattr(chosen, name) for name in ("final", "rank", "suppressed_by")}
         return certificate.breaches(
             forward=case.x,
             precedence=rows,
-            neighbors=case.neighbors,
-            weights=case.weights,
+            edges=(source, case.neighbors[source, column], case.weights[source, column]),
             **{**parts, **changed},
         )
 
@@ -127,12 +126,11 @@ def test_the_certificate_accepts_the_greedy_and_nothing_else(case: Case) -> None
 def test_the_certificate_sees_a_sample_taken_too_late() -> None:
     # 0 → 1 with weight 1: the greedy takes 1 (the better one) first and nothing is lowered
     forward = np.array([10, 20], np.int64)
-    neighbors = np.array([[1], [-1]])
-    weights = np.ones((2, 1), np.float32)
+    edge = (np.array([0]), np.array([1]), np.ones(1, np.float32))
     # consistent with its own order (0 first lowers 1 to 10), sorted by key, and yet not greedy
     final, rank = np.array([10, 10], np.int64), np.array([0, 1], np.int64)
     by = np.array([-1, 0])
-    found = certificate.breaches(forward, final, rank, np.arange(2), neighbors, weights, by)
+    found = certificate.breaches(forward, final, rank, np.arange(2), edge, by)
     assert found == (0, 1, 0)
 
 
@@ -145,8 +143,12 @@ def test_forward_pass_equals_the_oracle(gamma: float) -> None:
     sqdist = np.sort(rng.random((n, k)).astype(np.float32), axis=1)
     sqdist[neighbors < 0] = np.inf
     difficulty = rng.normal(size=n).astype(np.float32)
-    weights = messages.edge_weights(sqdist, gamma)
-    x = messages.forward_pass(messages.normalized(difficulty), neighbors, weights)
+    source, target, distance = cut.whole(neighbors, sqdist, both_ways=False)
+    start = np.searchsorted(source, np.arange(n + 1))
+    scores = messages.normalized(difficulty)
+    scheme = schemes.Scheme(gamma_forward=gamma)
+    gathered = messages.gather(scores, start, target, scheme.forward_weights(distance))
+    x = scheme.forward_scores(scores, gathered)
     expected = oracle.forward(difficulty.tolist(), neighbors.tolist(), sqdist, gamma)
     assert x.tolist() == expected
 

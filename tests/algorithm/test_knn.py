@@ -172,7 +172,7 @@ def test_a_refinement_pass_equals_its_definition(seed: int) -> None:
     held = knn.in_cells(p, knn.train(p, 3, exact_below=10))
     probed = np.ascontiguousarray(held.assigned[:, :2])
     everyone = np.arange(400)
-    before = held.find(p.rows, everyone, probed, 6)
+    before = held.find_all(probed, 6, lambda done: None)
     home = held.assigned[:, 0]
     start, found = refine.candidates(
         everyone, probed, before.numbers, before.numbers, home[before.numbers], before.numbers

@@ -1,0 +1,286 @@
+"""What partitions of a graph must tell each other, and the graph that each then works on.
+
+Samples have graph ids; those of partition p are starts[p] … starts[p + 1] − 1, ascending by uid. An
+edge is *cut* when its ends lie in two partitions. The partition of its target learns of it once;
+both then know each other's end as a halo node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.algorithm import features, uids
+
+F32 = npt.NDArray[np.float32]
+I64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+Nodes = npt.NDArray[np.integer]
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CutEdges:
+    """Edges that lead from one partition into others, by partition of the target."""
+
+    start: I64
+    """(P + 1,)"""
+    source: I64
+    """(c,) graph ids"""
+    target: I64
+    sqdist: F32
+
+    def to(self, peer: int) -> tuple[I64, I64, F32]:
+        """Those that lead to one partition: sources, targets, squared distances."""
+        some = slice(int(self.start[peer]), int(self.start[peer + 1]))
+        return self.source[some], self.target[some], self.sqdist[some]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edges:
+    """The edges with an end in one partition, as CSR over its m nodes, ascending by uid."""
+
+    own_node: Nodes
+    """(n,) node of each own row, ascending"""
+    halo_ids: I64
+    """(h,) graph ids, ascending, of the samples elsewhere"""
+    halo_node: Nodes
+    """(h,) their nodes"""
+    start: I64
+    """(m + 1,)"""
+    target: Nodes
+    """(e,) nodes; out-edges of own nodes, and those of halo nodes that lead to own ones"""
+    sqdist: F32
+    """(e,)"""
+
+    @property
+    def nodes(self) -> int:
+        """m."""
+        return self.start.size - 1
+
+    def own(self) -> Bool:
+        """(m,) whether a node is at home here."""
+        out = np.ones(self.nodes, np.bool_)
+        out[self.halo_node] = False
+        return out
+
+    def ids(self, first: int) -> I64:
+        """(m,) graph id of each node; `first` is the partition's first."""
+        out = np.empty(self.nodes, np.int64)
+        out[self.own_node] = first + np.arange(self.own_node.size)
+        out[self.halo_node] = self.halo_ids
+        return out
+
+    def spread(self, own: Array, halo: Array) -> Array:
+        """Values of the own rows and of the halo, by node."""
+        out = np.empty(self.nodes, own.dtype)
+        out[self.own_node] = own
+        out[self.halo_node] = halo
+        return out
+
+
+def cut_edges(starts: I64, number: int, neighbors: I64, sqdist: F32) -> CutEdges:
+    """The edges of partition `number` that leave it. neighbors, sqdist: (n, k) of its rows."""
+    first, end = int(starts[number]), int(starts[number + 1])
+    row, column = np.nonzero((neighbors >= 0) & ((neighbors < first) | (neighbors >= end)))
+    target = neighbors[row, column]
+    peer = np.searchsorted(starts, target, side="right") - 1
+    start, order = features.bucketed(peer, len(starts) - 1)
+    return CutEdges(
+        start=start,
+        source=first + row[order],
+        target=target[order],
+        sqdist=sqdist[row[order], column[order]],
+    )
+
+
+def halo(first: int, rows: int, neighbors: I64, sources: I64) -> I64:
+    """Graph ids, ascending, of the samples elsewhere at the other end of an edge.
+
+    neighbors: (n, k) of the own rows; sources: (c,) of the cut edges that came in.
+    """
+    outside = neighbors[(neighbors < first) | (neighbors >= first + rows)]
+    found: I64 = np.union1d(outside[outside >= 0], sources)
+    return found
+
+
+def assemble(
+    first: int,
+    own_uids: tuple[uids.U64, uids.U64],
+    neighbors: I64,
+    sqdist: F32,
+    incoming: tuple[I64, I64, F32],
+    halo_ids: I64,
+    halo_uids: tuple[uids.U64, uids.U64],
+    *,
+    both_ways: bool = False,
+) -> Edges:
+    """The edges that a partition works on.
+
+    first: its first graph id; own_uids, neighbors, sqdist: of its n rows, ascending by uid.
+    incoming: sources, targets and squared distances of the cut edges that lead here. halo_ids: as
+    `halo` gives them, with their uids. both_ways: every edge in both directions, each pair once
+    (the paper's graph).
+    """
+    m = len(neighbors) + halo_ids.size
+    kind = np.int32 if m < 2**31 else np.int64
+    own_node = np.empty(len(neighbors), kind)
+    halo_node = np.empty(halo_ids.size, kind)
+    by_uid = uids.ascending(*halo_uids)
+    halo_hi, halo_lo = halo_uids[0][by_uid], halo_uids[1][by_uid]
+    _number(own_uids[0], own_uids[1], halo_hi, halo_lo, by_uid, own_node, halo_node)
+    start = np.zeros(m + 1, np.int64)
+    source, target, distance = incoming
+    if both_ways:
+        neighbors, sqdist, source, target, distance = _both_ways(
+            first, neighbors, sqdist, source, target, distance
+        )
+    shape = (neighbors, sqdist, source, target, distance, first, own_node, halo_ids, halo_node)
+    nothing = np.empty(0, np.float32)
+    _fill(*shape, start, nothing.astype(kind), nothing)
+    np.cumsum(start, out=start)
+    out_target = np.empty(start[-1], kind)
+    out_sqdist = np.empty(start[-1], np.float32)
+    # the starts move while edges are filled in, and are moved back
+    _fill(*shape, start, out_target, out_sqdist)
+    start[1:] = start[:-1]
+    start[0] = 0
+    return Edges(
+        own_node=own_node,
+        halo_ids=halo_ids,
+        halo_node=halo_node,
+        start=start,
+        target=out_target,
+        sqdist=out_sqdist,
+    )
+
+
+def whole(neighbors: I64, sqdist: F32, *, both_ways: bool) -> tuple[I64, I64, F32]:
+    """All edges of a graph in one piece, sorted by source: sources, targets, squared distances."""
+    nothing = np.empty(0, np.int64)
+    if both_ways:
+        _, _, source, target, distance = _both_ways(
+            0, neighbors, sqdist, nothing, nothing, np.empty(0, np.float32)
+        )
+        order = np.argsort(source, kind="stable")
+        return source[order], target[order], distance[order]
+    row, column = np.nonzero(neighbors >= 0)
+    return row, neighbors[row, column], sqdist[row, column]
+
+
+def boundary(edges: Edges, starts: I64) -> tuple[I64, I64]:
+    """Who must hear of which own node: partitions and nodes, (b,) each, sorted by both."""
+    own = edges.own()
+    peer_of = np.zeros(edges.nodes, np.int64)
+    peer_of[edges.halo_node] = np.searchsorted(starts, edges.halo_ids, side="right") - 1
+    peer, inside = _crossing(own, edges.start, edges.target, peer_of)
+    pair = np.unique(peer * np.int64(max(1, edges.nodes)) + inside)
+    return pair // max(1, edges.nodes), pair % max(1, edges.nodes)
+
+
+def _both_ways(
+    first: int, neighbors: I64, sqdist: F32, source: I64, target: I64, distance: F32
+) -> tuple[I64, F32, I64, I64, F32]:
+    """All edges with an end here in both directions, each pair once: as cut edges of either kind.
+
+    Returned are empty lists, and edges (source, target, distance) of which either end is here.
+    """
+    row, column = np.nonzero(neighbors >= 0)
+    a = np.concatenate([first + row, source])
+    b = np.concatenate([neighbors[row, column], target])
+    d = np.concatenate([sqdist[row, column], distance])
+    low, high = np.minimum(a, b), np.maximum(a, b)
+    order = np.lexsort((high, low))
+    low, high, d = low[order], high[order], d[order]
+    new = np.ones(low.size, np.bool_)
+    new[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
+    low, high, d = low[new], high[new], d[new]
+    return (
+        neighbors[:, :0],
+        sqdist[:, :0],
+        np.concatenate([low, high]),
+        np.concatenate([high, low]),
+        np.concatenate([d, d]),
+    )
+
+
+@numba.njit(cache=True, nogil=True)
+def _number(own_hi, own_lo, halo_hi, halo_lo, halo_row, own_node, halo_node):  # type: ignore[no-untyped-def]
+    """Merge two lists of ascending uids: the node of each."""
+    a, b = 0, 0
+    for node in range(own_hi.size + halo_hi.size):
+        take_own = b == halo_hi.size or (
+            a < own_hi.size
+            and (own_hi[a] < halo_hi[b] or (own_hi[a] == halo_hi[b] and own_lo[a] < halo_lo[b]))
+        )
+        if take_own:
+            own_node[a] = node
+            a += 1
+        else:
+            halo_node[halo_row[b]] = node
+            b += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _fill(  # type: ignore[no-untyped-def]  # compiled by numba
+    neighbors, sqdist, source, target, distance, first, own_node, halo_ids, halo_node, start,
+    out_target, out_sqdist,
+):  # fmt: skip
+    """Count out-edges into start[1:], or write them from start[node] on, which moves it."""
+    counting = out_target.size == 0
+    n = own_node.size
+    for i in range(neighbors.shape[0]):
+        node = own_node[i]
+        for c in range(neighbors.shape[1]):
+            j = neighbors[i, c]
+            if j < 0:
+                continue
+            if counting:
+                start[node + 1] += 1
+                continue
+            at = start[node]
+            if first <= j < first + n:
+                out_target[at] = own_node[j - first]
+            else:
+                out_target[at] = halo_node[np.searchsorted(halo_ids, j)]
+            out_sqdist[at] = sqdist[i, c]
+            start[node] = at + 1
+    for e in range(source.size):
+        s = source[e] - first
+        node = own_node[s] if 0 <= s < n else halo_node[np.searchsorted(halo_ids, source[e])]
+        if counting:
+            start[node + 1] += 1
+            continue
+        at = start[node]
+        t = target[e] - first
+        if 0 <= t < n:
+            out_target[at] = own_node[t]
+        else:
+            out_target[at] = halo_node[np.searchsorted(halo_ids, target[e])]
+        out_sqdist[at] = distance[e]
+        start[node] = at + 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _crossing(own, start, target, peer_of):  # type: ignore[no-untyped-def]  # compiled by numba
+    """(partition, own node) for each edge that crosses."""
+    count = 0
+    for node in range(own.size):
+        for e in range(start[node], start[node + 1]):
+            if own[node] != own[target[e]]:
+                count += 1
+    peer = np.empty(count, np.int64)
+    inside = np.empty(count, np.int64)
+    count = 0
+    for node in range(own.size):
+        for e in range(start[node], start[node + 1]):
+            if own[node] != own[target[e]]:
+                outside = target[e] if own[node] else node
+                peer[count] = peer_of[outside]
+                inside[count] = node if own[node] else target[e]
+                count += 1
+    return peer, inside

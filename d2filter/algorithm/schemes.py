@@ -1,0 +1,108 @@
+"""Message schemes: how distance weighs an edge, and what the two passes make of it (DESIGN §3).
+
+A scheme is three words: a kernel, a forward and a reverse rule. Each is an entry of one of the
+tables at the end of this file; adding one is adding an entry. The greedy is exact for any scheme
+whose weights are float32 in [0, 1] and whose scores are sums of integers: messages are then never
+negative, and depend on nothing but the two samples and their distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.algorithm import messages
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+
+Kernel = Callable[[F64], F64]
+Forward = Callable[[F64, I64], I64]
+Weigh = Callable[[F32], F32]
+Reverse = Callable[[F32, Weigh], F32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """How messages are made. The defaults are the published DataComp recipe."""
+
+    kernel: str = "rbf"
+    forward: str = "sum"
+    reverse: str = "weighted"
+    gamma_forward: float = 1.0
+    gamma_reverse: float = 1.0
+
+    def forward_weights(self, sqdist: F32) -> F32:
+        """Weights of the forward pass, same shape as `sqdist`; 0 where it is inf."""
+        return messages.edge_weights(sqdist, self.gamma_forward, KERNELS[self.kernel])
+
+    def reverse_weights(self, sqdist: F32) -> F32:
+        """Weights of the reverse pass: a message is rint(w·x_i). 0 where `sqdist` is inf."""
+
+        def weigh(distances: F32) -> F32:
+            return messages.edge_weights(distances, self.gamma_reverse, KERNELS[self.kernel])
+
+        return REVERSE[self.reverse](sqdist, weigh)
+
+    def forward_scores(self, scores: F64, gathered: I64) -> I64:
+        """x_i from s'_i (n,) in [0, 1] and Σ_j rint(w_ij·s'_j·2⁴⁰) (n,), in units of 2⁻⁴⁰."""
+        return FORWARD[self.forward](scores, gathered)
+
+
+def _rbf(sqdist: F64) -> F64:
+    """exp(−gamma·d²)."""
+    return sqdist
+
+
+def _exp(sqdist: F64) -> F64:
+    """exp(−gamma·d)."""
+    return np.sqrt(sqdist)
+
+
+def _own(scores: F64) -> I64:
+    fixed: I64 = np.rint(scores * np.float64(messages.ONE)).astype(np.int64)
+    return fixed
+
+
+def _sum(scores: F64, gathered: I64) -> I64:
+    """x_i = s'_i + Σ_j w_ij·s'_j."""
+    return _own(scores) + gathered
+
+
+def _product(scores: F64, gathered: I64) -> I64:
+    """x_i = s'_i·Σ_j w_ij·s'_j. The sum is below 2⁵³, so float64 holds it."""
+    fixed: I64 = np.rint(scores * gathered.astype(np.float64)).astype(np.int64)
+    return fixed
+
+
+def _no_forward(scores: F64, gathered: I64) -> I64:
+    """x_i = s'_i."""
+    return _own(scores)
+
+
+def _weighted(sqdist: F32, weigh: Weigh) -> F32:
+    """x_j ← x_j − w_ij·x_i."""
+    return weigh(sqdist)
+
+
+def _absolute(sqdist: F32, weigh: Weigh) -> F32:
+    """x_j ← x_j − x_i."""
+    return np.isfinite(sqdist).astype(np.float32)
+
+
+def _no_reverse(sqdist: F32, weigh: Weigh) -> F32:
+    """Nothing is subtracted: the order is that of the forward scores."""
+    return np.zeros_like(sqdist)
+
+
+KERNELS: dict[str, Kernel] = {"rbf": _rbf, "exp": _exp}
+FORWARD: dict[str, Forward] = {"sum": _sum, "product": _product, "none": _no_forward}
+REVERSE: dict[str, Reverse] = {
+    "weighted": _weighted,
+    "absolute": _absolute,
+    "none": _no_reverse,
+}

@@ -1,0 +1,219 @@
+"""The ranking in partitions: actors that die, drivers that die, schemes, both directions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pools
+import pyarrow.parquet as pq
+import pytest
+
+from d2filter import cli
+from d2filter.stages import supersteps
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def run(*words: Any) -> int:
+    return cli.main([str(word) for word in words])
+
+
+def stats(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "stats.json").read_text())
+    return found
+
+
+def ranking(out: Path) -> dict[str, np.ndarray]:
+    """All columns in order of uid; the suppressor as its uid."""
+    tables = [pq.read_table(p) for p in sorted((out / "ranking").glob("*.parquet"))]
+    columns = {
+        name: np.concatenate([t.column(name).to_numpy() for t in tables])
+        for name in tables[0].column_names
+    }
+    by = columns.pop("suppressed_by")
+    for half in ("uid_hi", "uid_lo"):
+        columns[f"by_{half}"] = np.where(by >= 0, columns[half][by], 0)
+    order = np.lexsort((columns["uid_lo"], columns["uid_hi"]))
+    return {name: values[order] for name, values in columns.items()}
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return all(np.array_equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def made(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """One pool, ranked in one partition and in four."""
+    folder = tmp_path_factory.mktemp("made")
+    metadata = pools.write(folder / "m", pools.make(3000, 12), files=2)
+    words = ("run", "--metadata-dir", metadata, "--n-neighbors", 3, "--exact-below", 100)
+    words = (*words, "--target-recall", 0.9)
+    for partitions in (1, 4):
+        out = folder / f"o{partitions}"
+        assert run(*words, "--out-dir", out, "--partitions", partitions) == 0
+    return {1: folder / "o1", 4: folder / "o4"}
+
+
+@pytest.fixture
+def again(made: dict[int, Path]) -> Any:
+    """Ranks the four partitions anew, with more options."""
+
+    def rank(*more: Any) -> Path:
+        words = ("rank", "--out-dir", made[4], "--overwrite", "rank", "--gamma", "1.0")
+        assert run(*words, *more) == 0
+        return made[4]
+
+    return rank
+
+
+def test_partitions_cannot_be_seen_in_the_ranking(made: dict[int, Path]) -> None:
+    assert same(ranking(made[1]), ranking(made[4]))
+    one, four = (stats(made[p])["rank"] for p in (1, 4))
+    assert (one["partitions"], four["partitions"]) == (1, 4)
+    assert one["supersteps"] == 1 < four["supersteps"]
+    assert one["bytes_exchanged"] == 0 < four["bytes_exchanged"]
+    assert four["cut_edges"] > 0
+    assert not (made[4] / "ranking-work").exists()
+    assert run("verify", made[4]) == 0
+
+
+class Killer:
+    """Kills an actor before some superstep of the driver."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+        self.killed = 0
+        rng = np.random.default_rng(seed)
+        self.at = set(rng.integers(1, 6, 2).tolist())
+        original = supersteps._Driver._superstep
+        steps = 0
+
+        def superstep(driver: Any) -> bool:
+            nonlocal steps
+            steps += 1
+            if steps in self.at:
+                victim = int(rng.integers(0, len(driver._actors)))
+                driver._ray.kill(driver._actors[victim])
+                self.killed += 1
+            return original(driver)
+
+        monkeypatch.setattr(supersteps._Driver, "_superstep", superstep)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_an_actor_killed_at_a_random_superstep(
+    seed: int, made: dict[int, Path], again: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Odd seeds: with a snapshot after every superstep, from which the new actor goes on."""
+    before = ranking(made[1])
+    monkeypatch.setattr(supersteps, "_SAVE_SECONDS", 0.0 if seed % 2 else 1e9)
+    killer = Killer(monkeypatch, seed)
+    out = again()
+    assert killer.killed
+    assert stats(out)["rank"]["restarts"] >= 1
+    assert same(ranking(out), before)
+
+
+def test_an_actor_that_dies_again_and_again_is_given_up(
+    made: dict[int, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = supersteps._Driver._superstep
+
+    def superstep(driver: Any) -> bool:
+        driver._ray.kill(driver._actors[2])
+        return original(driver)
+
+    monkeypatch.setattr(supersteps._Driver, "_superstep", superstep)
+    monkeypatch.setattr(supersteps, "_RESTARTS", 2)
+    assert run("rank", "--out-dir", made[4], "--overwrite", "rank") == 1
+    said = capsys.readouterr().err
+    assert "partition 2 died 3 times" in said
+    assert len(said.strip().splitlines()[-1]) < 300
+    monkeypatch.undo()
+    assert run("rank", "--out-dir", made[4]) == 0
+    assert same(ranking(made[4]), ranking(made[1]))
+
+
+def test_a_driver_that_dies_goes_on_from_the_last_snapshots(
+    made: dict[int, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supersteps, "_SAVE_SECONDS", 0.0)
+    original = supersteps._Driver._superstep
+    steps = 0
+
+    class Death(BaseException):
+        pass
+
+    def superstep(driver: Any) -> bool:
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            raise Death
+        return original(driver)
+
+    monkeypatch.setattr(supersteps._Driver, "_superstep", superstep)
+    with pytest.raises(Death):
+        run("rank", "--out-dir", made[4], "--overwrite", "rank")
+    assert len(list((made[4] / "ranking-work").glob("state-*.npz"))) == 4
+    assert not list((made[4] / "ranking").glob("*.parquet"))
+    monkeypatch.undo()
+    whole = supersteps._Driver._superstep
+    taken = 0
+
+    def count(driver: Any) -> bool:
+        nonlocal taken
+        taken += 1
+        return whole(driver)
+
+    monkeypatch.setattr(supersteps._Driver, "_superstep", count)
+    assert run("rank", "--out-dir", made[4]) == 0
+    assert same(ranking(made[4]), ranking(made[1]))
+    assert taken > 0
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        ("--undirected",),
+        ("--kernel", "exp", "--forward", "product"),
+        ("--reverse", "absolute", "--forward", "none", "--undirected"),
+        ("--reverse", "none", "--gamma-forward", "0.2"),
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_every_scheme_is_the_same_in_partitions_and_proven(
+    scheme: tuple[str, ...], made: dict[int, Path], again: Any
+) -> None:
+    out = again(*scheme)
+    four = ranking(out)
+    one = made[1]
+    words = ("rank", "--out-dir", one, "--overwrite", "rank")
+    published = ranking(one)
+    assert run(*words, *scheme) == 0
+    try:
+        assert same(ranking(one), four)
+        assert not same(published, four)
+        assert run("select", "--out-dir", out) == 0
+        assert run("verify", out) == 0
+    finally:
+        assert run(*words) == 0
+        again()
+
+
+def test_more_partitions_than_processors_and_empty_ones(tmp_path: Path) -> None:
+    metadata = pools.write(tmp_path / "m", pools.make(300, 6))
+    words = ("run", "--metadata-dir", metadata, "--n-neighbors", 2, "--exact-below", 10)
+    for partitions in (1, 24):
+        out = tmp_path / f"o{partitions}"
+        assert run(*words, "--best-effort", "--out-dir", out, "--partitions", partitions) == 0
+        assert run("verify", out) == 0
+    assert 0 in stats(tmp_path / "o24")["graph"]["partition_rows"]
+    assert same(ranking(tmp_path / "o1"), ranking(tmp_path / "o24"))
+
+
+def test_a_scheme_that_does_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--kernel", "--forward", "--reverse"):
+        assert run("rank", "--out-dir", tmp_path, option, "cosine") == 2
+        assert option in capsys.readouterr().err
