@@ -49,6 +49,15 @@ class States:
     final: Bool
 
 
+def joined(states: list[States]) -> States:
+    """States of several partitions for one other."""
+    return States(
+        ids=np.concatenate([s.ids for s in states]),
+        x=np.concatenate([s.x for s in states]),
+        final=np.concatenate([s.final for s in states]),
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
     """What a partition must know of its halo, by ascending graph id."""

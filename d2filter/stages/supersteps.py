@@ -1,14 +1,15 @@
-"""The supersteps of a ranking: an actor a partition, states between them (DESIGN §3).
+"""The supersteps of a ranking: partitions in actors, states between them (DESIGN §3).
 
-The driver holds counters and references; states travel from actor to actor. A partition publishes a
-snapshot of its state now and then. When an actor dies, a new one goes on from the last snapshot of
-that partition alone, and the others send it all states that it has edges with once more; when the
+The driver holds counters and references; states travel from actor to actor. Every partition's state
+is published now and then. When an actor dies, a new one goes on from the last snapshots of its own
+partitions alone, and the others send it all states that these have edges with once more; when the
 driver dies, the next run begins with the last snapshot of each.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -48,13 +49,15 @@ def run(
     """
     started = time.monotonic()
     ray = runner.ray()
-    cpus = float(ray.cluster_resources().get("CPU", 1))
-    # more partitions than CPUs must all be there at once: they take turns
-    options: Figures = {"num_cpus": min(1.0, int(1000 * cpus / parts) / 1000), "max_restarts": 0}
+    # all partitions must be there at once: more of them than CPUs share processes
+    crews = min(parts, max(1, int(ray.cluster_resources().get("CPU", 1))))
+    numbers = [list(range(parts))[crew::crews] for crew in range(crews)]
+    options: Figures = {"num_cpus": 1, "max_restarts": 0}
     if memory:
-        options["memory"] = memory
+        _, _, node_bytes = runner.resources()
+        options["memory"] = min(node_bytes, memory * max(len(some) for some in numbers))
     bar = progress_bar("rank", total, runner.show_progress)
-    driver = _Driver(ray, options, (out, parts, made), parts)
+    driver = _Driver(ray, options, numbers, (out, parts, made))
     try:
         figures = driver.run(lambda live: bar.update(total - live - bar.n))
     finally:
@@ -65,7 +68,7 @@ def run(
 
 def alone(*, report: Report, out: Folder, made: Figures) -> Figures:
     """Task: rank a graph of one partition. Figures as those of `run`."""
-    actor = _Actor(0, out, 1, made)
+    actor = _Actor([0], out, 1, made)
     step = actor.step()
     actor.finish()
     report(actor.size())
@@ -75,20 +78,22 @@ def alone(*, report: Report, out: Folder, made: Figures) -> Figures:
 class _Driver:
     """Calls the actors, carries references between them, replaces the dead."""
 
-    def __init__(self, ray: Any, options: Figures, arguments: tuple[Any, ...], parts: int) -> None:
+    def __init__(
+        self, ray: Any, options: Figures, numbers: list[list[int]], arguments: tuple[Any, ...]
+    ) -> None:
         self._ray = ray
         self._remote = ray.remote(_Actor).options(**options)
+        self._numbers = numbers
         self._arguments = arguments
-        self._actors: list[Any] = [self._remote.remote(p, *arguments) for p in range(parts)]
-        self._live: list[int] = []
-        self._inbox: list[list[Any]] = [[] for _ in range(parts)]
-        self._restarts = [0] * parts
+        self._actors: list[Any] = [self._remote.remote(some, *arguments) for some in numbers]
+        self._live = [1] * len(numbers)
+        self._inbox: list[list[Any]] = [[] for _ in numbers]
+        self._restarts = [0] * len(numbers)
         self._figures: Figures = {"rounds": 0, "bytes": 0, "peak_rss_bytes": 0}
         self._saved = time.monotonic()
 
-    def run(self, report: Any) -> Figures:
+    def run(self, report: Callable[[int], None]) -> Figures:
         """Until all scores are final and written."""
-        self._live = [1] * len(self._actors)
         supersteps = 0
         written: set[int] = set()
         while len(written) < len(self._actors):
@@ -103,9 +108,9 @@ class _Driver:
                     )
                 self._save()
                 continue
-            for p in set(range(len(self._actors))) - written:
-                if self._call(p, "finish") is not None:
-                    written.add(p)
+            for a in set(range(len(self._actors))) - written:
+                if self._call(a, "finish") is not None:
+                    written.add(a)
         return {**self._figures, "supersteps": supersteps, "restarts": sum(self._restarts)}
 
     def close(self) -> None:
@@ -118,60 +123,62 @@ class _Driver:
         inbox, self._inbox = self._inbox, [[] for _ in self._actors]
         # those that are done only had to be told while they were not
         running = {
-            p: actor.step.remote(*inbox[p]) for p, actor in enumerate(self._actors) if self._live[p]
+            a: actor.step.remote(*inbox[a]) for a, actor in enumerate(self._actors) if self._live[a]
         }
+        crew_of = {p: a for a, some in enumerate(self._numbers) for p in some}
         news = False
-        for p, reference in running.items():
-            step = self._result(p, reference)
+        for a, reference in running.items():
+            step = self._result(a, reference)
             if step is None:
                 news = True
                 continue
-            news |= bool(step["sent"]) or step["live"] < self._live[p]
-            self._live[p] = step["live"]
+            news |= bool(step["sent"]) or step["live"] < self._live[a]
+            self._live[a] = step["live"]
             self._note(step)
             for peer, states in step["sent"].items():
-                self._inbox[peer].append(states)
+                self._inbox[crew_of[peer]].append(states)
         return news
 
     def _save(self) -> None:
         if time.monotonic() - self._saved > _SAVE_SECONDS:
-            for p in range(len(self._actors)):
-                self._call(p, "save")
+            for a in range(len(self._actors)):
+                self._call(a, "save")
             self._saved = time.monotonic()
 
-    def _call(self, p: int, method: str) -> Any:
-        """What a method of one partition returns; None when the partition had to be replaced."""
-        return self._result(p, getattr(self._actors[p], method).remote())
+    def _call(self, a: int, method: str) -> Any:
+        """What a method of one actor returns; None when the actor had to be replaced."""
+        return self._result(a, getattr(self._actors[a], method).remote())
 
-    def _result(self, p: int, reference: Any) -> Any:
+    def _result(self, a: int, reference: Any) -> Any:
         errors = self._ray.exceptions
         try:
             return self._ray.get(reference)
         except errors.RayTaskError as error:
             if not isinstance(error.cause, errors.RayError):
-                raise StageError(f"rank: partition {p}: {error.cause}") from error
+                raise StageError(f"rank: partitions {self._numbers[a]}: {error.cause}") from error
         except errors.RayError:
             pass  # the actor is gone, or what it was sent by another that is gone
-        self._replace(p)
+        self._replace(a)
         return None
 
-    def _replace(self, p: int) -> None:
-        """A new actor from the last snapshot, unless the old one lives; all is sent to it again."""
+    def _replace(self, a: int) -> None:
+        """A new actor, from the last snapshots, unless the old one lives; tell it all again."""
         errors = self._ray.exceptions
+        numbers = self._numbers[a]
         try:
-            self._ray.get(self._actors[p].ping.remote())
+            self._ray.get(self._actors[a].ping.remote())
         except errors.RayError as error:
-            self._restarts[p] += 1
-            if self._restarts[p] > _RESTARTS:
+            self._restarts[a] += 1
+            if self._restarts[a] > _RESTARTS:
                 raise StageError(
-                    f"rank: partition {p} died {self._restarts[p]} times: "
+                    f"rank: the worker of partitions {numbers} died {self._restarts[a]} times: "
                     f"{str(error).splitlines()[0]}; more partitions need less memory each"
                 ) from error
-            self._actors[p] = self._remote.remote(p, *self._arguments)
-            self._live[p] = 1
-        self._inbox[p] += [
-            actor.everything_for.remote(p) for q, actor in enumerate(self._actors) if q != p
-        ]
+            self._actors[a] = self._remote.remote(numbers, *self._arguments)
+            self._live[a] = 1
+        for b, actor in enumerate(self._actors):
+            if b != a:
+                self._inbox[a] += [actor.everything_for.remote(p) for p in numbers]
 
     def _note(self, step: Figures) -> None:
         self._figures["rounds"] = max(self._figures["rounds"], step["rounds"])
@@ -180,109 +187,129 @@ class _Driver:
 
 
 class _Actor:
-    """One partition in a process of its own."""
+    """Some partitions in a process of their own."""
 
-    def __init__(self, number: int, out: Folder, parts: int, made: Figures) -> None:
-        self._number = number
+    def __init__(self, numbers: list[int], out: Folder, parts: int, made: Figures) -> None:
+        self._numbers = numbers
         self._out = out
         self._parts = parts
         self._made = made
-        self._share: share.Share | None = None
+        self._shares: dict[int, share.Share] = {}
         self._rounds = 0
 
     def ping(self) -> None:
         """Answers while the process lives."""
 
-    def step(self, *heard: share.States) -> Figures:
-        """One superstep. Returns what is left, and references to the states for each partition."""
+    def step(self, *heard: tuple[int, share.States]) -> Figures:
+        """One superstep. Returns what is left, and references to states for other partitions."""
         import ray
 
-        one = self._loaded()
-        for states in heard:
-            one.hear_states(states)
-        self._rounds += one.advance()
+        shares = self._loaded()
+        for number, states in heard:
+            shares[number].hear_states(states)
+        self._settle(shares)
         sent, size = {}, 0
         for peer in range(self._parts):
-            if peer != self._number:
-                states = one.states_for(peer)
+            if peer not in shares:
+                states = share.joined([one.states_for(peer) for one in shares.values()])
                 if states.ids.size:
-                    sent[peer] = ray.put(states)
+                    sent[peer] = ray.put((peer, states))
                     size += states.ids.size * _STATE_BYTES
         return {
-            "live": one.live(),
+            "live": sum(one.live() for one in shares.values()),
             "rounds": self._rounds,
             "sent": sent,
             "bytes": size,
             "peak": peak_rss_bytes(),
         }
 
-    def size(self) -> int:
-        """Samples of this partition."""
-        return self._loaded().size
+    def _settle(self, shares: dict[int, share.Share]) -> None:
+        """Supersteps among the partitions of this process, until they need news from others."""
+        moved = True
+        while moved:
+            for one in shares.values():
+                self._rounds += one.advance()
+            moved = False
+            for one in shares.values():
+                for peer, other in shares.items():
+                    if other is not one:
+                        states = one.states_for(peer)
+                        other.hear_states(states)
+                        moved |= states.ids.size > 0
 
-    def everything_for(self, peer: int) -> share.States:
+    def size(self) -> int:
+        """Samples of these partitions."""
+        return sum(one.size for one in self._loaded().values())
+
+    def everything_for(self, peer: int) -> tuple[int, share.States]:
         """All states that a partition has edges with: it has forgotten them."""
-        return self._loaded().states_for(peer, everything=True)
+        shares = self._loaded().values()
+        return peer, share.joined([one.states_for(peer, everything=True) for one in shares])
 
     def save(self) -> bool:
-        """Publish a snapshot."""
-        snapshot = self._loaded().snapshot()
-        state = {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}
-        with self._out.sub(WORK).publish(_state(self._number)) as path, path.open("wb") as stream:
-            np.savez(stream, **state)
+        """Publish a snapshot of each partition."""
+        work = self._out.sub(WORK)
+        for number, one in self._loaded().items():
+            snapshot = one.snapshot()
+            state = {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}
+            with work.publish(_state(number)) as path, path.open("wb") as stream:
+                np.savez(stream, **state)
         return True
 
     def finish(self) -> bool:
         """Write the scores, and the keys best first."""
-        one = self._loaded()
-        outcome = one.outcome()
-        own = merge.Keys(x=outcome.final, hi=one.rows.hi, lo=one.rows.lo)
-        order = own.best_first()
-        best = own.take(order)
-        sampled = merge.sample(best, SAMPLED)
         work = self._out.sub(WORK)
-        write_columns(
-            work, f"scores-{self._number:05d}", forward=outcome.forward, final=outcome.final,
-            suppressed_by=outcome.suppressed_by, order=order,
-        )  # fmt: skip
-        for stem, keys in (("best", best), ("sampled", sampled)):
-            write_columns(work, f"{stem}-{self._number:05d}", x=keys.x, hi=keys.hi, lo=keys.lo)
+        for number, one in self._loaded().items():
+            outcome = one.outcome()
+            own = merge.Keys(x=outcome.final, hi=one.rows.hi, lo=one.rows.lo)
+            order = own.best_first()
+            best = own.take(order)
+            write_columns(
+                work, f"scores-{number:05d}", forward=outcome.forward, final=outcome.final,
+                suppressed_by=outcome.suppressed_by, order=order,
+            )  # fmt: skip
+            for stem, keys in (("best", best), ("sampled", merge.sample(best, SAMPLED))):
+                write_columns(work, f"{stem}-{number:05d}", x=keys.x, hi=keys.hi, lo=keys.lo)
         return True
 
-    def _loaded(self) -> share.Share:
-        if self._share is None:
-            one = read_share(self._out, self._number)
-            work = self._out.sub(WORK)
-            for peer in range(self._parts):
-                if peer != self._number:
-                    cut = read_cut(work, peer, self._number, "source", "target", "sqdist")
-                    one.hear_edges(cut["source"], cut["target"], cut["sqdist"])
-            made = self._made
-            one.begin(
-                made["scheme"], made["low"], made["high"], self._halo(one),
-                both_ways=made["both_ways"],
-            )  # fmt: skip
-            if work.exists(_state(self._number)):
-                with work.reading(_state(self._number)) as stream:
-                    one.restore(Snapshot(**np.load(stream)))
-            self._share = one
-        return self._share
+    def _loaded(self) -> dict[int, share.Share]:
+        if not self._shares:
+            # all or none: an error while loading must not leave a part of them
+            self._shares = {number: self._load(number) for number in self._numbers}
+        return self._shares
 
-    def _halo(self, one: share.Share) -> share.Known:
+    def _load(self, number: int) -> share.Share:
+        one = read_share(self._out, number)
+        work = self._out.sub(WORK)
+        for peer in range(self._parts):
+            if peer != number:
+                cut = read_cut(work, peer, number, "source", "target", "sqdist")
+                one.hear_edges(cut["source"], cut["target"], cut["sqdist"])
+        made = self._made
+        one.begin(
+            made["scheme"], made["low"], made["high"], self._halo(one, number),
+            both_ways=made["both_ways"],
+        )  # fmt: skip
+        if work.exists(_state(number)):
+            with work.reading(_state(number)) as stream:
+                one.restore(Snapshot(**np.load(stream)))
+        return one
+
+    def _halo(self, one: share.Share, number: int) -> share.Known:
         """What is known of the samples elsewhere, by graph id: partition after partition."""
         work = self._out.sub(WORK)
+        names = ("ids", "hi", "lo", "difficulty")
         parts = []
         for peer in range(self._parts):
-            start = read_array(work, f"known-{peer:05d}.start.npy")
-            some = slice(int(start[self._number]), int(start[self._number + 1]))
-            names = ("ids", "hi", "lo", "difficulty")
-            if peer != self._number:
+            if peer != number:
+                start = read_array(work, f"known-{peer:05d}.start.npy")
+                some = slice(int(start[number]), int(start[number + 1]))
                 parts.append(read_columns(work, f"known-{peer:05d}", *names, rows=some))
         if not parts:
             return one.describe(np.empty(0, np.int64))
-        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in names}
         if not np.array_equal(joined["ids"], one.halo()):
-            raise StageError(f"partition {self._number} was told of other samples than it knows")
+            raise StageError(f"partition {number} was told of other samples than it knows")
         return share.Known(hi=joined["hi"], lo=joined["lo"], difficulty=joined["difficulty"])
 
 
