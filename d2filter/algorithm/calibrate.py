@@ -24,7 +24,7 @@ I64 = npt.NDArray[np.int64]
 QUERIES = 400
 # what is tried, in multiples of the probes whose cells hold enough of the true neighbors
 _PLAIN = (1.0, 1.3, 1.7)
-_REFINED = (0.12, 0.2, 0.33, 0.5, 0.75)
+_REFINED = (0.15, 0.3, 0.55)
 REFINED_LISTS = 11  # places beyond k of the lists that are refined
 
 # measured costs: a distance by product has those of so many dimensions besides its own, and one to

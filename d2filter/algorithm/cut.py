@@ -194,7 +194,8 @@ def _both_ways(
     b = np.concatenate([neighbors[row, column], target])
     d = np.concatenate([sqdist[row, column], distance])
     low, high = np.minimum(a, b), np.maximum(a, b)
-    order = np.lexsort((high, low))
+    # should two distances of a pair ever differ, every partition takes the smaller one
+    order = np.lexsort((d, high, low))
     low, high, d = low[order], high[order], d[order]
     new = np.ones(low.size, np.bool_)
     new[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])

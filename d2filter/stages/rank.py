@@ -5,7 +5,7 @@ cut → describe → supersteps (actors, see `supersteps`) → ranges → merge 
 ranking-work/cut-00000.*      edges that leave a partition: source, target, sqdist; start (P + 1,)
 ranking-work/known-00000.*    uid and difficulty of samples that others have edges with: ids, hi,
                               lo, difficulty; start (P + 1,)
-ranking-work/state-00000.npz  the last snapshot of a partition
+ranking-work/state-*.npz      the last snapshot of each partition
 ranking-work/scores-00000.*   forward, final, suppressed_by of its rows; order: best key first
 ranking-work/best-00000.*     its keys in that order, and sampled-00000.*: some of them
 ranking-work/ranges-00000.*   where these are cut into ranges
@@ -50,7 +50,14 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
             )
             for number in range(parts)
         ]
-        found = runner.map("rank", tasks, fingerprint=fingerprint, label=label, total=total)
+        found = runner.map(
+            "rank",
+            tasks,
+            fingerprint=fingerprint,
+            label=label,
+            total=total,
+            memory=config.memory_per_worker,
+        )
         peak = max(peak, *(f["peak_rss_bytes"] for f in found))
         seconds[f"rank_{label}"] = max(f["seconds"] for f in found)
         return found
@@ -60,10 +67,11 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
     made = {
         "scheme": config.rank.scheme,
         "both_ways": config.rank.undirected,
+        "fingerprint": fingerprint,
         "low": min(f["low"] for f in ends),
         "high": max(f["high"] for f in ends),
     }
-    done = _supersteps(runner, out, parts, made, fingerprint, total, config.memory_per_worker)
+    done = _supersteps(runner, out, parts, made, fingerprint, total)
     each("ranges", cut_keys, parts=parts)
     each("merge", merge_range, parts=parts)
     each("finish", finish, parts=parts)
@@ -80,9 +88,8 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
 
 
 def _supersteps(
-    runner: Runner, out: Folder, parts: int, made: Figures, fingerprint: str, total: int,
-    memory: int,
-) -> Figures:  # fmt: skip
+    runner: Runner, out: Folder, parts: int, made: Figures, fingerprint: str, total: int
+) -> Figures:
     """Actors where there are several partitions, a task where there is one."""
     if parts == 1:
         task = Task(name="supersteps", run=supersteps.alone, arguments={"out": out, "made": made})
@@ -91,7 +98,7 @@ def _supersteps(
     before: Figures | None = out.read_json(marker)
     if before is not None and before["fingerprint"] == fingerprint:
         return before
-    done = supersteps.run(runner, out, parts, made=made, total=total, memory=memory)
+    done = supersteps.run(runner, out, parts, made=made, total=total)
     out.publish_json(marker, {"fingerprint": fingerprint, **done})
     return done
 

@@ -8,8 +8,9 @@ driver dies, the next run begins with the last snapshot of each.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -17,10 +18,11 @@ import numpy as np
 
 from d2filter.algorithm import merge, share
 from d2filter.algorithm.supersteps import Snapshot
-from d2filter.errors import StageError
+from d2filter.errors import D2FilterError, StageError
 from d2filter.formats import graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_array, read_columns, write_columns
+from d2filter.formats.tables import first_line
 from d2filter.stages.runner import Report, Runner, peak_rss_bytes, progress_bar
 
 Figures = dict[str, Any]
@@ -29,7 +31,8 @@ WORK = "ranking-work"
 SAMPLED = 1024  # keys of a partition that choose the splitters
 
 _SAVE_SECONDS = 120.0  # between snapshots
-_RESTARTS = 10  # of one partition
+_RESTARTS = 10  # of one actor
+_PLACE_SECONDS = 600.0  # that a cluster has to start all of them
 _STATE_BYTES = 17  # of one sample on its way: id, score, final
 
 
@@ -40,7 +43,6 @@ def run(
     *,
     made: Figures,
     total: int,
-    memory: int,
 ) -> Figures:
     """Rank all partitions. Figures: supersteps, rounds, bytes, restarts, seconds, peak memory.
 
@@ -52,12 +54,8 @@ def run(
     # all partitions must be there at once: more of them than CPUs share processes
     crews = min(parts, max(1, int(ray.cluster_resources().get("CPU", 1))))
     numbers = [list(range(parts))[crew::crews] for crew in range(crews)]
-    options: Figures = {"num_cpus": 1, "max_restarts": 0}
-    if memory:
-        _, _, node_bytes = runner.resources()
-        options["memory"] = min(node_bytes, memory * max(len(some) for some in numbers))
     bar = progress_bar("rank", total, runner.show_progress)
-    driver = _Driver(ray, options, numbers, (out, parts, made))
+    driver = _Driver(ray, numbers, (out, parts, made))
     try:
         figures = driver.run(lambda live: bar.update(total - live - bar.n))
     finally:
@@ -78,19 +76,25 @@ def alone(*, report: Report, out: Folder, made: Figures) -> Figures:
 class _Driver:
     """Calls the actors, carries references between them, replaces the dead."""
 
-    def __init__(
-        self, ray: Any, options: Figures, numbers: list[list[int]], arguments: tuple[Any, ...]
-    ) -> None:
+    def __init__(self, ray: Any, numbers: list[list[int]], arguments: tuple[Any, ...]) -> None:
         self._ray = ray
-        self._remote = ray.remote(_Actor).options(**options)
+        self._remote = ray.remote(_Actor)
         self._numbers = numbers
         self._arguments = arguments
-        self._actors: list[Any] = [self._remote.remote(some, *arguments) for some in numbers]
+        self._actors: list[Any] = [self._new(some, 1) for some in numbers]
         self._live = [1] * len(numbers)
         self._inbox: list[list[Any]] = [[] for _ in numbers]
         self._restarts = [0] * len(numbers)
         self._figures: Figures = {"rounds": 0, "bytes": 0, "peak_rss_bytes": 0}
         self._saved = time.monotonic()
+        # all must be there at once: what cannot be placed would be waited for without end
+        pings = [actor.ping.remote() for actor in self._actors]
+        there, _ = ray.wait(pings, num_returns=len(pings), timeout=_PLACE_SECONDS)
+        if len(there) < len(pings):
+            raise StageError(
+                f"rank: {len(pings)} processes are needed at once, the cluster started "
+                f"{len(there)} in {_PLACE_SECONDS:.0f} s: free its CPUs and run again"
+            )
 
     def run(self, report: Callable[[int], None]) -> Figures:
         """Until all scores are final and written."""
@@ -108,15 +112,16 @@ class _Driver:
                     )
                 self._save()
                 continue
-            for a in set(range(len(self._actors))) - written:
-                if self._call(a, "finish") is not None:
-                    written.add(a)
+            left = sorted(set(range(len(self._actors))) - written)
+            written |= {a for a, done in self._call(left, "finish").items() if done}
         return {**self._figures, "supersteps": supersteps, "restarts": sum(self._restarts)}
 
     def close(self) -> None:
         """End all actors."""
         for actor in self._actors:
-            self._ray.kill(actor)
+            # the error that led here must not be hidden by another
+            with contextlib.suppress(self._ray.exceptions.RayError):
+                self._ray.kill(actor)
 
     def _superstep(self) -> bool:
         """States in, local fixpoint, states out. Returns whether anything happened."""
@@ -141,44 +146,68 @@ class _Driver:
 
     def _save(self) -> None:
         if time.monotonic() - self._saved > _SAVE_SECONDS:
-            for a in range(len(self._actors)):
-                self._call(a, "save")
+            self._call(range(len(self._actors)), "save")
             self._saved = time.monotonic()
 
-    def _call(self, a: int, method: str) -> Any:
-        """What a method of one actor returns; None when the actor had to be replaced."""
-        return self._result(a, getattr(self._actors[a], method).remote())
+    def _call(self, crews: Sequence[int], method: str) -> dict[int, Any]:
+        """What a method of some actors returns; None for those that had to be replaced."""
+        running = {a: getattr(self._actors[a], method).remote() for a in crews}
+        return {a: self._result(a, reference) for a, reference in running.items()}
 
     def _result(self, a: int, reference: Any) -> Any:
         errors = self._ray.exceptions
         try:
             return self._ray.get(reference)
         except errors.RayTaskError as error:
+            if isinstance(error.cause, D2FilterError):
+                raise error.cause from error
             if not isinstance(error.cause, errors.RayError):
-                raise StageError(f"rank: partitions {self._numbers[a]}: {error.cause}") from error
-        except errors.RayError:
-            pass  # the actor is gone, or what it was sent by another that is gone
-        self._replace(a)
+                reason = f"{type(error.cause).__name__}: {first_line(error.cause)}"
+                raise StageError(f"rank: {self._partitions_of(a)}: {reason}") from error
+            self._replace(a, error)
+        except errors.RayError as error:
+            # the actor is gone, or what it was sent by another that is gone
+            self._replace(a, error)
         return None
 
-    def _replace(self, a: int) -> None:
-        """A new actor, from the last snapshots, unless the old one lives; tell it all again."""
-        errors = self._ray.exceptions
-        numbers = self._numbers[a]
+    def _replace(self, a: int, error: BaseException) -> None:
+        """New actors, from the last snapshots, for this one and all others that are gone; what any
+        of them may have missed is sent again, and so is what this one may have sent in vain.
+        """
+        self._restarts[a] += 1
+        if self._restarts[a] > _RESTARTS:
+            raise StageError(
+                f"rank: the worker of {self._partitions_of(a)} failed {self._restarts[a]} times: "
+                f"{first_line(error)}; give the ranking more memory or more nodes"
+            ) from error
+        gone = [b for b in range(len(self._actors)) if not self._alive(b)]
+        for b in gone:
+            # without a CPU of its own: where its node was lost there may be none
+            self._actors[b] = self._new(self._numbers[b], 0)
+            self._live[b] = 1
+        for b in {a, *gone}:
+            for c, other in enumerate(self._actors):
+                if c != b:
+                    self._inbox[b] += [other.everything_for.remote(p) for p in self._numbers[b]]
+        for c, numbers in enumerate(self._numbers):
+            if c != a and a not in gone:
+                self._inbox[c] += [self._actors[a].everything_for.remote(p) for p in numbers]
+
+    def _new(self, numbers: list[int], cpus: int) -> Any:
+        made = self._remote.options(num_cpus=cpus, max_restarts=0)
+        return made.remote(numbers, *self._arguments)
+
+    def _alive(self, a: int) -> bool:
         try:
             self._ray.get(self._actors[a].ping.remote())
-        except errors.RayError as error:
-            self._restarts[a] += 1
-            if self._restarts[a] > _RESTARTS:
-                raise StageError(
-                    f"rank: the worker of partitions {numbers} died {self._restarts[a]} times: "
-                    f"{str(error).splitlines()[0]}; more partitions need less memory each"
-                ) from error
-            self._actors[a] = self._remote.remote(numbers, *self._arguments)
-            self._live[a] = 1
-        for b, actor in enumerate(self._actors):
-            if b != a:
-                self._inbox[a] += [actor.everything_for.remote(p) for p in numbers]
+        except self._ray.exceptions.RayError:
+            return False
+        return True
+
+    def _partitions_of(self, a: int) -> str:
+        numbers = self._numbers[a]
+        shown = ", ".join(str(p) for p in numbers[:4])
+        return f"partitions {shown}" + (f" and {len(numbers) - 4} more" if len(numbers) > 4 else "")
 
     def _note(self, step: Figures) -> None:
         self._figures["rounds"] = max(self._figures["rounds"], step["rounds"])
@@ -252,7 +281,7 @@ class _Actor:
         for number, one in self._loaded().items():
             snapshot = one.snapshot()
             state = {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}
-            with work.publish(_state(number)) as path, path.open("wb") as stream:
+            with work.publish(self._state(number)) as path, path.open("wb") as stream:
                 np.savez(stream, **state)
         return True
 
@@ -290,10 +319,14 @@ class _Actor:
             made["scheme"], made["low"], made["high"], self._halo(one, number),
             both_ways=made["both_ways"],
         )  # fmt: skip
-        if work.exists(_state(number)):
-            with work.reading(_state(number)) as stream:
+        if work.exists(self._state(number)):
+            with work.reading(self._state(number)) as stream:
                 one.restore(Snapshot(**np.load(stream)))
         return one
+
+    def _state(self, number: int) -> str:
+        """A name that no other plan has: an actor of a run that was given up may still write."""
+        return f"state-{self._made['fingerprint'][:16]}-{number:05d}.npz"
 
     def _halo(self, one: share.Share, number: int) -> share.Known:
         """What is known of the samples elsewhere, by graph id: partition after partition."""
@@ -335,7 +368,3 @@ def read_cut(work: Folder, source: int, target: int, *names: str) -> dict[str, A
     start = read_array(work, f"cut-{source:05d}.start.npy")
     some = slice(int(start[target]), int(start[target + 1]))
     return read_columns(work, f"cut-{source:05d}", *names, rows=some)
-
-
-def _state(number: int) -> str:
-    return f"state-{number:05d}.npz"

@@ -129,7 +129,7 @@ def test_an_actor_that_dies_again_and_again_is_given_up(
     monkeypatch.setattr(supersteps, "_RESTARTS", 2)
     assert run("rank", "--out-dir", made[4], "--overwrite", "rank") == 1
     said = capsys.readouterr().err
-    assert "the worker of partitions [1, 3] died 3 times" in said
+    assert "the worker of partitions 1, 3 failed 3 times" in said
     assert len(said.strip().splitlines()[-1]) < 300
     monkeypatch.undo()
     assert run("rank", "--out-dir", made[4]) == 0
@@ -139,6 +139,7 @@ def test_an_actor_that_dies_again_and_again_is_given_up(
 def test_a_driver_that_dies_goes_on_from_the_last_snapshots(
     made: dict[int, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    whole_run = stats(made[4])["rank"]["supersteps"]
     monkeypatch.setattr(supersteps, "_SAVE_SECONDS", 0.0)
     original = supersteps._Driver._superstep
     steps = 0
@@ -170,7 +171,8 @@ def test_a_driver_that_dies_goes_on_from_the_last_snapshots(
     monkeypatch.setattr(supersteps._Driver, "_superstep", count)
     assert run("rank", "--out-dir", made[4]) == 0
     assert same(ranking(made[4]), ranking(made[1]))
-    assert taken > 0
+    # three supersteps lie in the snapshots
+    assert 0 < taken < whole_run
 
 
 @pytest.mark.parametrize(
