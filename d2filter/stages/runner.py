@@ -9,6 +9,7 @@ task that fails does not stop the others; at the end the stage fails and names e
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import socket
 import time
@@ -219,6 +220,7 @@ def _execute_remotely(
 
 def _execute(folder: Folder, stage: str, task: Task, fingerprint: str, report: Report) -> _Outcome:
     started = time.monotonic()
+    _give_back_memory()
     _reset_peak_rss()
     try:
         figures = task.run(report=report, **task.arguments)
@@ -328,6 +330,18 @@ def assigned_cpus() -> int:
         context: Any = ray.get_runtime_context()
         assigned = context.get_assigned_resources()
     return max(1, int(assigned.get("CPU", os.cpu_count() or 1)))
+
+
+def _give_back_memory() -> None:
+    """What earlier tasks have freed in this process goes back to the system, where its C library
+    can do that: allocators keep it, half a GB of it beside the next task.
+    """
+    import pyarrow
+
+    pyarrow.default_memory_pool().release_unused()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _reset_peak_rss() -> None:
