@@ -31,7 +31,6 @@ SEED = 0
 FAR = 0.1
 NEAR = 60  # steps between neighbors that lie close by
 FRACTION = 0.3
-_STATE_BYTES = 17
 
 Row = dict[str, Any]
 
@@ -161,7 +160,9 @@ def _in_partitions(rows: share.Rows, parts: int) -> Row:
 
         def begin(one: share.Share) -> None:
             ids = one.halo()
-            known = share.Known(hi=rows.hi[ids], lo=rows.lo[ids], difficulty=rows.difficulty[ids])
+            known = share.Known(
+                ids=ids, hi=rows.hi[ids], lo=rows.lo[ids], difficulty=rows.difficulty[ids]
+            )
             one.begin(schemes.Scheme(), low, high, known)
 
         list(pool.map(begin, shares))
@@ -176,7 +177,7 @@ def _in_partitions(rows: share.Rows, parts: int) -> Row:
                 for q, other in enumerate(shares):
                     if p != q:
                         states = one.states_for(q)
-                        size += states.ids.size * _STATE_BYTES
+                        size += states.nbytes
                         other.hear_states(states)
         greedy = time.perf_counter() - started
         final = np.concatenate([out.final for out in pool.map(lambda s: s.outcome(), shares)])

@@ -7,6 +7,7 @@ both then know each other's end as a halo node.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +51,7 @@ class Edges:
     """(h,) graph ids, ascending, of the samples elsewhere"""
     halo_node: Nodes
     """(h,) their nodes"""
-    start: I64
+    start: Nodes
     """(m + 1,)"""
     target: Nodes
     """(e,) nodes; out-edges of own nodes, and those of halo nodes that lead to own ones"""
@@ -66,13 +67,6 @@ class Edges:
         """(m,) whether a node is at home here."""
         out = np.ones(self.nodes, np.bool_)
         out[self.halo_node] = False
-        return out
-
-    def ids(self, first: int) -> I64:
-        """(m,) graph id of each node; `first` is the partition's first."""
-        out = np.empty(self.nodes, np.int64)
-        out[self.own_node] = first + np.arange(self.own_node.size)
-        out[self.halo_node] = self.halo_ids
         return out
 
     def spread(self, own: Array, halo: Array) -> Array:
@@ -127,18 +121,22 @@ def assemble(
     (the paper's graph).
     """
     m = len(neighbors) + halo_ids.size
-    kind = np.int32 if m < 2**31 else np.int64
-    own_node = np.empty(len(neighbors), kind)
+    source, target, distance = incoming
+    if both_ways:
+        mine = _flat(first, neighbors, sqdist)
+        source, target, distance = _both_ways(
+            np.concatenate([mine[0], source]),
+            np.concatenate([mine[1], target]),
+            np.concatenate([mine[2], distance]),
+        )
+        neighbors, sqdist = neighbors[:, :0], sqdist[:, :0]
+    kind = np.int32 if max(m, neighbors.size + source.size) < 2**31 else np.int64
+    own_node = np.empty(m - halo_ids.size, kind)
     halo_node = np.empty(halo_ids.size, kind)
     by_uid = uids.ascending(*halo_uids)
     halo_hi, halo_lo = halo_uids[0][by_uid], halo_uids[1][by_uid]
     _number(own_uids[0], own_uids[1], halo_hi, halo_lo, by_uid, own_node, halo_node)
-    start = np.zeros(m + 1, np.int64)
-    source, target, distance = incoming
-    if both_ways:
-        neighbors, sqdist, source, target, distance = _both_ways(
-            first, neighbors, sqdist, source, target, distance
-        )
+    start = np.zeros(m + 1, kind)
     shape = (neighbors, sqdist, source, target, distance, first, own_node, halo_ids, halo_node)
     nothing = np.empty(0, np.float32)
     _fill(*shape, start, nothing.astype(kind), nothing)
@@ -161,51 +159,43 @@ def assemble(
 
 def whole(neighbors: I64, sqdist: F32, *, both_ways: bool) -> tuple[I64, I64, F32]:
     """All edges of a graph in one piece, sorted by source: sources, targets, squared distances."""
-    nothing = np.empty(0, np.int64)
-    if both_ways:
-        _, _, source, target, distance = _both_ways(
-            0, neighbors, sqdist, nothing, nothing, np.empty(0, np.float32)
-        )
-        order = np.argsort(source, kind="stable")
-        return source[order], target[order], distance[order]
-    row, column = np.nonzero(neighbors >= 0)
-    return row, neighbors[row, column], sqdist[row, column]
+    edges = _flat(0, neighbors, sqdist)
+    if not both_ways:
+        return edges
+    source, target, distance = _both_ways(*edges)
+    order = np.argsort(source, kind="stable")
+    return source[order], target[order], distance[order]
 
 
-def boundary(edges: Edges, starts: I64) -> tuple[I64, I64]:
-    """Who must hear of which own node: partitions and nodes, (b,) each, sorted by both."""
+def boundary(edges: Edges, starts: I64) -> list[I64]:
+    """Own nodes, ascending, that each partition must hear of: (P,) lists."""
     own = edges.own()
-    peer_of = np.zeros(edges.nodes, np.int64)
+    peer_of = np.zeros(edges.nodes, np.int32)
     peer_of[edges.halo_node] = np.searchsorted(starts, edges.halo_ids, side="right") - 1
     peer, inside = _crossing(own, edges.start, edges.target, peer_of)
-    pair = np.unique(peer * np.int64(max(1, edges.nodes)) + inside)
-    return pair // max(1, edges.nodes), pair % max(1, edges.nodes)
+    start, order = features.bucketed(peer, len(starts) - 1)
+    return [np.unique(inside[order[a:b]]) for a, b in itertools.pairwise(start)]
 
 
-def _both_ways(
-    first: int, neighbors: I64, sqdist: F32, source: I64, target: I64, distance: F32
-) -> tuple[I64, F32, I64, I64, F32]:
-    """All edges with an end here in both directions, each pair once: as cut edges of either kind.
-
-    Returned are empty lists, and edges (source, target, distance) of which either end is here.
-    """
+def _flat(first: int, neighbors: I64, sqdist: F32) -> tuple[I64, I64, F32]:
+    """Lists as edges, by row: sources, targets, squared distances."""
     row, column = np.nonzero(neighbors >= 0)
-    a = np.concatenate([first + row, source])
-    b = np.concatenate([neighbors[row, column], target])
-    d = np.concatenate([sqdist[row, column], distance])
-    low, high = np.minimum(a, b), np.maximum(a, b)
+    return first + row, neighbors[row, column], sqdist[row, column]
+
+
+def _both_ways(source: I64, target: I64, distance: F32) -> tuple[I64, I64, F32]:
+    """All edges in both directions, each pair once."""
+    low, high = np.minimum(source, target), np.maximum(source, target)
     # should two distances of a pair ever differ, every partition takes the smaller one
-    order = np.lexsort((d, high, low))
-    low, high, d = low[order], high[order], d[order]
+    order = np.lexsort((distance, high, low))
+    low, high, distance = low[order], high[order], distance[order]
     new = np.ones(low.size, np.bool_)
     new[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
-    low, high, d = low[new], high[new], d[new]
+    low, high, distance = low[new], high[new], distance[new]
     return (
-        neighbors[:, :0],
-        sqdist[:, :0],
         np.concatenate([low, high]),
         np.concatenate([high, low]),
-        np.concatenate([d, d]),
+        np.concatenate([distance, distance]),
     )
 
 
@@ -226,6 +216,14 @@ def _number(own_hi, own_lo, halo_hi, halo_lo, halo_row, own_node, halo_node):  #
             b += 1
 
 
+@numba.njit(cache=True, nogil=True, inline="always")
+def _node(sample, first, own_node, halo_ids, halo_node):  # type: ignore[no-untyped-def]
+    """Node of a graph id."""
+    if first <= sample < first + own_node.size:
+        return own_node[sample - first]
+    return halo_node[np.searchsorted(halo_ids, sample)]
+
+
 @numba.njit(cache=True, nogil=True)
 def _fill(  # type: ignore[no-untyped-def]  # compiled by numba
     neighbors, sqdist, source, target, distance, first, own_node, halo_ids, halo_node, start,
@@ -233,7 +231,6 @@ def _fill(  # type: ignore[no-untyped-def]  # compiled by numba
 ):  # fmt: skip
     """Count out-edges into start[1:], or write them from start[node] on, which moves it."""
     counting = out_target.size == 0
-    n = own_node.size
     for i in range(neighbors.shape[0]):
         node = own_node[i]
         for c in range(neighbors.shape[1]):
@@ -244,24 +241,16 @@ def _fill(  # type: ignore[no-untyped-def]  # compiled by numba
                 start[node + 1] += 1
                 continue
             at = start[node]
-            if first <= j < first + n:
-                out_target[at] = own_node[j - first]
-            else:
-                out_target[at] = halo_node[np.searchsorted(halo_ids, j)]
+            out_target[at] = _node(j, first, own_node, halo_ids, halo_node)
             out_sqdist[at] = sqdist[i, c]
             start[node] = at + 1
     for e in range(source.size):
-        s = source[e] - first
-        node = own_node[s] if 0 <= s < n else halo_node[np.searchsorted(halo_ids, source[e])]
+        node = _node(source[e], first, own_node, halo_ids, halo_node)
         if counting:
             start[node + 1] += 1
             continue
         at = start[node]
-        t = target[e] - first
-        if 0 <= t < n:
-            out_target[at] = own_node[t]
-        else:
-            out_target[at] = halo_node[np.searchsorted(halo_ids, target[e])]
+        out_target[at] = _node(target[e], first, own_node, halo_ids, halo_node)
         out_sqdist[at] = distance[e]
         start[node] = at + 1
 
@@ -274,7 +263,7 @@ def _crossing(own, start, target, peer_of):  # type: ignore[no-untyped-def]  # c
         for e in range(start[node], start[node + 1]):
             if own[node] != own[target[e]]:
                 count += 1
-    peer = np.empty(count, np.int64)
+    peer = np.empty(count, np.int32)
     inside = np.empty(count, np.int64)
     count = 0
     for node in range(own.size):

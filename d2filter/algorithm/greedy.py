@@ -41,7 +41,7 @@ def select_all(
 ) -> Selection:
     """Rank a whole pool. Rows must be in ascending order of uid: ties go to the smaller row.
 
-    forward: (n,) int64 in [−2⁶², 2⁶²], the scores after the forward pass. neighbors: (n, k) int32
+    forward: (n,) int64 in [−2⁶², 2⁶²), the scores after the forward pass. neighbors: (n, k) int32
     or int64 row numbers, −1 pads, no row its own neighbor. weights: (n, k) float32 in [0, 1], of
     the reverse pass. Nothing is modified.
 
@@ -50,9 +50,9 @@ def select_all(
     """
     n = len(forward)
     there = neighbors >= 0
-    start = np.zeros(n + 1, np.int64)
+    kind = np.int32 if neighbors.size < 2**31 else np.int64
+    start = np.zeros(n + 1, kind)
     np.cumsum(there.sum(axis=1), out=start[1:])
-    kind = np.int32 if n < 2**31 else np.int64
     graph = supersteps.make_graph(
         np.ones(n, np.bool_), start, neighbors[there].astype(kind), weights[there]
     )
@@ -65,6 +65,6 @@ def select_all(
     return Selection(
         final=partition.x,
         rank=rank,
-        suppressed_by=partition.suppressed_by.astype(np.int64),
+        suppressed_by=partition.suppressed_by().astype(np.int64),
         rounds=rounds,
     )

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 ONE = 2**40
+CEILING = 2**61  # of a sum over neighbors
 FLOOR = -(2**62)  # scores saturate here; a hub of millions of copies would overflow otherwise
 
 _BLOCK = 1 << 20  # values whose float64 are held at a time
@@ -59,8 +60,10 @@ def edge_weights(
     return weights.reshape(sqdist.shape)
 
 
-def gather(scores: F64, start: I64, target: npt.NDArray[np.integer], weights: F32) -> I64:
-    """Σ_j rint(w_ij·s'_j·2⁴⁰) over i's out-neighbors, shape (n,) int64.
+def gather(
+    scores: F64, start: npt.NDArray[np.integer], target: npt.NDArray[np.integer], weights: F32
+) -> I64:
+    """Σ_j rint(w_ij·s'_j·2⁴⁰) over i's out-neighbors, shape (n,) int64, 2⁶¹ at most.
 
     scores: (n,) float64 in [0, 1]. Edges as CSR: start (n + 1,), target and weights (e,).
     """
@@ -75,6 +78,8 @@ def _gather(scores, start, target, weights):  # type: ignore[no-untyped-def]  # 
     for i in range(scores.size):
         total = np.int64(0)
         for e in range(start[i], start[i + 1]):
-            total += np.int64(np.rint(np.float64(weights[e]) * scores[target[e]] * one))
+            term = np.int64(np.rint(np.float64(weights[e]) * scores[target[e]] * one))
+            # terms are not negative, so where a hub of millions saturates their order is free, too
+            total = min(total + term, np.int64(CEILING))
         out[i] = total
     return out

@@ -48,6 +48,11 @@ class Scheme:
 
         return REVERSE[self.reverse](sqdist, weigh)
 
+    @property
+    def one_weight(self) -> bool:
+        """Whether both passes weigh an edge alike."""
+        return self.reverse == "weighted" and self.gamma_forward == self.gamma_reverse
+
     def forward_scores(self, scores: F64, gathered: I64) -> I64:
         """x_i from s'_i (n,) in [0, 1] and Σ_j rint(w_ij·s'_j·2⁴⁰) (n,), in units of 2⁻⁴⁰."""
         return FORWARD[self.forward](scores, gathered)
@@ -74,7 +79,7 @@ def _sum(scores: F64, gathered: I64) -> I64:
 
 
 def _product(scores: F64, gathered: I64) -> I64:
-    """x_i = s'_i·Σ_j w_ij·s'_j. The sum is below 2⁵³, so float64 holds it."""
+    """x_i = s'_i·Σ_j w_ij·s'_j, rounded once more where the sum needs more than 53 bits."""
     fixed: I64 = np.rint(scores * gathered.astype(np.float64)).astype(np.int64)
     return fixed
 

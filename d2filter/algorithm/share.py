@@ -13,7 +13,7 @@ No method waits for anything: who calls them, over a network or in a loop, is so
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,11 @@ class States:
     x: I64
     final: Bool
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the way: 17 a sample."""
+        return self.ids.nbytes + self.x.nbytes + self.final.nbytes
+
 
 def joined(states: list[States]) -> States:
     """States of several partitions for one other."""
@@ -62,6 +67,7 @@ def joined(states: list[States]) -> States:
 class Known:
     """What a partition must know of its halo, by ascending graph id."""
 
+    ids: I64
     hi: uids.U64
     lo: uids.U64
     difficulty: F32
@@ -81,29 +87,26 @@ class Share:
     """One partition of a ranking."""
 
     def __init__(self, rows: Rows, starts: I64, number: int) -> None:
-        """starts: (P + 1,) first graph id of each partition."""
-        self.rows = rows
+        """starts: (P + 1,) first graph id of each partition. The rows are let go at `begin`."""
+        self.size = len(rows.hi)
+        self._rows: Rows | None = rows
         self._starts = starts
         self._first = int(starts[number])
         self._number = number
         nothing = np.empty(0, np.int64)
         self._incoming: list[tuple[I64, I64, F32]] = [(nothing, nothing, np.empty(0, np.float32))]
 
-    @property
-    def size(self) -> int:
-        """Rows of this partition."""
-        return len(self.rows.hi)
-
     def range(self) -> tuple[float, float]:
         """Smallest and largest difficulty; (inf, −inf) where there is no row."""
-        difficulty = self.rows.difficulty
+        difficulty = self._held().difficulty
         if not difficulty.size:
             return np.inf, -np.inf
         return float(difficulty.min()), float(difficulty.max())
 
     def cut(self) -> cut.CutEdges:
         """The edges that leave this partition."""
-        return cut.cut_edges(self._starts, self._number, self.rows.neighbors, self.rows.sqdist)
+        rows = self._held()
+        return cut.cut_edges(self._starts, self._number, rows.neighbors, rows.sqdist)
 
     def hear_edges(self, source: I64, target: I64, sqdist: F32) -> None:
         """Cut edges of one other partition that lead here."""
@@ -112,53 +115,61 @@ class Share:
     def halo(self) -> I64:
         """Graph ids, ascending, of all samples elsewhere that this partition has edges with."""
         sources = np.concatenate([source for source, _, _ in self._incoming])
-        return cut.halo(self._first, self.size, self.rows.neighbors, sources)
+        return cut.halo(self._first, self.size, self._held().neighbors, sources)
 
     def describe(self, ids: I64) -> Known:
         """Own samples by graph id."""
         at = ids - self._first
-        rows = self.rows
-        return Known(hi=rows.hi[at], lo=rows.lo[at], difficulty=rows.difficulty[at])
+        rows = self._held()
+        return Known(ids=ids, hi=rows.hi[at], lo=rows.lo[at], difficulty=rows.difficulty[at])
 
     def begin(
-        self, scheme: Scheme, low: float, high: float, halo: Known, *, both_ways: bool = False
+        self,
+        scheme: Scheme,
+        low: float,
+        high: float,
+        known: Known,
+        *,
+        both_ways: bool = False,
+        threads: int = 1,
     ) -> None:
         """Forward pass and the first state. low, high: extremes of difficulty in the whole pool;
-        halo: of `halo()`.
+        known: of `halo()`, raises ValueError for others.
         """
-        rows = self.rows
-        incoming = tuple(np.concatenate(part) for part in zip(*self._incoming, strict=True))
-        ids = self.halo()
+        rows = self._held()
+        if not np.array_equal(known.ids, self.halo()):
+            raise ValueError(f"partition {self._number} was told of other samples than it has")
+        source, target, sqdist = (np.concatenate(s) for s in zip(*self._incoming, strict=True))
         edges = cut.assemble(
-            self._first, (rows.hi, rows.lo), rows.neighbors, rows.sqdist,
-            (incoming[0], incoming[1], incoming[2]), ids, (halo.hi, halo.lo), both_ways=both_ways,
+            self._first, (rows.hi, rows.lo), rows.neighbors, rows.sqdist, (source, target, sqdist),
+            known.ids, (known.hi, known.lo), both_ways=both_ways,
         )  # fmt: skip
-        self._edges = edges
-        scores = messages.normalized(edges.spread(rows.difficulty, halo.difficulty), low, high)
-        gathered = messages.gather(
-            scores, edges.start, edges.target, scheme.forward_weights(edges.sqdist)
+        difficulty = edges.spread(rows.difficulty, known.difficulty)
+        # the lists are edges now: what follows needs their memory
+        del rows, source, target, sqdist
+        self._rows = None
+        self._incoming.clear()
+        scores = messages.normalized(difficulty, low, high)
+        weights = scheme.forward_weights(edges.sqdist)
+        x = scheme.forward_scores(
+            scores, messages.gather(scores, edges.start, edges.target, weights)
         )
-        x = scheme.forward_scores(scores, gathered)
         # of the halo only some of the edges are known here
         x[edges.halo_node] = supersteps.UNKNOWN
-        self._forward = x[edges.own_node]
-        graph = supersteps.make_graph(
-            edges.own(), edges.start, edges.target, scheme.reverse_weights(edges.sqdist),
-            both_ways=both_ways,
-        )  # fmt: skip
-        self._partition = supersteps.Partition(graph, x)
-        self._ids = edges.ids(self._first)
-        peers, nodes = cut.boundary(edges, self._starts)
-        count = len(self._starts) - 1
-        start = np.searchsorted(peers, np.arange(count + 1))
-        self._boundary = [nodes[start[p] : start[p + 1]] for p in range(count)]
-        self._news = [np.zeros(some.size, np.bool_) for some in self._boundary]
+        if not scheme.one_weight:
+            weights = scheme.reverse_weights(edges.sqdist)
+        self._own_node, self._halo_node = edges.own_node, edges.halo_node
+        self._halo_ids = edges.halo_ids
+        self._boundary = [
+            np.searchsorted(edges.own_node, nodes) for nodes in cut.boundary(edges, self._starts)
+        ]
+        own, start, targets = edges.own(), edges.start, edges.target
+        del edges, scores, difficulty
+        graph = supersteps.make_graph(own, start, targets, weights, both_ways=both_ways)
+        self._partition = supersteps.Partition(graph, x, threads=threads)
+        self._forward = x[self._own_node]
+        self._news = [np.zeros(rows.size, np.bool_) for rows in self._boundary]
         self._moved = True
-        # the lists are now edges: nobody needs them a second time
-        none = np.empty((0, rows.neighbors.shape[1]))
-        self.rows = replace(rows, neighbors=none.astype(np.int64), sqdist=none.astype(np.float32))
-        self._edges = replace(edges, sqdist=none.astype(np.float32).ravel())
-        self._incoming.clear()
 
     def live(self) -> int:
         """Own samples that are not final yet."""
@@ -174,26 +185,22 @@ class Share:
         for it, or all of them.
         """
         if self._moved:
-            changed = np.zeros(self._edges.nodes, np.bool_)
+            changed = np.zeros(self._own_node.size + self._halo_node.size, np.bool_)
             changed[self._partition.changed()] = True
-            for news, some in zip(self._news, self._boundary, strict=True):
-                news |= changed[some]
+            for news, rows in zip(self._news, self._boundary, strict=True):
+                news |= changed[self._own_node[rows]]
             self._moved = False
-        nodes = self._boundary[peer]
+        rows = self._boundary[peer]
         if not everything:
-            nodes = nodes[self._news[peer]]
+            rows = rows[self._news[peer]]
         self._news[peer][:] = False
-        return States(
-            ids=self._ids[nodes],
-            x=self._partition.x[nodes],
-            final=self._partition.final[nodes],
-        )
+        x, final = self._partition.states(self._own_node[rows])
+        return States(ids=self._first + rows, x=x, final=final)
 
     def hear_states(self, states: States) -> None:
         """States of samples of another partition: late, repeated or out of order."""
         if states.ids.size:
-            at = np.searchsorted(self._edges.halo_ids, states.ids)
-            nodes = self._edges.halo_node[at].astype(np.int64)
+            nodes = self._halo_node[np.searchsorted(self._halo_ids, states.ids)]
             self._partition.receive(nodes, states.x, states.final)
             self._moved = True
 
@@ -208,10 +215,16 @@ class Share:
 
     def outcome(self) -> Outcome:
         """What was found, for the rows in their order. All must be final."""
-        nodes = self._edges.own_node
-        by = self._partition.suppressed_by[nodes].astype(np.int64)
+        final, _ = self._partition.states(self._own_node)
+        by = self._partition.suppressed_by()[self._own_node]
+        ids = np.empty(self._own_node.size + self._halo_node.size, np.int64)
+        ids[self._own_node] = self._first + np.arange(self.size)
+        ids[self._halo_node] = self._halo_ids
         return Outcome(
-            forward=self._forward,
-            final=self._partition.x[nodes],
-            suppressed_by=np.where(by >= 0, self._ids[by], -1),
+            forward=self._forward, final=final, suppressed_by=np.where(by >= 0, ids[by], -1)
         )
+
+    def _held(self) -> Rows:
+        if self._rows is None:
+            raise ValueError("the rows were let go when the supersteps began")
+        return self._rows

@@ -5,8 +5,7 @@ A *graph id* is the row number over all parts in name order; `neighbors` holds g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -68,41 +67,43 @@ def starts(folder: Folder) -> npt.NDArray[np.int64]:
     return np.cumsum([0, *rows]).astype(np.int64)
 
 
-def read_part(folder: Folder, name: str) -> GraphPart:
-    """Read the part file `name`."""
-    table = tables.read_table(folder, name)
+def read_columns(folder: Folder, number: int, *names: str) -> dict[str, npt.NDArray[Any]]:
+    """Some columns of one part; (n, k) where they hold lists. One is read after the other: two
+    copies of a part would be what a partition takes most memory for.
+    """
+    out = {}
+    with tables.open_table(folder, part_name(number)) as parquet:
+        for name in names:
+            column = parquet.read(columns=[name]).column(name)
+            if pa.types.is_fixed_size_list(column.type):
+                chunks = [chunk.flatten() for chunk in column.chunks]
+                flat = pa.chunked_array(chunks, column.type.value_type).to_numpy()
+                out[name] = flat.reshape(-1, column.type.list_size)
+            else:
+                out[name] = column.to_numpy()
+    return out
+
+
+def read_part(folder: Folder, number: int) -> GraphPart:
+    """Read one part. Raises InputError when it is not there or broken."""
+    held = read_columns(folder, number, "uid_hi", "uid_lo", "difficulty", "neighbors", "sqdist")
     return GraphPart(
-        hi=table.column("uid_hi").to_numpy(),
-        lo=table.column("uid_lo").to_numpy(),
-        difficulty=table.column("difficulty").to_numpy(),
-        neighbors=_lists(table.column("neighbors")),
-        sqdist=_lists(table.column("sqdist")),
+        hi=held["uid_hi"],
+        lo=held["uid_lo"],
+        difficulty=held["difficulty"],
+        neighbors=held["neighbors"],
+        sqdist=held["sqdist"],
     )
 
 
 def read(folder: Folder) -> GraphPart:
-    """All parts, one after the other. Raises InputError when there is none."""
-    return concatenate(folder, [read_part(folder, name) for name in folder.names(".parquet")])
-
-
-def concatenate(folder: Folder, parts: Sequence[GraphPart]) -> GraphPart:
-    """The rows of all parts in order; rows are then graph ids. Raises InputError for no parts."""
-    if not parts:
-        raise InputError(f"{folder.url} holds no parts: `d2filter graph --overwrite graph`")
+    """All parts, one after the other; rows are then graph ids. Raises InputError for no parts."""
+    parts = [read_part(folder, number) for number in range(len(starts(folder)) - 1)]
     if len(parts) == 1:
         return parts[0]
     return GraphPart(
-        hi=np.concatenate([p.hi for p in parts]),
-        lo=np.concatenate([p.lo for p in parts]),
-        difficulty=np.concatenate([p.difficulty for p in parts]),
-        neighbors=np.concatenate([p.neighbors for p in parts]),
-        sqdist=np.concatenate([p.sqdist for p in parts]),
+        **{
+            field.name: np.concatenate([getattr(part, field.name) for part in parts])
+            for field in fields(GraphPart)
+        }
     )
-
-
-def _lists(column: Any) -> npt.NDArray[Any]:
-    """A fixed_size_list column as a 2-d array."""
-    k = column.type.list_size
-    flat = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
-    joined = np.concatenate(flat) if flat else np.empty(0)
-    return joined.reshape(-1, k)

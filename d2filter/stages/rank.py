@@ -17,6 +17,7 @@ All of ranking-work/ is removed when the ranking is done.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_array, read_columns, write_columns
 from d2filter.stages import supersteps
 from d2filter.stages.runner import Report, Runner, Task
-from d2filter.stages.supersteps import WORK, read_cut, read_rows, read_share
+from d2filter.stages.supersteps import WORK, read_cut, read_share
 
 Figures = dict[str, Any]
 
@@ -94,13 +95,12 @@ def _supersteps(
     if parts == 1:
         task = Task(name="supersteps", run=supersteps.alone, arguments={"out": out, "made": made})
         return runner.map("rank", [task], fingerprint=fingerprint, label="rank", total=total)[0]
-    marker = "completions/rank/supersteps.json"
-    before: Figures | None = out.read_json(marker)
-    if before is not None and before["fingerprint"] == fingerprint:
-        return before
-    done = supersteps.run(runner, out, parts, made=made, total=total)
-    out.publish_json(marker, {"fingerprint": fingerprint, **done})
-    return done
+    task = Task(
+        name="supersteps",
+        run=supersteps.run,
+        arguments={"runner": runner, "out": out, "parts": parts, "made": made, "total": total},
+    )
+    return runner.here("rank", task, fingerprint=fingerprint, skip=True)
 
 
 def tidy(out: Folder) -> None:
@@ -135,10 +135,9 @@ def describe(*, report: Report, out: Folder, number: int, parts: int) -> Figures
         ids.append(np.union1d(mine, theirs))
     every = np.concatenate(ids)
     known = one.describe(every)
-    write_columns(
-        work, f"known-{number:05d}", start=np.cumsum([0, *(some.size for some in ids)]), ids=every,
-        hi=known.hi, lo=known.lo, difficulty=known.difficulty,
-    )  # fmt: skip
+    start = np.cumsum([0, *(some.size for some in ids)])
+    columns = {field.name: getattr(known, field.name) for field in fields(known)}
+    write_columns(work, f"known-{number:05d}", start=start, **columns)
     report(one.size)
     return {}
 
@@ -177,7 +176,7 @@ def merge_range(*, report: Report, out: Folder, number: int, parts: int) -> Figu
 def finish(*, report: Report, out: Folder, number: int, parts: int) -> Figures:
     """Task: write one part of the ranking."""
     work = out.sub(WORK)
-    rows = read_rows(out, number)
+    rows = graph.read_columns(out.sub("graph"), number, "uid_hi", "uid_lo", "difficulty")
     scores = read_columns(
         work, f"scores-{number:05d}", "forward", "final", "suppressed_by", "order"
     )
@@ -186,12 +185,10 @@ def finish(*, report: Report, out: Folder, number: int, parts: int) -> Figures:
         start = read_array(work, f"ranks-{r:05d}.start.npy")
         some = slice(int(start[number]), int(start[number + 1]))
         pieces.append(read_columns(work, f"ranks-{r:05d}", "rank", rows=some)["rank"])
-    rank = np.empty(len(rows.hi), np.int64)
+    rank = np.empty(scores["order"].size, np.int64)
     rank[scores["order"]] = np.concatenate(pieces)
     part = ranking.RankingPart(
-        uid_hi=rows.hi,
-        uid_lo=rows.lo,
-        difficulty=rows.difficulty,
+        **rows,
         forward=scores["forward"],
         final=scores["final"],
         rank=rank,

@@ -23,7 +23,13 @@ from d2filter.formats import graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_array, read_columns, write_columns
 from d2filter.formats.tables import first_line
-from d2filter.stages.runner import Report, Runner, peak_rss_bytes, progress_bar
+from d2filter.stages.runner import (
+    Report,
+    Runner,
+    assigned_cpus,
+    peak_rss_bytes,
+    progress_bar,
+)
 
 Figures = dict[str, Any]
 
@@ -33,23 +39,17 @@ SAMPLED = 1024  # keys of a partition that choose the splitters
 _SAVE_SECONDS = 120.0  # between snapshots
 _RESTARTS = 10  # of one actor
 _PLACE_SECONDS = 600.0  # that a cluster has to start all of them
-_STATE_BYTES = 17  # of one sample on its way: id, score, final
 
 
 def run(
-    runner: Runner,
-    out: Folder,
-    parts: int,
-    *,
-    made: Figures,
-    total: int,
+    *, report: Report, runner: Runner, out: Folder, parts: int, made: Figures, total: int
 ) -> Figures:
-    """Rank all partitions. Figures: supersteps, rounds, bytes, restarts, seconds, peak memory.
+    """Task of the driver: rank all partitions. Figures: supersteps, rounds, bytes, restarts, peak
+    memory of an actor.
 
     made: scheme, both_ways, and low and high, the extremes of difficulty in the whole pool. Raises
     StageError when a partition fails for good, or when nothing moves any more.
     """
-    started = time.monotonic()
     ray = runner.ray()
     # all partitions must be there at once: more of them than CPUs share processes
     crews = min(parts, max(1, int(ray.cluster_resources().get("CPU", 1))))
@@ -61,7 +61,7 @@ def run(
     finally:
         driver.close()
         bar.close()
-    return {**figures, "seconds": round(time.monotonic() - started, 3)}
+    return figures
 
 
 def alone(*, report: Report, out: Folder, made: Figures) -> Figures:
@@ -80,6 +80,7 @@ class _Driver:
         self._ray = ray
         self._remote = ray.remote(_Actor)
         self._numbers = numbers
+        self._crew_of = {p: a for a, some in enumerate(numbers) for p in some}
         self._arguments = arguments
         self._actors: list[Any] = [self._new(some, 1) for some in numbers]
         self._live = [1] * len(numbers)
@@ -130,7 +131,6 @@ class _Driver:
         running = {
             a: actor.step.remote(*inbox[a]) for a, actor in enumerate(self._actors) if self._live[a]
         }
-        crew_of = {p: a for a, some in enumerate(self._numbers) for p in some}
         news = False
         for a, reference in running.items():
             step = self._result(a, reference)
@@ -141,7 +141,7 @@ class _Driver:
             self._live[a] = step["live"]
             self._note(step)
             for peer, states in step["sent"].items():
-                self._inbox[crew_of[peer]].append(states)
+                self._inbox[self._crew_of[peer]].append(states)
         return news
 
     def _save(self) -> None:
@@ -243,7 +243,7 @@ class _Actor:
                 states = share.joined([one.states_for(peer) for one in shares.values()])
                 if states.ids.size:
                     sent[peer] = ray.put((peer, states))
-                    size += states.ids.size * _STATE_BYTES
+                    size += states.nbytes
         return {
             "live": sum(one.live() for one in shares.values()),
             "rounds": self._rounds,
@@ -290,9 +290,12 @@ class _Actor:
         work = self._out.sub(WORK)
         for number, one in self._loaded().items():
             outcome = one.outcome()
-            own = merge.Keys(x=outcome.final, hi=one.rows.hi, lo=one.rows.lo)
-            order = own.best_first()
-            best = own.take(order)
+            # rows ascend by uid, so a stable sort is (x descending, uid ascending)
+            order = np.argsort(~outcome.final, kind="stable")
+            uid = graph.read_columns(self._out.sub("graph"), number, "uid_hi", "uid_lo")
+            best = merge.Keys(
+                x=outcome.final[order], hi=uid["uid_hi"][order], lo=uid["uid_lo"][order]
+            )
             write_columns(
                 work, f"scores-{number:05d}", forward=outcome.forward, final=outcome.final,
                 suppressed_by=outcome.suppressed_by, order=order,
@@ -316,8 +319,8 @@ class _Actor:
                 one.hear_edges(cut["source"], cut["target"], cut["sqdist"])
         made = self._made
         one.begin(
-            made["scheme"], made["low"], made["high"], self._halo(one, number),
-            both_ways=made["both_ways"],
+            made["scheme"], made["low"], made["high"], self._known(one, number),
+            both_ways=made["both_ways"], threads=assigned_cpus(),
         )  # fmt: skip
         if work.exists(self._state(number)):
             with work.reading(self._state(number)) as stream:
@@ -328,27 +331,29 @@ class _Actor:
         """A name that no other plan has: an actor of a run that was given up may still write."""
         return f"state-{self._made['fingerprint'][:16]}-{number:05d}.npz"
 
-    def _halo(self, one: share.Share, number: int) -> share.Known:
+    def _known(self, one: share.Share, number: int) -> share.Known:
         """What is known of the samples elsewhere, by graph id: partition after partition."""
         work = self._out.sub(WORK)
-        names = ("ids", "hi", "lo", "difficulty")
-        parts = []
+        parts = [one.describe(np.empty(0, np.int64))]
         for peer in range(self._parts):
             if peer != number:
                 start = read_array(work, f"known-{peer:05d}.start.npy")
                 some = slice(int(start[number]), int(start[number + 1]))
-                parts.append(read_columns(work, f"known-{peer:05d}", *names, rows=some))
-        if not parts:
-            return one.describe(np.empty(0, np.int64))
-        joined = {name: np.concatenate([part[name] for part in parts]) for name in names}
-        if not np.array_equal(joined["ids"], one.halo()):
-            raise StageError(f"partition {number} was told of other samples than it knows")
-        return share.Known(hi=joined["hi"], lo=joined["lo"], difficulty=joined["difficulty"])
+                names = [field.name for field in fields(share.Known)]
+                parts.append(
+                    share.Known(**read_columns(work, f"known-{peer:05d}", *names, rows=some))
+                )
+        return share.Known(
+            **{
+                field.name: np.concatenate([getattr(part, field.name) for part in parts])
+                for field in fields(share.Known)
+            }
+        )
 
 
 def read_rows(out: Folder, number: int) -> share.Rows:
     """One part of the graph."""
-    part = graph.read_part(out.sub("graph"), graph.part_name(number))
+    part = graph.read_part(out.sub("graph"), number)
     return share.Rows(
         hi=part.hi,
         lo=part.lo,

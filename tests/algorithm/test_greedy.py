@@ -64,7 +64,7 @@ def test_the_order_of_rows_changes_nothing(case: Case) -> None:
 
 def test_saturates_instead_of_overflowing() -> None:
     senders = 5
-    x = np.array([-(2**62) + 1] + [2**62] * senders, np.int64)
+    x = np.array([-(2**62) + 1] + [2**62 - 1] * senders, np.int64)
     neighbors = np.array([[-1]] + [[0]] * senders)
     weights = np.ones((senders + 1, 1), np.float32)
     chosen = greedy.select_all(x, neighbors, weights)

@@ -20,6 +20,13 @@ SCHEMES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds of several pieces, and threads even where there is hardly anything to do."""
+    monkeypatch.setattr(kernel, "_BUFFER", 7)
+    monkeypatch.setattr(kernel, "_ALONE", 2)
+
+
 def symmetric(case: Case) -> Case:
     """One distance a pair, as between real samples: that of its first edge."""
     n, k = case.neighbors.shape
@@ -93,6 +100,7 @@ class Pool:
         self.starts = np.searchsorted(home[self.row], np.arange(parts + 1)).astype(np.int64)
         lists = np.where(case.neighbors >= 0, graph_id[case.neighbors], -1)[self.row]
         self.shares = []
+        self.rows = []
         for p in range(parts):
             some = self.row[self.starts[p] : self.starts[p + 1]]
             rows = share.Rows(
@@ -102,9 +110,10 @@ class Pool:
                 neighbors=lists[self.starts[p] : self.starts[p + 1]],
                 sqdist=case.sqdist[some],
             )
+            self.rows.append(rows)
             self.shares.append(share.Share(rows, self.starts, p))
 
-    def begin(self, scheme: schemes.Scheme, both_ways: bool) -> None:
+    def begin(self, scheme: schemes.Scheme, both_ways: bool, threads: int = 1) -> None:
         for p, one in enumerate(self.shares):
             cut = one.cut()
             for q, other in enumerate(self.shares):
@@ -112,16 +121,21 @@ class Pool:
                     other.hear_edges(*cut.to(q))
         low = min(one.range()[0] for one in self.shares)
         high = max(one.range()[1] for one in self.shares)
+        halos = []
         for one in self.shares:
             ids = one.halo()
             owner = np.searchsorted(self.starts, ids, side="right") - 1
             known = [self.shares[q].describe(ids[owner == q]) for q in range(len(self.shares))]
-            halo = share.Known(
-                hi=np.concatenate([k.hi for k in known]),
-                lo=np.concatenate([k.lo for k in known]),
-                difficulty=np.concatenate([k.difficulty for k in known]),
+            halos.append(
+                share.Known(
+                    ids=ids,
+                    hi=np.concatenate([k.hi for k in known]),
+                    lo=np.concatenate([k.lo for k in known]),
+                    difficulty=np.concatenate([k.difficulty for k in known]),
+                )
             )
-            one.begin(scheme, low, high, halo, both_ways=both_ways)
+        for one, halo in zip(self.shares, halos, strict=True):
+            one.begin(scheme, low, high, halo, both_ways=both_ways, threads=threads)
 
     def result(self) -> tuple[list[int], list[int], list[int], list[int]]:
         """forward, final, order and suppressed_by by row of the case."""
@@ -133,7 +147,7 @@ class Pool:
             out = one.outcome()
             forward[some], final[some] = out.forward, out.final
             by[some] = np.where(out.suppressed_by >= 0, self.row[out.suppressed_by], -1)
-            rows = one.rows
+            rows = self.rows[p]
             keys.append(merge.Keys(x=out.final, hi=rows.hi, lo=rows.lo))
         rank = np.empty(n, np.int64)
         rank[self.row] = np.concatenate(merged(keys))
@@ -183,18 +197,25 @@ def homes(n: int, parts: int, rng: np.random.Generator, locality: bool) -> np.nd
     parts=st.sampled_from([1, 2, 5, 16]),
     scheme=st.sampled_from(SCHEMES),
     both_ways=st.booleans(),
+    threads=st.sampled_from([1, 3]),
     locality=st.booleans(),
     seed=st.integers(0, 2**32),
 )
 def test_any_partitions_and_any_scheme_equal_the_sequential_definition(
-    case: Case, parts: int, scheme: schemes.Scheme, both_ways: bool, locality: bool, seed: int
+    case: Case,
+    parts: int,
+    scheme: schemes.Scheme,
+    both_ways: bool,
+    threads: int,
+    locality: bool,
+    seed: int,
 ) -> None:
     rng = np.random.default_rng(seed)
     case = symmetric(case)
     n = len(case.uid)
     difficulty = rng.integers(0, 5, n).astype(np.float32) / np.float32(rng.integers(1, 4))
     pool = Pool(case, difficulty, homes(n, parts, rng, locality), parts)
-    pool.begin(scheme, both_ways)
+    pool.begin(scheme, both_ways, threads)
     supersteps(pool.shares)
     assert pool.result() == naive(case, difficulty, scheme, both_ways)
 
@@ -202,10 +223,10 @@ def test_any_partitions_and_any_scheme_equal_the_sequential_definition(
 @settings(max_examples=200, deadline=None)
 @given(
     case=graphs(), parts=st.sampled_from([2, 3, 5]), both_ways=st.booleans(),
-    seed=st.integers(0, 2**32),
+    threads=st.sampled_from([1, 2]), seed=st.integers(0, 2**32),
 )  # fmt: skip
 def test_states_may_come_late_repeated_out_of_order_and_partitions_may_forget(
-    case: Case, parts: int, both_ways: bool, seed: int
+    case: Case, parts: int, both_ways: bool, threads: int, seed: int
 ) -> None:
     """Every message waits in a pool from which any is delivered, some twice; a partition goes back
     to an older snapshot of its own alone, and everything is sent to it again.
@@ -216,7 +237,7 @@ def test_states_may_come_late_repeated_out_of_order_and_partitions_may_forget(
     difficulty = rng.random(n).astype(np.float32)
     pool = Pool(case, difficulty, rng.integers(0, parts, n), parts)
     scheme = schemes.Scheme(gamma_reverse=0.1)
-    pool.begin(scheme, both_ways)
+    pool.begin(scheme, both_ways, threads)
     shares = pool.shares
     saved = [one.snapshot() for one in shares]
     wire: list[tuple[int, share.States]] = []
@@ -346,11 +367,12 @@ def test_scores_saturate_over_partitions_too() -> None:
     one = kernel.Partition(graph, np.array([-(2**62) + 5, kernel.UNKNOWN, kernel.UNKNOWN]))
     assert one.advance() == 1
     assert one.live() == 1
-    one.receive(np.array([2]), np.array([2**62]), np.array([True]))
+    most = 2**62 - 1
+    one.receive(np.array([2]), np.array([most]), np.array([True]))
     one.advance()
     assert one.live() == 1
-    one.receive(np.array([1, 2]), np.array([2**62, 2**62]), np.array([True, True]))
+    one.receive(np.array([1, 2]), np.array([most, most]), np.array([True, True]))
     one.advance()
     assert one.live() == 0
     assert one.x[0] == messages.FLOOR
-    assert one.suppressed_by[0] == 1
+    assert one.suppressed_by()[0] == 1
