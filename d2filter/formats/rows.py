@@ -6,6 +6,9 @@ local disk by memory map, from elsewhere part by part.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +43,11 @@ class Rows:
         column = f".{self.column}" if self.column else ""
         return read_array(self.folder, f"{self.name}-{number:05d}{column}.npy")
 
+    def read(self, number: int) -> Array:
+        """One part in memory: a map would take as much again for a while."""
+        column = f".{self.column}" if self.column else ""
+        return read_range(self.folder, f"{self.name}-{number:05d}{column}.npy")
+
     def gather(self, numbers: I64) -> Array:
         """Rows of the given samples, in any order."""
         bounds = np.asarray(self.starts)
@@ -60,13 +68,45 @@ class Rows:
 def read_array(folder: Folder, name: str) -> Array:
     """One .npy file; a memory map on a local disk. Raises InputError for a broken one."""
     local = folder.local
+    if local is None:
+        return read_range(folder, name)
+    with _reported(folder, name):
+        mapped: Array = np.load(local / name, mmap_mode="r", allow_pickle=False)
+        return mapped
+
+
+def read_range(folder: Folder, name: str, rows: slice | None = None) -> Array:
+    """All rows of one .npy file or a range of them, in memory and writable; no more is read.
+
+    Raises InputError for a broken file.
+    """
+    with _reported(folder, name), folder.reading(name) as stream:
+        version = np.lib.format.read_magic(stream)
+        header = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
+        shape, _, kind = header(stream)
+        begin, end, _ = (rows or slice(None)).indices(shape[0])
+        out = np.empty((max(0, end - begin), *shape[1:]), kind)
+        if kind.hasobject:
+            raise ValueError("it holds Python objects")
+        if out.size:
+            stream.seek(begin * (out.nbytes // len(out)), os.SEEK_CUR)
+        left = out.reshape(-1).view(np.uint8).data
+        while left:
+            got = stream.readinto(left)  # type: ignore[attr-defined]  # files and fsspec's have it
+            if not got:
+                raise ValueError(f"{left.nbytes} bytes are missing at its end")
+            left = left[got:]
+        return out
+
+
+@contextmanager
+def _reported(folder: Folder, name: str) -> Iterator[None]:
     try:
-        if local is not None:
-            mapped: Array = np.load(local / name, mmap_mode="r", allow_pickle=False)
-            return mapped
-        with folder.reading(name) as stream:
-            loaded: Array = np.load(stream, allow_pickle=False)
-            return loaded
+        yield
     except (OSError, ValueError, EOFError) as error:
         raise InputError(
             f"{folder.where(name)} is no readable .npy file: {first_line(error)}"
@@ -89,5 +129,4 @@ def read_columns(
     folder: Folder, stem: str, *names: str, rows: slice | None = None
 ) -> dict[str, Array]:
     """Some of these arrays, all rows or a range of them, in memory and writable."""
-    some = slice(None) if rows is None else rows
-    return {name: np.array(read_array(folder, f"{stem}.{name}.npy")[some]) for name in names}
+    return {name: read_range(folder, f"{stem}.{name}.npy", rows) for name in names}

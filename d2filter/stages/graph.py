@@ -23,7 +23,7 @@ from d2filter.stages.runner import Runner, Task
 
 Figures = dict[str, Any]
 
-_PROCESS_BYTES = 350_000_000  # a worker with its libraries loaded, before it holds a sample
+_PROCESS_BYTES = 450_000_000  # a worker with its libraries loaded, before it holds a sample
 _SHARE_OF_MEMORY = 0.5  # of what is left: products, arrow buffers and copies need the rest
 _PRODUCTS = ("train", "assign", "choose", "find", "measure")  # steps that a GPU makes shorter
 _AFTER_LAYOUT = ("route-", "find-", "merge-", "refine-", "finish-", "judge")
@@ -208,7 +208,6 @@ class _Steps:
             neighbors.judge,
             {"parts": self._parts, "partitions": partitions, "k": k, "stem": stem},
             partitions,
-            named=False,
         )
         return found, edges, judged
 
@@ -227,11 +226,9 @@ class _Steps:
         room = (self._memory - _PROCESS_BYTES) * _SHARE_OF_MEMORY
         return int(max(nodes, math.ceil(needed / room)))
 
-    def _alone(
-        self, label: str, run: Any, arguments: Figures, variant: Any = "", *, named: bool = True
-    ) -> Figures:
-        """One task; named: with the variant in its name, so that two variants keep both markers."""
-        name = f"{label}-{variant}" if named and variant else label
+    def _alone(self, label: str, run: Any, arguments: Figures, variant: Any = "") -> Figures:
+        """One task, with the variant in its name, so that two variants keep both markers."""
+        name = f"{label}-{variant}" if variant else label
         return self._map(label, run, [name], [arguments], None, variant=variant)[0]
 
     def _map(

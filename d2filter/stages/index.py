@@ -152,6 +152,7 @@ class Streamed:
             rows, own, _ = self._part(part)
             theirs = search.search_all(rows, own, queries, numbers, k, self.total)
             merge_inplace(found, everyone, theirs, numbers, self.total)
+            del rows, own  # or two parts are held while the next one is read
         return found
 
     def find(self, requests: Sequence[calibrate.Request]) -> list[Lists]:
@@ -167,6 +168,7 @@ class Streamed:
                 )  # fmt: skip
                 everyone = np.arange(len(r.queries), dtype=np.int64)
                 shortlist.merge_inplace(short, everyone, theirs, r.numbers, self.total)
+            del rows, own, members
         return [
             shortlist.settle(short, r.numbers, r.k, self.total)
             for r, short in zip(requests, found, strict=True)
@@ -185,7 +187,7 @@ class Streamed:
         if part not in self._held:
             self._held.clear()
             start = self._layout.starts[part]
-            rows = np.array(self._layout.part(part))
+            rows = self._layout.read(part)
             numbers = start + np.arange(len(rows), dtype=np.int64)
             home = np.array(self._assigned.part(part)[:, 0])
             members = search.make_members(

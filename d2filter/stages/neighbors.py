@@ -73,6 +73,7 @@ def find(
         numbers[some] = entries.number[order]
         start[part] = begin + np.searchsorted(entries.home[order], np.arange(partitions + 1))
         begin += order.size
+        del entries, theirs  # or two parts are held while the next one is read
     _write_short(index, f"found-{number:05d}", numbers, found, start=start)
     return {"rows": int(own.number.size), "visits": visits}
 
@@ -178,7 +179,7 @@ def measure(*, report: Report, out: Folder, part: int, k: int) -> dict[str, Any]
     backend.use_threads(assigned_cpus())
     layout = catalog.layout(out.sub("catalog"))
     queries = read_columns(out.sub("index"), MEASURE, "number", "rows")
-    rows = np.array(layout.part(part))
+    rows = layout.read(part)
     numbers = layout.starts[part] + np.arange(len(rows), dtype=np.int64)
     found = search.search_all(rows, numbers, queries["rows"], queries["number"], k, layout.total)
     _write_lists(out.sub("index"), f"truth-{part:05d}", queries["number"], found)

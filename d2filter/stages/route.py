@@ -22,7 +22,14 @@ import pyarrow.parquet as pq
 from d2filter.algorithm import cells, features, partition
 from d2filter.formats import catalog
 from d2filter.formats.paths import Folder
-from d2filter.formats.rows import Rows, read_array, read_columns, write_array, write_columns
+from d2filter.formats.rows import (
+    Rows,
+    read_array,
+    read_columns,
+    read_range,
+    write_array,
+    write_columns,
+)
 from d2filter.stages.index import CENTROIDS, assigned_rows, read_counts
 from d2filter.stages.runner import Report
 
@@ -102,7 +109,7 @@ def read_entries(out: Folder, part: int, number: int, *, visitors: bool) -> Entr
     index = out.sub("index")
     stem = f"routed-{part:05d}"
     some = _slice(index, stem, number, visitors=visitors)
-    rows = np.array(read_array(index, f"{stem}.npy")[some])
+    rows = read_range(index, f"{stem}.npy", some)
     return Entries(rows=rows, **read_columns(index, stem, "number", "home", "probed", rows=some))
 
 

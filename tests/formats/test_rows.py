@@ -7,7 +7,14 @@ import pytest
 
 from d2filter.errors import InputError
 from d2filter.formats.paths import Folder
-from d2filter.formats.rows import Rows, read_array, read_columns, write_array, write_columns
+from d2filter.formats.rows import (
+    Rows,
+    read_array,
+    read_columns,
+    read_range,
+    write_array,
+    write_columns,
+)
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -45,3 +52,21 @@ def test_a_broken_file_is_named(folder: Folder) -> None:
         path.write_bytes(b"\x93NUMPY")
     with pytest.raises(InputError, match=r"z\.npy is no readable \.npy file"):
         read_array(folder, "z.npy")
+
+
+def test_a_file_that_ends_early_is_no_shorter_array(folder: Folder) -> None:
+    write_array(folder, "w.npy", np.arange(1000))
+    with folder.reading("w.npy") as stream:
+        whole = stream.read()
+    with folder.publish("w.npy") as path:
+        path.write_bytes(whole[:-8])
+    assert read_range(folder, "w.npy", slice(3, 999)).tolist() == list(range(3, 999))
+    with pytest.raises(InputError, match=r"w\.npy .*8 bytes are missing"):
+        read_range(folder, "w.npy")
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (5, 0)])
+def test_arrays_without_values_keep_their_shape(folder: Folder, shape: tuple[int, ...]) -> None:
+    write_array(folder, "v.npy", np.empty(shape, np.float16))
+    assert read_range(folder, "v.npy").shape == shape
+    assert read_range(folder, "v.npy", slice(0, 3)).shape == np.empty(shape)[0:3].shape
