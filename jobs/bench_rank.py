@@ -2,59 +2,90 @@
 
     python -m jobs.bench_rank --results jobs/results/bench_rank.md
 
-The graph is drawn: neighbors close by in the order of rows, 10% of the edges to anywhere. Every
-figure is made in a process of its own, compiled beforehand; seconds go from lists of neighbors and
-difficulty in memory to the final scores and the order of all samples.
+The graph is drawn: neighbors close by in the order of rows, 10% of the edges to anywhere; and the
+same with uids in no order, as they are in a real pool. Every figure is made in a process of its
+own, compiled beforehand; seconds go from lists of neighbors and difficulty in memory to the final
+scores and the order of all samples.
 """
 
 from __future__ import annotations
 
 import argparse
 import heapq
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 
-from d2filter.algorithm import merge, messages, schemes, share
-from d2filter.stages.runner import peak_rss_bytes
+from d2filter.algorithm import messages, schemes, share
+from d2filter.formats import graph
+from d2filter.formats.paths import Folder
+from d2filter.formats.runstate import Plan, RunState
+from d2filter.stages.runner import peak_rss_bytes, reset_peak_rss
 from jobs.bench import made_by
 
 SEED = 0
 FAR = 0.1
 NEAR = 60  # steps between neighbors that lie close by
 FRACTION = 0.3
+BLOCK = 1_000_000  # rows drawn at a time
 
 Row = dict[str, Any]
 
 
-def draw(n: int, k: int) -> share.Rows:
-    """n rows with k neighbors each: a growing distance, ids ascending with rows."""
-    rng = np.random.default_rng([SEED, n, k])
-    neighbors = np.empty((n, k), np.int64)
-    sqdist = np.empty((n, k), np.float32)
-    for begin in range(0, n, 1_000_000):
-        size = min(1_000_000, n - begin)
-        row = begin + np.arange(size)[:, None]
+def rows_of(n: int, k: int, begin: int, end: int) -> share.Rows:
+    """Rows begin … end − 1 of a graph of n rows with k neighbors each, a growing distance; ids and
+    uids ascend with rows. begin is a multiple of BLOCK.
+    """
+    neighbors = np.empty((end - begin, k), np.int64)
+    sqdist = np.empty((end - begin, k), np.float32)
+    difficulty = np.empty(end - begin, np.float32)
+    for start in range(begin, end, BLOCK):
+        rng = np.random.default_rng([SEED, n, k, start])
+        some = slice(start - begin, min(start + BLOCK, end) - begin)
+        size = some.stop - some.start
+        row = start + np.arange(size)[:, None]
         near = (row + rng.integers(1, NEAR, (size, k)).cumsum(axis=1)) % n
         far = rng.random((size, k)) < FAR
         # far ones distinct from the near ones and from the row itself
         away = (row + k * NEAR + rng.integers(0, n // (2 * k), (size, k)) * k + np.arange(k)) % n
-        neighbors[begin : begin + size] = np.where(far, away, near)
-        sqdist[begin : begin + size] = np.sort(rng.random((size, k)), axis=1)
+        neighbors[some] = np.where(far, away, near)
+        sqdist[some] = np.sort(rng.random((size, k), dtype=np.float32), axis=1)
+        difficulty[some] = rng.random(size, dtype=np.float32)
     return share.Rows(
-        hi=np.zeros(n, np.uint64),
-        lo=np.arange(n, dtype=np.uint64),
-        difficulty=rng.random(n, dtype=np.float32),
+        hi=np.zeros(end - begin, np.uint64),
+        lo=np.arange(begin, end, dtype=np.uint64),
+        difficulty=difficulty,
         neighbors=neighbors,
         sqdist=sqdist,
+    )
+
+
+def draw(n: int, k: int, *, ordered: bool = True) -> share.Rows:
+    """The whole graph; ordered: uids ascend with rows, or else neighbors lie anywhere."""
+    rows = rows_of(n, k, 0, n)
+    if ordered:
+        return rows
+    order = np.random.default_rng(SEED).permutation(n)
+    place = np.empty(n, np.int64)
+    place[order] = np.arange(n)
+    return share.Rows(
+        hi=rows.hi,
+        lo=rows.lo,
+        difficulty=rows.difficulty[order],
+        neighbors=place[rows.neighbors[order]],
+        sqdist=rows.sqdist[order],
     )
 
 
@@ -62,129 +93,182 @@ def main() -> None:
     """Run everything, or one measurement in this process."""
     parser = argparse.ArgumentParser(description="The exact greedy next to sequential ones.")
     parser.add_argument("--results", default="jobs/results/bench_rank.md")
-    parser.add_argument("--one", nargs=3, metavar=("METHOD", "ROWS", "K"))
+    parser.add_argument("--one", nargs=4, metavar=("METHOD", "ROWS", "K", "ORDER"))
     parser.add_argument("--sizes", default="1000000,12800000")
     arguments = parser.parse_args()
     if arguments.one:
-        method, n, k = arguments.one
-        print(json.dumps(_measure(method, int(n), int(k))))
+        method, n, k, order = arguments.one
+        print(json.dumps(_measure(method, int(n), int(k), ordered=order == "ordered")))
         return
     lines = [
         "# The exact greedy: seconds, memory, exchange",
         "",
         f"{made_by('jobs.bench_rank')} Each figure in a process of its own, from lists in memory "
-        "to the order of all samples; one thread a partition. The machine is shared: read the "
-        "ratios.",
+        "to the order of all samples. `greedy` is the part after the forward pass; bytes a sample "
+        "are what the process took beyond the lists, which are let go when they have become edges. "
+        "The machine is shared: read the ratios.",
     ]
     for n in (int(size) for size in arguments.sizes.split(",")):
+        small = n <= 1_000_000
         for k in (1, 5):
-            methods = ["ours", "ours P=8", "compiled heap"]
-            methods += ["python heap"] if n <= 1_000_000 else []
+            methods = [*_METHODS] if small else [m for m in _METHODS if m != "python heap"]
             lines += _table(n, k, {name: _child(name, n, k) for name in methods})
-    Path(arguments.results).write_text("\n".join(lines) + "\n", "utf-8")
+            # uids in no order: the same work, but every look at a neighbor misses the cache
+            methods = ["ours, 2 threads", "ours, 1 thread", "compiled heap"]
+            lines += _table(n, k, {m: _child(m, n, k, "unordered") for m in methods}, "unordered")
+            if small:
+                lines += ["", _files_to_files(n, k)]
+            Path(arguments.results).write_text("\n".join(lines) + "\n", "utf-8")
     print("\n".join(lines))
 
 
-def _table(n: int, k: int, rows: dict[str, Row]) -> list[str]:
-    ours = rows["ours"]
+def _table(n: int, k: int, rows: dict[str, Row], order: str = "ordered") -> list[str]:
+    first = next(iter(rows.values()))
     lines = [
         "",
-        f"## {n:,} samples, k={k}",
+        f"## {n:,} samples, k={k}" + (", uids in no order" if order == "unordered" else ""),
         "",
-        "| | seconds | of which greedy | × ours | peak, GB | bytes a sample | rounds | supersteps "
-        "| exchanged, MB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | seconds | of which greedy | × the first | peak, GB | bytes a sample | rounds "
+        "| supersteps | exchanged, MB | of it the largest superstep |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, r in rows.items():
-        same = "" if r["digest"] == ours["digest"] or name == "python heap" else " (DIFFERS)"
+        same = "" if r["digest"] == first["digest"] or name == "python heap" else " (DIFFERS)"
+        sent = r.get("sent") or [0]
         lines.append(
-            f"| {name}{same} | {r['seconds']:.2f} | {r.get('greedy', r['seconds']):.2f} | "
-            f"{r['seconds'] / ours['seconds']:.2f} | {r['peak'] / 1e9:.2f} | "
-            f"{r.get('per_sample', 0):.0f} | {r.get('rounds', '')} | {r.get('supersteps', '')} | "
-            f"{r.get('bytes', 0) / 1e6:.1f} |"
+            f"| {name}{same} | {r['seconds']:.2f} | {r['greedy']:.2f} | "
+            f"{r['seconds'] / first['seconds']:.2f} | {r['peak'] / 1e9:.2f} | "
+            f"{r['per_sample']:.0f} | {r.get('rounds', '')} | {r.get('supersteps', '')} | "
+            f"{sum(sent) / 1e6:.1f} | {max(sent) / 1e6:.1f} |"
         )
     return lines
 
 
-def _child(method: str, n: int, k: int) -> Row:
-    words = [sys.executable, "-m", "jobs.bench_rank", "--one", method, str(n), str(k)]
+def _child(method: str, n: int, k: int, order: str = "ordered") -> Row:
+    words = [sys.executable, "-m", "jobs.bench_rank", "--one", method, str(n), str(k), order]
     with tempfile.TemporaryFile() as errors:
         done = subprocess.run(words, stdout=subprocess.PIPE, stderr=errors, check=False)
         if done.returncode:
             errors.seek(0)
             raise SystemExit(f"{method} on {n} rows failed:\n{errors.read().decode()[-2000:]}")
     row: Row = json.loads(done.stdout.splitlines()[-1])
-    print(json.dumps({"method": method, "n": n, "k": k, **row}), flush=True)
+    print(json.dumps({"method": method, "n": n, "k": k, "order": order, **row}), flush=True)
     return row
 
 
-def _measure(method: str, n: int, k: int) -> Row:
-    _METHODS[method](draw(2000, k))  # compile
-    rows = draw(n, k)
-    before = peak_rss_bytes()
+def _measure(method: str, n: int, k: int, *, ordered: bool) -> Row:
+    _METHODS[method]([draw(2000, k)])  # compile
+    given = [draw(n, k, ordered=ordered)]
+    held = sum(getattr(given[0], field.name).nbytes for field in fields(share.Rows))
+    reset_peak_rss()
+    empty = peak_rss_bytes() - held
     started = time.perf_counter()
-    found = _METHODS[method](rows)
+    found = _METHODS[method](given)
     found["seconds"] = time.perf_counter() - started
+    peak = peak_rss_bytes()
     order = found.pop("order")
     found["digest"] = int((order * (1 + np.arange(order.size))).sum() % 2**61)
-    peak = peak_rss_bytes()
-    return {**found, "peak": peak, "per_sample": (peak - before) / n}
+    return {**found, "peak": peak, "per_sample": (peak - empty) / n}
 
 
-def _ours(rows: share.Rows) -> Row:
-    return _in_partitions(rows, 1)
-
-
-def _ours_in_eight(rows: share.Rows) -> Row:
-    return _in_partitions(rows, 8)
-
-
-def _in_partitions(rows: share.Rows, parts: int) -> Row:
-    """Runs of rows as partitions, in threads of this process."""
-    n = len(rows.hi)
+def _in_partitions(given: list[share.Rows], *, parts: int, threads: int, workers: int) -> Row:
+    """Runs of rows as partitions, `workers` of them at a time. Takes the rows out of the list, for
+    they are let go on the way.
+    """
+    rows = given.pop()
+    hi, lo, difficulty = rows.hi, rows.lo, rows.difficulty
+    n = len(hi)
     starts = np.linspace(0, n, parts + 1).astype(np.int64)
     shares = []
     for p in range(parts):
         some = slice(starts[p], starts[p + 1])
-        part = share.Rows(
-            hi=rows.hi[some], lo=rows.lo[some], difficulty=rows.difficulty[some],
-            neighbors=rows.neighbors[some], sqdist=rows.sqdist[some],
-        )  # fmt: skip
-        shares.append(share.Share(part, starts, p))
-    low, high = float(rows.difficulty.min()), float(rows.difficulty.max())
-    with ThreadPoolExecutor(2) as pool:
+        part = {field.name: getattr(rows, field.name)[some] for field in fields(rows)}
+        shares.append(share.Share(share.Rows(**part), starts, p))
+    del rows, part
+    low, high = float(difficulty.min()), float(difficulty.max())
+
+    def begin(one: share.Share) -> None:
+        ids = one.halo()
+        known = share.Known(ids=ids, hi=hi[ids], lo=lo[ids], difficulty=difficulty[ids])
+        one.begin(schemes.Scheme(), low, high, known, threads=threads)
+
+    with ThreadPoolExecutor(workers) as pool:
         for p, cut in enumerate(pool.map(lambda one: one.cut(), shares)):
             for q in range(parts):
                 if q != p:
                     shares[q].hear_edges(*cut.to(q))
-
-        def begin(one: share.Share) -> None:
-            ids = one.halo()
-            known = share.Known(
-                ids=ids, hi=rows.hi[ids], lo=rows.lo[ids], difficulty=rows.difficulty[ids]
-            )
-            one.begin(schemes.Scheme(), low, high, known)
-
         list(pool.map(begin, shares))
         started = time.perf_counter()
-        supersteps, rounds, size = 0, 0, 0
+        rounds = 0
+        sent: list[int] = []
         while True:
-            supersteps += 1
-            rounds = max(rounds, *pool.map(lambda one: one.advance(), shares), 0)
+            rounds += max(pool.map(lambda one: one.advance(), shares))
             if not any(one.live() for one in shares):
                 break
+            size = 0
             for p, one in enumerate(shares):
                 for q, other in enumerate(shares):
                     if p != q:
                         states = one.states_for(q)
                         size += states.nbytes
                         other.hear_states(states)
+            sent.append(size)
         greedy = time.perf_counter() - started
         final = np.concatenate([out.final for out in pool.map(lambda s: s.outcome(), shares)])
-    order = merge.Keys(x=final, hi=rows.hi, lo=rows.lo).best_first()
+    # rows ascend by uid
+    order = np.argsort(~final, kind="stable")
     return {
-        "order": order, "greedy": greedy, "supersteps": supersteps, "rounds": rounds, "bytes": size,
-    }  # fmt: skip
+        "order": order,
+        "greedy": greedy,
+        "supersteps": len(sent) + 1,
+        "rounds": rounds,
+        "sent": sent,
+    }
+
+
+def _files_to_files(n: int, k: int) -> str:
+    """`d2filter rank` on this graph, in one part and in eight."""
+    took = []
+    for parts in (1, 8):
+        with tempfile.TemporaryDirectory() as folder:
+            write_graph(Path(folder), n, k, parts)
+            took.append(rank_files(Path(folder))["seconds"]["rank"])
+    return (
+        f"`d2filter rank`, graph files to ranking files, Ray started by it: {took[0]:.1f} s in one "
+        f"partition, {took[1]:.1f} s in eight."
+    )
+
+
+def write_graph(folder: Path, n: int, k: int, parts: int) -> None:
+    """A run directory whose graph this is: parts of consecutive rows, none of them held longer."""
+    out = Folder(str(folder))
+    blocks = -(-n // BLOCK)
+    bounds = [
+        n * p // parts if blocks < parts else min(n, BLOCK * (blocks * p // parts))
+        for p in range(parts + 1)
+    ]
+    bounds[-1] = n
+    whole = rows_of(n, k, 0, n) if blocks < parts else None
+    for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        if whole is None:
+            rows = rows_of(n, k, begin, end)
+            part = {field.name: getattr(rows, field.name) for field in fields(rows)}
+        else:
+            part = {field.name: getattr(whole, field.name)[begin:end] for field in fields(whole)}
+        graph.publish_part(out.sub("graph"), number, graph.GraphPart(**part))
+    state = RunState(out)
+    samples = {"read": n, "ranked": n, "bad": 0, "duplicate": 0}
+    for stage, stats in (("catalog", {"samples": samples}), ("graph", {"k": k})):
+        plan = Plan(stage=stage, options={}, upstream="", inputs=())
+        state.finish(plan, seconds=0.0, peak_rss_bytes=0, stats=stats)
+
+
+def rank_files(folder: Path) -> Row:
+    """`d2filter rank` in a process of its own; its stats.json."""
+    words = [sys.executable, "-m", "d2filter", "rank", "--out-dir", str(folder)]
+    subprocess.run(words, check=True)
+    stats: Row = json.loads((folder / "stats.json").read_text())
+    return stats
 
 
 def _forward(rows: share.Rows) -> tuple[Any, Any]:
@@ -198,7 +282,8 @@ def _forward(rows: share.Rows) -> tuple[Any, Any]:
     return scheme.forward_scores(scores, gathered), weights
 
 
-def _compiled_heap(rows: share.Rows) -> Row:
+def _compiled_heap(given: list[share.Rows]) -> Row:
+    rows = given.pop()
     x, weights = _forward(rows)
     started = time.perf_counter()
     order = _lazy_heap(x, rows.neighbors, weights)
@@ -233,8 +318,9 @@ def _lazy_heap(x, neighbors, weights):  # type: ignore[no-untyped-def]  # compil
     return order
 
 
-def _python_heap(rows: share.Rows) -> Row:
+def _python_heap(given: list[share.Rows]) -> Row:
     """The same in Python, until FRACTION of the samples is selected."""
+    rows = given.pop()
     forward, weights = _forward(rows)
     started = time.perf_counter()
     x, lists, w = forward.tolist(), rows.neighbors.tolist(), weights.tolist()
@@ -259,9 +345,10 @@ def _python_heap(rows: share.Rows) -> Row:
     return {"order": np.array(order), "greedy": time.perf_counter() - started}
 
 
-_METHODS = {
-    "ours": _ours,
-    "ours P=8": _ours_in_eight,
+_METHODS: dict[str, Callable[[list[share.Rows]], Row]] = {
+    "ours, 2 threads": partial(_in_partitions, parts=1, threads=2, workers=1),
+    "ours, 1 thread": partial(_in_partitions, parts=1, threads=1, workers=1),
+    "ours, 8 partitions on 2 threads": partial(_in_partitions, parts=8, threads=1, workers=2),
     "compiled heap": _compiled_heap,
     "python heap": _python_heap,
 }

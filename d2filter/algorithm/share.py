@@ -13,7 +13,9 @@ No method waits for anything: who calls them, over a network or in a loop, is so
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,7 @@ from d2filter.algorithm.schemes import Scheme
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,9 +135,11 @@ class Share:
         *,
         both_ways: bool = False,
         threads: int = 1,
+        keep: Callable[[Array], Array] = lambda array: array,
     ) -> None:
         """Forward pass and the first state. low, high: extremes of difficulty in the whole pool;
-        known: of `halo()`, raises ValueError for others.
+        known: of `halo()`, raises ValueError for others. keep: returns an equal array for each of
+        the large ones that are only read from now on, a map of a file for example.
         """
         rows = self._held()
         if not np.array_equal(known.ids, self.halo()):
@@ -158,16 +163,24 @@ class Share:
         x[edges.halo_node] = supersteps.UNKNOWN
         if not scheme.one_weight:
             weights = scheme.reverse_weights(edges.sqdist)
-        self._own_node, self._halo_node = edges.own_node, edges.halo_node
-        self._halo_ids = edges.halo_ids
+        self._forward = keep(x[edges.own_node])
+        self._own_node, self._halo_node = keep(edges.own_node), keep(edges.halo_node)
+        self._halo_ids = keep(edges.halo_ids)
         self._boundary = [
-            np.searchsorted(edges.own_node, nodes) for nodes in cut.boundary(edges, self._starts)
+            np.searchsorted(edges.own_node, nodes).astype(edges.own_node.dtype)
+            for nodes in cut.boundary(edges, self._starts)
         ]
         own, start, targets = edges.own(), edges.start, edges.target
         del edges, scores, difficulty
         graph = supersteps.make_graph(own, start, targets, weights, both_ways=both_ways)
+        del start, targets, weights
+        graph = graph._replace(
+            **{
+                name: keep(getattr(graph, name))
+                for name in ("start", "target", "weight", "in_start", "source")
+            }
+        )
         self._partition = supersteps.Partition(graph, x, threads=threads)
-        self._forward = x[self._own_node]
         self._news = [np.zeros(rows.size, np.bool_) for rows in self._boundary]
         self._moved = True
 
@@ -195,7 +208,7 @@ class Share:
             rows = rows[self._news[peer]]
         self._news[peer][:] = False
         x, final = self._partition.states(self._own_node[rows])
-        return States(ids=self._first + rows, x=x, final=final)
+        return States(ids=self._first + rows.astype(np.int64), x=x, final=final)
 
     def hear_states(self, states: States) -> None:
         """States of samples of another partition: late, repeated or out of order."""

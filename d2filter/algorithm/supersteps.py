@@ -149,17 +149,28 @@ class Partition:
             head=np.full(m, -1, kind),
             after=np.empty(m, kind),
         )
-        rows = self._threads
-        longest = int(np.diff(g.start).max(initial=0))
-        # what is never written to takes no memory: a long row costs what it once held
-        self._buffers = _Buffers(
-            **{name: np.empty((rows, m), kind) for name in ("work", "coming", "lowered")},
-            **{name: np.empty((rows, _BUFFER), kind) for name in ("final", "blocked", "blocker")},
-            target=np.empty((rows, max(_BUFFER, longest)), kind),
-            message=np.empty((rows, max(_BUFFER, longest)), np.int64),
-            filled=np.zeros((rows, 7), np.int64),
-        )
-        _all_live(self._state, self._buffers)
+        self._longest = int(np.diff(g.start).max(initial=0))
+        self._buffers: _Buffers | None = None
+        _all_live(self._state, self._taken())
+
+    def _taken(self) -> _Buffers:
+        """The buffers, new where they were let go. What is never written to takes no memory: a long
+        row costs what it once held.
+        """
+        if self._buffers is None:
+            m, kind, rows = self._graph.own.size, self._graph.target.dtype, self._threads
+            sent = max(_BUFFER, self._longest)
+            self._buffers = _Buffers(
+                **{name: np.empty((rows, m), kind) for name in ("work", "coming", "lowered")},
+                **{
+                    name: np.empty((rows, _BUFFER), kind)
+                    for name in ("final", "blocked", "blocker")
+                },
+                target=np.empty((rows, sent), kind),
+                message=np.empty((rows, sent), np.int64),
+                filled=np.zeros((rows, 7), np.int64),
+            )
+        return self._buffers
 
     @property
     def x(self) -> I64:
@@ -183,21 +194,24 @@ class Partition:
 
     def receive(self, nodes: Nodes, x: I64, final: Bool) -> None:
         """States of halo nodes: (s,) nodes, scores and whether final. Any number of times."""
-        _receive(nodes, x, final, self._graph, self._state, self._buffers)
+        _receive(nodes, x, final, self._graph, self._state, self._taken())
 
     def advance(self) -> int:
         """Make everything final that can be. Returns the rounds that took."""
         rounds = 0
         while True:
             most = _ALONE if self._pool else self._graph.own.size
-            rounds += int(_advance_alone(self._graph, self._state, self._buffers, most))
-            if self._pool is None or not self._buffers.filled[0, _WORK]:
+            b = self._taken()
+            rounds += int(_advance_alone(self._graph, self._state, b, most))
+            if self._pool is None or not b.filled[0, _WORK]:
+                # who waits is known to whom it waits for: between supersteps nothing else is held
+                self._buffers = None
                 return rounds
             rounds += self._advance_together(self._pool)
 
     def _advance_together(self, pool: ThreadPoolExecutor) -> int:
         """Rounds in all threads, until few nodes are left to decide on."""
-        g, state, b = self._graph, self._state, self._buffers
+        g, state, b = self._graph, self._state, self._taken()
         shares = np.linspace(0, g.own.size, self._threads + 1).astype(np.int64)
 
         def all_do(phase: Callable[..., None]) -> None:
@@ -327,7 +341,7 @@ def _beats(a, i, b, j):  # type: ignore[no-untyped-def]  # compiled by numba
     return a > b or (a == b and i < j)
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, inline="always")
 def _blocker(i, g, packed):  # type: ignore[no-untyped-def]  # compiled by numba
     """A live neighbor that beats i, over out- and in-edges; −1 when there is none."""
     mine = packed[i]
@@ -348,7 +362,7 @@ def _message(weight, x):  # type: ignore[no-untyped-def]  # compiled by numba
     return np.int64(np.rint(np.float64(weight) * np.float64(x))) if x > 0 else np.int64(0)
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, inline="always")
 def _take(t, j, message, state, b):  # type: ignore[no-untyped-def]  # compiled by numba
     """Lower a live node."""
     x = max((state.packed[j] >> 1) - message, np.int64(FLOOR))
@@ -387,7 +401,7 @@ def _take_held(t, j, g, state, b):  # type: ignore[no-untyped-def]  # compiled b
                             _take(t, j, message, state, b)
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, inline="always")
 def _wake(t, j, everyone, state, b):  # type: ignore[no-untyped-def]  # compiled by numba
     """Those that wait for j come back to the worklist: all, or those that j no longer beats."""
     w = state.head[j]

@@ -84,15 +84,17 @@ def read_columns(folder: Folder, number: int, *names: str) -> dict[str, npt.NDAr
     return out
 
 
-def read_part(folder: Folder, number: int) -> GraphPart:
-    """Read one part. Raises InputError when it is not there or broken."""
-    held = read_columns(folder, number, "uid_hi", "uid_lo", "difficulty", "neighbors", "sqdist")
+def read_part(folder: Folder, number: int, *, lists: bool = True) -> GraphPart:
+    """Read one part; lists: or no neighbors, (n, 0). Raises InputError for a broken file."""
+    names = ("neighbors", "sqdist") if lists else ()
+    held = read_columns(folder, number, "uid_hi", "uid_lo", "difficulty", *names)
+    n = len(held["uid_hi"])
     return GraphPart(
         hi=held["uid_hi"],
         lo=held["uid_lo"],
         difficulty=held["difficulty"],
-        neighbors=held["neighbors"],
-        sqdist=held["sqdist"],
+        neighbors=held["neighbors"] if lists else np.empty((n, 0), np.int64),
+        sqdist=held["sqdist"] if lists else np.empty((n, 0), np.float32),
     )
 
 

@@ -7,6 +7,7 @@ local disk by memory map, from elsewhere part by part.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -130,3 +131,14 @@ def read_columns(
 ) -> dict[str, Array]:
     """Some of these arrays, all rows or a range of them, in memory and writable."""
     return {name: read_range(folder, f"{stem}.{name}.npy", rows) for name in names}
+
+
+def mapped(array: Array) -> Array:
+    """The same values in a file in TMPDIR that nobody else sees and that goes with the process."""
+    if not array.nbytes:
+        return array
+    with tempfile.TemporaryFile() as stream:
+        array.tofile(stream)
+        stream.flush()
+        # private: what compiled code may write to is what it was compiled for, and nobody writes
+        return np.memmap(stream, array.dtype, "c", shape=array.shape)

@@ -69,6 +69,7 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
         "scheme": config.rank.scheme,
         "both_ways": config.rank.undirected,
         "fingerprint": fingerprint,
+        "memory": config.memory_per_worker,
         "low": min(f["low"] for f in ends),
         "high": max(f["high"] for f in ends),
     }
@@ -94,7 +95,10 @@ def _supersteps(
     """Actors where there are several partitions, a task where there is one."""
     if parts == 1:
         task = Task(name="supersteps", run=supersteps.alone, arguments={"out": out, "made": made})
-        return runner.map("rank", [task], fingerprint=fingerprint, label="rank", total=total)[0]
+        return runner.map(
+            "rank", [task], fingerprint=fingerprint, label="rank", total=total, share_node=True,
+            memory=made["memory"],
+        )[0]  # fmt: skip
     task = Task(
         name="supersteps",
         run=supersteps.run,
@@ -124,7 +128,7 @@ def cut(*, report: Report, out: Folder, number: int) -> Figures:
 def describe(*, report: Report, out: Folder, number: int, parts: int) -> Figures:
     """Task: what the other partitions must know of own samples that they have edges with."""
     work = out.sub(WORK)
-    one = read_share(out, number)
+    one = read_share(out, number, lists=False)
     own = read_columns(work, f"cut-{number:05d}", "start", "source")
     ids = []
     for peer in range(parts):

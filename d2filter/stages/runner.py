@@ -106,6 +106,28 @@ class Runner:
         alive = [node for node in ray.nodes() if node["Alive"]]
         return _largest_node(ray), len(alive), _node_bytes(ray)
 
+    def processes(self, parts: int, memory: int) -> tuple[int, int]:
+        """How many processes can run at once for `parts` of a job, at least one, and the CPUs that
+        each can have. memory: bytes that each needs, 0 for unknown.
+        """
+        ray = self.ray()
+        nodes = [
+            (int(n["Resources"].get("CPU", 0)), int(n["Resources"].get("memory", 0)))
+            for n in ray.nodes()
+            if n["Alive"]
+        ]
+
+        def places(cpus: int) -> int:
+            return sum(
+                min(have // cpus, there // memory if memory else have) for have, there in nodes
+            )
+
+        count = max(1, min(parts, places(1)))
+        cpus = 1
+        while places(cpus + 1) >= count:
+            cpus += 1
+        return count, cpus
+
     def close(self) -> None:
         """Stop Ray if this runner started it."""
         if self._owns_ray:
@@ -221,7 +243,7 @@ def _execute_remotely(
 def _execute(folder: Folder, stage: str, task: Task, fingerprint: str, report: Report) -> _Outcome:
     started = time.monotonic()
     _give_back_memory()
-    _reset_peak_rss()
+    reset_peak_rss()
     try:
         figures = task.run(report=report, **task.arguments)
         record = {
@@ -344,7 +366,7 @@ def _give_back_memory() -> None:
         trim(0)
 
 
-def _reset_peak_rss() -> None:
+def reset_peak_rss() -> None:
     """Start the peak anew: a Ray worker runs many tasks in one process."""
     try:
         with open("/proc/self/clear_refs", "w") as stream:

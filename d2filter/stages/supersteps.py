@@ -21,7 +21,7 @@ from d2filter.algorithm.supersteps import Snapshot
 from d2filter.errors import D2FilterError, StageError
 from d2filter.formats import graph
 from d2filter.formats.paths import Folder
-from d2filter.formats.rows import read_array, read_columns, write_columns
+from d2filter.formats.rows import mapped, read_array, read_columns, write_columns
 from d2filter.formats.tables import first_line
 from d2filter.stages.runner import (
     Report,
@@ -51,11 +51,13 @@ def run(
     StageError when a partition fails for good, or when nothing moves any more.
     """
     ray = runner.ray()
-    # all partitions must be there at once: more of them than CPUs share processes
-    crews = min(parts, max(1, int(ray.cluster_resources().get("CPU", 1))))
+    crews, cpus = runner.processes(parts, made["memory"])
     numbers = [list(range(parts))[crew::crews] for crew in range(crews)]
     bar = progress_bar("rank", total, runner.show_progress)
-    driver = _Driver(ray, numbers, (out, parts, made))
+    needs = {"num_cpus": cpus}
+    if made["memory"]:
+        needs["memory"] = min(made["memory"], runner.resources()[2])
+    driver = _Driver(ray, numbers, needs, (out, parts, made))
     try:
         figures = driver.run(lambda live: bar.update(total - live - bar.n))
     finally:
@@ -76,13 +78,15 @@ def alone(*, report: Report, out: Folder, made: Figures) -> Figures:
 class _Driver:
     """Calls the actors, carries references between them, replaces the dead."""
 
-    def __init__(self, ray: Any, numbers: list[list[int]], arguments: tuple[Any, ...]) -> None:
+    def __init__(
+        self, ray: Any, numbers: list[list[int]], needs: Figures, arguments: tuple[Any, ...]
+    ) -> None:
         self._ray = ray
         self._remote = ray.remote(_Actor)
         self._numbers = numbers
         self._crew_of = {p: a for a, some in enumerate(numbers) for p in some}
         self._arguments = arguments
-        self._actors: list[Any] = [self._new(some, 1) for some in numbers]
+        self._actors: list[Any] = [self._new(some, needs) for some in numbers]
         self._live = [1] * len(numbers)
         self._inbox: list[list[Any]] = [[] for _ in numbers]
         self._restarts = [0] * len(numbers)
@@ -183,7 +187,7 @@ class _Driver:
         gone = [b for b in range(len(self._actors)) if not self._alive(b)]
         for b in gone:
             # without a CPU of its own: where its node was lost there may be none
-            self._actors[b] = self._new(self._numbers[b], 0)
+            self._actors[b] = self._new(self._numbers[b], {"num_cpus": 0})
             self._live[b] = 1
         for b in {a, *gone}:
             for c, other in enumerate(self._actors):
@@ -193,8 +197,8 @@ class _Driver:
             if c != a and a not in gone:
                 self._inbox[c] += [self._actors[a].everything_for.remote(p) for p in numbers]
 
-    def _new(self, numbers: list[int], cpus: int) -> Any:
-        made = self._remote.options(num_cpus=cpus, max_restarts=0)
+    def _new(self, numbers: list[int], needs: Figures) -> Any:
+        made = self._remote.options(max_restarts=0, **needs)
         return made.remote(numbers, *self._arguments)
 
     def _alive(self, a: int) -> bool:
@@ -216,7 +220,11 @@ class _Driver:
 
 
 class _Actor:
-    """Some partitions in a process of their own."""
+    """Some partitions in a process of their own.
+
+    Where they are several, edges lie in files that the process maps: of a partition that is not
+    advanced just now, the system may need the memory for others.
+    """
 
     def __init__(self, numbers: list[int], out: Folder, parts: int, made: Figures) -> None:
         self._numbers = numbers
@@ -321,6 +329,7 @@ class _Actor:
         one.begin(
             made["scheme"], made["low"], made["high"], self._known(one, number),
             both_ways=made["both_ways"], threads=assigned_cpus(),
+            keep=mapped if len(self._numbers) > 1 else lambda array: array,
         )  # fmt: skip
         if work.exists(self._state(number)):
             with work.reading(self._state(number)) as stream:
@@ -351,21 +360,11 @@ class _Actor:
         )
 
 
-def read_rows(out: Folder, number: int) -> share.Rows:
-    """One part of the graph."""
-    part = graph.read_part(out.sub("graph"), number)
-    return share.Rows(
-        hi=part.hi,
-        lo=part.lo,
-        difficulty=part.difficulty,
-        neighbors=part.neighbors,
-        sqdist=part.sqdist,
-    )
-
-
-def read_share(out: Folder, number: int) -> share.Share:
-    """One partition, before it has heard of the others."""
-    return share.Share(read_rows(out, number), graph.starts(out.sub("graph")), number)
+def read_share(out: Folder, number: int, *, lists: bool = True) -> share.Share:
+    """One partition, before it has heard of the others; lists: with its neighbors."""
+    part = graph.read_part(out.sub("graph"), number, lists=lists)
+    rows = share.Rows(**{field.name: getattr(part, field.name) for field in fields(part)})
+    return share.Share(rows, graph.starts(out.sub("graph")), number)
 
 
 def read_cut(work: Folder, source: int, target: int, *names: str) -> dict[str, Any]:
