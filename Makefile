@@ -12,6 +12,7 @@ test:
 
 bench:
 	$(PYTHON) -m jobs.bench
+	$(PYTHON) -m jobs.bench_rank
 
 format:
 	$(PYTHON) -m ruff check --fix .

@@ -1,16 +1,14 @@
-"""`make bench`: the two algorithms against plain baselines, in one run.
+"""The graph against FAISS's own per-query IVF search, in one run.
 
     python -m jobs.bench --results jobs/results/bench.md
 
-Ranking: the exact greedy of one million samples against a sequential lazy heap in Python, on a
-graph with locality. Graph: search by cell against FAISS's own per-query IVF search with the same
-number of cells, at the recall that each reaches. Timings are ratios within this run.
+Both with the same number of cells, at the recall that each reaches. Timings are ratios within this
+run; `jobs.bench_knn` has more peers and larger pools, `jobs.bench_rank` the ranking.
 """
 
 from __future__ import annotations
 
 import argparse
-import heapq
 import os
 import subprocess
 import time
@@ -20,84 +18,27 @@ from typing import Any
 
 import numpy as np
 
-from d2filter.algorithm import backend, features, greedy, knn, messages, schemes
+from d2filter.algorithm import backend, features, knn
 from d2filter.formats.runstate import versions
 
 SEED = 0
-RANKED = 1_000_000
 POOL, DIM, NEIGHBORS = 100_000, 128, 5
 
 
 def main() -> None:
-    """Run both and write the results file."""
-    parser = argparse.ArgumentParser(description="Time ranking and graph against baselines.")
+    """Run it and write the results file."""
+    parser = argparse.ArgumentParser(description="Time the graph against FAISS.")
     parser.add_argument("--results", default="jobs/results/bench.md")
     path = Path(parser.parse_args().results)
     lines = [
-        "# Algorithms against plain baselines",
+        "# The graph against FAISS's own IVF search",
         "",
         f"{made_by('jobs.bench')} The machine is shared: read the ratios.",
-        "",
-        *_ranking(),
         "",
         *_graph(),
     ]
     path.write_text("\n".join(lines) + "\n", "utf-8")
     print("\n".join(lines))
-
-
-def _ranking() -> list[str]:
-    lines = [
-        f"## Ranking {RANKED:,} samples (kernel only)",
-        "",
-        "| k | ours, s | rounds | sequential heap in Python, s | ratio | same order and scores |",
-        "|---|---|---|---|---|---|",
-    ]
-    for k in (1, 5):
-        rng = np.random.default_rng([SEED, k])
-        near = np.arange(RANKED)[:, None] + rng.integers(1, 60, (RANKED, k)).cumsum(axis=1)
-        far = rng.integers(0, RANKED, (RANKED, k))
-        neighbors = np.where(rng.random((RANKED, k)) < 0.1, far, near % RANKED).astype(np.int32)
-        neighbors[neighbors == np.arange(RANKED)[:, None]] = -1
-        weights = np.exp(-rng.random((RANKED, k))).astype(np.float32)
-        scores, there = rng.random(RANKED), neighbors >= 0
-        start = np.concatenate([[0], np.cumsum(there.sum(axis=1))])
-        gathered = messages.gather(scores, start, neighbors[there], weights[there])
-        forward = schemes.Scheme().forward_scores(scores, gathered)
-        greedy.select_all(forward[:1000], neighbors[:1000] % 1000, weights[:1000])  # compile
-        ours, chosen = _time(
-            lambda f, n, w: greedy.select_all(f, n, w), forward, neighbors, weights
-        )
-        theirs, (order, final) = _time(_heap, forward, neighbors, weights)
-        same = bool((np.argsort(chosen.rank) == order).all() and (chosen.final == final).all())
-        lines.append(
-            f"| {k} | {ours:.2f} | {chosen.rounds} | {theirs:.1f} | {theirs / ours:.0f} × | "
-            f"{'yes' if same else 'NO'} |"
-        )
-    return lines
-
-
-def _heap(forward: Any, neighbors: Any, weights: Any) -> tuple[Any, Any]:
-    """The sequential definition with a lazily updated heap; rows ascend by uid."""
-    x = forward.tolist()
-    lists, w = neighbors.tolist(), weights.tolist()
-    heap = [(-value, row) for row, value in enumerate(x)]
-    heapq.heapify(heap)
-    live = [True] * len(x)
-    order = []
-    while heap:
-        key, i = heapq.heappop(heap)
-        if not live[i] or -key != x[i]:
-            continue
-        live[i] = False
-        order.append(i)
-        if x[i] <= 0:
-            continue
-        for j, weight in zip(lists[i], w[i], strict=True):
-            if j >= 0 and live[j]:
-                x[j] = max(x[j] - round(weight * float(x[i])), messages.FLOOR)
-                heapq.heappush(heap, (-x[j], j))
-    return np.array(order), np.array(x)
 
 
 def _graph() -> list[str]:

@@ -233,17 +233,20 @@ def _fill(  # type: ignore[no-untyped-def]  # compiled by numba
     counting = out_target.size == 0
     for i in range(neighbors.shape[0]):
         node = own_node[i]
+        at = np.int64(start[node])
+        there = 0
         for c in range(neighbors.shape[1]):
             j = neighbors[i, c]
             if j < 0:
                 continue
-            if counting:
-                start[node + 1] += 1
-                continue
-            at = start[node]
-            out_target[at] = _node(j, first, own_node, halo_ids, halo_node)
-            out_sqdist[at] = sqdist[i, c]
-            start[node] = at + 1
+            if not counting:
+                out_target[at + there] = _node(j, first, own_node, halo_ids, halo_node)
+                out_sqdist[at + there] = sqdist[i, c]
+            there += 1
+        if counting:
+            start[node + 1] += there
+        else:
+            start[node] = at + there
     for e in range(source.size):
         node = _node(source[e], first, own_node, halo_ids, halo_node)
         if counting:

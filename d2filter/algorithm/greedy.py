@@ -32,8 +32,6 @@ class Selection:
     """(n,) position in the selection, 0 = first"""
     suppressed_by: I64
     """(n,) row that sent the largest message > 0, ties to the smaller row; −1 none"""
-    rounds: int
-    """passes over the worklist until all were final"""
 
 
 def select_all(
@@ -57,7 +55,7 @@ def select_all(
         np.ones(n, np.bool_), start, neighbors[there].astype(kind), weights[there]
     )
     partition = supersteps.Partition(graph, forward)
-    rounds = partition.advance()
+    partition.advance()
     # rows ascend by uid, so a stable sort is (x descending, uid ascending)
     order = np.argsort(-partition.x, kind="stable")
     rank = np.empty_like(order)
@@ -66,5 +64,4 @@ def select_all(
         final=partition.x,
         rank=rank,
         suppressed_by=partition.suppressed_by().astype(np.int64),
-        rounds=rounds,
     )

@@ -26,7 +26,6 @@ class RankedGraph:
     """(n,) 0 = first"""
     suppressed_by: I64
     """(n,) row of the strongest suppressor, −1 none"""
-    rounds: int
 
 
 def rank_graph(
@@ -56,7 +55,7 @@ def rank_graph(
     rows = share.Rows(hi=hi, lo=lo, difficulty=difficulty, neighbors=neighbors, sqdist=sqdist)
     whole = share.Share(rows, np.array([0, n], np.int64), 0)
     whole.begin(scheme, *whole.range(), whole.describe(whole.halo()), both_ways=undirected)
-    rounds = whole.advance()
+    whole.advance()
     found = whole.outcome()
     rank = np.empty(n, np.int64)
     # rows ascend by uid, so a stable sort is (x descending, uid ascending)
@@ -67,5 +66,4 @@ def rank_graph(
         final=found.final[position],
         rank=rank[position],
         suppressed_by=np.where(by >= 0, order[by], -1)[position],
-        rounds=rounds,
     )

@@ -98,6 +98,7 @@ class Share:
         self._number = number
         nothing = np.empty(0, np.int64)
         self._incoming: list[tuple[I64, I64, F32]] = [(nothing, nothing, np.empty(0, np.float32))]
+        self._halo: I64 | None = None
 
     def range(self) -> tuple[float, float]:
         """Smallest and largest difficulty; (inf, −inf) where there is no row."""
@@ -114,11 +115,14 @@ class Share:
     def hear_edges(self, source: I64, target: I64, sqdist: F32) -> None:
         """Cut edges of one other partition that lead here."""
         self._incoming.append((source, target, sqdist))
+        self._halo = None
 
     def halo(self) -> I64:
         """Graph ids, ascending, of all samples elsewhere that this partition has edges with."""
-        sources = np.concatenate([source for source, _, _ in self._incoming])
-        return cut.halo(self._first, self.size, self._held().neighbors, sources)
+        if self._halo is None:
+            sources = np.concatenate([source for source, _, _ in self._incoming])
+            self._halo = cut.halo(self._first, self.size, self._held().neighbors, sources)
+        return self._halo
 
     def describe(self, ids: I64) -> Known:
         """Own samples by graph id."""
@@ -134,7 +138,6 @@ class Share:
         known: Known,
         *,
         both_ways: bool = False,
-        threads: int = 1,
         keep: Callable[[Array], Array] = lambda array: array,
     ) -> None:
         """Forward pass and the first state. low, high: extremes of difficulty in the whole pool;
@@ -152,7 +155,7 @@ class Share:
         difficulty = edges.spread(rows.difficulty, known.difficulty)
         # the lists are edges now: what follows needs their memory
         del rows, source, target, sqdist
-        self._rows = None
+        self._rows = self._halo = None
         self._incoming.clear()
         scores = messages.normalized(difficulty, low, high)
         weights = scheme.forward_weights(edges.sqdist)
@@ -180,7 +183,7 @@ class Share:
                 for name in ("start", "target", "weight", "in_start", "source")
             }
         )
-        self._partition = supersteps.Partition(graph, x, threads=threads)
+        self._partition = supersteps.Partition(graph, x)
         self._news = [np.zeros(rows.size, np.bool_) for rows in self._boundary]
         self._moved = True
 
@@ -189,7 +192,7 @@ class Share:
         return self._partition.live()
 
     def advance(self) -> int:
-        """Make final what can be; returns the rounds that took."""
+        """Make final what can be; returns how many samples were looked at."""
         self._moved = True
         return self._partition.advance()
 

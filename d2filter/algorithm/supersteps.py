@@ -12,15 +12,14 @@ is conservative. That is true of every stale score, for scores only fall.
 A score and whether it can still fall share one word, 2·x + 1 while live and 2·x when final: whoever
 looks at a neighbor needs both, and the look is what the time goes into.
 
-A round has two phases, so that threads can share it: nodes of the worklist are *decided* on states
-that nobody changes meanwhile, and what was decided is *applied* by the thread whose nodes it
-changes. Rounds may differ with the division among threads, states in the end do not.
+Samples are taken best first, from a queue of narrow buckets; one that a message has lowered is put
+where it belongs when its turn comes. A sample whose neighbors are all in the queue then beats them:
+it is final without a look at any. Only where a neighbor is elsewhere, or waits for one that is, the
+rule has to be checked. In a pool in one partition that is nowhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,10 +37,11 @@ Nodes = npt.NDArray[np.integer]
 
 UNKNOWN = 2**62 - 1  # a score that none beats
 
-_BUFFER = 1 << 17  # messages that a thread decides on before they are applied
-_ALONE = 1 << 14  # shorter worklists are not worth waking other threads for
+_IN_A_BUCKET = 4  # nodes, about
+_SAMPLED = 4096  # scores that choose the width of a bucket
+_FALL = 4  # buckets reach so far down, in units of the range of scores at the beginning
 
-_OWN, _CHANGED, _LOWERED = 1, 2, 4  # flags
+_OWN, _CHANGED, _LOWERED, _HINDERED = 1, 2, 4, 8  # flags
 
 
 class LocalGraph(NamedTuple):
@@ -56,7 +56,7 @@ class LocalGraph(NamedTuple):
     weight: F32
     """(e,) of the reverse pass, in [0, 1]"""
     in_start: Nodes
-    """(m + 1,) offsets into `source`; empty lists where all edges go both ways"""
+    """(m + 1,) offsets into `source`; (0,) where out-edges are all there is to know"""
     source: Nodes
     """in-edges of own nodes"""
 
@@ -81,33 +81,29 @@ class _State(NamedTuple):
     packed: I64
     applied: Bool
     held: npt.NDArray[np.int32]
-    """(m,) messages of final halo nodes that a node could not take yet"""
+    """(m,) messages of final halo nodes that a node could not take yet; empty: no halo"""
     flags: U8
+    """_HINDERED: a neighbor may be better and not in the queue"""
     head: Nodes
     """(m,) first of the nodes that wait for a node, −1 none"""
     after: Nodes
-    """(m,) the next one that waits for the same"""
+    """(m,) the next one that waits for the same, or lies in the same bucket"""
 
 
-class _Buffers(NamedTuple):
-    """One row for each of T threads: worklists, and what a thread has decided."""
+class _Queue(NamedTuple):
+    """Own nodes to be decided, best first: buckets, and a heap of the nodes of the best one."""
 
-    work: Nodes
-    coming: Nodes
-    """worklist of the next round"""
+    first: Nodes
+    """(B,) a node in each bucket, −1 none; the others follow in `after`"""
+    high: int
+    """score where the first bucket begins"""
+    shift: int
+    """log₂ of the width of a bucket"""
+    key: I64
+    """(m,) the heap: packed scores as they were when they came"""
+    node: Nodes
     lowered: Nodes
-    """nodes that messages have lowered in this round"""
-    final: Nodes
-    blocked: Nodes
-    blocker: Nodes
-    """a node that beats `blocked`; itself: to be decided in the next round"""
-    target: Nodes
-    message: I64
-    filled: I64
-    """(T, 7) how full they are, see _AT and following"""
-
-
-_AT, _WORK, _COMING, _LOWERS, _FINAL, _BLOCKED, _SENT = range(7)  # columns of `filled`
+    """(m,) nodes that others wait for and that have fallen"""
 
 
 def make_graph(
@@ -116,9 +112,9 @@ def make_graph(
     """A graph from its out-edges. both_ways: each edge is there in both directions, with one
     weight, so that out-edges are all there is to know.
     """
-    if both_ways:
-        in_start, source = np.zeros(own.size + 1, start.dtype), target[:0]
-    else:
+    in_start, source = start[:0], target[:0]
+    # without a halo nobody ever waits, and in-edges are not looked at
+    if not both_ways and not own.all():
         in_start, source = _transpose(start, target, own)
     return LocalGraph(
         own=own, start=start, target=target, weight=weight, in_start=in_start, source=source
@@ -128,49 +124,24 @@ def make_graph(
 class Partition:
     """The greedy in one partition, superstep by superstep."""
 
-    def __init__(self, graph: LocalGraph, forward: I64, *, threads: int = 1) -> None:
+    def __init__(self, graph: LocalGraph, forward: I64) -> None:
         """forward: (m,) scores after the forward pass, in [−2⁶², 2⁶²); of halo nodes UNKNOWN."""
         self._graph = graph
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
         edges = 0 if graph.own.all() else graph.target.size
         self._start_over(Snapshot(packed=2 * forward + 1, applied=np.zeros(edges, np.bool_)))
 
     def _start_over(self, known: Snapshot) -> None:
         g = self._graph
         m, kind = g.own.size, g.target.dtype
-        flags = g.own.astype(np.uint8)
-        flags *= _OWN | _CHANGED
         self._state = _State(
             packed=known.packed,
             applied=known.applied,
-            held=_count_held(g, known.packed, known.applied),
-            flags=flags,
-            head=np.full(m, -1, kind),
+            held=_count_held(g.own, g.start, g.target, known.packed, known.applied),
+            flags=_first_flags(g.own, g.start, g.target),
+            head=np.full(m if known.applied.size else 0, -1, kind),
             after=np.empty(m, kind),
         )
-        self._longest = int(np.diff(g.start).max(initial=0))
-        self._buffers: _Buffers | None = None
-        _all_live(self._state, self._taken())
-
-    def _taken(self) -> _Buffers:
-        """The buffers, new where they were let go. What is never written to takes no memory: a long
-        row costs what it once held.
-        """
-        if self._buffers is None:
-            m, kind, rows = self._graph.own.size, self._graph.target.dtype, self._threads
-            sent = max(_BUFFER, self._longest)
-            self._buffers = _Buffers(
-                **{name: np.empty((rows, m), kind) for name in ("work", "coming", "lowered")},
-                **{
-                    name: np.empty((rows, _BUFFER), kind)
-                    for name in ("final", "blocked", "blocker")
-                },
-                target=np.empty((rows, sent), kind),
-                message=np.empty((rows, sent), np.int64),
-                filled=np.zeros((rows, 7), np.int64),
-            )
-        return self._buffers
+        self._work = [np.flatnonzero(g.own & ((known.packed & 1) == 1)).astype(kind)]
 
     @property
     def x(self) -> I64:
@@ -185,7 +156,7 @@ class Partition:
 
     def live(self) -> int:
         """Own samples that are not final yet."""
-        return int(_count_live(self._state))
+        return int(_count_live(self._state.packed, self._state.flags))
 
     def states(self, nodes: Nodes) -> tuple[I64, Bool]:
         """x and final of some nodes, (s,) each."""
@@ -194,47 +165,33 @@ class Partition:
 
     def receive(self, nodes: Nodes, x: I64, final: Bool) -> None:
         """States of halo nodes: (s,) nodes, scores and whether final. Any number of times."""
-        _receive(nodes, x, final, self._graph, self._state, self._taken())
+        g, state = self._graph, self._state
+        self._work.append(
+            _receive(
+                nodes, x, final, g.start, g.target, g.weight, state.packed, state.flags, state.head,
+                state.after, state.held, state.applied,
+            )
+        )  # fmt: skip
 
     def advance(self) -> int:
-        """Make everything final that can be. Returns the rounds that took."""
-        rounds = 0
-        while True:
-            most = _ALONE if self._pool else self._graph.own.size
-            b = self._taken()
-            rounds += int(_advance_alone(self._graph, self._state, b, most))
-            if self._pool is None or not b.filled[0, _WORK]:
-                # who waits is known to whom it waits for: between supersteps nothing else is held
-                self._buffers = None
-                return rounds
-            rounds += self._advance_together(self._pool)
-
-    def _advance_together(self, pool: ThreadPoolExecutor) -> int:
-        """Rounds in all threads, until few nodes are left to decide on."""
-        g, state, b = self._graph, self._state, self._taken()
-        shares = np.linspace(0, g.own.size, self._threads + 1).astype(np.int64)
-
-        def all_do(phase: Callable[..., None]) -> None:
-            for _ in pool.map(
-                lambda t: phase(t, shares[t], shares[t + 1], g, state, b), range(self._threads)
-            ):
-                pass
-
-        rounds = 0
-        _spread(b)
-        while b.filled[:, _WORK].sum() > _ALONE:
-            rounds += 1
-            while (b.filled[:, _AT] < b.filled[:, _WORK]).any():
-                all_do(_decide)
-                all_do(_apply)
-            all_do(_end_round)
-            b = _next_round(b)
-        self._buffers = b
-        _gather_up(b)
-        return rounds
+        """Make everything final that can be. Returns how many nodes were looked at."""
+        work = np.concatenate(self._work)
+        self._work = [work[:0]]
+        if not work.size:
+            return 0
+        g, state, q = self._graph, self._state, _make_queue(self._state, work)
+        _fill_buckets(work, state.packed, state.after, q.first, q.high, q.shift)
+        looks = _advance(
+            g.start, g.target, g.weight, g.in_start, g.source, state.packed, state.flags,
+            state.head, state.after, state.held, state.applied, q.first, q.high, q.shift, q.key,
+            q.node, q.lowered,
+        )  # fmt: skip
+        return int(looks)
 
     def changed(self) -> I64:
-        """Own nodes whose state changed since the last call; at first all."""
+        """Own nodes whose state changed since the last call; at first all. Where there is no halo
+        nobody wants to know, and it is not noted.
+        """
         nodes = np.flatnonzero(self._state.flags & _CHANGED)
         self._state.flags[nodes] &= ~np.uint8(_CHANGED)
         return nodes
@@ -243,7 +200,8 @@ class Partition:
         """(m,) node that sent the largest message > 0 to each own node, ties to the smaller uid; −1
         none. All own nodes must be final.
         """
-        by: Nodes = _strongest(self._graph, self._state.packed)
+        g = self._graph
+        by: Nodes = _strongest(g.start, g.target, g.weight, g.own, self._state.packed)
         return by
 
     def snapshot(self) -> Snapshot:
@@ -255,28 +213,25 @@ class Partition:
         self._start_over(snapshot.copy())
 
 
-def _next_round(b: _Buffers) -> _Buffers:
-    """What comes is the worklist now."""
-    b.filled[:, _WORK] = b.filled[:, _COMING]
-    b.filled[:, _AT] = b.filled[:, _COMING] = 0
-    return b._replace(work=b.coming, coming=b.work)
-
-
-def _spread(b: _Buffers) -> None:
-    """The worklist of the first thread → all."""
-    pieces = np.array_split(b.work[0, : b.filled[0, _WORK]].copy(), len(b.work))
-    for t, piece in enumerate(pieces):
-        b.work[t, : piece.size] = piece
-        b.filled[t, _WORK] = piece.size
-
-
-def _gather_up(b: _Buffers) -> None:
-    """The worklists of all threads → the first."""
-    for t in range(1, len(b.work)):
-        begin, size = b.filled[0, _WORK], b.filled[t, _WORK]
-        b.work[0, begin : begin + size] = b.work[t, :size]
-        b.filled[0, _WORK] += size
-    b.filled[1:] = 0
+def _make_queue(state: _State, work: Nodes) -> _Queue:
+    """An empty queue whose buckets suit the scores of these nodes."""
+    scores = np.sort(state.packed[work[:: max(1, work.size // _SAMPLED)]] >> 1)
+    # a few outliers must not make all buckets wide
+    few = scores.size // 1000
+    low, high = int(scores[few]), int(scores[-1 - few])
+    wanted = max(1, work.size // _IN_A_BUCKET)
+    shift = max(0, ((high - low) // wanted).bit_length())
+    m, kind = state.packed.size, work.dtype
+    buckets = min(_FALL * wanted, (high - low >> shift) * _FALL) + 1
+    # what is never written to takes no memory
+    return _Queue(
+        first=np.full(buckets, -1, kind),
+        high=high,
+        shift=shift,
+        key=np.empty(m, np.int64),
+        node=np.empty(m, kind),
+        lowered=np.empty(state.head.size, kind),
+    )
 
 
 @numba.njit(cache=True, nogil=True)
@@ -304,34 +259,37 @@ def _transpose(start, target, own):  # type: ignore[no-untyped-def]  # compiled 
 
 
 @numba.njit(cache=True, nogil=True)
-def _count_held(g, packed, applied):  # type: ignore[no-untyped-def]  # compiled by numba
+def _count_held(own, start, target, packed, applied):  # type: ignore[no-untyped-def]  # compiled by numba
     """Messages of final halo nodes that each own node has not taken yet."""
     held = np.zeros(packed.size if applied.size else 0, np.int32)
     if applied.size:
         for v in range(packed.size):
-            if not g.own[v] and not packed[v] & 1:
-                for e in range(g.start[v], g.start[v + 1]):
-                    if not applied[e] and packed[g.target[e]] & 1:
-                        held[g.target[e]] += 1
+            if not own[v] and not packed[v] & 1:
+                for e in range(start[v], start[v + 1]):
+                    if not applied[e] and packed[target[e]] & 1:
+                        held[target[e]] += 1
     return held
 
 
 @numba.njit(cache=True, nogil=True)
-def _all_live(state, b):  # type: ignore[no-untyped-def]  # compiled by numba
-    """All own nodes that are not final are to be decided."""
-    n = 0
-    for i in range(state.packed.size):
-        if state.flags[i] & _OWN and state.packed[i] & 1:
-            b.work[0, n] = i
-            n += 1
-    b.filled[0, _WORK] = n
+def _first_flags(own, start, target):  # type: ignore[no-untyped-def]  # compiled by numba
+    """Own nodes, and which of them have neighbors in the halo."""
+    flags = np.zeros(own.size, np.uint8)
+    for i in range(own.size):
+        if own[i]:
+            flags[i] |= _OWN | _CHANGED
+        for e in range(start[i], start[i + 1]):
+            if own[i] != own[target[e]]:
+                flags[i] |= _HINDERED
+                flags[target[e]] |= _HINDERED
+    return flags
 
 
 @numba.njit(cache=True, nogil=True)
-def _count_live(state):  # type: ignore[no-untyped-def]  # compiled by numba
+def _count_live(packed, flags):  # type: ignore[no-untyped-def]  # compiled by numba
     n = 0
-    for i in range(state.packed.size):
-        n += state.flags[i] & state.packed[i] & 1  # _OWN is the lowest bit, too
+    for i in range(packed.size):
+        n += flags[i] & packed[i] & 1  # _OWN is the lowest bit, too
     return n
 
 
@@ -342,232 +300,280 @@ def _beats(a, i, b, j):  # type: ignore[no-untyped-def]  # compiled by numba
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _blocker(i, g, packed):  # type: ignore[no-untyped-def]  # compiled by numba
-    """A live neighbor that beats i, over out- and in-edges; −1 when there is none."""
-    mine = packed[i]
-    for e in range(g.start[i], g.start[i + 1]):
-        j = g.target[e]
-        if packed[j] & 1 and _beats(packed[j], j, mine, i):
-            return np.int64(j)
-    for e in range(g.in_start[i], g.in_start[i + 1]):
-        j = g.source[e]
-        if packed[j] & 1 and _beats(packed[j], j, mine, i):
-            return np.int64(j)
-    return np.int64(-1)
-
-
-@numba.njit(cache=True, nogil=True, inline="always")
 def _message(weight, x):  # type: ignore[no-untyped-def]  # compiled by numba
     """rint(w·x), 0 for x ≤ 0."""
     return np.int64(np.rint(np.float64(weight) * np.float64(x))) if x > 0 else np.int64(0)
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _take(t, j, message, state, b):  # type: ignore[no-untyped-def]  # compiled by numba
-    """Lower a live node."""
-    x = max((state.packed[j] >> 1) - message, np.int64(FLOOR))
-    state.packed[j] = 2 * x + 1
-    if not state.flags[j] & _LOWERED:
-        b.lowered[t, b.filled[t, _LOWERS]] = j
-        b.filled[t, _LOWERS] += 1
-    state.flags[j] |= _CHANGED | _LOWERED
+def _lower(j, message, packed, flags):  # type: ignore[no-untyped-def]  # compiled by numba
+    """Take a message."""
+    packed[j] = 2 * max((packed[j] >> 1) - message, np.int64(FLOOR)) + 1
+    flags[j] |= _CHANGED
 
 
 @numba.njit(cache=True, nogil=True)
-def _take_held(t, j, g, state, b):  # type: ignore[no-untyped-def]  # compiled by numba
+def _take_held(  # type: ignore[no-untyped-def]  # compiled by numba
+    j, start, target, weight, in_start, source, packed, flags, held, applied
+):
     """Messages that j could not take while its key was better than their senders'."""
+    # a halo neighbor is in the in-edges, or in the out-edges where these are all there is
+    both = in_start.size == 0
+    first = start[j] if both else in_start[j]
+    end = start[j + 1] if both else in_start[j + 1]
     found = True
-    while found and state.held[j] > 0:
+    while found and held[j] > 0:
         found = False
-        # in-edges, and out-edges where these are all there is: a halo neighbor is in one of them
-        for side in range(2):
-            first, end = g.in_start[j], g.in_start[j + 1]
-            if side:
-                first, end = g.start[j], g.start[j + 1]
-            for at in range(first, end):
-                v = g.target[at] if side else g.source[at]
-                if state.flags[v] & _OWN or state.packed[v] & 1:
+        for at in range(first, end):
+            v = target[at] if both else source[at]
+            if flags[v] & _OWN or packed[v] & 1:
+                continue
+            for e in range(start[v], start[v + 1]):
+                if target[e] != j or applied[e]:
                     continue
-                for e in range(g.start[v], g.start[v + 1]):
-                    if g.target[e] != j or state.applied[e]:
-                        continue
-                    x = state.packed[v] >> 1
-                    if _beats(x, v, state.packed[j] >> 1, j):
-                        state.applied[e] = True
-                        state.held[j] -= 1
-                        found = True
-                        message = _message(g.weight[e], x)
-                        if message:
-                            _take(t, j, message, state, b)
-
-
-@numba.njit(cache=True, nogil=True, inline="always")
-def _wake(t, j, everyone, state, b):  # type: ignore[no-untyped-def]  # compiled by numba
-    """Those that wait for j come back to the worklist: all, or those that j no longer beats."""
-    w = state.head[j]
-    state.head[j] = -1
-    while w >= 0:
-        following = state.after[w]
-        # another thread may be lowering w: a better score than it has wakes it in vain at most
-        if not everyone and _beats(state.packed[j], j, state.packed[w], w):
-            state.after[w] = state.head[j]
-            state.head[j] = w
-        else:
-            b.coming[t, b.filled[t, _COMING]] = w
-            b.filled[t, _COMING] += 1
-        w = following
+                x = packed[v] >> 1
+                if _beats(x, v, packed[j] >> 1, j):
+                    applied[e] = True
+                    held[j] -= 1
+                    found = True
+                    message = _message(weight[e], x)
+                    if message:
+                        _lower(j, message, packed, flags)
 
 
 @numba.njit(cache=True, nogil=True)
-def _decide(t, first, end, g, state, b):  # type: ignore[no-untyped-def]  # compiled by numba
-    """Who of this thread's worklist is final and what it sends, until a buffer is full. The state
-    is only read.
-    """
-    finals, waits, sent = 0, 0, 0
-    at = b.filled[t, _AT]
-    while at < b.filled[t, _WORK] and finals < b.final.shape[1] and waits < b.blocked.shape[1]:
-        i = b.work[t, at]
-        if sent + g.start[i + 1] - g.start[i] > b.target.shape[1]:
+def _sift_down(key, node, size, k, i):  # type: ignore[no-untyped-def]  # compiled by numba
+    """Put (k, i) in the place of the heap's root."""
+    at = 0
+    while True:
+        child = 2 * at + 1
+        if child >= size:
             break
-        at += 1
-        # lowered in this very round, it may owe a message that it could not take before
-        owes = state.held.size > 0 and state.held[i] > 0 and state.flags[i] & _LOWERED
-        blocker = np.int64(i) if owes else _blocker(i, g, state.packed)
-        if blocker >= 0:
-            b.blocked[t, waits] = i
-            b.blocker[t, waits] = blocker
-            waits += 1
-            continue
-        b.final[t, finals] = i
-        finals += 1
-        x = state.packed[i] >> 1
-        if x > 0:
-            for e in range(g.start[i], g.start[i + 1]):
-                message = _message(g.weight[e], x)
-                if message > 0 and state.packed[g.target[e]] & 1:
-                    b.target[t, sent] = g.target[e]
-                    b.message[t, sent] = message
-                    sent += 1
-    b.filled[t, _AT] = at
-    b.filled[t, _FINAL], b.filled[t, _BLOCKED], b.filled[t, _SENT] = finals, waits, sent
+        if child + 1 < size and _beats(key[child + 1], node[child + 1], key[child], node[child]):
+            child += 1
+        if not _beats(key[child], node[child], k, i):
+            break
+        key[at], node[at] = key[child], node[child]
+        at = child
+    key[at], node[at] = k, i
 
 
 @numba.njit(cache=True, nogil=True)
-def _apply(t, first, end, g, state, b):  # type: ignore[no-untyped-def]  # compiled by numba
-    """What all threads have decided about the nodes first … end − 1."""
-    threads = b.filled.shape[0]
-    for s in range(threads):
-        for at in range(b.filled[s, _FINAL]):
-            i = b.final[s, at]
-            if first <= i < end:
-                state.packed[i] -= 1
-                state.flags[i] |= _CHANGED
-                _wake(t, i, True, state, b)
-        for at in range(b.filled[s, _SENT]):
-            j = b.target[s, at]
-            if first <= j < end and state.flags[j] & _OWN:
-                _take(t, j, b.message[s, at], state, b)
-    for s in range(threads):
-        for at in range(b.filled[s, _BLOCKED]):
-            i, j = b.blocked[s, at], b.blocker[s, at]
-            if first <= j < end:
-                if i != j and state.packed[j] & 1:
-                    state.after[i] = state.head[j]
-                    state.head[j] = i
-                else:
-                    b.coming[t, b.filled[t, _COMING]] = i
-                    b.filled[t, _COMING] += 1
+def _push(key, node, size, k, i):  # type: ignore[no-untyped-def]  # compiled by numba
+    """Add (k, i) to a heap of `size`."""
+    at = size
+    while at > 0:
+        parent = (at - 1) // 2
+        if not _beats(k, i, key[parent], node[parent]):
+            break
+        key[at], node[at] = key[parent], node[parent]
+        at = parent
+    key[at], node[at] = k, i
 
 
 @numba.njit(cache=True, nogil=True)
-def _end_round(t, first, end, g, state, b):  # type: ignore[no-untyped-def]  # compiled by numba
-    """Once a round, not once a message: a hub is lowered as often as it has in-edges."""
-    for at in range(b.filled[t, _LOWERS]):
-        j = b.lowered[t, at]
-        if state.held.size > 0 and state.held[j] > 0 and state.packed[j] & 1:
-            _take_held(t, j, g, state, b)
-    for at in range(b.filled[t, _LOWERS]):
-        j = b.lowered[t, at]
-        state.flags[j] &= ~_LOWERED
-        _wake(t, j, False, state, b)
-    b.filled[t, _LOWERS] = 0
+def _fill_buckets(work, packed, after, first, high, shift):  # type: ignore[no-untyped-def]
+    """Queue these nodes while no bucket has been opened."""
+    last = first.size - 1
+    for t in range(work.size):
+        i = work[t]
+        bucket = min(max((high - (packed[i] >> 1)) >> shift, 0), last)
+        after[i] = first[bucket]
+        first[bucket] = i
 
 
 @numba.njit(cache=True, nogil=True)
-def _advance_alone(g, state, b, most):  # type: ignore[no-untyped-def]  # compiled by numba
-    """Rounds in this thread, until nothing can become final without news, or until more than `most`
-    nodes are to be decided. Every live own node is in exactly one place: the worklist of this
-    round, that of the next, or the list of those that wait for one blocker.
+def _advance(  # type: ignore[no-untyped-def]  # compiled by numba
+    start, target, weight, in_start, source, packed, flags, head, after, held, applied, first, high,
+    shift, key, node, lowered,
+):  # fmt: skip
+    """Until no own node can become final without news. Every live own node is in one place: a
+    bucket, the heap, `coming` on its way to one of them, or the list of those that wait for one
+    blocker. Returns the number of nodes that were looked at.
+
+    In one piece, for a call with arrays takes longer than what a node needs.
     """
-    rounds = 0
-    work, coming, count = b.work[0], b.coming[0], b.filled[0]
-    everyone = state.packed.size
-    while 0 < count[_WORK] <= most:
-        rounds += 1
-        count[_AT] = 0
-        while count[_AT] < count[_WORK]:
-            _decide(0, 0, everyone, g, state, b)
-            _apply(0, 0, everyone, g, state, b)
-        _end_round(0, 0, everyone, g, state, b)
-        for at in range(count[_COMING]):
-            work[at] = coming[at]
-        count[_WORK] = count[_COMING]
-        count[_COMING] = 0
-    count[_AT] = 0
-    return rounds
+    waits = head.size > 0
+    last = first.size - 1
+    looks, falls, size = 0, 0, 0
+    for bucket in range(first.size):
+        coming = np.int64(first[bucket])
+        while True:
+            while coming >= 0:
+                i = coming
+                coming = np.int64(after[i])
+                now = min(max((high - (packed[i] >> 1)) >> shift, 0), last)
+                if now > bucket:
+                    after[i] = first[now]
+                    first[now] = i
+                else:
+                    _push(key, node, size, packed[i], i)
+                    size += 1
+            if size == 0 and falls == 0:
+                break
+            if size == 0:
+                # waiters of fallen nodes: once in a while and not once a message, for a hub falls
+                # as often as it has in-edges
+                for at in range(falls):
+                    j = np.int64(lowered[at])
+                    flags[j] &= ~_LOWERED
+                    w = np.int64(head[j])
+                    head[j] = -1
+                    while w >= 0:
+                        following = np.int64(after[w])
+                        if _beats(packed[j], j, packed[w], w):
+                            after[w] = head[j]
+                            head[j] = w
+                        else:
+                            after[w] = coming
+                            coming = w
+                        w = following
+                falls = 0
+                continue
+            looks += 1
+            i, was = np.int64(node[0]), key[0]
+            size -= 1
+            if size > 0:
+                _sift_down(key, node, size, key[size], node[size])
+            if packed[i] != was:
+                after[i] = -1
+                coming = i
+                continue
+            if waits and held[i] > 0:
+                _take_held(i, start, target, weight, in_start, source, packed, flags, held, applied)
+                if packed[i] != was:
+                    if head[i] >= 0 and not flags[i] & _LOWERED:
+                        flags[i] |= _LOWERED
+                        lowered[falls] = i
+                        falls += 1
+                    after[i] = -1
+                    coming = i
+                    continue
+            if waits and flags[i] & _HINDERED:
+                blocker = np.int64(-1)
+                for e in range(start[i], start[i + 1]):
+                    j = np.int64(target[e])
+                    if packed[j] & 1 and _beats(packed[j], j, was, i):
+                        blocker = j
+                        break
+                if blocker < 0 and in_start.size > 0:
+                    for e in range(in_start[i], in_start[i + 1]):
+                        j = np.int64(source[e])
+                        if packed[j] & 1 and _beats(packed[j], j, was, i):
+                            blocker = j
+                            break
+                if blocker >= 0:
+                    after[i] = head[blocker]
+                    head[blocker] = i
+                    # its neighbors can no longer rely on the queue
+                    for e in range(start[i], start[i + 1]):
+                        flags[target[e]] |= _HINDERED
+                    if in_start.size > 0:
+                        for e in range(in_start[i], in_start[i + 1]):
+                            flags[source[e]] |= _HINDERED
+                    continue
+            packed[i] -= 1
+            if waits:
+                flags[i] |= _CHANGED
+                coming = np.int64(head[i])
+                head[i] = -1
+            score = np.float64(packed[i] >> 1)
+            if score <= 0:
+                continue
+            for e in range(start[i], start[i + 1]):
+                j = np.int64(target[e])
+                if not packed[j] & 1 or (waits and not flags[j] & _OWN):
+                    continue
+                message = np.int64(np.rint(np.float64(weight[e]) * score))
+                if message > 0:
+                    packed[j] = 2 * max((packed[j] >> 1) - message, np.int64(FLOOR)) + 1
+                    if waits:
+                        flags[j] |= _CHANGED
+                        if head[j] >= 0 and not flags[j] & _LOWERED:
+                            flags[j] |= _LOWERED
+                            lowered[falls] = j
+                            falls += 1
+    return looks
 
 
 @numba.njit(cache=True, nogil=True)
-def _receive(nodes, x, final, g, state, b):  # type: ignore[no-untyped-def]  # compiled by numba
-    """Merge states of halo nodes; whoever may be decided anew comes to the worklist."""
-    count = b.filled[0]
-    count[_COMING] = 0
+def _receive(  # type: ignore[no-untyped-def]  # compiled by numba
+    nodes, x, final, start, target, weight, packed, flags, head, after, held, applied
+):
+    """Merge states of halo nodes; returns the own nodes that have to be decided anew."""
+    woken, count = np.int64(-1), 0  # a list that goes on in `after`
+    fallen, falls = np.empty(packed.size, after.dtype), 0
     for at in range(nodes.size):
         v = nodes[at]
-        if state.flags[v] & _OWN or not state.packed[v] & 1:
+        if flags[v] & _OWN or not packed[v] & 1:
             continue
-        if x[at] < state.packed[v] >> 1:
-            state.packed[v] = 2 * x[at] + 1
-            if not state.flags[v] & _LOWERED:
-                state.flags[v] |= _LOWERED
-                b.lowered[0, count[_LOWERS]] = v
-                count[_LOWERS] += 1
+        if x[at] < packed[v] >> 1:
+            packed[v] = 2 * x[at] + 1
+            if head[v] >= 0 and not flags[v] & _LOWERED:
+                flags[v] |= _LOWERED
+                fallen[falls] = v
+                falls += 1
         if not final[at]:
             continue
-        state.packed[v] -= 1
-        _wake(0, v, True, state, b)
-        for e in range(g.start[v], g.start[v + 1]):
-            j = g.target[e]
-            if not state.packed[j] & 1 or state.applied[e]:
+        packed[v] -= 1
+        w = np.int64(head[v])
+        head[v] = -1
+        while w >= 0:
+            following = np.int64(after[w])
+            after[w] = woken
+            woken = w
+            count += 1
+            w = following
+        for e in range(start[v], start[v + 1]):
+            j = target[e]
+            if not packed[j] & 1 or applied[e]:
                 continue
-            if _beats(x[at], v, state.packed[j] >> 1, j):
-                state.applied[e] = True
-                message = _message(g.weight[e], x[at])
-                if message:
-                    _take(0, j, message, state, b)
+            if not _beats(packed[v] >> 1, v, packed[j] >> 1, j):
+                held[j] += 1
+                continue
+            applied[e] = True
+            message = _message(weight[e], packed[v] >> 1)
+            if message > 0:
+                _lower(j, message, packed, flags)
+                if head[j] >= 0 and not flags[j] & _LOWERED:
+                    flags[j] |= _LOWERED
+                    fallen[falls] = j
+                    falls += 1
+    for at in range(falls):
+        j = fallen[at]
+        flags[j] &= ~_LOWERED
+        w = np.int64(head[j])
+        head[j] = -1
+        while w >= 0:
+            following = np.int64(after[w])
+            if _beats(packed[j], j, packed[w], w):
+                after[w] = head[j]
+                head[j] = w
             else:
-                state.held[j] += 1
-    _end_round(0, 0, state.packed.size, g, state, b)
-    work, coming = b.work[0], b.coming[0]
-    for at in range(count[_COMING]):
-        work[count[_WORK] + at] = coming[at]
-    count[_WORK] += count[_COMING]
-    count[_COMING] = 0
+                after[w] = woken
+                woken = w
+                count += 1
+            w = following
+    out = np.empty(count, after.dtype)
+    for at in range(count):
+        out[at] = woken
+        woken = np.int64(after[woken])
+    return out
 
 
 @numba.njit(cache=True, nogil=True)
-def _strongest(g, packed):  # type: ignore[no-untyped-def]  # compiled by numba
+def _strongest(start, target, weight, own, packed):  # type: ignore[no-untyped-def]
     """Sender of the largest message to each own node, among those that were final before it."""
     largest = np.zeros(packed.size, np.int64)
-    by = np.full(packed.size, -1, g.target.dtype)
+    by = np.full(packed.size, -1, target.dtype)
     for i in range(packed.size):
         x = packed[i] >> 1
         if x <= 0 or packed[i] & 1:
             continue
-        for e in range(g.start[i], g.start[i + 1]):
-            j = g.target[e]
-            if g.own[j] and _beats(x, i, packed[j] >> 1, j):
-                message = _message(g.weight[e], x)
+        for e in range(start[i], start[i + 1]):
+            j = target[e]
+            if own[j] and _beats(x, i, packed[j] >> 1, j):
+                message = _message(weight[e], x)
                 # nodes come in ascending order of uid: the first of equals is the smallest
                 if message > largest[j]:
                     largest[j] = message

@@ -96,7 +96,7 @@ def _supersteps(
     if parts == 1:
         task = Task(name="supersteps", run=supersteps.alone, arguments={"out": out, "made": made})
         return runner.map(
-            "rank", [task], fingerprint=fingerprint, label="rank", total=total, share_node=True,
+            "rank", [task], fingerprint=fingerprint, label="rank", total=total,
             memory=made["memory"],
         )[0]  # fmt: skip
     task = Task(

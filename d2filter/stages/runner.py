@@ -106,27 +106,17 @@ class Runner:
         alive = [node for node in ray.nodes() if node["Alive"]]
         return _largest_node(ray), len(alive), _node_bytes(ray)
 
-    def processes(self, parts: int, memory: int) -> tuple[int, int]:
-        """How many processes can run at once for `parts` of a job, at least one, and the CPUs that
-        each can have. memory: bytes that each needs, 0 for unknown.
+    def processes(self, most: int, memory: int) -> int:
+        """How many processes of one CPU can run at once, at least one and at most `most`. memory:
+        bytes that each needs, 0 for unknown.
         """
-        ray = self.ray()
-        nodes = [
-            (int(n["Resources"].get("CPU", 0)), int(n["Resources"].get("memory", 0)))
-            for n in ray.nodes()
-            if n["Alive"]
-        ]
-
-        def places(cpus: int) -> int:
-            return sum(
-                min(have // cpus, there // memory if memory else have) for have, there in nodes
-            )
-
-        count = max(1, min(parts, places(1)))
-        cpus = 1
-        while places(cpus + 1) >= count:
-            cpus += 1
-        return count, cpus
+        places = 0
+        for node in self.ray().nodes():
+            if node["Alive"]:
+                cpus = int(node["Resources"].get("CPU", 0))
+                there = int(node["Resources"].get("memory", 0))
+                places += min(cpus, there // memory) if memory else cpus
+        return max(1, min(most, places))
 
     def close(self) -> None:
         """Stop Ray if this runner started it."""

@@ -26,7 +26,6 @@ from d2filter.formats.tables import first_line
 from d2filter.stages.runner import (
     Report,
     Runner,
-    assigned_cpus,
     peak_rss_bytes,
     progress_bar,
 )
@@ -51,10 +50,10 @@ def run(
     StageError when a partition fails for good, or when nothing moves any more.
     """
     ray = runner.ray()
-    crews, cpus = runner.processes(parts, made["memory"])
+    crews = runner.processes(parts, made["memory"])
     numbers = [list(range(parts))[crew::crews] for crew in range(crews)]
     bar = progress_bar("rank", total, runner.show_progress)
-    needs = {"num_cpus": cpus}
+    needs = {"num_cpus": 1}
     if made["memory"]:
         needs["memory"] = min(made["memory"], runner.resources()[2])
     driver = _Driver(ray, numbers, needs, (out, parts, made))
@@ -69,6 +68,7 @@ def run(
 def alone(*, report: Report, out: Folder, made: Figures) -> Figures:
     """Task: rank a graph of one partition. Figures as those of `run`."""
     actor = _Actor([0], out, 1, made)
+    actor.step()
     step = actor.step()
     actor.finish()
     report(actor.size())
@@ -141,7 +141,7 @@ class _Driver:
             if step is None:
                 news = True
                 continue
-            news |= bool(step["sent"]) or step["live"] < self._live[a]
+            news |= step["first"] or bool(step["sent"]) or step["live"] < self._live[a]
             self._live[a] = step["live"]
             self._note(step)
             for peer, states in step["sent"].items():
@@ -241,10 +241,13 @@ class _Actor:
         """One superstep. Returns what is left, and references to states for other partitions."""
         import ray
 
+        first = not self._shares
         shares = self._loaded()
         for number, states in heard:
             shares[number].hear_states(states)
-        self._settle(shares)
+        # before anything is known of the others, all that have edges with them would wait in vain
+        if not first:
+            self._settle(shares)
         sent, size = {}, 0
         for peer in range(self._parts):
             if peer not in shares:
@@ -253,6 +256,7 @@ class _Actor:
                     sent[peer] = ray.put((peer, states))
                     size += states.nbytes
         return {
+            "first": first,
             "live": sum(one.live() for one in shares.values()),
             "rounds": self._rounds,
             "sent": sent,
@@ -264,8 +268,6 @@ class _Actor:
         """Supersteps among the partitions of this process, until they need news from others."""
         moved = True
         while moved:
-            for one in shares.values():
-                self._rounds += one.advance()
             moved = False
             for one in shares.values():
                 for peer, other in shares.items():
@@ -273,6 +275,10 @@ class _Actor:
                         states = one.states_for(peer)
                         other.hear_states(states)
                         moved |= states.ids.size > 0
+            self._rounds += 1
+            for one in shares.values():
+                moved |= one.advance() > 0
+            moved &= len(shares) > 1
 
     def size(self) -> int:
         """Samples of these partitions."""
@@ -328,7 +334,7 @@ class _Actor:
         made = self._made
         one.begin(
             made["scheme"], made["low"], made["high"], self._known(one, number),
-            both_ways=made["both_ways"], threads=assigned_cpus(),
+            both_ways=made["both_ways"],
             keep=mapped if len(self._numbers) > 1 else lambda array: array,
         )  # fmt: skip
         if work.exists(self._state(number)):

@@ -21,10 +21,9 @@ SCHEMES = [
 
 
 @pytest.fixture(autouse=True)
-def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounds of several pieces, and threads even where there is hardly anything to do."""
-    monkeypatch.setattr(kernel, "_BUFFER", 7)
-    monkeypatch.setattr(kernel, "_ALONE", 2)
+def narrow_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many buckets even where there is hardly anything to put into them."""
+    monkeypatch.setattr(kernel, "_IN_A_BUCKET", 2)
 
 
 def symmetric(case: Case) -> Case:
@@ -113,7 +112,7 @@ class Pool:
             self.rows.append(rows)
             self.shares.append(share.Share(rows, self.starts, p))
 
-    def begin(self, scheme: schemes.Scheme, both_ways: bool, threads: int = 1) -> None:
+    def begin(self, scheme: schemes.Scheme, both_ways: bool) -> None:
         for p, one in enumerate(self.shares):
             cut = one.cut()
             for q, other in enumerate(self.shares):
@@ -135,7 +134,7 @@ class Pool:
                 )
             )
         for one, halo in zip(self.shares, halos, strict=True):
-            one.begin(scheme, low, high, halo, both_ways=both_ways, threads=threads)
+            one.begin(scheme, low, high, halo, both_ways=both_ways)
 
     def result(self) -> tuple[list[int], list[int], list[int], list[int]]:
         """forward, final, order and suppressed_by by row of the case."""
@@ -197,7 +196,6 @@ def homes(n: int, parts: int, rng: np.random.Generator, locality: bool) -> np.nd
     parts=st.sampled_from([1, 2, 5, 16]),
     scheme=st.sampled_from(SCHEMES),
     both_ways=st.booleans(),
-    threads=st.sampled_from([1, 3]),
     locality=st.booleans(),
     seed=st.integers(0, 2**32),
 )
@@ -206,7 +204,6 @@ def test_any_partitions_and_any_scheme_equal_the_sequential_definition(
     parts: int,
     scheme: schemes.Scheme,
     both_ways: bool,
-    threads: int,
     locality: bool,
     seed: int,
 ) -> None:
@@ -215,7 +212,7 @@ def test_any_partitions_and_any_scheme_equal_the_sequential_definition(
     n = len(case.uid)
     difficulty = rng.integers(0, 5, n).astype(np.float32) / np.float32(rng.integers(1, 4))
     pool = Pool(case, difficulty, homes(n, parts, rng, locality), parts)
-    pool.begin(scheme, both_ways, threads)
+    pool.begin(scheme, both_ways)
     supersteps(pool.shares)
     assert pool.result() == naive(case, difficulty, scheme, both_ways)
 
@@ -223,10 +220,10 @@ def test_any_partitions_and_any_scheme_equal_the_sequential_definition(
 @settings(max_examples=200, deadline=None)
 @given(
     case=graphs(), parts=st.sampled_from([2, 3, 5]), both_ways=st.booleans(),
-    threads=st.sampled_from([1, 2]), seed=st.integers(0, 2**32),
+    seed=st.integers(0, 2**32),
 )  # fmt: skip
 def test_states_may_come_late_repeated_out_of_order_and_partitions_may_forget(
-    case: Case, parts: int, both_ways: bool, threads: int, seed: int
+    case: Case, parts: int, both_ways: bool, seed: int
 ) -> None:
     """Every message waits in a pool from which any is delivered, some twice; a partition goes back
     to an older snapshot of its own alone, and everything is sent to it again.
@@ -237,7 +234,7 @@ def test_states_may_come_late_repeated_out_of_order_and_partitions_may_forget(
     difficulty = rng.random(n).astype(np.float32)
     pool = Pool(case, difficulty, rng.integers(0, parts, n), parts)
     scheme = schemes.Scheme(gamma_reverse=0.1)
-    pool.begin(scheme, both_ways, threads)
+    pool.begin(scheme, both_ways)
     shares = pool.shares
     saved = [one.snapshot() for one in shares]
     wire: list[tuple[int, share.States]] = []
