@@ -39,6 +39,7 @@ UNKNOWN = 2**62 - 1  # a score that none beats
 
 _IN_A_BUCKET = 4  # nodes, about
 _SAMPLED = 4096  # scores that choose the width of a bucket
+_PAUSES = 64  # in which those that wait for fallen nodes are looked at, until the last bucket
 _FALL = 4  # buckets reach so far down, in units of the range of scores at the beginning
 
 _OWN, _CHANGED, _LOWERED, _HINDERED = 1, 2, 4, 8  # flags
@@ -395,6 +396,7 @@ def _advance(  # type: ignore[no-untyped-def]  # compiled by numba
     """
     waits = head.size > 0
     last = first.size - 1
+    pause = max(1, first.size // _PAUSES)
     looks, falls, size = 0, 0, 0
     for bucket in range(first.size):
         coming = np.int64(first[bucket])
@@ -409,7 +411,7 @@ def _advance(  # type: ignore[no-untyped-def]  # compiled by numba
                 else:
                     _push(key, node, size, packed[i], i)
                     size += 1
-            if size == 0 and falls == 0:
+            if size == 0 and (falls == 0 or (bucket < last and bucket % pause)):
                 break
             if size == 0:
                 # waiters of fallen nodes: once in a while and not once a message, for a hub falls

@@ -68,8 +68,8 @@ def run(
 def alone(*, report: Report, out: Folder, made: Figures) -> Figures:
     """Task: rank a graph of one partition. Figures as those of `run`."""
     actor = _Actor([0], out, 1, made)
-    actor.step()
-    step = actor.step()
+    actor.step([])
+    step = actor.step([])
     actor.finish()
     report(actor.size())
     return {"supersteps": 1, "rounds": step["rounds"], "bytes": 0, "restarts": 0}
@@ -133,7 +133,7 @@ class _Driver:
         inbox, self._inbox = self._inbox, [[] for _ in self._actors]
         # those that are done only had to be told while they were not
         running = {
-            a: actor.step.remote(*inbox[a]) for a, actor in enumerate(self._actors) if self._live[a]
+            a: actor.step.remote(inbox[a]) for a, actor in enumerate(self._actors) if self._live[a]
         }
         news = False
         for a, reference in running.items():
@@ -237,14 +237,18 @@ class _Actor:
     def ping(self) -> None:
         """Answers while the process lives."""
 
-    def step(self, *heard: tuple[int, share.States]) -> Figures:
-        """One superstep. Returns what is left, and references to states for other partitions."""
+    def step(self, heard: list[Any]) -> Figures:
+        """One superstep. heard: references to states of other processes, fetched one by one, for
+        all of them need not fit into the object store. Returns what is left, and such references.
+        """
         import ray
 
         first = not self._shares
         shares = self._loaded()
-        for number, states in heard:
+        for reference in heard:
+            number, states = ray.get(reference)
             shares[number].hear_states(states)
+            del states
         # before anything is known of the others, all that have edges with them would wait in vain
         if not first:
             self._settle(shares)

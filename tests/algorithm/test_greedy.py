@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 import oracle
@@ -70,6 +71,55 @@ def test_saturates_instead_of_overflowing() -> None:
     chosen = greedy.select_all(x, neighbors, weights)
     assert chosen.final[0] == messages.FLOOR
     assert chosen.suppressed_by[0] == 1
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        pytest.param(lambda rng, n: rng.random(n), id="even"),
+        pytest.param(lambda rng, n: np.ones(n), id="constant"),
+        pytest.param(lambda rng, n: rng.integers(0, 3, n) / 2, id="ties"),
+        pytest.param(lambda rng, n: rng.pareto(0.3, n).clip(0, 2**20), id="outliers"),
+        pytest.param(lambda rng, n: np.where(rng.random(n) < 0.5, 1e-9, 1.0), id="two-levels"),
+        pytest.param(lambda rng, n: rng.normal(size=n), id="half-negative"),
+    ],
+)
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 4.0])
+def test_any_distribution_of_scores_is_the_sequential_greedy(scores: Any, gamma: float) -> None:
+    """Thousands of buckets; the certificate is the oracle."""
+    n, k = 30_000, 4
+    rng = np.random.default_rng(7)
+    neighbors = (np.arange(n)[:, None] + 1 + rng.integers(0, 40, (n, k)).cumsum(axis=1)) % n
+    neighbors[:, 1:][neighbors[:, 1:] == neighbors[:, :-1]] = -1
+    weights = np.exp(-gamma * np.sort(rng.random((n, k)), axis=1)).astype(np.float32)
+    x = (scores(rng, n) * messages.ONE).astype(np.int64)
+    chosen = greedy.select_all(x, neighbors, weights)
+    source, column = np.nonzero(neighbors >= 0)
+    found = certificate.breaches(
+        forward=x,
+        final=chosen.final,
+        rank=chosen.rank,
+        precedence=np.arange(n),
+        edges=(source, neighbors[source, column], weights[source, column]),
+        suppressed_by=chosen.suppressed_by,
+    )
+    assert found == (0, 0, 0)
+    order = np.argsort(chosen.rank)
+    assert (np.diff(chosen.final[order]) <= 0).all()
+
+
+def test_the_forward_sum_of_a_hub_of_millions_saturates() -> None:
+    edges = 2**22
+    start = np.array([0, edges, edges], np.int64)
+    target = np.ones(edges, np.int32)
+    found = messages.gather(np.ones(2), start, target, np.ones(edges, np.float32))
+    assert found.tolist() == [messages.CEILING, 0]
+    chosen = greedy.select_all(
+        schemes.Scheme().forward_scores(np.ones(2), found),
+        np.array([[1], [-1]]),
+        np.ones((2, 1), np.float32),
+    )
+    assert chosen.final.tolist() == [messages.CEILING + messages.ONE, messages.FLOOR // 2]
 
 
 def test_a_long_descending_chain_ends() -> None:

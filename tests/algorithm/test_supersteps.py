@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import oracle
 import pytest
@@ -295,6 +297,36 @@ def test_a_hub_with_thousands_of_in_edges_from_everywhere() -> None:
         pool.begin(scheme, both_ways)
         supersteps(pool.shares)
         assert pool.result() == naive(case, difficulty, scheme, both_ways)
+
+
+def test_a_hub_that_falls_often_while_many_wait_is_not_quadratic() -> None:
+    """The hub waits for another partition; 20,000 better samples lower it one by one, and 100,000
+    worse ones wait for it.
+    """
+    better, worse = 20_000, 100_000
+    m = better + worse + 2
+    hub, far = m - 2, m - 1
+    target = np.full(m, hub, np.int32)
+    target[hub] = far
+    start = np.arange(m + 1, dtype=np.int64)
+    start[m] = m - 1  # nothing is known of what the other end does
+    own = np.ones(m, np.bool_)
+    own[far] = False
+    graph = kernel.make_graph(own, start, target[:-1], np.full(m - 1, 1e-6, np.float32))
+    x = np.empty(m, np.int64)
+    x[:better] = 2**41 + np.arange(better) * 2**20
+    x[better:hub] = 2**40 - np.arange(worse) * 2**10
+    x[hub], x[far] = 2**41 - 1, kernel.UNKNOWN
+    kernel.Partition(graph, x).advance()  # compile
+    one = kernel.Partition(graph, x)
+    started = time.perf_counter()
+    one.advance()
+    # a look at all that wait for each of the messages would be 2·10⁹ steps
+    assert time.perf_counter() - started < 2
+    assert one.live() == worse + 1
+    one.receive(np.array([far]), np.array([5]), np.array([True]))
+    assert one.advance() > worse
+    assert one.live() == 0
 
 
 def test_only_what_changed_is_sent() -> None:

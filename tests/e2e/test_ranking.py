@@ -12,7 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from d2filter import cli
+from d2filter.formats import graph
+from d2filter.formats.paths import Folder
+from d2filter.formats.runstate import Plan, RunState
 from d2filter.stages import supersteps
+from d2filter.stages.runner import Runner
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -114,6 +118,90 @@ def test_an_actor_killed_at_a_random_superstep(
     assert killer.killed
     assert stats(out)["rank"]["restarts"] >= 1
     assert same(ranking(out), before)
+
+
+@pytest.fixture
+def four_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process for each of four partitions, whatever CPUs there are."""
+    whole = supersteps._Driver._new
+    monkeypatch.setattr(Runner, "processes", lambda runner, most, memory: most)
+    monkeypatch.setattr(
+        supersteps._Driver,
+        "_new",
+        lambda driver, numbers, needs: whole(driver, numbers, {"num_cpus": 0}),
+    )
+
+
+@pytest.mark.parametrize("victims", [(1, 3), (0, 1, 2, 3)])
+@pytest.mark.usefixtures("four_processes")
+def test_several_actors_killed_at_once(
+    victims: tuple[int, ...], made: dict[int, Path], again: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = supersteps._Driver._superstep
+    steps = 0
+
+    def superstep(driver: Any) -> bool:
+        nonlocal steps
+        steps += 1
+        if steps in (2, 5):
+            for victim in victims:
+                driver._ray.kill(driver._actors[victim])
+        return original(driver)
+
+    monkeypatch.setattr(supersteps._Driver, "_superstep", superstep)
+    out = again()
+    assert len(victims) <= stats(out)["rank"]["restarts"] <= 2 * len(victims) + 2
+    assert same(ranking(out), ranking(made[1]))
+
+
+def test_an_error_in_an_actor_is_one_line_and_what_was_done_stays(
+    made: dict[int, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = supersteps.run
+
+    def run_without(**arguments: Any) -> dict[str, Any]:
+        (made[4] / "ranking-work" / "known-00002.hi.npy").unlink()
+        return whole(**arguments)
+
+    monkeypatch.setattr(supersteps, "run", run_without)
+    assert run("rank", "--out-dir", made[4], "--overwrite", "rank") == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "known-00002.hi.npy does not exist" in said
+    assert len(said) < 300
+    monkeypatch.undo()
+    # its marker says that the file is there: the way out that the README names
+    assert run("rank", "--out-dir", made[4], "--overwrite", "rank") == 0
+    assert same(ranking(made[4]), ranking(made[1]))
+
+
+def test_memory_of_workers_leaves_no_trace(made: dict[int, Path], again: Any) -> None:
+    assert same(ranking(again("--memory-per-worker", "400MB")), ranking(made[1]))
+
+
+def test_partitions_without_edges_between_them(tmp_path: Path) -> None:
+    """Nobody has anything to tell anybody."""
+    out = Folder(str(tmp_path))
+    n, parts = 40, 3
+    for number in range(parts):
+        row = np.arange(n)
+        part = graph.GraphPart(
+            hi=np.full(n, number, np.uint64),
+            lo=row.astype(np.uint64),
+            difficulty=np.random.default_rng(number).random(n, dtype=np.float32),
+            neighbors=(n * number + (row + 1) % n)[:, None],
+            sqdist=np.full((n, 1), 0.5, np.float32),
+        )
+        graph.publish_part(out.sub("graph"), number, part)
+    samples = {"read": n * parts, "ranked": n * parts, "bad": 0, "duplicate": 0}
+    for stage, figures in (("catalog", {"samples": samples}), ("graph", {"k": 1})):
+        plan = Plan(stage=stage, options={}, upstream="", inputs=())
+        RunState(out).finish(plan, seconds=0.0, peak_rss_bytes=0, stats=figures)
+    assert run("rank", "--out-dir", tmp_path) == 0
+    assert stats(tmp_path)["rank"]["bytes_exchanged"] == 0
+    ranks = np.concatenate(
+        [pq.read_table(p)["rank"].to_numpy() for p in (tmp_path / "ranking").glob("*.parquet")]
+    )
+    assert sorted(ranks.tolist()) == list(range(n * parts))
 
 
 def test_an_actor_that_dies_again_and_again_is_given_up(

@@ -9,6 +9,7 @@ from d2filter.errors import InputError
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import (
     Rows,
+    mapped,
     read_array,
     read_columns,
     read_range,
@@ -70,3 +71,14 @@ def test_arrays_without_values_keep_their_shape(folder: Folder, shape: tuple[int
     write_array(folder, "v.npy", np.empty(shape, np.float16))
     assert read_range(folder, "v.npy").shape == shape
     assert read_range(folder, "v.npy", slice(0, 3)).shape == np.empty(shape)[0:3].shape
+
+
+@pytest.mark.parametrize("size", [0, 1, 5000])
+def test_a_mapped_array_is_equal_and_its_file_is_nobody_elses(size: int) -> None:
+    array = np.arange(size, dtype=np.int32)
+    held = mapped(array)
+    assert held.dtype == array.dtype
+    assert (held == array).all()
+    if size:
+        held[0] = 7  # private: compiled code may be typed for arrays that can be written to
+        assert array[0] == 0

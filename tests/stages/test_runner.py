@@ -97,3 +97,26 @@ def test_progress_shows_counts(out: Folder, capsys: pytest.CaptureFixture[str]) 
     assert "reading" in capsys.readouterr().err
     Runner(out, show_progress=None).map("s", tasks(out, write, "d"), fingerprint="1", label="x")
     assert capsys.readouterr().err == "", "no bar away from a terminal"
+
+
+def test_processes_are_as_many_as_cpus_and_memory_hold(
+    out: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 8.0, "memory": 10e9}},
+        {"Alive": True, "Resources": {"CPU": 2.0, "memory": 100e9}},
+        {"Alive": False, "Resources": {"CPU": 64.0, "memory": 1e12}},
+        {"Alive": True, "Resources": {}},
+    ]
+
+    class Ray:
+        @staticmethod
+        def nodes() -> list[dict[str, Any]]:
+            return nodes
+
+    monkeypatch.setattr(Runner, "ray", lambda runner: Ray)
+    runner = Runner(out)
+    assert runner.processes(100, 0) == 10
+    assert runner.processes(3, 0) == 3
+    assert runner.processes(100, 3_000_000_000) == 3 + 2
+    assert runner.processes(100, 10**13) == 1
