@@ -68,7 +68,6 @@ def run(
 def alone(*, report: Report, out: Folder, made: Figures) -> Figures:
     """Task: rank a graph of one partition. Figures as those of `run`."""
     actor = _Actor([0], out, 1, made)
-    actor.step([])
     step = actor.step([])
     actor.finish()
     report(actor.size())
@@ -141,7 +140,7 @@ class _Driver:
             if step is None:
                 news = True
                 continue
-            news |= step["first"] or bool(step["sent"]) or step["live"] < self._live[a]
+            news |= step["news"]
             self._live[a] = step["live"]
             self._note(step)
             for peer, states in step["sent"].items():
@@ -249,9 +248,18 @@ class _Actor:
             number, states = ray.get(reference)
             shares[number].hear_states(states)
             del states
+        news = first
         # before anything is known of the others, all that have edges with them would wait in vain
-        if not first:
-            self._settle(shares)
+        if not first or self._parts == 1:
+            self._rounds += 1
+            for one in shares.values():
+                news |= one.advance() > 0
+        for one in shares.values():
+            for peer, other in shares.items():
+                if other is not one:
+                    states = one.states_for(peer)
+                    other.hear_states(states)
+                    news |= states.ids.size > 0
         sent, size = {}, 0
         for peer in range(self._parts):
             if peer not in shares:
@@ -260,29 +268,13 @@ class _Actor:
                     sent[peer] = ray.put((peer, states))
                     size += states.nbytes
         return {
-            "first": first,
+            "news": news or bool(sent),
             "live": sum(one.live() for one in shares.values()),
             "rounds": self._rounds,
             "sent": sent,
             "bytes": size,
             "peak": peak_rss_bytes(),
         }
-
-    def _settle(self, shares: dict[int, share.Share]) -> None:
-        """Supersteps among the partitions of this process, until they need news from others."""
-        moved = True
-        while moved:
-            moved = False
-            for one in shares.values():
-                for peer, other in shares.items():
-                    if other is not one:
-                        states = one.states_for(peer)
-                        other.hear_states(states)
-                        moved |= states.ids.size > 0
-            self._rounds += 1
-            for one in shares.values():
-                moved |= one.advance() > 0
-            moved &= len(shares) > 1
 
     def size(self) -> int:
         """Samples of these partitions."""
