@@ -11,6 +11,7 @@ scores and the order of all samples.
 from __future__ import annotations
 
 import argparse
+import bisect
 import heapq
 import itertools
 import json
@@ -106,12 +107,15 @@ def main() -> None:
         f"{made_by('jobs.bench_rank')} Each figure in a process of its own, from lists in memory "
         "to the order of all samples. `greedy` is the part after the forward pass; bytes a sample "
         "are what the process took beyond the lists, which are let go when they have become edges. "
+        f"The loops in Python select {FRACTION} of the samples, the others rank all. "
         "The machine is shared: read the ratios.",
     ]
     for n in (int(size) for size in arguments.sizes.split(",")):
         small = n <= 1_000_000
         for k in (1, 5):
-            methods = [*_METHODS] if small else [m for m in _METHODS if m != "python heap"]
+            methods = [m for m in _METHODS if small or not m.startswith("python")]
+            if k > 1:
+                methods = [m for m in methods if m != "python sorted list"]  # takes too long
             lines += _table(n, k, {name: _child(name, n, k) for name in methods})
             # uids in no order: the same work, but every look at a neighbor misses the cache
             methods = ["ours", "compiled heap"]
@@ -133,7 +137,7 @@ def _table(n: int, k: int, rows: dict[str, Row], order: str = "ordered") -> list
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, r in rows.items():
-        same = "" if r["digest"] == first["digest"] or name == "python heap" else " (DIFFERS)"
+        same = "" if r["digest"] == first["digest"] or name.startswith("python") else " (DIFFERS)"
         sent = r.get("sent") or [0]
         lines.append(
             f"| {name}{same} | {r['seconds']:.2f} | {r['greedy']:.2f} | "
@@ -346,12 +350,36 @@ def _python_heap(given: list[share.Rows]) -> Row:
     return {"order": np.array(order), "greedy": time.perf_counter() - started}
 
 
+def _python_sorted(given: list[share.Rows]) -> Row:
+    """A plain loop over a list that stays sorted, until FRACTION of the samples is selected."""
+    rows = given.pop()
+    forward, weights = _forward(rows)
+    started = time.perf_counter()
+    x, lists, w = forward.tolist(), rows.neighbors.tolist(), weights.tolist()
+    keys = sorted((value, -row) for row, value in enumerate(x))  # the best one last
+    done = bytearray(len(x))
+    order: list[int] = []
+    size = int(FRACTION * len(x))
+    while len(order) < size:
+        i = -keys.pop()[1]
+        done[i] = 1
+        order.append(i)
+        if x[i] > 0:
+            for j, weight in zip(lists[i], w[i], strict=True):
+                if not done[j]:
+                    del keys[bisect.bisect_left(keys, (x[j], -j))]
+                    x[j] -= round(weight * x[i])
+                    bisect.insort(keys, (x[j], -j))
+    return {"order": np.array(order), "greedy": time.perf_counter() - started}
+
+
 _METHODS: dict[str, Callable[[list[share.Rows]], Row]] = {
     "ours": partial(_in_partitions, parts=1, workers=1),
     "ours, 8 partitions": partial(_in_partitions, parts=8, workers=1),
     "ours, 8 partitions on 2 threads": partial(_in_partitions, parts=8, workers=2),
     "compiled heap": _compiled_heap,
     "python heap": _python_heap,
+    "python sorted list": _python_sorted,
 }
 
 if __name__ == "__main__":

@@ -98,8 +98,7 @@ def halo(first: int, rows: int, neighbors: I64, sources: I64) -> I64:
     neighbors: (n, k) of the own rows; sources: (c,) of the cut edges that came in.
     """
     outside = neighbors[(neighbors < first) | (neighbors >= first + rows)]
-    found: I64 = np.union1d(outside[outside >= 0], sources)
-    return found
+    return _distinct(np.concatenate([outside[outside >= 0], sources]))
 
 
 def assemble(
@@ -131,6 +130,8 @@ def assemble(
         )
         neighbors, sqdist = neighbors[:, :0], sqdist[:, :0]
     kind = np.int32 if max(m, neighbors.size + source.size) < 2**31 else np.int64
+    if not halo_ids.size and not source.size:
+        return _nothing_crosses(first, neighbors, sqdist, np.dtype(kind))
     own_node = np.empty(m - halo_ids.size, kind)
     halo_node = np.empty(halo_ids.size, kind)
     by_uid = uids.ascending(*halo_uids)
@@ -157,6 +158,21 @@ def assemble(
     )
 
 
+def _nothing_crosses(first: int, neighbors: I64, sqdist: F32, kind: np.dtype[Any]) -> Edges:
+    """`assemble` where nodes are rows and edges are the lists as they stand."""
+    there = neighbors >= 0
+    start = np.zeros(len(neighbors) + 1, kind)
+    np.cumsum(there.sum(axis=1), out=start[1:])
+    return Edges(
+        own_node=np.arange(len(neighbors), dtype=kind),
+        halo_ids=np.empty(0, np.int64),
+        halo_node=np.empty(0, kind),
+        start=start,
+        target=(neighbors[there] - first).astype(kind),
+        sqdist=sqdist[there],
+    )
+
+
 def whole(neighbors: I64, sqdist: F32, *, both_ways: bool) -> tuple[I64, I64, F32]:
     """All edges of a graph in one piece, sorted by source: sources, targets, squared distances."""
     edges = _flat(0, neighbors, sqdist)
@@ -169,12 +185,22 @@ def whole(neighbors: I64, sqdist: F32, *, both_ways: bool) -> tuple[I64, I64, F3
 
 def boundary(edges: Edges, starts: I64) -> list[I64]:
     """Own nodes, ascending, that each partition must hear of: (P,) lists."""
+    if not edges.halo_ids.size:
+        return [np.empty(0, np.int64)] * (len(starts) - 1)
     own = edges.own()
     peer_of = np.zeros(edges.nodes, np.int32)
     peer_of[edges.halo_node] = np.searchsorted(starts, edges.halo_ids, side="right") - 1
     peer, inside = _crossing(own, edges.start, edges.target, peer_of)
     start, order = features.bucketed(peer, len(starts) - 1)
-    return [np.unique(inside[order[a:b]]) for a, b in itertools.pairwise(start)]
+    return [_distinct(inside[order[a:b]]) for a, b in itertools.pairwise(start)]
+
+
+def _distinct(values: I64) -> I64:
+    """Each value once, ascending; np.unique hashes, which takes several times as long."""
+    ordered = np.sort(values)
+    new = np.ones(ordered.size, np.bool_)
+    new[1:] = ordered[1:] != ordered[:-1]
+    return ordered[new]
 
 
 def _flat(first: int, neighbors: I64, sqdist: F32) -> tuple[I64, I64, F32]:

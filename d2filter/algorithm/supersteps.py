@@ -13,9 +13,9 @@ A score and whether it can still fall share one word, 2·x + 1 while live and 2�
 looks at a neighbor needs both, and the look is what the time goes into.
 
 Samples are taken best first, from a queue of narrow buckets; one that a message has lowered is put
-where it belongs when its turn comes. A sample whose neighbors are all in the queue then beats them:
-it is final without a look at any. Only where a neighbor is elsewhere, or waits for one that is, the
-rule has to be checked. In a pool in one partition that is nowhere.
+where it belongs when its turn comes. In a pool in one partition a sample then beats all neighbors
+that are still in the queue, and is final without a look at any. Where there is a halo, some samples
+wait for it and others for them, so there the rule has to be checked.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SAMPLED = 4096  # scores that choose the width of a bucket
 _PAUSES = 64  # in which those that wait for fallen nodes are looked at, until the last bucket
 _FALL = 4  # buckets reach so far down, in units of the range of scores at the beginning
 
-_OWN, _CHANGED, _LOWERED, _HINDERED = 1, 2, 4, 8  # flags
+_OWN, _CHANGED, _LOWERED = 1, 2, 4  # flags
 
 
 class LocalGraph(NamedTuple):
@@ -84,7 +84,6 @@ class _State(NamedTuple):
     held: npt.NDArray[np.int32]
     """(m,) messages of final halo nodes that a node could not take yet; empty: no halo"""
     flags: U8
-    """_HINDERED: a neighbor may be better and not in the queue"""
     head: Nodes
     """(m,) first of the nodes that wait for a node, −1 none"""
     after: Nodes
@@ -138,7 +137,7 @@ class Partition:
             packed=known.packed,
             applied=known.applied,
             held=_count_held(g.own, g.start, g.target, known.packed, known.applied),
-            flags=_first_flags(g.own, g.start, g.target),
+            flags=g.own * np.uint8(_OWN | _CHANGED),
             head=np.full(m if known.applied.size else 0, -1, kind),
             after=np.empty(m, kind),
         )
@@ -270,20 +269,6 @@ def _count_held(own, start, target, packed, applied):  # type: ignore[no-untyped
                     if not applied[e] and packed[target[e]] & 1:
                         held[target[e]] += 1
     return held
-
-
-@numba.njit(cache=True, nogil=True)
-def _first_flags(own, start, target):  # type: ignore[no-untyped-def]  # compiled by numba
-    """Own nodes, and which of them have neighbors in the halo."""
-    flags = np.zeros(own.size, np.uint8)
-    for i in range(own.size):
-        if own[i]:
-            flags[i] |= _OWN | _CHANGED
-        for e in range(start[i], start[i + 1]):
-            if own[i] != own[target[e]]:
-                flags[i] |= _HINDERED
-                flags[target[e]] |= _HINDERED
-    return flags
 
 
 @numba.njit(cache=True, nogil=True)
@@ -451,7 +436,7 @@ def _advance(  # type: ignore[no-untyped-def]  # compiled by numba
                     after[i] = -1
                     coming = i
                     continue
-            if waits and flags[i] & _HINDERED:
+            if waits:
                 blocker = np.int64(-1)
                 for e in range(start[i], start[i + 1]):
                     j = np.int64(target[e])
@@ -467,12 +452,6 @@ def _advance(  # type: ignore[no-untyped-def]  # compiled by numba
                 if blocker >= 0:
                     after[i] = head[blocker]
                     head[blocker] = i
-                    # its neighbors can no longer rely on the queue
-                    for e in range(start[i], start[i + 1]):
-                        flags[target[e]] |= _HINDERED
-                    if in_start.size > 0:
-                        for e in range(in_start[i], in_start[i + 1]):
-                            flags[source[e]] |= _HINDERED
                     continue
             packed[i] -= 1
             if waits:
