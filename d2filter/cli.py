@@ -143,13 +143,13 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     for name, text, groups in (
         ("embed", "shards → metadata in OUT/metadata", (_common, _shards)),
-        ("graph", "metadata → kNN graph", (_common, _metadata, _catalog, _graph)),
-        ("rank", "graph → ranking", (_common, _rank)),
+        ("graph", "metadata → kNN graph", (_common, _metadata, _catalog, _graph, _memory)),
+        ("rank", "graph → ranking", (_common, _rank, _memory)),
         ("select", "ranking → subset.npy for one budget", (_common, _select)),
         (
             "run",
             "shards or metadata → subset.npy, resuming what is there",
-            (_common, _metadata, _shards, _catalog, _graph, _rank, _select),
+            (_common, _metadata, _shards, _catalog, _graph, _rank, _select, _memory),
         ),
     ):
         added = command(name, text, _run_pipeline)
@@ -266,7 +266,10 @@ def _graph(parser: argparse.ArgumentParser) -> None:
         help="auto, or a number: parts that the graph is made in; never changes the result "
         "(default: auto, as few as memory allows)",
     )
-    group.add_argument(
+
+
+def _memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--memory-per-worker",
         type=_bytes,
         default=0,
@@ -299,24 +302,16 @@ def _rank(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gamma-forward", type=float, default=None, help="of the forward pass, if another"
     )
-    group.add_argument(
-        "--kernel",
-        choices=schemes.KERNELS,
-        default=default.kernel,
-        help="rbf: of the squared distance; exp: exp(-gamma·d)",
-    )
-    group.add_argument(
-        "--forward",
-        choices=schemes.FORWARD,
-        default=default.forward,
-        help="how a score takes in those of its neighbors",
-    )
-    group.add_argument(
-        "--reverse",
-        choices=schemes.REVERSE,
-        default=default.reverse,
-        help="what a kept sample takes from its neighbors: its weighted score, all of it, nothing",
-    )
+    for name, choices, text in (
+        ("kernel", schemes.KERNELS, "rbf: of the squared distance; exp: exp(-gamma·d)"),
+        ("forward", schemes.FORWARD, "how a score takes in those of its neighbors"),
+        (
+            "reverse",
+            schemes.REVERSE,
+            "what a kept sample takes from its neighbors: its weighted score, all of it, nothing",
+        ),
+    ):
+        group.add_argument(f"--{name}", choices=choices, default=getattr(default, name), help=text)
     group.add_argument(
         "--undirected", action="store_true", help="edges count both ways, as in the paper"
     )

@@ -175,7 +175,7 @@ def test_an_error_in_an_actor_is_one_line_and_what_was_done_stays(
 
 
 def test_memory_of_workers_leaves_no_trace(made: dict[int, Path], again: Any) -> None:
-    assert same(ranking(again("--memory-per-worker", "400MB")), ranking(made[1]))
+    assert same(ranking(again("--memory-per-worker", "800MB")), ranking(made[1]))
 
 
 def test_partitions_without_edges_between_them(tmp_path: Path) -> None:
