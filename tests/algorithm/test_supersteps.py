@@ -300,33 +300,34 @@ def test_a_hub_with_thousands_of_in_edges_from_everywhere() -> None:
 
 
 def test_a_hub_that_falls_often_while_many_wait_is_not_quadratic() -> None:
-    """The hub waits for another partition; 20,000 better samples lower it one by one, and 100,000
-    worse ones wait for it.
+    """20,000 better samples wait for another partition, the hub for them, and 100,000 worse ones
+    for the hub. Then the better ones lower it one by one.
     """
     better, worse = 20_000, 100_000
     m = better + worse + 2
     hub, far = m - 2, m - 1
-    target = np.full(m, hub, np.int32)
-    target[hub] = far
-    start = np.arange(m + 1, dtype=np.int64)
-    start[m] = m - 1  # nothing is known of what the other end does
+    lists = [[hub, far]] * better + [[hub]] * worse + [[], []]
+    start = np.cumsum([0, *map(len, lists)])
+    target = np.array([j for one in lists for j in one], np.int32)
     own = np.ones(m, np.bool_)
     own[far] = False
-    graph = kernel.make_graph(own, start, target[:-1], np.full(m - 1, 1e-6, np.float32))
+    graph = kernel.make_graph(own, start, target, np.full(target.size, 1e-6, np.float32))
     x = np.empty(m, np.int64)
     x[:better] = 2**41 + np.arange(better) * 2**20
     x[better:hub] = 2**40 - np.arange(worse) * 2**10
     x[hub], x[far] = 2**41 - 1, kernel.UNKNOWN
-    kernel.Partition(graph, x).advance()  # compile
-    one = kernel.Partition(graph, x)
-    started = time.perf_counter()
-    one.advance()
-    # a look at all that wait for each of the messages would be 2·10⁹ steps
-    assert time.perf_counter() - started < 2
-    assert one.live() == worse + 1
-    one.receive(np.array([far]), np.array([5]), np.array([True]))
-    assert one.advance() > worse
-    assert one.live() == 0
+    seconds = []
+    for _ in range(2):  # the first time it is compiled
+        one = kernel.Partition(graph, x)
+        one.advance()
+        assert one.live() == m - 1
+        one.receive(np.array([far]), np.array([5]), np.array([True]))
+        started = time.perf_counter()
+        one.advance()
+        seconds.append(time.perf_counter() - started)
+        assert one.live() == 0
+    # a look at all that wait after each of thousands of buckets would be 10⁹ steps
+    assert seconds[1] < 1
 
 
 def test_only_what_changed_is_sent() -> None:
