@@ -14,6 +14,7 @@ knn.py       all these steps for a pool in memory; measured recall
 messages.py  fixed-point scores, edge weights, sums over neighbors (§3)
 schemes.py   message schemes: kernels, forward and reverse rules, each a table entry
 supersteps.py the exact parallel greedy in one partition: states in, states out (§3)
+bestfirst.py  its compiled part: the queue, and what is checked before a sample is final
 cut.py       what partitions of a graph must tell each other
 share.py     the whole program of one partition of a ranking
 merge.py     the global order from the partitions' scores

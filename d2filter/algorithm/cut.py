@@ -129,9 +129,14 @@ def assemble(
             np.concatenate([mine[2], distance]),
         )
         neighbors, sqdist = neighbors[:, :0], sqdist[:, :0]
-    kind = np.int32 if max(m, neighbors.size + source.size) < 2**31 else np.int64
     if not halo_ids.size and not source.size:
-        return _nothing_crosses(first, neighbors, sqdist, np.dtype(kind))
+        start, inside, distance = as_csr(neighbors, sqdist, first)
+        rows = np.arange(m, dtype=start.dtype)
+        return Edges(
+            own_node=rows, halo_ids=halo_ids, halo_node=rows[:0], start=start, target=inside,
+            sqdist=distance,
+        )  # fmt: skip
+    kind = np.int32 if max(m, neighbors.size + source.size) < 2**31 else np.int64
     own_node = np.empty(m - halo_ids.size, kind)
     halo_node = np.empty(halo_ids.size, kind)
     by_uid = uids.ascending(*halo_uids)
@@ -158,19 +163,15 @@ def assemble(
     )
 
 
-def _nothing_crosses(first: int, neighbors: I64, sqdist: F32, kind: np.dtype[Any]) -> Edges:
-    """`assemble` where nodes are rows and edges are the lists as they stand."""
+def as_csr(neighbors: Nodes, values: F32, first: int = 0) -> tuple[Nodes, Nodes, F32]:
+    """Lists as they stand as CSR: start (n + 1,), and neighbors, counted from `first`, and values
+    without the padding.
+    """
+    kind = np.int32 if neighbors.size < 2**31 else np.int64
     there = neighbors >= 0
     start = np.zeros(len(neighbors) + 1, kind)
     np.cumsum(there.sum(axis=1), out=start[1:])
-    return Edges(
-        own_node=np.arange(len(neighbors), dtype=kind),
-        halo_ids=np.empty(0, np.int64),
-        halo_node=np.empty(0, kind),
-        start=start,
-        target=(neighbors[there] - first).astype(kind),
-        sqdist=sqdist[there],
-    )
+    return start, (neighbors[there] - first).astype(kind), values[there]
 
 
 def whole(neighbors: I64, sqdist: F32, *, both_ways: bool) -> tuple[I64, I64, F32]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import supersteps
+from d2filter.algorithm import cut, supersteps
 
 I64 = npt.NDArray[np.int64]
 
@@ -46,14 +46,8 @@ def select_all(
     A message is rint(float64(w)·float64(x_i)), and 0 when x_i ≤ 0: the formula as printed would
     *raise* the neighbors of a negative sample. Subtraction saturates at −2⁶².
     """
-    n = len(forward)
-    there = neighbors >= 0
-    kind = np.int32 if neighbors.size < 2**31 else np.int64
-    start = np.zeros(n + 1, kind)
-    np.cumsum(there.sum(axis=1), out=start[1:])
-    graph = supersteps.make_graph(
-        np.ones(n, np.bool_), start, neighbors[there].astype(kind), weights[there]
-    )
+    start, target, weight = cut.as_csr(neighbors, weights)
+    graph = supersteps.make_graph(np.ones(len(forward), np.bool_), start, target, weight)
     partition = supersteps.Partition(graph, forward)
     partition.advance()
     # rows ascend by uid, so a stable sort is (x descending, uid ascending)

@@ -41,13 +41,15 @@ class Rows:
 
     def part(self, number: int) -> Array:
         """One part; a memory map on a local disk."""
-        column = f".{self.column}" if self.column else ""
-        return read_array(self.folder, f"{self.name}-{number:05d}{column}.npy")
+        return read_array(self.folder, self._file(number))
 
     def read(self, number: int) -> Array:
         """One part in memory: a map would take as much again for a while."""
+        return read_range(self.folder, self._file(number))
+
+    def _file(self, number: int) -> str:
         column = f".{self.column}" if self.column else ""
-        return read_range(self.folder, f"{self.name}-{number:05d}{column}.npy")
+        return f"{self.name}-{number:05d}{column}.npy"
 
     def gather(self, numbers: I64) -> Array:
         """Rows of the given samples, in any order."""

@@ -23,12 +23,7 @@ from d2filter.formats import graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import mapped, read_array, read_columns, write_columns
 from d2filter.formats.tables import first_line
-from d2filter.stages.runner import (
-    Report,
-    Runner,
-    peak_rss_bytes,
-    progress_bar,
-)
+from d2filter.stages.runner import Report, Runner, peak_rss_bytes, progress_bar
 
 Figures = dict[str, Any]
 
@@ -128,7 +123,7 @@ class _Driver:
                 self._ray.kill(actor)
 
     def _superstep(self) -> bool:
-        """States in, local fixpoint, states out. Returns whether anything happened."""
+        """States in, all that can be final, states out. Returns whether anything happened."""
         inbox, self._inbox = self._inbox, [[] for _ in self._actors]
         # those that are done only had to be told while they were not
         running = {
