@@ -29,7 +29,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from d2filter.algorithm import messages, schemes, share
+from d2filter.algorithm import backend, messages, schemes, share
 from d2filter.formats import graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import Plan, RunState
@@ -105,7 +105,8 @@ def main() -> None:
         "# The exact greedy: seconds, memory, exchange",
         "",
         f"{made_by('jobs.bench_rank')} Each figure in a process of its own, from lists in memory "
-        "to the order of all samples. `greedy` is the part after the forward pass; bytes a sample "
+        "to the order of all samples; ours on two threads, if not said otherwise, the others on "
+        "one. `greedy` is the part after the forward pass; bytes a sample "
         "are what the process took beyond the lists, which are let go when they have become edges. "
         f"The loops in Python select {FRACTION} of the samples, the others rank all. "
         "The machine is shared: read the ratios.",
@@ -118,7 +119,7 @@ def main() -> None:
                 methods = [m for m in methods if m != "python sorted list"]  # takes too long
             lines += _table(n, k, {name: _child(name, n, k) for name in methods})
             # uids in no order: the same work, but every look at a neighbor misses the cache
-            methods = ["ours", "compiled heap"]
+            methods = ["ours", "ours, one thread", "compiled heap"]
             lines += _table(n, k, {m: _child(m, n, k, "unordered") for m in methods}, "unordered")
             if small:
                 lines += ["", _files_to_files(n, k)]
@@ -166,6 +167,7 @@ def _measure(method: str, n: int, k: int, *, ordered: bool) -> Row:
     held = sum(getattr(given[0], field.name).nbytes for field in fields(share.Rows))
     reset_peak_rss()
     empty = peak_rss_bytes() - held
+    backend.use_threads(1)  # ours set their own
     started = time.perf_counter()
     found = _METHODS[method](given)
     found["seconds"] = time.perf_counter() - started
@@ -175,10 +177,12 @@ def _measure(method: str, n: int, k: int, *, ordered: bool) -> Row:
     return {**found, "peak": peak, "per_sample": (peak - empty) / n}
 
 
-def _in_partitions(given: list[share.Rows], *, parts: int, workers: int) -> Row:
-    """Runs of rows as partitions, `workers` of them at a time. Takes the rows out of the list, for
-    they are let go on the way.
+def _in_partitions(given: list[share.Rows], *, parts: int, threads: int) -> Row:
+    """Runs of rows as partitions, as many at a time as there are threads. Takes the rows out of the
+    list, for they are let go on the way.
     """
+    workers = min(parts, threads)
+    backend.use_threads(threads // workers)
     rows = given.pop()
     hi, lo, difficulty = rows.hi, rows.lo, rows.difficulty
     n = len(hi)
@@ -323,12 +327,19 @@ def _lazy_heap(x, neighbors, weights):  # type: ignore[no-untyped-def]  # compil
     return order
 
 
-def _python_heap(given: list[share.Rows]) -> Row:
-    """The same in Python, until FRACTION of the samples is selected."""
+def _as_lists(
+    given: list[share.Rows],
+) -> tuple[float, list[int], list[list[int]], list[list[float]]]:
+    """When the forward pass was done, its scores, neighbors and weights, as Python has them."""
     rows = given.pop()
     forward, weights = _forward(rows)
     started = time.perf_counter()
-    x, lists, w = forward.tolist(), rows.neighbors.tolist(), weights.tolist()
+    return started, forward.tolist(), rows.neighbors.tolist(), weights.tolist()
+
+
+def _python_heap(given: list[share.Rows]) -> Row:
+    """The same in Python, until FRACTION of the samples is selected."""
+    started, x, lists, w = _as_lists(given)
     heap = [(-value, row) for row, value in enumerate(x)]
     heapq.heapify(heap)
     done = bytearray(len(x))
@@ -352,10 +363,7 @@ def _python_heap(given: list[share.Rows]) -> Row:
 
 def _python_sorted(given: list[share.Rows]) -> Row:
     """A plain loop over a list that stays sorted, until FRACTION of the samples is selected."""
-    rows = given.pop()
-    forward, weights = _forward(rows)
-    started = time.perf_counter()
-    x, lists, w = forward.tolist(), rows.neighbors.tolist(), weights.tolist()
+    started, x, lists, w = _as_lists(given)
     keys = sorted((value, -row) for row, value in enumerate(x))  # the best one last
     done = bytearray(len(x))
     order: list[int] = []
@@ -374,9 +382,11 @@ def _python_sorted(given: list[share.Rows]) -> Row:
 
 
 _METHODS: dict[str, Callable[[list[share.Rows]], Row]] = {
-    "ours": partial(_in_partitions, parts=1, workers=1),
-    "ours, 8 partitions": partial(_in_partitions, parts=8, workers=1),
-    "ours, 8 partitions on 2 threads": partial(_in_partitions, parts=8, workers=2),
+    "ours": partial(_in_partitions, parts=1, threads=2),
+    "ours, one thread": partial(_in_partitions, parts=1, threads=1),
+    "ours, 2 partitions": partial(_in_partitions, parts=2, threads=2),
+    "ours, 8 partitions": partial(_in_partitions, parts=8, threads=2),
+    "ours, 8 partitions, one thread": partial(_in_partitions, parts=8, threads=1),
     "compiled heap": _compiled_heap,
     "python heap": _python_heap,
     "python sorted list": _python_sorted,

@@ -40,7 +40,9 @@ _threads = 0
 
 @cache
 def load_faiss() -> Any:
-    """The faiss module. Raises DependencyError that names both extras when there is none."""
+    """The faiss module, with the threads that `use_threads` allowed. Raises DependencyError that
+    names both extras when there is none.
+    """
     try:
         import faiss
     except ImportError as error:
@@ -48,24 +50,39 @@ def load_faiss() -> Any:
             "faiss is not installed and the graph needs it: pip install 'd2filter[cpu]', "
             "or 'd2filter[gpu]' on a machine with an NVIDIA GPU"
         ) from error
+    if _threads:
+        faiss.omp_set_num_threads(_threads)
     return faiss
 
 
 def use_threads(count: int) -> None:
-    """Let the searches, numba and faiss use `count` threads of this process."""
+    """Let the algorithms, numba and faiss use `count` threads of this process."""
     global _threads
     _threads = count
     most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # set at run time
     numba.set_num_threads(min(count, most))
-    try:
+    # ranking needs no faiss: it is told when it is loaded
+    if load_faiss.cache_info().currsize:
         load_faiss().omp_set_num_threads(count)
-    except DependencyError:
-        return  # ranking needs none; the graph stage will say so
 
 
 def threads() -> int:
-    """Threads that a search may use: those given to `use_threads`, else one a CPU."""
+    """Threads that an algorithm may use: those given to `use_threads`, else one a CPU."""
     return _threads or os.cpu_count() or 1
+
+
+def in_blocks(work: Callable[[slice], None], size: int, block: int) -> None:
+    """Call work on slices of 0 … size − 1, from as many threads as allowed. `block` is about their
+    length. For loops that release the interpreter and call no BLAS.
+    """
+    slices = [slice(begin, min(begin + block, size)) for begin in range(0, size, block)]
+    if min(len(slices), threads()) <= 1:
+        for some in slices:
+            work(some)
+        return
+    with ThreadPoolExecutor(min(len(slices), threads())) as pool:
+        for _ in pool.map(work, slices):
+            pass
 
 
 def each(work: Callable[[int], None], count: int) -> None:

@@ -15,13 +15,15 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import features, uids
+from d2filter.algorithm import backend, features, uids
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 Nodes = npt.NDArray[np.integer]
 Array = npt.NDArray[Any]
+
+_BLOCK = 1 << 16  # rows that a thread takes at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,10 +170,23 @@ def as_csr(neighbors: Nodes, values: F32, first: int = 0) -> tuple[Nodes, Nodes,
     without the padding.
     """
     kind = np.int32 if neighbors.size < 2**31 else np.int64
-    there = neighbors >= 0
     start = np.zeros(len(neighbors) + 1, kind)
-    np.cumsum(there.sum(axis=1), out=start[1:])
-    return start, (neighbors[there] - first).astype(kind), values[there]
+
+    def count(some: slice) -> None:
+        (neighbors[some] >= 0).sum(axis=1, out=start[some.start + 1 : some.stop + 1])
+
+    backend.in_blocks(count, len(neighbors), _BLOCK)
+    np.cumsum(start, out=start)
+    target, value = np.empty(start[-1], kind), np.empty(start[-1], np.float32)
+
+    def fill(some: slice) -> None:
+        there = neighbors[some] >= 0
+        edges = slice(start[some.start], start[some.stop])
+        target[edges] = neighbors[some][there] - first
+        value[edges] = values[some][there]
+
+    backend.in_blocks(fill, len(neighbors), _BLOCK)
+    return start, target, value
 
 
 def whole(neighbors: I64, sqdist: F32, *, both_ways: bool) -> tuple[I64, I64, F32]:

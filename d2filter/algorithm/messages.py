@@ -12,11 +12,13 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from d2filter.algorithm import backend
+
 ONE = 2**40
 CEILING = 2**61  # of a sum over neighbors
 FLOOR = -(2**62)  # scores saturate here; a hub of millions of copies would overflow otherwise
 
-_BLOCK = 1 << 20  # values whose float64 are held at a time
+_BLOCK = 1 << 18  # values that a thread takes at a time, with their float64
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -49,14 +51,16 @@ def edge_weights(
     """
     flat = np.ravel(sqdist)
     weights = np.empty(flat.size, np.float32)
-    for begin in range(0, flat.size, _BLOCK):
-        some = slice(begin, begin + _BLOCK)
+
+    def weigh(some: slice) -> None:
         exponent = flat[some].astype(np.float64)
         padding = np.isinf(exponent)
         exponent[padding] = 0.0
         with np.errstate(over="ignore", under="ignore"):  # a huge gamma: the weight is 0
             weights[some] = np.exp(-gamma * kernel(exponent))
         weights[some][padding] = 0.0
+
+    backend.in_blocks(weigh, flat.size, _BLOCK)
     return weights.reshape(sqdist.shape)
 
 
@@ -67,19 +71,22 @@ def gather(
 
     scores: (n,) float64 in [0, 1]. Edges as CSR: start (n + 1,), target and weights (e,).
     """
-    out: I64 = _gather(scores, start, target, weights)
+    out = np.empty(scores.size, np.int64)
+
+    def gather(some: slice) -> None:
+        _gather(scores, start, target, weights, some.start, some.stop, out)
+
+    backend.in_blocks(gather, scores.size, _BLOCK)
     return out
 
 
 @numba.njit(cache=True, nogil=True)
-def _gather(scores, start, target, weights):  # type: ignore[no-untyped-def]  # compiled by numba
-    out = np.empty(scores.size, np.int64)
+def _gather(scores, start, target, weights, begin, end, out):  # type: ignore[no-untyped-def]
     one = np.float64(ONE)
-    for i in range(scores.size):
+    for i in range(begin, end):
         total = np.int64(0)
         for e in range(start[i], start[i + 1]):
             term = np.int64(np.rint(np.float64(weights[e]) * scores[target[e]] * one))
             # terms are not negative, so where a hub of millions saturates their order is free, too
             total = min(total + term, np.int64(CEILING))
         out[i] = total
-    return out

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from d2filter.algorithm import merge, share
+from d2filter.algorithm import backend, merge, share
 from d2filter.algorithm.supersteps import Snapshot
 from d2filter.errors import D2FilterError, StageError
 from d2filter.formats import graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import mapped, read_array, read_columns, write_columns
 from d2filter.formats.tables import first_line
-from d2filter.stages.runner import Report, Runner, peak_rss_bytes, progress_bar
+from d2filter.stages.runner import Report, Runner, assigned_cpus, peak_rss_bytes, progress_bar
 
 Figures = dict[str, Any]
 
@@ -311,6 +311,7 @@ class _Actor:
 
     def _loaded(self) -> dict[int, share.Share]:
         if not self._shares:
+            backend.use_threads(assigned_cpus())
             # all or none: an error while loading must not leave a part of them
             self._shares = {number: self._load(number) for number in self._numbers}
         return self._shares
