@@ -197,7 +197,10 @@ def _in_partitions(given: list[share.Rows], *, parts: int, threads: int) -> Row:
 
     def begin(one: share.Share) -> None:
         ids = one.halo()
-        known = share.Known(ids=ids, hi=hi[ids], lo=lo[ids], difficulty=difficulty[ids])
+        known = share.Known(
+            ids=ids, hi=hi[ids], lo=lo[ids], difficulty=difficulty[ids],
+            late=np.zeros(ids.size, np.bool_),
+        )  # fmt: skip
         one.begin(schemes.Scheme(), low, high, known)
 
     with ThreadPoolExecutor(workers) as pool:

@@ -22,8 +22,15 @@ greedy.py    the greedy over lists in one piece
 budget.py    how many, and which: budgets as prefixes of one ranking
 ranking.py   a ranking in one partition, in memory
 certificate.py  proof that a ranking is the greedy's
-scores.py    difficulty from embeddings
-baselines.py rankings to compare with
+late.py      what ranks after everything else: the hardest, copies; the unit of distances
+quantile.py  the k-th smallest of a pool in parts
+groups.py    classes: edges inside, budgets for each
+scores.py    difficulty from embeddings, and the table of all scores
+dynamics.py  difficulty from a training log
+selectors.py other methods, each a ranking of the pool; baselines.py: the two simplest
+submodular.py facility location and graph cut on a sparse graph
+metrics.py   how good a ranking is where the truth is known
+coverage.py  what a subset covers and keeps, without any truth
 uids.py      order and hashes of 128-bit sample ids
 """
 

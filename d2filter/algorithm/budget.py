@@ -36,15 +36,20 @@ def budget_of(ranked: int, *, fraction: Decimal | None = None, budget: int | Non
         return min(budget, ranked)
     if fraction is None:
         raise UsageError("neither fraction nor budget is given: name one of them")
-    # default precision rounds products beyond 28 digits; an exact floor needs them all
-    exact = Context(prec=len(fraction.as_tuple().digits) + len(str(ranked)) + 2)
-    size = int(exact.multiply(fraction, ranked).to_integral_value(rounding=ROUND_FLOOR))
+    size = floor_of(fraction, ranked)
     if size == 0:
         raise UsageError(
             f"fraction {fraction} of {ranked} ranked samples is less than one: "
             "raise --fraction, or name a --budget"
         )
     return size
+
+
+def floor_of(share: Decimal, n: int) -> int:
+    """floor(share · n), exactly."""
+    # default precision rounds products beyond 28 digits; an exact floor needs them all
+    exact = Context(prec=len(share.as_tuple().digits) + len(str(n)) + 2)
+    return int(exact.multiply(share, n).to_integral_value(rounding=ROUND_FLOOR))
 
 
 def kept_mask(

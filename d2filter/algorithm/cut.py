@@ -8,7 +8,7 @@ both then know each other's end as a halo node.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numba
@@ -189,6 +189,15 @@ def as_csr(neighbors: Nodes, values: F32, first: int = 0) -> tuple[Nodes, Nodes,
     return start, target, value
 
 
+def without(edges: Edges, late: Bool) -> Edges:
+    """The same without the edges that have an end in `late`, (m,) by node."""
+    start = np.zeros_like(edges.start)
+    target, sqdist = np.empty_like(edges.target), np.empty_like(edges.sqdist)
+    left = _keep_others(edges.start, edges.target, edges.sqdist, late, start, target, sqdist)
+    # copies: views would hold the memory of those that are gone
+    return replace(edges, start=start, target=target[:left].copy(), sqdist=sqdist[:left].copy())
+
+
 def whole(neighbors: I64, sqdist: F32, *, both_ways: bool) -> tuple[I64, I64, F32]:
     """All edges of a graph in one piece, sorted by source: sources, targets, squared distances."""
     edges = _flat(0, neighbors, sqdist)
@@ -298,6 +307,20 @@ def _fill(  # type: ignore[no-untyped-def]  # compiled by numba
         out_target[at] = _node(target[e], first, own_node, halo_ids, halo_node)
         out_sqdist[at] = distance[e]
         start[node] = at + 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _keep_others(start, target, sqdist, late, out_start, out_target, out_sqdist):  # type: ignore[no-untyped-def]
+    left = 0
+    for node in range(late.size):
+        if not late[node]:
+            for e in range(start[node], start[node + 1]):
+                if not late[target[e]]:
+                    out_target[left] = target[e]
+                    out_sqdist[left] = sqdist[e]
+                    left += 1
+        out_start[node + 1] = left
+    return left
 
 
 @numba.njit(cache=True, nogil=True)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import share, uids
+from d2filter.algorithm import selectors, share, uids
 from d2filter.algorithm.schemes import Scheme
 
 I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +38,14 @@ def rank_graph(
     *,
     scheme: Scheme,
     undirected: bool = False,
+    late: Bools | None = None,
 ) -> RankedGraph:
     """Rank all samples of a graph (DESIGN §3). Nothing is modified.
 
     hi, lo: (n,) uint64, distinct uids in any order. difficulty: (n,) float32, finite. neighbors:
     (n, k) int64 rows, −1 pads. sqdist: (n, k) float32. undirected: an edge counts in both
-    directions, each pair once. The result does not depend on the order of the rows.
+    directions, each pair once. late: (n,) bool, samples that rank after everything else. The result
+    does not depend on the order of the rows.
     """
     n = len(neighbors)
     order = uids.ascending(hi, lo)
@@ -52,8 +55,9 @@ def rank_graph(
     if not (order == np.arange(n)).all():
         neighbors = np.where(neighbors >= 0, position[neighbors], -1)[order]
         sqdist, difficulty, hi, lo = sqdist[order], difficulty[order], hi[order], lo[order]
+        late = None if late is None else late[order]
     rows = share.Rows(hi=hi, lo=lo, difficulty=difficulty, neighbors=neighbors, sqdist=sqdist)
-    whole = share.Share(rows, np.array([0, n], np.int64), 0)
+    whole = share.Share(rows, np.array([0, n], np.int64), 0, late)
     whole.begin(scheme, *whole.range(), whole.describe(whole.halo()), both_ways=undirected)
     whole.advance()
     found = whole.outcome()
@@ -67,3 +71,35 @@ def rank_graph(
         rank=rank[position],
         suppressed_by=np.where(by >= 0, order[by], -1)[position],
     )
+
+
+def rank_by(
+    method: str,
+    pool: selectors.Pool,
+    *,
+    late: Bools | None = None,
+) -> I64:
+    """Ranks, (n,) int64, of another method than D2 (`selectors.SELECTORS`), 0 = first.
+
+    late: (n,) bool, samples that the method does not see and that follow by uid. Raises UsageError
+    for an unknown method, or a pool that is too large for it.
+    """
+    n = len(pool.hi)
+    seen = np.arange(n) if late is None else np.flatnonzero(~late)
+    last = np.setdiff1d(np.arange(n), seen)
+    place = np.full(n, -1, np.int64)
+    place[seen] = np.arange(seen.size)
+    neighbors = pool.neighbors[seen]
+    some = selectors.Pool(
+        hi=pool.hi[seen],
+        lo=pool.lo[seen],
+        difficulty=pool.difficulty[seen],
+        features=pool.features[seen],
+        neighbors=np.where(neighbors >= 0, place[neighbors], -1),
+        sqdist=pool.sqdist[seen],
+        group=None if pool.group is None else pool.group[seen],
+        seed=pool.seed,
+    )
+    rank = np.empty(n, np.int64)
+    rank[np.concatenate([seen[selectors.order(method, some)], last])] = np.arange(n)
+    return rank

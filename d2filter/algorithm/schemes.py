@@ -9,7 +9,7 @@ negative, and depend on nothing but the two samples and their distance.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,15 @@ class Scheme:
             return messages.edge_weights(distances, self.gamma_reverse, KERNELS[self.kernel])
 
         return REVERSE[self.reverse](sqdist, weigh)
+
+    def per(self, unit: float) -> Scheme:
+        """The same with gammas that were given for distances in units of √`unit`."""
+        exponent = float(KERNELS[self.kernel](np.array(unit, np.float64)))
+        return replace(
+            self,
+            gamma_forward=self.gamma_forward / exponent,
+            gamma_reverse=self.gamma_reverse / exponent,
+        )
 
     @property
     def one_weight(self) -> bool:

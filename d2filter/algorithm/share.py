@@ -74,6 +74,8 @@ class Known:
     hi: uids.U64
     lo: uids.U64
     difficulty: F32
+    late: Bool
+    """which rank after everything else"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +83,7 @@ class Outcome:
     """What a partition has found for its n rows, in their order."""
 
     forward: I64
+    """−2⁶² of those that rank after everything else"""
     final: I64
     suppressed_by: I64
     """graph ids, −1 none"""
@@ -89,9 +92,12 @@ class Outcome:
 class Share:
     """One partition of a ranking."""
 
-    def __init__(self, rows: Rows, starts: I64, number: int) -> None:
-        """starts: (P + 1,) first graph id of each partition. The rows are let go at `begin`."""
+    def __init__(self, rows: Rows, starts: I64, number: int, late: Bool | None = None) -> None:
+        """starts: (P + 1,) first graph id of each partition. late: (n,) which of the rows rank
+        after everything else, see `late.py`. The rows are let go at `begin`.
+        """
         self.size = len(rows.hi)
+        self._late = np.zeros(self.size, np.bool_) if late is None else late
         self._rows: Rows | None = rows
         self._starts = starts
         self._first = int(starts[number])
@@ -101,11 +107,15 @@ class Share:
         self._halo: I64 | None = None
 
     def range(self) -> tuple[float, float]:
-        """Smallest and largest difficulty; (inf, −inf) where there is no row."""
-        difficulty = self._held().difficulty
+        """Smallest and largest difficulty of what is ranked in earnest; (inf, −inf) for nothing."""
+        difficulty = self._held().difficulty[~self._late]
         if not difficulty.size:
             return np.inf, -np.inf
         return float(difficulty.min()), float(difficulty.max())
+
+    def late(self) -> int:
+        """How many of the rows rank after everything else."""
+        return int(self._late.sum())
 
     def cut(self) -> cut.CutEdges:
         """The edges that leave this partition."""
@@ -128,7 +138,10 @@ class Share:
         """Own samples by graph id."""
         at = ids - self._first
         rows = self._held()
-        return Known(ids=ids, hi=rows.hi[at], lo=rows.lo[at], difficulty=rows.difficulty[at])
+        return Known(
+            ids=ids, hi=rows.hi[at], lo=rows.lo[at], difficulty=rows.difficulty[at],
+            late=self._late[at],
+        )  # fmt: skip
 
     def begin(
         self,
@@ -153,6 +166,9 @@ class Share:
             known.ids, (known.hi, known.lo), both_ways=both_ways,
         )  # fmt: skip
         difficulty = edges.spread(rows.difficulty, known.difficulty)
+        late = edges.spread(self._late, known.late)
+        if late.any():
+            edges = cut.without(edges, late)
         # the lists are edges now: what follows needs their memory
         del rows, source, target, sqdist
         self._rows = self._halo = None
@@ -162,6 +178,7 @@ class Share:
         x = scheme.forward_scores(
             scores, messages.gather(scores, edges.start, edges.target, weights)
         )
+        x[late] = messages.FLOOR
         # of the halo only some of the edges are known here
         x[edges.halo_node] = supersteps.UNKNOWN
         if not scheme.one_weight:

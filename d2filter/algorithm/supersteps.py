@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2filter.algorithm import bestfirst
+from d2filter.algorithm.messages import FLOOR
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
@@ -113,10 +114,13 @@ class Partition:
     """The greedy in one partition, superstep by superstep."""
 
     def __init__(self, graph: LocalGraph, forward: I64) -> None:
-        """forward: (m,) scores after the forward pass, in [−2⁶², 2⁶²); of halo nodes UNKNOWN."""
+        """forward: (m,) scores after the forward pass, in [−2⁶², 2⁶²); of halo nodes UNKNOWN. At
+        −2⁶² nothing can change any more: such a node is final from the beginning.
+        """
         self._graph = graph
         edges = 0 if graph.own.all() else graph.target.size
-        self._start_over(Snapshot(packed=2 * forward + 1, applied=np.zeros(edges, np.bool_)))
+        packed = 2 * forward + (forward > FLOOR)
+        self._start_over(Snapshot(packed=packed, applied=np.zeros(edges, np.bool_)))
 
     def _start_over(self, known: Snapshot) -> None:
         g = self._graph

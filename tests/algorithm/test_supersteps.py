@@ -43,19 +43,27 @@ def symmetric(case: Case) -> Case:
 
 
 def naive(
-    case: Case, difficulty: np.ndarray, scheme: schemes.Scheme, both_ways: bool
+    case: Case,
+    difficulty: np.ndarray,
+    scheme: schemes.Scheme,
+    both_ways: bool,
+    late: np.ndarray | None = None,
 ) -> tuple[list[int], list[int], list[int], list[int]]:
-    """forward, final, order and suppressed_by, one sample after the other."""
+    """forward, final, order and suppressed_by, one sample after the other. late: samples without
+    edges, that come last.
+    """
     n, k = case.neighbors.shape
+    late = np.zeros(n, bool) if late is None else late
     lists: list[dict[int, float]] = [{} for _ in range(n)]
     for i in range(n):
         for c in range(k):
             j = int(case.neighbors[i, c])
-            if j >= 0:
+            if j >= 0 and not late[i] and not late[j]:
                 lists[i][j] = float(case.sqdist[i, c])
                 if both_ways:
                     lists[j][i] = float(case.sqdist[i, c])
-    low, high = float(difficulty.min()), float(difficulty.max())
+    earnest = difficulty[~late]
+    low, high = (float(earnest.min()), float(earnest.max())) if earnest.size else (0.0, 0.0)
     score = [1.0 if low == high else (float(d) - low) / (high - low) for d in difficulty]
 
     def weight(sqdist: float, gamma: float) -> float:
@@ -88,6 +96,7 @@ def naive(
         + [0.0] * (width - len(row))
         for row in lists
     ]
+    forward = [-(2**62) if late[i] else x for i, x in enumerate(forward)]
     order, final, by = oracle.greedy(forward, case.uid, neighbors, weights)
     return forward, final, order, by
 
@@ -95,7 +104,14 @@ def naive(
 class Pool:
     """A case in partitions: graph ids are rows sorted by (partition, uid)."""
 
-    def __init__(self, case: Case, difficulty: np.ndarray, home: np.ndarray, parts: int) -> None:
+    def __init__(
+        self,
+        case: Case,
+        difficulty: np.ndarray,
+        home: np.ndarray,
+        parts: int,
+        late: np.ndarray | None = None,
+    ) -> None:
         self.row = np.argsort(home, kind="stable")
         graph_id = np.argsort(self.row)
         self.starts = np.searchsorted(home[self.row], np.arange(parts + 1)).astype(np.int64)
@@ -112,7 +128,8 @@ class Pool:
                 sqdist=case.sqdist[some],
             )
             self.rows.append(rows)
-            self.shares.append(share.Share(rows, self.starts, p))
+            some_late = None if late is None else late[some]
+            self.shares.append(share.Share(rows, self.starts, p, some_late))
 
     def begin(self, scheme: schemes.Scheme, both_ways: bool) -> None:
         for p, one in enumerate(self.shares):
@@ -133,6 +150,7 @@ class Pool:
                     hi=np.concatenate([k.hi for k in known]),
                     lo=np.concatenate([k.lo for k in known]),
                     difficulty=np.concatenate([k.difficulty for k in known]),
+                    late=np.concatenate([k.late for k in known]),
                 )
             )
         for one, halo in zip(self.shares, halos, strict=True):
@@ -199,6 +217,7 @@ def homes(n: int, parts: int, rng: np.random.Generator, locality: bool) -> np.nd
     scheme=st.sampled_from(SCHEMES),
     both_ways=st.booleans(),
     locality=st.booleans(),
+    share_late=st.sampled_from([0.0, 0.3, 0.9]),
     seed=st.integers(0, 2**32),
 )
 def test_any_partitions_and_any_scheme_equal_the_sequential_definition(
@@ -207,16 +226,19 @@ def test_any_partitions_and_any_scheme_equal_the_sequential_definition(
     scheme: schemes.Scheme,
     both_ways: bool,
     locality: bool,
+    share_late: float,
     seed: int,
 ) -> None:
     rng = np.random.default_rng(seed)
     case = symmetric(case)
     n = len(case.uid)
     difficulty = rng.integers(0, 5, n).astype(np.float32) / np.float32(rng.integers(1, 4))
-    pool = Pool(case, difficulty, homes(n, parts, rng, locality), parts)
+    late = rng.random(n) < share_late
+    late[rng.integers(n)] = False  # the share that is cut is always below 1
+    pool = Pool(case, difficulty, homes(n, parts, rng, locality), parts, late)
     pool.begin(scheme, both_ways)
     supersteps(pool.shares)
-    assert pool.result() == naive(case, difficulty, scheme, both_ways)
+    assert pool.result() == naive(case, difficulty, scheme, both_ways, late)
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,0 +1,60 @@
+"""The k-th smallest float32 of a pool in parts, exactly, from two histograms a part.
+
+Keys are the bits of a float32 as integers of the same order. The first histogram counts their upper
+halves and says in which bin the value lies; the second counts the lower halves within it. Counts
+add up, so neither the number of parts nor their order can matter.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+F32 = npt.NDArray[np.float32]
+I64 = npt.NDArray[np.int64]
+
+_BINS = 1 << 16
+
+
+def upper_counts(values: F32) -> I64:
+    """How many of the values (n,), none of them NaN, have each upper half: (65536,) int64."""
+    return np.bincount(_keys(values) >> np.uint32(16), minlength=_BINS)
+
+
+def lower_counts(values: F32, upper: int) -> I64:
+    """The same for the lower halves of those whose upper half is `upper`."""
+    keys = _keys(values)
+    keys = keys[keys >> np.uint32(16) == upper]
+    return np.bincount(keys & np.uint32(_BINS - 1), minlength=_BINS)
+
+
+def locate(counts: I64, place: int) -> tuple[int, int]:
+    """Bin of the value at a place (0 = smallest), and its place in there. Raises ValueError for a
+    place that is not there.
+    """
+    below = np.cumsum(counts)
+    if not 0 <= place < below[-1]:
+        raise ValueError(f"place {place} of {below[-1]} values")
+    found = int(np.searchsorted(below, place, side="right"))
+    return found, place - int(below[found] - counts[found])
+
+
+def value_of(upper: int, lower: int) -> float:
+    """The float32 with this key."""
+    key = upper << 16 | lower
+    bits = key ^ (1 << 31) if key >> 31 else key ^ 0xFFFFFFFF
+    return float(np.array([bits], np.uint32).view(np.float32)[0])
+
+
+def smallest(values: F32, place: int) -> float:
+    """All of it for values in one piece: the one at a place, 0 = smallest."""
+    upper, rest = locate(upper_counts(values), place)
+    lower, _ = locate(lower_counts(values, upper), rest)
+    return value_of(upper, lower)
+
+
+def _keys(values: F32) -> npt.NDArray[np.uint32]:
+    """uint32 that ascend as the values do; −0 counts as 0."""
+    bits = np.ascontiguousarray(values + np.float32(0)).view(np.uint32)
+    negative = bits >> np.uint32(31) == 1
+    return np.where(negative, ~bits, bits | np.uint32(1 << 31))
