@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import budget, features, knn, ranking, uids
+from d2filter.algorithm import budget, features, knn, late, ranking, uids
+from d2filter.algorithm import groups as grouping
 from d2filter.config import GraphConfig, RankConfig, SelectConfig
 from d2filter.errors import InputError
 from d2filter.formats import uid as uid_format
@@ -37,7 +38,7 @@ class RankedPool:
     difficulty: npt.NDArray[np.float32]
     """(n,) scores as given"""
     recall: knn.Recall
-    """measured recall@k of `neighbors`"""
+    """measured recall@k of `neighbors`; with groups that of the worst class"""
 
     def select(
         self,
@@ -70,6 +71,11 @@ def rank(
     forward: str = "sum",
     reverse: str = "weighted",
     undirected: bool = False,
+    gamma_scale: str = "none",
+    cut_hardest: float | str | Decimal = 0,
+    collapse_copies: float | None = None,
+    groups: Sequence[Any] | npt.NDArray[Any] | None = None,
+    group_budgets: str = "proportional",
     uids_hex: Sequence[str] | None = None,
     normalize: bool = True,
     target_recall: float = 0.95,
@@ -80,8 +86,10 @@ def rank(
 
     embeddings: (n, d) floats, or several such arrays, each normalized on its own and concatenated
     (image and text make `image|text`). scores: (n,) difficulty, higher is kept first. uids_hex: ids
-    that decide ties; without them the row number does. Other arguments are those of the command
-    line. Raises InputError, naming the first bad row, for values that cannot be ranked.
+    that decide ties; without them the row number does. groups: (n,) classes; neighbors are then of
+    the same class, and every budget gives each class its share (group_budgets: proportional or
+    uniform). Other arguments are those of the command line. Raises InputError, naming the first bad
+    row, for values that cannot be ranked.
 
     >>> import numpy as np
     >>> pool = rank(np.eye(4, dtype=np.float32), [0.1, 0.4, 0.3, 0.2])
@@ -98,6 +106,10 @@ def rank(
         forward=forward,
         reverse=reverse,
         undirected=undirected,
+        gamma_scale=gamma_scale,
+        cut_hardest=_decimal(cut_hardest),
+        collapse_copies=collapse_copies,
+        group_budgets=group_budgets,
     )
     single = isinstance(embeddings, np.ndarray)
     modalities = [np.asarray(e) for e in ([embeddings] if single else embeddings)]
@@ -108,35 +120,60 @@ def rank(
     rows = features.fix(modalities, normalize=normalize)
     _refuse(~np.isfinite(rows).all(axis=1), "features overflow float16")
     rows, hi, lo = rows[order], hi[order], lo[order]
-    pool = knn.make_pool(rows, hi, lo)
-    graph, _ = knn.build(
-        pool,
-        graph_config.n_neighbors,
-        target_recall=graph_config.target_recall,
-        exact_below=graph_config.exact_below,
-        seed=graph_config.seed,
-    )
+    group = _classes(groups, len(difficulty))[order]
+    graph, recall = grouping.graph(
+        rows, hi, lo, group, graph_config.n_neighbors, target_recall=graph_config.target_recall,
+        exact_below=graph_config.exact_below, seed=graph_config.seed,
+    )  # fmt: skip
+    scheme = rank_config.scheme
+    if rank_config.gamma_scale == "median":
+        scheme = scheme.per(late.unit(graph.sqdist))
+    last = late.mask(
+        difficulty[order], hi, lo, graph.neighbors, graph.sqdist,
+        cut_hardest=rank_config.cut_hardest, collapse_copies=rank_config.collapse_copies,
+    )  # fmt: skip
     ranked = ranking.rank_graph(
         hi,
         lo,
         difficulty[order],
         graph.neighbors,
         graph.sqdist,
-        scheme=rank_config.scheme,
+        scheme=scheme,
         undirected=rank_config.undirected,
+        late=last,
     )
+    places = ranked.rank
+    if groups is not None:
+        places = grouping.interleaved(places, group, last, group_budgets)
     back = np.empty_like(order)
     back[order] = np.arange(order.size)
     return RankedPool(
-        rank=ranked.rank[back],
+        rank=places[back],
         final=ranked.final[back],
         forward=ranked.forward[back],
         suppressed_by=_rows(ranked.suppressed_by, order)[back],
         neighbors=_rows(graph.neighbors, order)[back],
         sqdist=graph.sqdist[back],
         difficulty=difficulty,
-        recall=knn.measure_recall(pool, graph, seed=graph_config.seed),
+        recall=recall,
     )
+
+
+def _classes(groups: Any, n: int) -> I64:
+    """Numbers of the classes, (n,) int64; all 0 without any."""
+    if groups is None:
+        return np.zeros(n, np.int64)
+    labels = np.asarray(groups)
+    if labels.shape != (n,):
+        raise InputError(f"groups has shape {labels.shape} and scores has {n} entries")
+    return np.unique(labels, return_inverse=True)[1].astype(np.int64, copy=False)
+
+
+def _decimal(value: float | str | Decimal) -> Decimal:
+    try:
+        return Decimal(str(value))
+    except InvalidOperation:
+        return Decimal("NaN")  # which the configuration refuses by name
 
 
 def _rows(numbers: I64, order: I64) -> I64:

@@ -7,9 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from d2filter import __version__, config
-from d2filter.algorithm import schemes
-from d2filter.algorithm.budget import parse_fraction
+from d2filter import __version__, config, options
 from d2filter.errors import D2FilterError, UsageError
 
 # heavy packages are imported by the command that needs them: `select` takes about a second
@@ -142,14 +140,31 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         return added
 
     for name, text, groups in (
-        ("embed", "shards → metadata in OUT/metadata", (_common, _shards)),
-        ("graph", "metadata → kNN graph", (_common, _metadata, _catalog, _graph, _memory)),
-        ("rank", "graph → ranking", (_common, _rank, _memory)),
-        ("select", "ranking → subset.npy for one budget", (_common, _select)),
+        ("embed", "shards → metadata in OUT/metadata", (options.common, options.shards)),
+        (
+            "graph",
+            "metadata → kNN graph",
+            (options.common, options.metadata, options.catalog, options.graph, options.memory),
+        ),
+        (
+            "rank",
+            "graph → ranking",
+            (options.common, options.rank, options.rank_alone, options.memory),
+        ),
+        ("select", "ranking → subset.npy for one budget", (options.common, options.select)),
         (
             "run",
             "shards or metadata → subset.npy, resuming what is there",
-            (_common, _metadata, _shards, _catalog, _graph, _rank, _select, _memory),
+            (
+                options.common,
+                options.metadata,
+                options.shards,
+                options.catalog,
+                options.graph,
+                options.rank,
+                options.select,
+                options.memory,
+            ),
         ),
     ):
         added = command(name, text, _run_pipeline)
@@ -169,205 +184,15 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         help="lines of a caption to take",
     )
     packing.add_argument("--shard-size", type=int, default=10000, help="pairs in a shard")
+    sweeping = command("sweep", "many rankings of one graph, measured side by side", _run_sweep)
+    options.sweep(sweeping)
     checking = command("verify", "prove from a run's files that it is right", _run_verify)
     checking.add_argument("out_dir", metavar="OUT", help="run directory")
     return parser, commands
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("where and how")
-    group.add_argument("--out-dir", required=True, help="run directory: a path or an fsspec URL")
-    group.add_argument("--address", default="", help="Ray cluster to join; empty: start Ray here")
-    group.add_argument(
-        "--max-bad", type=float, default=0.01, help="share of bad samples that still exits with 0"
-    )
-    group.add_argument(
-        "--overwrite",
-        action="append",
-        default=[],
-        metavar="STAGE",
-        help="make this stage of the command, and all after it, anew",
-    )
-    group.add_argument("--config", default="", help="YAML file with the same option names")
-
-
-def _metadata(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--metadata-dir", default="", help="folder of NAME.parquet + NAME.npz pairs"
-    )
-
-
-def _shards(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("embedding")
-    group.add_argument(
-        "--shards",
-        nargs="+",
-        default=None,
-        metavar="URL",
-        help="WebDataset shards: .tar files, folders of them, 'quoted/{00000..00099}.tar'",
-    )
-    group.add_argument(
-        "--model",
-        default=config.BUNDLED_MODEL,
-        help="open_clip model; the bundled one is for trying out, real work wants "
-        "--model ViT-L-14 --pretrained openai",
-    )
-    group.add_argument("--pretrained", default="", help="open_clip tag or path to weights")
-    group.add_argument("--precision", default="fp32", help=", ".join(config.PRECISIONS))
-    group.add_argument("--batch-size", type=int, default=64, help="images in a forward pass")
-
-
-def _catalog(parser: argparse.ArgumentParser) -> None:
-    default = config.CatalogConfig()
-    group = parser.add_argument_group("samples")
-    group.add_argument(
-        "--arch",
-        default=None,
-        help="reads ARCH_img, ARCH_txt, clip_ARCH_similarity_score "
-        f"(default: that of --model with --shards, else {default.arch})",
-    )
-    group.add_argument("--score-column", default="", help="parquet column with the difficulty")
-    group.add_argument(
-        "--feature-type", default=default.feature_type, help="image|text, image or text"
-    )
-    group.add_argument(
-        "--normalize",
-        action=argparse.BooleanOptionalAction,
-        default=default.normalize,
-        help="L2-normalize each embedding (default: yes)",
-    )
-
-
-def _graph(parser: argparse.ArgumentParser) -> None:
-    default = config.GraphConfig()
-    group = parser.add_argument_group("graph")
-    group.add_argument("--n-neighbors", type=int, default=default.n_neighbors, help="k")
-    group.add_argument(
-        "--target-recall", type=float, default=default.target_recall, help="recall@k to reach"
-    )
-    group.add_argument(
-        "--exact-below",
-        type=int,
-        default=default.exact_below,
-        help="compare all with all up to this many distinct rows",
-    )
-    group.add_argument("--seed", type=int, default=default.seed, help="of the uid hashes")
-    group.add_argument(
-        "--best-effort",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="exit with 0 although the target recall is out of reach (default: no)",
-    )
-    group.add_argument(
-        "--partitions",
-        type=_partitions,
-        default=0,
-        metavar="N",
-        help="auto, or a number: parts that the graph is made in; never changes the result "
-        "(default: auto, as few as memory allows)",
-    )
-
-
-def _memory(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--memory-per-worker",
-        type=_bytes,
-        default=0,
-        metavar="SIZE",
-        help="what a task may use, 1GB or 800MiB (default: the node's share)",
-    )
-
-
-def _partitions(text: str) -> int:
-    if text == "auto":
-        return 0
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, allowed are auto and whole numbers from 1")
-    return int(text)
-
-
-def _bytes(text: str) -> int:
-    try:
-        return config.parse_bytes(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}, allowed is a size: 1GB, 800MiB, 2e9") from None
-
-
-def _rank(parser: argparse.ArgumentParser) -> None:
-    default = config.RankConfig()
-    group = parser.add_argument_group("ranking")
-    group.add_argument(
-        "--gamma", type=float, default=default.gamma, help="kernel width: weight = exp(-gamma·d²)"
-    )
-    group.add_argument(
-        "--gamma-forward", type=float, default=None, help="of the forward pass, if another"
-    )
-    for name, choices, text in (
-        ("kernel", schemes.KERNELS, "rbf: of the squared distance; exp: exp(-gamma·d)"),
-        ("forward", schemes.FORWARD, "how a score takes in those of its neighbors"),
-        (
-            "reverse",
-            schemes.REVERSE,
-            "what a kept sample takes from its neighbors: its weighted score, all of it, nothing",
-        ),
-    ):
-        group.add_argument(f"--{name}", choices=choices, default=getattr(default, name), help=text)
-    group.add_argument(
-        "--undirected", action="store_true", help="edges count both ways, as in the paper"
-    )
-
-
-def _select(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("budget")
-    group.add_argument("--fraction", default=None, help="share to keep (default: 0.3)")
-    group.add_argument("--budget", type=int, default=None, help="number of samples to keep")
-    group.add_argument(
-        "--min-score", type=float, default=None, help="drop lower raw scores within the budget"
-    )
-
-
-def run_config(arguments: argparse.Namespace) -> config.RunConfig:
-    """The whole configuration of a command; options that it does not have keep their defaults."""
-    given = vars(arguments)
-
-    def pick(part: Any, **special: Any) -> Any:
-        fields = {f: given[f] for f in part.__dataclass_fields__ if given.get(f) is not None}
-        return part(**{**fields, **special})
-
-    fraction = given.get("fraction")
-    shards = given.get("shards")
-    if shards and given.get("metadata_dir"):
-        raise UsageError("shards and metadata-dir are both given: name one of them")
-    embed = pick(config.EmbedConfig, shards=_tuple(shards)) if shards else None
-    special = {}
-    if embed is not None and not given.get("arch"):
-        special["arch"] = embed.resolved_arch  # the catalog reads what `embed` writes
-    return config.RunConfig(
-        out_dir=arguments.out_dir,
-        metadata_dir=given.get("metadata_dir", ""),
-        embed=embed,
-        catalog=pick(config.CatalogConfig, **special),
-        graph=pick(config.GraphConfig),
-        rank=pick(config.RankConfig),
-        select=pick(
-            config.SelectConfig,
-            fraction=None if fraction is None else parse_fraction(fraction),
-        ),
-        max_bad=arguments.max_bad,
-        best_effort=given.get("best_effort", False),
-        partitions=given.get("partitions", 0),
-        memory_per_worker=given.get("memory_per_worker", 0),
-        address=arguments.address,
-        overwrite=tuple(arguments.overwrite),
-    )
-
-
 def _say(line: str) -> None:
     print(line, flush=True)
-
-
-def _tuple(value: str | Sequence[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _run_pipeline(arguments: argparse.Namespace) -> None:
@@ -375,7 +200,7 @@ def _run_pipeline(arguments: argparse.Namespace) -> None:
 
     from d2filter.stages import pipeline
 
-    chosen = run_config(arguments)
+    chosen = options.run_config(arguments)
     chosen = replace(chosen, select=pipeline.default_selection(chosen.select))
     pipeline.Pipeline(chosen, say=_say).run(arguments.command)
 
@@ -400,6 +225,20 @@ def _run_pack(arguments: argparse.Namespace) -> None:
         shard_size=arguments.shard_size,
     )
     pack.summary(packed, shards, _say)
+
+
+def _run_sweep(arguments: argparse.Namespace) -> None:
+    from d2filter.formats.paths import Folder, absolute
+    from d2filter.tools import sweep
+
+    given = {n: v for n, v in vars(arguments).items() if n in config.RankConfig.__slots__}
+    folder = Folder(absolute(arguments.out_dir))
+    rows = sweep.sweep(folder, sweep.grid(arguments.fraction, **given), _say)
+    for line in ("", *sweep.table(rows)):
+        _say(line)
+    _say(
+        f"\nall measures: {folder.where('sweep/table.csv')}  plot: {folder.where('sweep/plot.png')}"
+    )
 
 
 def _run_verify(arguments: argparse.Namespace) -> None:

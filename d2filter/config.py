@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Literal, cast
 
-from d2filter.algorithm import schemes
+from d2filter.algorithm import groups, schemes, scores, selectors
 from d2filter.algorithm.budget import parse_fraction
 from d2filter.errors import UsageError
 
 FeatureType = Literal["image|text", "image", "text"]
+METHODS = ("d2", *selectors.SELECTORS)
+GAMMA_SCALES = ("none", "median")
 FEATURE_TYPES: tuple[FeatureType, ...] = ("image|text", "image", "text")
 PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16")
 DEFAULT_ARCH = "l14"
@@ -73,6 +75,20 @@ class CatalogConfig:
     """picks NAME_img, NAME_txt and clip_NAME_similarity_score"""
     score_column: str = ""
     """parquet column with the difficulty; empty: clip_NAME_similarity_score, else the cosine"""
+    score: str = ""
+    """one of `scores.SCORES`, computed; empty: the column"""
+    keep_first: str = ""
+    """which end of the score goes first, high or low; empty: the score's own, high of a column"""
+    score_target: str = ""
+    """norm_sim: .npy (t, d), or .npz with NAME_img, of the image embeddings of a target set"""
+    score_batch: int = 4096
+    """negclip_loss: pairs in a random batch, about"""
+    score_rounds: int = 4
+    """negclip_loss: random batchings that are averaged"""
+    group_column: str = ""
+    """parquet column with the class of each sample: edges stay inside of it; empty: no classes"""
+    training_log: str = ""
+    """scores from training: .parquet file, or folder of them (`formats/traininglog.py`)"""
     feature_type: FeatureType = "image|text"
     """which embeddings make the graph"""
     normalize: bool = True
@@ -86,6 +102,41 @@ class CatalogConfig:
             )
         if not self.arch:
             raise UsageError("arch is empty: --arch l14 reads l14_img and l14_txt")
+        if self.score and self.score not in scores.SCORES:
+            raise UsageError(f"score is {self.score!r}, allowed are {', '.join(scores.SCORES)}")
+        if self.score and self.score_column:
+            raise UsageError("score and score-column are both given: name one of them")
+        if self.keep_first not in ("", "high", "low"):
+            raise UsageError(f"keep-first is {self.keep_first!r}, allowed are high and low")
+        _at_least("score-batch", self.score_batch, 2)
+        _at_least("score-rounds", self.score_rounds, 1)
+        for need, option, value in (
+            ("target", "score-target", self.score_target),
+            ("log", "training-log", self.training_log),
+        ):
+            if (self.needs == need) != bool(value):
+                names = ", ".join(n for n, s in scores.SCORES.items() if s.needs == need)
+                raise UsageError(
+                    f"{option} is for the scores {names}, and score is {self.score or 'a column'}"
+                    if value
+                    else f"score {self.score} needs --{option}"
+                )
+        if self.score == "negclip_loss" and self.feature_type != "image|text":
+            raise UsageError(
+                f"score negclip_loss needs both embeddings, feature-type is {self.feature_type!r}: "
+                "use 'image|text'"
+            )
+
+    @property
+    def needs(self) -> str:
+        """What the score is computed from: pair, target, pool or log; empty for a column."""
+        return scores.SCORES[self.score].needs if self.score else ""
+
+    @property
+    def first(self) -> str:
+        """The end of the score that is kept first: high or low."""
+        own = scores.SCORES[self.score].kept_first if self.score else "high"
+        return self.keep_first or own
 
     @property
     def score_name(self) -> str:
@@ -120,6 +171,10 @@ class GraphConfig:
 class RankConfig:
     """Graph → ranking (DESIGN §3)."""
 
+    method: str = "d2"
+    """d2, or a selector to compare it with"""
+    seed: int = 0
+    """of the hashes that a selector chooses by; D2 needs none"""
     gamma: float = 1.0
     """kernel width of the reverse pass, and of the forward pass unless that is given"""
     gamma_forward: float | None = None
@@ -132,18 +187,48 @@ class RankConfig:
     """what a selected sample takes from its neighbors: weighted, absolute or none"""
     undirected: bool = False
     """an edge counts in both directions, each pair once"""
+    n_neighbors: int = 0
+    """neighbors of each list that count; 0: all that the graph has"""
+    gamma_scale: str = "none"
+    """median: gamma is for distances in units of the median between neighbors"""
+    group_budgets: str = "proportional"
+    """of a graph with classes: proportional to their sizes, or uniform"""
+    cut_hardest: Decimal = Decimal(0)
+    """share of the samples, highest difficulty first, that rank after everything else"""
+    collapse_copies: float | None = None
+    """neighbors up to this squared distance are copies: all but the best rank after everything
+    else; None: no"""
 
     def __post_init__(self) -> None:
+        if self.n_neighbors:
+            _at_least("n-neighbors", self.n_neighbors, 1)
+        if not (self.cut_hardest.is_finite() and 0 <= self.cut_hardest < 1):
+            raise UsageError(
+                f"cut-hardest is {self.cut_hardest}, allowed is 0 to below 1: --cut-hardest 0.4"
+            )
+        if self.collapse_copies is not None and not 0 <= self.collapse_copies <= 4:
+            raise UsageError(
+                f"collapse-copies is {self.collapse_copies}, allowed is a squared distance of 0 "
+                "(identical) to 4: --collapse-copies 0.01"
+            )
         for name, value in (("gamma", self.gamma), ("gamma-forward", self.gamma_forward)):
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"{name} is {value}, allowed is a finite number of at least 0")
         for name, word, known in (
+            ("method", self.method, METHODS),
             ("kernel", self.kernel, schemes.KERNELS),
             ("forward", self.forward, schemes.FORWARD),
             ("reverse", self.reverse, schemes.REVERSE),
+            ("gamma-scale", self.gamma_scale, GAMMA_SCALES),
+            ("group-budgets", self.group_budgets, groups.BUDGETS),
         ):
             if word not in known:
                 raise UsageError(f"{name} is {word!r}, allowed are {', '.join(known)}")
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> RankConfig:
+        """From `options_of` one, as a run's record holds it."""
+        return cls(**{**options, "cut_hardest": Decimal(options["cut_hardest"])})
 
     @property
     def scheme(self) -> schemes.Scheme:

@@ -86,3 +86,39 @@ def test_what_cannot_be_ranked_names_the_first_row() -> None:
 def test_unknown_names_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="no attribute 'filter'"):
         _ = d2filter.filter
+
+
+def test_groups_have_edges_inside_and_every_budget_its_share() -> None:
+    embeddings, scores = pool()
+    labels = ["cat"] * 10 + ["dog"] * 30
+    ranked = d2filter.rank(embeddings, scores, n_neighbors=3, groups=labels)
+    classes = np.array(labels)
+    assert (classes[ranked.neighbors] == classes[:, None]).all()
+    for fraction, cats in ((0.2, 2), (0.5, 5), (0.8, 8)):
+        assert (classes[ranked.select(fraction)] == "cat").sum() == cats
+    uniform = d2filter.rank(
+        embeddings, scores, n_neighbors=3, groups=labels, group_budgets="uniform"
+    )
+    assert (classes[uniform.select(size=20)] == "cat").sum() == 10
+    # a class alone is ranked as it is inside
+    one = d2filter.rank(embeddings[10:], scores[10:], n_neighbors=3, forward="none")
+    both = d2filter.rank(embeddings, scores, n_neighbors=3, forward="none", groups=labels)
+    inside = both.neighbors[10:] - 10
+    assert (inside == one.neighbors).all()
+    with pytest.raises(InputError, match="groups has shape"):
+        d2filter.rank(embeddings, scores, groups=["cat"])
+    with pytest.raises(UsageError, match="group-budgets is 'even'"):
+        d2filter.rank(embeddings, scores, groups=labels, group_budgets="even")
+
+
+def test_what_is_cut_or_a_copy_comes_last() -> None:
+    embeddings, scores = pool()
+    embeddings[5] = embeddings[4]
+    scores[4], scores[5] = 0.5, 0.4
+    ranked = d2filter.rank(embeddings, scores, cut_hardest=0.25, collapse_copies=0.0)
+    hardest = np.argsort(-scores)[:10]
+    assert set(ranked.select(1.0)[-11:]) == {5, *hardest.tolist()}
+    with pytest.raises(UsageError, match=r"cut-hardest is 1\.5"):
+        d2filter.rank(embeddings, scores, cut_hardest=1.5)
+    with pytest.raises(UsageError, match="cut-hardest is NaN"):
+        d2filter.rank(embeddings, scores, cut_hardest="much")

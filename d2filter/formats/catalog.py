@@ -1,6 +1,6 @@
 """The catalog: valid, distinct samples in ascending order of uid, with their fixed features.
 
-catalog/part-00000.parquet   uid_hi u64, uid_lo u64, difficulty f32, shard str?, key str?
+catalog/part-00000.parquet   uid_hi u64, uid_lo u64, difficulty f32; shard, key, group str?
 catalog/part-00000.npy       (rows, d) float16, row-aligned
 catalog/runs/                sorted runs of the first pass, removed when the parts are there
 
@@ -39,6 +39,7 @@ _SCHEMA = pa.schema(
         ("difficulty", pa.float32()),
         ("shard", pa.string()),
         ("key", pa.string()),
+        ("group", pa.string()),
     ]
 )
 
@@ -54,6 +55,8 @@ class Samples:
     shard: Any
     """arrow string array"""
     key: Any
+    group: Any
+    """arrow string array: the class, null where there are none"""
 
     def take(self, rows: npt.NDArray[np.int64]) -> Samples:
         """The given rows, in that order."""
@@ -65,6 +68,7 @@ class Samples:
             features=self.features[rows],
             shard=self.shard.take(index),
             key=self.key.take(index),
+            group=self.group.take(index),
         )
 
 
@@ -77,6 +81,7 @@ def concatenate(parts: list[Samples]) -> Samples:
         features=np.concatenate([p.features for p in parts]),
         shard=pa.concat_arrays([p.shard for p in parts]),
         key=pa.concat_arrays([p.key for p in parts]),
+        group=pa.concat_arrays([p.group for p in parts]),
     )
 
 
@@ -134,8 +139,19 @@ def publish_part(folder: Folder, number: int, samples: Samples) -> None:
     """Write one part; features first, for the parquet file is what readers look for."""
     with folder.publish(f"part-{number:05d}.npy") as path, path.open("wb") as stream:
         np.save(stream, np.ascontiguousarray(samples.features))
+    publish_table(folder, number, samples)
+
+
+def publish_table(folder: Folder, number: int, samples: Samples) -> None:
+    """Write one part again but for its features, which stay as they are."""
     with folder.publish(f"part-{number:05d}.parquet") as path:
         pq.write_table(_table(samples), path, compression="zstd")
+
+
+def read_part(folder: Folder, number: int) -> Samples:
+    """One part; local features are a memory map."""
+    table = tables.read_table(folder, f"part-{number:05d}.parquet")
+    return _samples(table, read_array(folder, f"part-{number:05d}.npy"))
 
 
 def iter_parts(folder: Folder, *, with_features: bool = True) -> Iterator[Samples]:
@@ -171,6 +187,11 @@ def read_ids(folder: Folder, number: int) -> tuple[uids.U64, uids.U64, F32]:
     return hi, lo, difficulty
 
 
+def read_groups(folder: Folder, number: int) -> Any:
+    """Classes of the samples of one part, an arrow string array."""
+    return tables.read_table(folder, f"part-{number:05d}.parquet", ["group"]).column(0)
+
+
 def _table(samples: Samples) -> Any:
     return pa.table(
         {
@@ -179,6 +200,7 @@ def _table(samples: Samples) -> Any:
             "difficulty": samples.difficulty,
             "shard": samples.shard,
             "key": samples.key,
+            "group": samples.group,
         },
         schema=_SCHEMA,
     )
@@ -192,4 +214,5 @@ def _samples(table: Any, wide: F16) -> Samples:
         features=wide,
         shard=table.column("shard").combine_chunks(),
         key=table.column("key").combine_chunks(),
+        group=table.column("group").combine_chunks(),
     )

@@ -32,6 +32,8 @@ class GraphPart:
     """(n, k)"""
     sqdist: npt.NDArray[np.float32]
     """(n, k)"""
+    group: npt.NDArray[np.int64] | None = None
+    """(n,) number of the class, as in index/classes.json; None: there are none"""
 
 
 def publish_part(folder: Folder, number: int, part: GraphPart) -> None:
@@ -46,6 +48,8 @@ def publish_part(folder: Folder, number: int, part: GraphPart) -> None:
             "sqdist": pa.FixedSizeListArray.from_arrays(pa.array(part.sqdist.ravel()), k),
         }
     )
+    if part.group is not None:
+        table = table.append_column("group", pa.array(part.group))
     with folder.publish(part_name(number)) as path:
         pq.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP)
 
@@ -65,6 +69,20 @@ def starts(folder: Folder) -> npt.NDArray[np.int64]:
         raise InputError(f"{folder.url} holds no parts: `d2filter graph --overwrite graph`")
     rows = [tables.count_rows(folder, name) for name in names]
     return np.cumsum([0, *rows]).astype(np.int64)
+
+
+def width(folder: Folder) -> int:
+    """k, the length of the lists. Raises InputError when there is no part."""
+    starts(folder)
+    with tables.open_table(folder, part_name(0)) as parquet:
+        k: int = parquet.schema_arrow.field("neighbors").type.list_size
+    return k
+
+
+def has_groups(folder: Folder) -> bool:
+    """Whether the samples of a graph have classes."""
+    with tables.open_table(folder, part_name(0)) as parquet:
+        return "group" in parquet.schema_arrow.names
 
 
 def read_columns(folder: Folder, number: int, *names: str) -> dict[str, npt.NDArray[Any]]:
@@ -87,6 +105,8 @@ def read_columns(folder: Folder, number: int, *names: str) -> dict[str, npt.NDAr
 def read_part(folder: Folder, number: int, *, lists: bool = True) -> GraphPart:
     """Read one part; lists: or no neighbors, (n, 0). Raises InputError for a broken file."""
     names = ("neighbors", "sqdist") if lists else ()
+    if has_groups(folder):
+        names = (*names, "group")
     held = read_columns(folder, number, "uid_hi", "uid_lo", "difficulty", *names)
     n = len(held["uid_hi"])
     return GraphPart(
@@ -95,6 +115,7 @@ def read_part(folder: Folder, number: int, *, lists: bool = True) -> GraphPart:
         difficulty=held["difficulty"],
         neighbors=held["neighbors"] if lists else np.empty((n, 0), np.int64),
         sqdist=held["sqdist"] if lists else np.empty((n, 0), np.float32),
+        group=held.get("group"),
     )
 
 
@@ -107,5 +128,6 @@ def read(folder: Folder) -> GraphPart:
         **{
             field.name: np.concatenate([getattr(part, field.name) for part in parts])
             for field in fields(GraphPart)
+            if getattr(parts[0], field.name) is not None
         }
     )

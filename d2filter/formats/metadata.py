@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from d2filter.algorithm import features, scores, uids
 from d2filter.config import CatalogConfig
 from d2filter.errors import InputError
-from d2filter.formats import tables
+from d2filter.formats import tables, traininglog
 from d2filter.formats import uid as uid_format
-from d2filter.formats.paths import FileInfo, Folder
+from d2filter.formats.paths import FileInfo, Folder, absolute
 
 # reasons, by code in `Rows.reason`; 0 is a valid row
 REASONS = (
@@ -32,6 +32,8 @@ REASONS = (
     "score is infinite",
     "features overflow float16",
     "features vanish in float16",
+    "no row in the training log",
+    "no class",
 )
 
 EMBED_SCHEMA = pa.schema(
@@ -75,6 +77,7 @@ class Rows:
     shard: Any
     """arrow string array, null where unknown"""
     key: Any
+    group: Any
 
 
 def list_pairs(folder: Folder) -> tuple[list[Pair], list[FileInfo]]:
@@ -112,13 +115,58 @@ def list_pairs(folder: Folder) -> tuple[list[Pair], list[FileInfo]]:
     return pairs, files
 
 
-def read_pair(folder: Folder, name: str, config: CatalogConfig) -> Rows:
-    """Read one pair: ids, difficulty, fixed features, and what is wrong with each row.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outside:
+    """What scores need beside the metadata."""
+
+    target: npt.NDArray[Any] | None = None
+    """(t, d) image embeddings of a target set"""
+    log: traininglog.Scored | None = None
+
+
+def outside_files(config: CatalogConfig) -> list[FileInfo]:
+    """Files that a score needs beside the metadata. Raises InputError for one that is not there."""
+    if config.training_log:
+        return traininglog.files(config.training_log)[1]
+    if not config.score_target:
+        return []
+    parent, _, name = absolute(config.score_target).rpartition("/")
+    folder = Folder(parent)
+    suffix = ".npz" if name.endswith(".npz") else ".npy"
+    found = [info for info in folder.files(suffix) if info.name == name] if folder.exists() else []
+    if not found:
+        raise InputError(f"score-target {config.score_target} is no .npy or .npz file")
+    return found
+
+
+def read_target(url: str, arch: str) -> npt.NDArray[Any]:
+    """A target set: .npy (t, d), or the ARCH_img of an .npz. Raises InputError."""
+    parent, _, name = absolute(url).rpartition("/")
+    folder = Folder(parent)
+    if name.endswith(".npz"):
+        return _read_arrays(folder, name, [f"{arch}_img"], "")[f"{arch}_img"]
+    try:
+        with folder.reading(name) as stream:
+            array = np.load(stream, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(
+            f"score-target {url} is no array file: {tables.first_line(error)}"
+        ) from error
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
+        raise InputError(f"score-target {url} must hold an array (targets, dimension) of floats")
+    return array
+
+
+def read_pair(
+    folder: Folder, name: str, config: CatalogConfig, outside: Outside | None = None
+) -> Rows:
+    """Read one pair: ids, difficulty, fixed features, and what is wrong with each row. The
+    difficulty of a score that needs the pool is 0 for now.
 
     Raises InputError, naming the file, for anything that concerns the pair as a whole.
     """
     try:
-        return _read_pair(folder, name, config)
+        return _read_pair(folder, name, config, outside or Outside())
     except (pa.ArrowException, ValueError, KeyError) as error:
         # arrow and numpy have many ways to say that a file is not what its name promises
         raise InputError(
@@ -127,19 +175,23 @@ def read_pair(folder: Folder, name: str, config: CatalogConfig) -> Rows:
         ) from error
 
 
-def _read_pair(folder: Folder, name: str, config: CatalogConfig) -> Rows:
+def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outside) -> Rows:
     table = _read_table(folder, f"{name}.parquet", config)
     wanted = [
         m for m in ("img", "txt") if config.feature_type != {"img": "text", "txt": "image"}[m]
     ]
     score_name = config.score_name
-    has_score = score_name in table.column_names
+    has_score = score_name in table.column_names and not config.score
     if config.score_column and not has_score:
         raise InputError(
             f"{folder.where(name)}.parquet has no column {config.score_column!r}; "
             f"it has {', '.join(table.column_names)}: choose one with --score-column"
         )
-    needed = wanted if has_score else ["img", "txt"]
+    needed = wanted
+    if config.needs == "target":
+        needed = sorted({"img", *wanted})
+    elif not has_score and config.needs in ("", "pair"):
+        needed = ["img", "txt"]
     arrays = _read_arrays(folder, f"{name}.npz", [f"{config.arch}_{m}" for m in needed], score_name)
     for key, array in arrays.items():
         if len(array) != table.num_rows:
@@ -148,6 +200,7 @@ def _read_pair(folder: Folder, name: str, config: CatalogConfig) -> Rows:
                 f"{name}.npz has {len(array)}: the pair does not belong together, fetch it again"
             )
     where = folder.where(f"{name}.parquet")
+    logged = np.ones(table.num_rows, np.bool_)
     try:
         hi, lo, known = uid_format.parse(table.column("uid"))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -155,19 +208,32 @@ def _read_pair(folder: Folder, name: str, config: CatalogConfig) -> Rows:
     by_name = {m: arrays[f"{config.arch}_{m}"] for m in needed}
     if has_score:
         difficulty = _as_float32(table.column(score_name), f"{where}: column {score_name}")
+    elif config.needs == "pool":
+        difficulty = np.zeros(table.num_rows, np.float32)
+    elif config.needs == "log":
+        difficulty, logged = _logged(outside, hi, lo)
+    elif config.needs == "target":
+        assert outside.target is not None
+        difficulty = scores.norm_sim(by_name["img"], outside.target)
     else:
         difficulty = scores.clip_score(by_name["img"], by_name["txt"])
+    difficulty = scores.difficulty(difficulty, config.first)
+    group = _strings(table, config.group_column)
+    classed = np.ones(table.num_rows, np.bool_)
+    if config.group_column:
+        classed = group.is_valid().to_numpy(zero_copy_only=False)
     fixed = features.fix([by_name[m] for m in wanted], normalize=config.normalize)
     return Rows(
         hi=hi,
         lo=lo,
         has_score=has_score,
-        reason=_judge(known, difficulty, by_name, fixed),
+        reason=_judge(known, difficulty, by_name, fixed, logged, classed),
         difficulty=difficulty,
         features=fixed,
         uid=table.column("uid"),
         shard=_strings(table, "shard"),
         key=_strings(table, "key"),
+        group=group,
     )
 
 
@@ -198,6 +264,8 @@ def _judge(
     difficulty: npt.NDArray[np.float32],
     by_name: dict[str, npt.NDArray[Any]],
     fixed: features.F16,
+    logged: npt.NDArray[np.bool_],
+    classed: npt.NDArray[np.bool_],
 ) -> npt.NDArray[np.uint8]:
     """First thing that is wrong with each row, as an index into REASONS."""
     reason = np.zeros(len(known), np.uint8)
@@ -206,6 +274,8 @@ def _judge(
         reason[rows & (reason == 0)] = REASONS.index(text)
 
     mark(~known, "malformed uid")
+    mark(~logged, "no row in the training log")
+    mark(~classed, "no class")
     for short, long in (("img", "image"), ("txt", "text")):
         if short in by_name:
             array = by_name[short]
@@ -232,7 +302,13 @@ def _read_table(folder: Folder, name: str, config: CatalogConfig) -> Any:
         there = parquet.schema_arrow.names
         if "uid" not in there:
             raise InputError(f"{folder.where(name)} has no column uid; it has {', '.join(there)}")
-        columns = [c for c in ("uid", config.score_name, "shard", "key") if c in there]
+        if config.group_column and config.group_column not in there:
+            raise InputError(
+                f"{folder.where(name)} has no column {config.group_column!r}; it has "
+                f"{', '.join(there)}: choose one with --group-column"
+            )
+        wanted = ("uid", config.score_name, "shard", "key", config.group_column)
+        columns = [c for c in dict.fromkeys(wanted) if c in there]
         if config.score_column and config.score_column not in there:
             columns = there  # the caller's message lists them
         return parquet.read(columns=columns)
@@ -280,6 +356,16 @@ def _as_float32(column: Any, where: str) -> npt.NDArray[np.float32]:
     with np.errstate(over="ignore"):
         narrow: npt.NDArray[np.float32] = np.asarray(values, np.float64).astype(np.float32)
     return narrow
+
+
+def _logged(
+    outside: Outside, hi: uids.U64, lo: uids.U64
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Scores of a training log, NaN where it has none, and whether it has one."""
+    log = outside.log
+    assert log is not None
+    at = uids.positions(log.hi, log.lo, hi, lo)
+    return np.where(at >= 0, log.value[at], np.nan).astype(np.float32), at >= 0
 
 
 def _strings(table: Any, name: str) -> Any:

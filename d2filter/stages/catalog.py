@@ -20,10 +20,13 @@ import numpy.typing as npt
 from d2filter.algorithm import uids
 from d2filter.config import CatalogConfig
 from d2filter.errors import InputError
-from d2filter.formats import catalog, ledger, metadata
+from d2filter.formats import catalog, ledger, metadata, traininglog
 from d2filter.formats.paths import Folder
+from d2filter.formats.rows import read_columns, write_columns
+from d2filter.stages import score
 from d2filter.stages.runner import Report, Runner, Task
 
+_LOG = "log"
 _GROUP_BYTES = 128_000_000
 _PART_BYTES = 512_000_000
 
@@ -59,6 +62,9 @@ def build(
         )
         for number, group in enumerate(_grouped(pairs, group_bytes))
     ]
+    if config.needs == "log":
+        task = Task(name="log", run=score_log, arguments={"out": out, "config": config})
+        runner.map("catalog", [task], fingerprint=fingerprint, label="log", memory=memory)
     read = runner.map("catalog", reading, fingerprint=fingerprint, label="catalog", memory=memory)
     kinds = {figures["has_score"]: figures["first_file"] for figures in read}
     if len(kinds) > 1:
@@ -95,6 +101,10 @@ def build(
     ]
     merged = runner.map("catalog", merging, fingerprint=fingerprint, label="merge", memory=memory)
     folder.remove("runs")
+    folder.remove(_LOG)
+    if config.needs == "pool":
+        scored = score.build(runner, out, config, fingerprint, memory)
+        merged = [{**a, **b} for a, b in zip(merged, scored, strict=True)]
     return {
         "samples": {
             "read": total,
@@ -104,6 +114,10 @@ def build(
         },
         "bad_reasons": dict(reasons.most_common()),
         "dimension": next(iter(widths)),
+        "score": {
+            "name": config.score or (config.score_name if read[0]["has_score"] else "clip_score"),
+            "kept_first": config.first,
+        },
         "parts": len(ranges),
         "difficulty": {
             "min": min(f["min"] for f in merged if f["ranked"]),
@@ -128,8 +142,9 @@ def read_group(
     reasons: Counter[str] = Counter()
     first: metadata.Rows | None = None
     read = 0
+    outside = _outside(out, config)
     for name in names:
-        rows = metadata.read_pair(source, name, config)
+        rows = metadata.read_pair(source, name, config, outside)
         if first is None:
             first = rows
         if first.has_score != rows.has_score:
@@ -162,6 +177,7 @@ def read_group(
             features=rows.features,
             shard=rows.shard,
             key=rows.key,
+            group=rows.group,
         )
         parts.append(good.take(np.flatnonzero(rows.reason == 0)) if bad.size else good)
         read += len(rows.hi)
@@ -177,6 +193,24 @@ def read_group(
         "has_score": first is not None and first.has_score,
         "marks": marks,
     }
+
+
+def score_log(*, report: Report, out: Folder, config: CatalogConfig) -> dict[str, Any]:
+    """Task: scores of all samples of a training log. Figures: how many."""
+    found = traininglog.score(config.training_log, config.score)
+    write_columns(out.sub("catalog"), f"{_LOG}/score", hi=found.hi, lo=found.lo, value=found.value)
+    report(found.hi.size)
+    return {"logged": int(found.hi.size)}
+
+
+def _outside(out: Folder, config: CatalogConfig) -> metadata.Outside:
+    if config.needs == "target":
+        target = metadata.read_target(config.score_target, config.arch)
+        return metadata.Outside(target=target)
+    if config.needs == "log":
+        columns = read_columns(out.sub("catalog"), f"{_LOG}/score", "hi", "lo", "value")
+        return metadata.Outside(log=traininglog.Scored(**columns))
+    return metadata.Outside()
 
 
 def merge_range(

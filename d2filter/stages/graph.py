@@ -27,7 +27,7 @@ _PROCESS_BYTES = 450_000_000  # a worker with its libraries loaded, before it ho
 _SHARE_OF_MEMORY = 0.5  # of what is left: products, arrow buffers and copies need the rest
 _PRODUCTS = ("train", "assign", "choose", "find", "measure")  # steps that a GPU makes shorter
 _AFTER_LAYOUT = ("route-", "find-", "merge-", "refine-", "finish-", "judge")
-_KEPT = (CENTROIDS, "cells.parquet")
+_KEPT = (CENTROIDS, "cells.parquet", "classes.json")
 
 
 def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> Figures:

@@ -13,7 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from d2filter.config import RunConfig, SelectConfig, options_of
+from d2filter.config import CatalogConfig, RunConfig, SelectConfig, options_of
 from d2filter.errors import D2FilterError, RecallError, TooManyBadError, UsageError
 from d2filter.formats import ledger
 from d2filter.formats.paths import FileInfo, Folder, absolute
@@ -106,7 +106,7 @@ class Pipeline:
         before = embedded if source == own else None
         if source == own and embedded is None and self.state.done("catalog") is not None:
             # made from a folder that this command was not told again
-            self.state.require_options("catalog", options_of(self.config.catalog))
+            self.state.require_options("catalog", _catalog_options(self.config.catalog))
             self._say("catalog   done before")
             return
         if source == own and embedded is None:
@@ -115,11 +115,12 @@ class Pipeline:
                 f"{own.url} was not written by `d2filter embed`"
             )
         pairs, files = metadata.list_pairs(source)
+        beside = metadata.outside_files(self.config.catalog)
         plan = Plan(
             stage="catalog",
-            options=options_of(self.config.catalog),
+            options=_catalog_options(self.config.catalog),
             upstream=before["fingerprint"] if before else "",
-            inputs=() if before else files,
+            inputs=[*(() if before else files), *beside],
         )
 
         def build() -> dict[str, Any]:
@@ -141,15 +142,13 @@ class Pipeline:
         self._stage(plan, build)
 
     def _graph(self) -> None:
-        from d2filter.stages import graph
+        from d2filter.stages import graph, grouped
 
         before = self.state.require("catalog")
         config = self.config.graph
         plan = Plan(stage="graph", options=options_of(config), upstream=before["fingerprint"])
-        self._stage(
-            plan,
-            lambda: graph.build(self._runner, self.out, self.config, plan.fingerprint),
-        )
+        build = grouped.build if before["options"]["group_column"] else graph.build
+        self._stage(plan, lambda: build(self._runner, self.out, self.config, plan.fingerprint))
         graph.tidy(self.out)
 
     def _rank(self) -> None:
@@ -158,6 +157,8 @@ class Pipeline:
         before = self.state.require("graph")
         options = options_of(self.config.rank)
         options["gamma_forward"] = self.config.rank.scheme.gamma_forward
+        # all neighbors that the graph has, and as many as it has, are one plan
+        options["n_neighbors"] = rank.neighbors_of(self.out, self.config)
         plan = Plan(stage="rank", options=options, upstream=before["fingerprint"])
         self._stage(plan, lambda: rank.build(self._runner, self.out, self.config, plan.fingerprint))
         rank.tidy(self.out)
@@ -243,6 +244,12 @@ class Pipeline:
                 )
 
 
+def _catalog_options(config: CatalogConfig) -> dict[str, Any]:
+    """Where a target set and a training log lie is told by the plan's inputs."""
+    beside = {"score_target": bool(config.score_target), "training_log": bool(config.training_log)}
+    return {**options_of(config), **beside}
+
+
 def _weights(pretrained: str) -> list[Any] | None:
     """Size and time of a weights file: other weights under the same name are another model."""
     path = Path(pretrained)
@@ -270,6 +277,8 @@ def _brief(stage: str, figures: dict[str, Any]) -> str:
         how = "exact" if figures["nlist"] == 1 else f"{figures['nprobe']}/{figures['nlist']} cells"
         if figures["refinement_passes"]:
             how += " and their friends"
+        if figures.get("groups"):
+            how = f"in {figures['groups']} classes"
         if figures["partitions"] > 1:
             how += f" in {figures['partitions']} partitions"
         return (
@@ -277,6 +286,8 @@ def _brief(stage: str, figures: dict[str, Any]) -> str:
             f"[{low:.4f}, {high:.4f}] on {figures['recall_queries']:,} queries"
         )
     if stage == "rank":
+        if figures["method"] != "d2":
+            return f"by {figures['method']}"
         where = f" in {figures['partitions']} partitions" if figures["partitions"] > 1 else ""
         return f"{figures['supersteps']} supersteps{where}"
     samples = figures["samples"]

@@ -1,6 +1,7 @@
 """Graph → ranking/: one partition a graph part, and one order over all of them (DESIGN §3).
 
-cut → describe → supersteps (actors, see `supersteps`) → ranges → merge → finish.
+settle (see `late`) → cut → describe → supersteps (actors, see `supersteps`) → ranges → merge →
+finish.
 
 ranking-work/cut-00000.*      edges that leave a partition: source, target, sqdist; start (P + 1,)
 ranking-work/known-00000.*    uid and difficulty of samples that others have edges with: ids, hi,
@@ -24,18 +25,22 @@ import numpy as np
 
 from d2filter.algorithm import merge
 from d2filter.config import RunConfig
+from d2filter.errors import UsageError
 from d2filter.formats import graph, ranking
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_array, read_columns, write_columns
-from d2filter.stages import supersteps
+from d2filter.stages import late, others, supersteps
+from d2filter.stages.late import WORK
 from d2filter.stages.runner import Report, Runner, Task
-from d2filter.stages.supersteps import WORK, read_cut, read_share
+from d2filter.stages.supersteps import read_cut, read_share
 
 Figures = dict[str, Any]
 
 
 def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> Figures:
     """Run all tasks; returns the stage's figures."""
+    if config.rank.method != "d2":
+        return others.build(runner, out, config, fingerprint, neighbors_of(out, config))
     starts = graph.starts(out.sub("graph"))
     parts, total = len(starts) - 1, int(starts[-1])
     peak = 0
@@ -63,11 +68,18 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
         seconds[f"rank_{label}"] = max(f["seconds"] for f in found)
         return found
 
-    ends = each("cut", cut)
-    each("describe", describe, parts=parts)
+    def alone(label: str, run: Any, **arguments: Any) -> Figures:
+        task = Task(name=label, run=run, arguments={"out": out, **arguments})
+        return runner.map("rank", [task], fingerprint=fingerprint, label=label, total=total)[0]
+
+    settled = late.settle(each, alone, out, config.rank, neighbors_of(out, config), total)
+    ends = each("cut", cut, settled=settled)
+    each("describe", describe, parts=parts, settled=settled)
     made = {
-        "scheme": config.rank.scheme,
+        "settled": settled,
+        "scheme": config.rank.scheme.per(settled.unit),
         "both_ways": config.rank.undirected,
+        "budgets": config.rank.group_budgets,
         "fingerprint": fingerprint,
         "memory": config.memory_per_worker,
         "low": min(f["low"] for f in ends),
@@ -78,15 +90,30 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
     each("merge", merge_range, parts=parts)
     each("finish", finish, parts=parts)
     return {
+        "method": "d2",
         "rounds": done["rounds"],
         "supersteps": done["supersteps"],
         "bytes_exchanged": done["bytes"],
         "restarts": done["restarts"],
         "cut_edges": sum(f["edges"] for f in ends),
+        "late": sum(f["late"] for f in ends),
+        "gamma_unit": settled.unit,
         "partitions": parts,
         "seconds_detail": {**seconds, "supersteps": done["seconds"]},
         "peak_rss": max(peak, done["peak_rss_bytes"]),
     }
+
+
+def neighbors_of(out: Folder, config: RunConfig) -> int:
+    """How many neighbors of each list count. Raises UsageError for more than the graph has."""
+    there = graph.width(out.sub("graph"))
+    wanted = config.rank.n_neighbors or there
+    if wanted > there:
+        raise UsageError(
+            f"n-neighbors is {wanted}, the graph of {out.url} has {there}: rank with at most "
+            "that many, or make the graph anew"
+        )
+    return wanted
 
 
 def _supersteps(
@@ -97,7 +124,7 @@ def _supersteps(
         task = Task(name="supersteps", run=supersteps.alone, arguments={"out": out, "made": made})
         return runner.map(
             "rank", [task], fingerprint=fingerprint, label="rank", total=total,
-            memory=made["memory"],
+            memory=made["memory"], share_node=True,
         )[0]  # fmt: skip
     task = Task(
         name="supersteps",
@@ -112,9 +139,11 @@ def tidy(out: Folder) -> None:
     out.remove(WORK)
 
 
-def cut(*, report: Report, out: Folder, number: int) -> Figures:
-    """Task: the edges that leave a partition. Figures: how many, extremes of difficulty."""
-    one = read_share(out, number)
+def cut(*, report: Report, out: Folder, number: int, settled: late.Settled) -> Figures:
+    """Task: the edges that leave a partition. Figures: how many, extremes of difficulty, and how
+    many samples rank last.
+    """
+    one = read_share(out, number, settled)
     leaving = one.cut()
     write_columns(
         out.sub(WORK), f"cut-{number:05d}", start=leaving.start, source=leaving.source,
@@ -122,13 +151,15 @@ def cut(*, report: Report, out: Folder, number: int) -> Figures:
     )  # fmt: skip
     low, high = one.range()
     report(one.size)
-    return {"edges": int(leaving.source.size), "low": low, "high": high}
+    return {"edges": int(leaving.source.size), "low": low, "high": high, "late": one.late()}
 
 
-def describe(*, report: Report, out: Folder, number: int, parts: int) -> Figures:
+def describe(
+    *, report: Report, out: Folder, number: int, parts: int, settled: late.Settled
+) -> Figures:
     """Task: what the other partitions must know of own samples that they have edges with."""
     work = out.sub(WORK)
-    one = read_share(out, number, lists=False)
+    one = read_share(out, number, settled, lists=False)
     own = read_columns(work, f"cut-{number:05d}", "start", "source")
     ids = []
     for peer in range(parts):

@@ -16,18 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from d2filter.algorithm import backend, merge, share
+from d2filter.algorithm import backend, groups, merge, messages, share
 from d2filter.algorithm.supersteps import Snapshot
 from d2filter.errors import D2FilterError, StageError
 from d2filter.formats import graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import mapped, read_array, read_columns, write_columns
 from d2filter.formats.tables import first_line
+from d2filter.stages.late import WORK, Settled, late_rows
 from d2filter.stages.runner import Report, Runner, assigned_cpus, peak_rss_bytes, progress_bar
 
 Figures = dict[str, Any]
 
-WORK = "ranking-work"
 SAMPLED = 1024  # keys of a partition that choose the splitters
 
 _SAVE_SECONDS = 120.0  # between snapshots
@@ -41,8 +41,8 @@ def run(
     """Task of the driver: rank all partitions. Figures: supersteps, rounds, bytes, restarts, peak
     memory of an actor.
 
-    made: scheme, both_ways, and low and high, the extremes of difficulty in the whole pool. Raises
-    StageError when a partition fails for good, or when nothing moves any more.
+    made: settled, scheme, both_ways, and low and high, the extremes of difficulty in the whole
+    pool. Raises StageError when a partition fails for good, or when nothing moves any more.
     """
     ray = runner.ray()
     crews = runner.processes(parts, made["memory"])
@@ -297,10 +297,12 @@ class _Actor:
             outcome = one.outcome()
             # rows ascend by uid, so a stable sort is (x descending, uid ascending)
             order = np.argsort(~outcome.final, kind="stable")
+            sooner = outcome.final
+            if graph.has_groups(self._out.sub("graph")):
+                sooner = self._turns(number, order, outcome)
+                order = np.argsort(~sooner, kind="stable")
             uid = graph.read_columns(self._out.sub("graph"), number, "uid_hi", "uid_lo")
-            best = merge.Keys(
-                x=outcome.final[order], hi=uid["uid_hi"][order], lo=uid["uid_lo"][order]
-            )
+            best = merge.Keys(x=sooner[order], hi=uid["uid_hi"][order], lo=uid["uid_lo"][order])
             write_columns(
                 work, f"scores-{number:05d}", forward=outcome.forward, final=outcome.final,
                 suppressed_by=outcome.suppressed_by, order=order,
@@ -308,6 +310,13 @@ class _Actor:
             for stem, keys in (("best", best), ("sampled", merge.sample(best, SAMPLED))):
                 write_columns(work, f"{stem}-{number:05d}", x=keys.x, hi=keys.hi, lo=keys.lo)
         return True
+
+    def _turns(self, number: int, order: Any, outcome: share.Outcome) -> Any:
+        """Of a graph with classes, which lie whole in a partition: when each row's turn comes."""
+        group = graph.read_columns(self._out.sub("graph"), number, "group")["group"]
+        # nothing else begins as low
+        late = outcome.forward == messages.FLOOR
+        return groups.turns(order, group, late, self._made["budgets"])
 
     def _loaded(self) -> dict[int, share.Share]:
         if not self._shares:
@@ -317,7 +326,7 @@ class _Actor:
         return self._shares
 
     def _load(self, number: int) -> share.Share:
-        one = read_share(self._out, number)
+        one = read_share(self._out, number, self._made["settled"])
         work = self._out.sub(WORK)
         for peer in range(self._parts):
             if peer != number:
@@ -358,11 +367,15 @@ class _Actor:
         )
 
 
-def read_share(out: Folder, number: int, *, lists: bool = True) -> share.Share:
+def read_share(out: Folder, number: int, settled: Settled, *, lists: bool = True) -> share.Share:
     """One partition, before it has heard of the others; lists: with its neighbors."""
     part = graph.read_part(out.sub("graph"), number, lists=lists)
-    rows = share.Rows(**{field.name: getattr(part, field.name) for field in fields(part)})
-    return share.Share(rows, graph.starts(out.sub("graph")), number)
+    columns = {field.name: getattr(part, field.name) for field in fields(share.Rows)}
+    if part.neighbors.shape[1] > settled.k:
+        columns["neighbors"] = np.ascontiguousarray(part.neighbors[:, : settled.k])
+        columns["sqdist"] = np.ascontiguousarray(part.sqdist[:, : settled.k])
+    late = late_rows(out, number, part.difficulty, settled)
+    return share.Share(share.Rows(**columns), graph.starts(out.sub("graph")), number, late)
 
 
 def read_cut(work: Folder, source: int, target: int, *names: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from d2filter.algorithm import budget, certificate, cut, features, messages, uids
+from d2filter.algorithm import budget, certificate, cut, features, groups, late, messages, uids
 from d2filter.config import RankConfig
 from d2filter.errors import InputError, VerificationError
 from d2filter.formats import catalog, graph, ledger, ranking, subset, tables
@@ -147,8 +147,13 @@ def _neighbors(run: _Run) -> Breaches:
     out = _count("neighbors out of range", (g.neighbors < -1) | (g.neighbors >= n))
     out += _count("samples list themselves", g.neighbors == rows)
     padding = g.neighbors < 0
-    expected = max(0, k - (n - 1))
-    out += _count(f"lists do not end in {expected} paddings", padding.sum(axis=1) != expected)
+    others = np.full(n, n - 1)
+    if g.group is not None:
+        others = np.bincount(g.group)[g.group] - 1
+        there = np.where(padding, 0, g.neighbors)
+        out += _count("neighbors of another class", ~padding & (g.group[there] != g.group[:, None]))
+    expected = np.maximum(0, k - others)
+    out += _count("lists do not end in the paddings they need", padding.sum(axis=1) != expected)
     out += _count("lists have a padding before a neighbor", padding[:, :-1] & ~padding[:, 1:])
     ordered = np.sort(np.where(padding, -1 - np.arange(k), g.neighbors), axis=1)
     out += _count("lists name a neighbor twice", ordered[:, 1:] == ordered[:, :-1])
@@ -178,8 +183,11 @@ def _cells(run: _Run) -> Breaches:
     table = tables.read_table(index, "cells.parquet")
     held = int(table.column("rows").to_numpy().sum())
     ranked = run.stats["samples"]["ranked"]
-    centroids = read_array(index, "centroids.npy")
     out = [] if held == ranked else [f"cells hold {held} rows, ranked are {ranked}"]
+    if run.graph.group is not None:
+        counted = np.bincount(run.graph.group, minlength=table.num_rows)
+        return out + _count("classes differ in size", counted != table.column("rows").to_numpy())
+    centroids = read_array(index, "centroids.npy")
     named = len(set(table.column("cell").to_pylist()))
     expected = (named, run.stats["graph"]["sketch_dim"])
     if centroids.shape != expected:
@@ -197,7 +205,15 @@ def _ranks(run: _Run) -> Breaches:
 
 
 def _order(run: _Run) -> Breaches:
-    r = run.ranking
+    r, group = run.ranking, run.graph.group
+    options = RankConfig.from_options(run.records["rank"]["options"])
+    if group is not None and options.method == "d2":
+        by_uid = uids.ascending(r["uid_hi"], r["uid_lo"])
+        alone = np.empty(by_uid.size, np.int64)
+        alone[np.argsort(~r["final"][by_uid], kind="stable")] = np.arange(by_uid.size)
+        last = r["forward"][by_uid] == messages.FLOOR
+        shared = groups.interleaved(alone, group[by_uid], last, options.group_budgets)
+        return _count("ranks do not give each class its turn", shared != r["rank"][by_uid])
     order = np.argsort(r["rank"], kind="stable")
     final, precedence = r["final"][order], run.precedence[order]
     out = _count("final scores rise with rank", final[1:] > final[:-1])
@@ -207,29 +223,57 @@ def _order(run: _Run) -> Breaches:
 
 def _scores(run: _Run) -> Breaches:
     g, r = run.graph, run.ranking
-    options = RankConfig(**run.records["rank"]["options"])
-    source, target, sqdist = cut.whole(g.neighbors, g.sqdist, both_ways=options.undirected)
+    options = RankConfig.from_options(run.records["rank"]["options"])
+    if options.method != "d2":
+        return _method(run, options)
+    k = options.n_neighbors
+    neighbors, distances = g.neighbors[:, :k], g.sqdist[:, :k]
+    scheme = options.scheme
+    if options.gamma_scale == "median":
+        scheme = scheme.per(late.unit(distances))
+    last = late.mask(
+        g.difficulty, g.hi, g.lo, neighbors, distances, cut_hardest=options.cut_hardest,
+        collapse_copies=options.collapse_copies,
+    )  # fmt: skip
+    source, target, sqdist = cut.whole(neighbors, distances, both_ways=options.undirected)
+    through = ~last[source] & ~last[target]
+    source, target, sqdist = source[through], target[through], sqdist[through]
     start = np.searchsorted(source, np.arange(len(g.hi) + 1))
-    scores = messages.normalized(g.difficulty)
-    weights = options.scheme.forward_weights(sqdist)
+    earnest = g.difficulty[~last]
+    scores = messages.normalized(g.difficulty, float(earnest.min()), float(earnest.max()))
+    weights = scheme.forward_weights(sqdist)
     gathered = messages.gather(scores, start, target, weights)
-    forward = options.scheme.forward_scores(scores, gathered)
+    forward = scheme.forward_scores(scores, gathered)
+    forward[last] = messages.FLOOR
     out = _count("forward scores are not those of the graph", forward != r["forward"])
-    wrong, late, other = certificate.breaches(
+    # with classes, ranks are shared out afterwards: the greedy's own are those of the scores
+    rank = np.empty(len(g.hi), np.int64)
+    rank[np.lexsort((run.precedence, ~r["final"]))] = np.arange(rank.size)
+    wrong, delayed, other = certificate.breaches(
         r["forward"],
         r["final"],
-        r["rank"],
+        rank,
         run.precedence,
-        (source, target, options.scheme.reverse_weights(sqdist)),
+        (source, target, scheme.reverse_weights(sqdist)),
         r["suppressed_by"],
     )
     if wrong:
         out.append(f"{wrong} final scores are not forward minus the messages received")
-    if late:
-        out.append(f"{late} samples were taken later than the greedy would")
+    if delayed:
+        out.append(f"{delayed} samples were taken later than the greedy would")
     if other:
         out.append(f"{other} samples name another suppressor than the strongest")
     return out
+
+
+def _method(run: _Run, options: RankConfig) -> Breaches:
+    """Another method than D2 is proven by doing it again."""
+    from d2filter.stages import others
+
+    features_too = others.wants_features(options.method)
+    known = others.read_pool(run.folder, options.n_neighbors, with_features=features_too)
+    rank, _ = others.ranks_of(known, options)
+    return _count(f"ranks are not those of {options.method}", rank != run.ranking["rank"])
 
 
 def _subset(run: _Run) -> Breaches:
@@ -305,7 +349,7 @@ _STRUCTURE: dict[str, Callable[[_Run], Breaches]] = {
 }
 _MEANING: dict[str, Callable[[_Run], Breaches]] = {
     "final scores fall with rank, ties by uid": _order,
-    "scores and suppressors are those of the sequential greedy on this graph": _scores,
+    "the ranking is that of its method: for D2, of the sequential greedy on this graph": _scores,
     "the subset is sorted, unique and the first B of the ranking": _subset,
     "the kept lists agree with the subset": _kept,
 }

@@ -270,6 +270,9 @@ def test_a_driver_that_dies_goes_on_from_the_last_snapshots(
         ("--kernel", "exp", "--forward", "product"),
         ("--reverse", "absolute", "--forward", "none", "--undirected"),
         ("--reverse", "none", "--gamma-forward", "0.2"),
+        ("--gamma-scale", "median", "--cut-hardest", "0.2"),
+        ("--n-neighbors", "2", "--collapse-copies"),
+        ("--n-neighbors", "1", "--collapse-copies", "0.3", "--cut-hardest", "0.1", "--undirected"),
     ],
     ids=lambda words: " ".join(words),
 )
@@ -290,6 +293,59 @@ def test_every_scheme_is_the_same_in_partitions_and_proven(
     finally:
         assert run(*words) == 0
         again()
+
+
+def test_what_ranks_last_is_counted_and_comes_last(made: dict[int, Path], again: Any) -> None:
+    # a tenth of the pool are exact copies, and those of 0.3 of the hardest are gone before
+    out = again("--collapse-copies", "--cut-hardest", "0.3")
+    found = ranking(out)
+    last = found["forward"] == -(2**62)
+    assert stats(out)["rank"]["late"] == last.sum() > 0.3 * 3000 + 100
+    assert set(found["rank"][last]) == set(range(3000 - int(last.sum()), 3000))
+    assert (found["by_uid_hi"][last] == 0).all()
+    assert found["difficulty"][~last].max() < np.sort(found["difficulty"])[-899]
+    again()
+
+
+def test_fewer_neighbors_are_a_prefix_of_each_list(
+    made: dict[int, Path], tmp_path: Path, again: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = graph.read(Folder(str(made[1] / "graph")))
+    narrow = graph.GraphPart(
+        hi=pool.hi, lo=pool.lo, difficulty=pool.difficulty,
+        neighbors=pool.neighbors[:, :1].copy(), sqdist=pool.sqdist[:, :1].copy(),
+    )  # fmt: skip
+    out = Folder(str(tmp_path))
+    graph.publish_part(out.sub("graph"), 0, narrow)
+    samples = {"read": 3000, "ranked": 3000, "bad": 0, "duplicate": 0}
+    for stage, figures in (("catalog", {"samples": samples}), ("graph", {"k": 1})):
+        plan = Plan(stage=stage, options={}, upstream="", inputs=())
+        RunState(out).finish(plan, seconds=0.0, peak_rss_bytes=0, stats=figures)
+    assert run("rank", "--out-dir", tmp_path) == 0
+    assert same(ranking(tmp_path), ranking(again("--n-neighbors", 1)))
+    again()
+    assert run("rank", "--out-dir", made[4], "--n-neighbors", 4) == 2
+    assert "n-neighbors is 4, the graph of" in capsys.readouterr().err
+    # as many as there are is what was made
+    assert run("rank", "--out-dir", made[4], "--n-neighbors", 3) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("--cut-hardest", "1", "allowed is 0 to below 1"),
+        ("--cut-hardest", "much", "a number such as 0.4"),
+        ("--collapse-copies", "-1", "a squared distance of 0"),
+        ("--n-neighbors", "-1", "of at least 1"),
+    ],
+)
+def test_a_ranking_option_out_of_range(
+    option: str, value: str, allowed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("rank", "--out-dir", tmp_path, f"{option}={value}") == 2
+    said = capsys.readouterr().err
+    assert allowed in said
+    assert value in said
 
 
 def test_more_partitions_than_processors_and_empty_ones(tmp_path: Path) -> None:

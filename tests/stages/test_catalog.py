@@ -26,6 +26,7 @@ def samples(rows: list[tuple[int, float, float, str]]) -> catalog.Samples:
         features=np.array([[r[1]] for r in rows], np.float16).reshape(len(rows), 1),
         shard=pa.array(["s"] * len(rows), pa.string()),
         key=pa.array([r[3] for r in rows], pa.string()),
+        group=pa.nulls(len(rows), pa.string()),
     )
 
 

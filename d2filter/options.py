@@ -1,0 +1,342 @@
+"""The options of the commands, in groups, and the configuration that they make (DESIGN §7)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from d2filter import config
+from d2filter.algorithm import groups, schemes, scores, selectors
+from d2filter.algorithm.budget import parse_fraction
+from d2filter.errors import UsageError
+
+
+def common(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where and how")
+    group.add_argument("--out-dir", required=True, help="run directory: a path or an fsspec URL")
+    group.add_argument("--address", default="", help="Ray cluster to join; empty: start Ray here")
+    group.add_argument(
+        "--max-bad", type=float, default=0.01, help="share of bad samples that still exits with 0"
+    )
+    group.add_argument(
+        "--overwrite",
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help="make this stage of the command, and all after it, anew",
+    )
+    group.add_argument("--config", default="", help="YAML file with the same option names")
+
+
+def metadata(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--metadata-dir", default="", help="folder of NAME.parquet + NAME.npz pairs"
+    )
+
+
+def shards(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("embedding")
+    group.add_argument(
+        "--shards",
+        nargs="+",
+        default=None,
+        metavar="URL",
+        help="WebDataset shards: .tar files, folders of them, 'quoted/{00000..00099}.tar'",
+    )
+    group.add_argument(
+        "--model",
+        default=config.BUNDLED_MODEL,
+        help="open_clip model; the bundled one is for trying out, real work wants "
+        "--model ViT-L-14 --pretrained openai",
+    )
+    group.add_argument("--pretrained", default="", help="open_clip tag or path to weights")
+    group.add_argument("--precision", default="fp32", help=", ".join(config.PRECISIONS))
+    group.add_argument("--batch-size", type=int, default=64, help="images in a forward pass")
+
+
+def catalog(parser: argparse.ArgumentParser) -> None:
+    default = config.CatalogConfig()
+    group = parser.add_argument_group("samples")
+    group.add_argument(
+        "--arch",
+        default=None,
+        help="reads ARCH_img, ARCH_txt, clip_ARCH_similarity_score "
+        f"(default: that of --model with --shards, else {default.arch})",
+    )
+    group.add_argument("--score-column", default="", help="parquet column with the difficulty")
+    group.add_argument(
+        "--score",
+        choices=list(scores.SCORES),
+        default="",
+        metavar="NAME",
+        help="computes the difficulty; "
+        + "; ".join(
+            f"{one.name}: {one.says} (high is {one.meaning}, {one.kept_first} goes first)"
+            for one in scores.SCORES.values()
+        ),
+    )
+    group.add_argument(
+        "--group-column",
+        default="",
+        help="parquet column with classes: neighbors are of the same class, and every budget gives "
+        "each class its share",
+    )
+    group.add_argument(
+        "--keep-first",
+        choices=["high", "low"],
+        default="",
+        help="which end of the score goes first; low turns its sign (default: the score's own, "
+        "high of a column)",
+    )
+    group.add_argument(
+        "--score-target", default="", metavar="FILE",
+        help="of norm_sim: .npy (t, d), or .npz with ARCH_img, of a target set",
+    )  # fmt: skip
+    group.add_argument(
+        "--score-batch", type=int, default=default.score_batch, help="of negclip_loss: pairs"
+    )
+    group.add_argument(
+        "--score-rounds", type=int, default=default.score_rounds,
+        help="of negclip_loss: random batchings that are averaged",
+    )  # fmt: skip
+    group.add_argument(
+        "--training-log", default="", metavar="FILE",
+        help="of scores from training: .parquet, or a folder of them, with uid, epoch, label, and "
+        "probabilities or logits",
+    )  # fmt: skip
+    group.add_argument(
+        "--feature-type", default=default.feature_type, help="image|text, image or text"
+    )
+    group.add_argument(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        default=default.normalize,
+        help="L2-normalize each embedding (default: yes)",
+    )
+
+
+def graph(parser: argparse.ArgumentParser) -> None:
+    default = config.GraphConfig()
+    group = parser.add_argument_group("graph")
+    group.add_argument("--n-neighbors", type=int, default=default.n_neighbors, help="k")
+    group.add_argument(
+        "--target-recall", type=float, default=default.target_recall, help="recall@k to reach"
+    )
+    group.add_argument(
+        "--exact-below",
+        type=int,
+        default=default.exact_below,
+        help="compare all with all up to this many distinct rows",
+    )
+    group.add_argument("--seed", type=int, default=default.seed, help="of the uid hashes")
+    group.add_argument(
+        "--best-effort",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="exit with 0 although the target recall is out of reach (default: no)",
+    )
+    group.add_argument(
+        "--partitions",
+        type=_partitions,
+        default=0,
+        metavar="N",
+        help="auto, or a number: parts that the graph is made in; never changes the result "
+        "(default: auto, as few as memory allows)",
+    )
+
+
+def memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory-per-worker",
+        type=_bytes,
+        default=0,
+        metavar="SIZE",
+        help="what a task may use, 1GB or 800MiB (default: the node's share)",
+    )
+
+
+def rank_alone(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--n-neighbors",
+        type=int,
+        default=None,
+        help="neighbors of each list that count (default: all that the graph has)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the hashes that a method uses")
+
+
+def _share(text: str) -> Decimal:
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        raise argparse.ArgumentTypeError(f"{text!r}, allowed is a number such as 0.4") from None
+
+
+def _partitions(text: str) -> int:
+    if text == "auto":
+        return 0
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, allowed are auto and whole numbers from 1")
+    return int(text)
+
+
+def _bytes(text: str) -> int:
+    try:
+        return config.parse_bytes(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, allowed is a size: 1GB, 800MiB, 2e9") from None
+
+
+def rank(parser: argparse.ArgumentParser) -> None:
+    default = config.RankConfig()
+    group = parser.add_argument_group("ranking")
+    group.add_argument(
+        "--method",
+        choices=config.METHODS,
+        default=default.method,
+        metavar="NAME",
+        help="d2, or one to compare it with: "
+        + "; ".join(f"{name}: {one.says}" for name, one in selectors.SELECTORS.items()),
+    )
+    group.add_argument(
+        "--gamma", type=float, default=default.gamma, help="kernel width: weight = exp(-gamma·d²)"
+    )
+    group.add_argument(
+        "--gamma-forward", type=float, default=None, help="of the forward pass, if another"
+    )
+    for name, choices, text in (
+        ("kernel", schemes.KERNELS, "rbf: of the squared distance; exp: exp(-gamma·d)"),
+        ("forward", schemes.FORWARD, "how a score takes in those of its neighbors"),
+        (
+            "reverse",
+            schemes.REVERSE,
+            "what a kept sample takes from its neighbors: its weighted score, all of it, nothing",
+        ),
+    ):
+        group.add_argument(f"--{name}", choices=choices, default=getattr(default, name), help=text)
+    group.add_argument(
+        "--undirected", action="store_true", help="edges count both ways, as in the paper"
+    )
+    group.add_argument(
+        "--gamma-scale",
+        choices=config.GAMMA_SCALES,
+        default=default.gamma_scale,
+        help="median: gamma is for distances in units of the pool's median between neighbors, so "
+        "that it means the same for any encoder",
+    )
+    group.add_argument(
+        "--group-budgets",
+        choices=groups.BUDGETS,
+        default=default.group_budgets,
+        help="shares of the classes, where there are any: as large as they are, or all alike",
+    )
+    group.add_argument(
+        "--cut-hardest",
+        type=_share,
+        default=default.cut_hardest,
+        metavar="SHARE",
+        help="samples of the highest difficulty that rank after everything else: wrong labels, "
+        "where hard ones go first",
+    )
+    group.add_argument(
+        "--collapse-copies",
+        type=float,
+        nargs="?",
+        const=0.0,
+        default=None,
+        metavar="SQDIST",
+        help="of neighbors up to this squared distance (0: identical) the best one stays, the "
+        "others rank after everything else",
+    )
+
+
+def select(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("budget")
+    group.add_argument("--fraction", default=None, help="share to keep (default: 0.3)")
+    group.add_argument("--budget", type=int, default=None, help="number of samples to keep")
+    group.add_argument(
+        "--min-score", type=float, default=None, help="drop lower raw scores within the budget"
+    )
+
+
+def sweep(parser: argparse.ArgumentParser) -> None:
+    default = config.RankConfig()
+    parser.add_argument("out_dir", metavar="OUT", help="run directory with a finished graph")
+    many: list[tuple[str, Callable[[str], Any], str, str]] = [
+        ("--method", str, default.method, f"some of {', '.join(config.METHODS)}"),
+        ("--n-neighbors", int, "0", "k, up to that of the graph; 0: all it has"),
+        ("--gamma", float, f"{default.gamma:g}", "kernel widths"),
+        ("--gamma-scale", str, default.gamma_scale, f"some of {', '.join(config.GAMMA_SCALES)}"),
+        ("--kernel", str, default.kernel, f"some of {', '.join(schemes.KERNELS)}"),
+        ("--forward", str, default.forward, f"some of {', '.join(schemes.FORWARD)}"),
+        ("--reverse", str, default.reverse, f"some of {', '.join(schemes.REVERSE)}"),
+        ("--cut-hardest", Decimal, "0", "shares that rank last"),
+        ("--collapse-copies", _sqdist, "none", "squared distances of copies, or none"),
+        ("--fraction", str, "0.1,0.3,0.5", "budgets"),
+    ]
+    for name, convert, given, text in many:
+        parser.add_argument(
+            name,
+            type=_comma_separated(convert),
+            default=given,
+            metavar="LIST",
+            help=f"{text}, separated by commas",
+        )
+
+
+def _comma_separated(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def values(text: str) -> list[Any]:
+        try:
+            return [convert(word.strip()) for word in text.split(",")]
+        except (ValueError, InvalidOperation):
+            raise argparse.ArgumentTypeError(
+                f"{text!r}, allowed are values separated by commas"
+            ) from None
+
+    return values
+
+
+def _sqdist(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
+def run_config(arguments: argparse.Namespace) -> config.RunConfig:
+    """The whole configuration of a command; options that it does not have keep their defaults."""
+    given = vars(arguments)
+
+    def pick(part: Any, **special: Any) -> Any:
+        fields = {f: given[f] for f in part.__dataclass_fields__ if given.get(f) is not None}
+        return part(**{**fields, **special})
+
+    fraction = given.get("fraction")
+    shards = given.get("shards")
+    if shards and given.get("metadata_dir"):
+        raise UsageError("shards and metadata-dir are both given: name one of them")
+    embed = pick(config.EmbedConfig, shards=_tuple(shards)) if shards else None
+    special = {}
+    if embed is not None and not given.get("arch"):
+        special["arch"] = embed.resolved_arch  # the catalog reads what `embed` writes
+    return config.RunConfig(
+        out_dir=arguments.out_dir,
+        metadata_dir=given.get("metadata_dir", ""),
+        embed=embed,
+        catalog=pick(config.CatalogConfig, **special),
+        graph=pick(config.GraphConfig),
+        rank=pick(config.RankConfig),
+        select=pick(
+            config.SelectConfig,
+            fraction=None if fraction is None else parse_fraction(fraction),
+        ),
+        max_bad=arguments.max_bad,
+        best_effort=given.get("best_effort", False),
+        partitions=given.get("partitions", 0),
+        memory_per_worker=given.get("memory_per_worker", 0),
+        address=arguments.address,
+        overwrite=tuple(arguments.overwrite),
+    )
+
+
+def _tuple(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)

@@ -1,0 +1,167 @@
+"""Catalog → graph/ where samples have classes: neighbors are of the same class.
+
+Whole classes make a partition, so no edge crosses and none has to be merged. A task holds the
+features of its partition: a class is the smallest one.
+
+index/classes.json     names of the classes, by number
+index/cells.parquet    class, partition, rows
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from d2filter.algorithm import backend, groups
+from d2filter.config import GraphConfig, RunConfig
+from d2filter.errors import RecallError
+from d2filter.formats import catalog, graph
+from d2filter.formats.paths import Folder
+from d2filter.formats.runstate import digest
+from d2filter.stages.runner import Report, Runner, Task, assigned_cpus
+
+Figures = dict[str, Any]
+
+CLASSES = "classes.json"
+
+_SHARE_OF_MEMORY = 0.2  # features are held once, and once more while a class is searched
+
+
+def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> Figures:
+    """Run all tasks; returns the stage's figures."""
+    layout = catalog.layout(out.sub("catalog"))
+    parts = len(layout.starts) - 1
+    peaks: list[int] = []
+
+    def each(label: str, run: Any, arguments: list[Figures], variant: Any = "") -> list[Figures]:
+        tasks = [
+            Task(name=f"{label}-{n:05d}", run=run, arguments={"out": out, "number": n, **more})
+            for n, more in enumerate(arguments)
+        ]
+        found = runner.map(
+            "graph", tasks, fingerprint=digest([fingerprint, label, variant]), label=label,
+            total=layout.total, share_node=True, memory=config.memory_per_worker,
+        )  # fmt: skip
+        peaks.extend(f["peak_rss_bytes"] for f in found)
+        return found
+
+    counted = each("classes", count_classes, [{} for _ in range(parts)])
+    counts: Counter[str] = sum((Counter(f["counts"]) for f in counted), Counter())
+    names = sorted(counts)
+    sizes = np.array([counts[name] for name in names], np.int64)
+    wanted = config.partitions or _partitions(runner, layout, config.memory_per_worker)
+    home = bins(sizes, min(wanted, len(names)))
+    partitions = int(home.max()) + 1
+    rows = np.bincount(home, weights=sizes).astype(np.int64)
+    starts = np.concatenate([[0], np.cumsum(rows)])
+    out.publish_json(f"index/{CLASSES}", names)
+    with out.publish("index/cells.parquet") as path:
+        kinds = np.arange(len(names), dtype=np.int32)
+        table = pa.table({"cell": kinds, "partition": home.astype(np.int32), "rows": sizes})
+        pq.write_table(table, path)
+    found = each(
+        "group",
+        build_part,
+        [
+            {"config": config.graph, "home": home, "first": int(starts[p]), "parts": parts}
+            for p in range(partitions)
+        ],
+        partitions,
+    )
+    worst = min(found, key=lambda f: float(f["recall"]))
+    target = config.graph.target_recall
+    if worst["recall"] < target and not config.best_effort:
+        raise RecallError(
+            f"recall@{config.graph.n_neighbors} of {target} is out of reach: in the worst class "
+            f"{worst['recall']:.4f} was measured; lower --target-recall, raise --exact-below, or "
+            "take what can be had with --best-effort"
+        )
+    return {
+        "k": config.graph.n_neighbors,
+        "groups": len(names),
+        "nlist": 1,
+        "nprobe": 1,
+        "refinement_passes": 0,
+        "sketch_dim": 0,
+        "recall": worst["recall"],
+        "recall_ci": worst["recall_ci"],
+        "recall_queries": sum(f["queries"] for f in found),
+        "partitions": partitions,
+        "partition_rows": rows.tolist(),
+        "cross_edges": 0.0,
+        "peak_rss": max(peaks),
+    }
+
+
+def bins(sizes: Any, count: int) -> Any:
+    """Partition of each class, (classes,) int64: the largest class first, each to the emptiest."""
+    home = np.empty(len(sizes), np.int64)
+    room = [(0, p) for p in range(count)]
+    for number in np.argsort(-sizes, kind="stable").tolist():
+        held, p = heapq.heappop(room)
+        home[number] = p
+        heapq.heappush(room, (held + int(sizes[number]), p))
+    return home
+
+
+def count_classes(*, report: Report, out: Folder, number: int) -> Figures:
+    """Task: samples of each class in a part of the catalog."""
+    found = pc.value_counts(catalog.read_groups(out.sub("catalog"), number)).to_pylist()
+    counts = {entry["values"]: entry["counts"] for entry in found}
+    report(sum(counts.values()))
+    return {"counts": counts}
+
+
+def build_part(
+    *, report: Report, out: Folder, number: int, config: GraphConfig, home: Any, first: int,
+    parts: int,
+) -> Figures:  # fmt: skip
+    """Task: the graph of some classes → one part. Figures: recall of the worst of them."""
+    backend.use_threads(assigned_cpus())
+    folder = out.sub("catalog")
+    names = out.read_json(f"index/{CLASSES}")
+    mine: list[catalog.Samples] = []
+    kinds = []
+    for part in range(parts):
+        group = pc.index_in(
+            catalog.read_groups(folder, part), value_set=pa.array(names, pa.string())
+        ).to_numpy()
+        rows = np.flatnonzero(home[group] == number)
+        if rows.size:
+            # parts ascend by uid, so their rows one after the other do
+            mine.append(catalog.read_part(folder, part).take(rows))
+            kinds.append(group[rows].astype(np.int64))
+    held, kind = catalog.concatenate(mine), np.concatenate(kinds)
+    found, recall = groups.graph(
+        held.features, held.hi, held.lo, kind, config.n_neighbors,
+        target_recall=config.target_recall, exact_below=config.exact_below, seed=config.seed,
+    )  # fmt: skip
+    made = graph.GraphPart(
+        hi=held.hi,
+        lo=held.lo,
+        difficulty=held.difficulty,
+        neighbors=np.where(found.neighbors >= 0, found.neighbors + first, -1),
+        sqdist=found.sqdist,
+        group=kind,
+    )
+    graph.publish_part(out.sub("graph"), number, made)
+    report(kind.size)
+    return {
+        "recall": recall.value,
+        "recall_ci": [recall.low, recall.high],
+        "queries": recall.queries,
+    }
+
+
+def _partitions(runner: Runner, layout: Any, memory: int) -> int:
+    """As few as memory allows, at least one a node."""
+    _, nodes, node_bytes = runner.resources()
+    needed = layout.total * (2 * layout.part(0).shape[1] + 200)
+    return int(max(nodes, math.ceil(needed / ((memory or node_bytes) * _SHARE_OF_MEMORY))))

@@ -1,0 +1,157 @@
+"""Graph and catalog → ranking/, by another method than D2: one task that holds the pool.
+
+`algorithm/selectors.py` says up to what size each is practical, and refuses beyond.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.algorithm import backend, groups, late, selectors, uids
+from d2filter.algorithm import ranking as ranker
+from d2filter.config import RankConfig, RunConfig
+from d2filter.formats import catalog, graph, ranking
+from d2filter.formats.paths import Folder
+from d2filter.stages.runner import Report, Runner, Task, assigned_cpus
+
+Figures = dict[str, Any]
+I64 = npt.NDArray[np.int64]
+
+
+def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str, k: int) -> Figures:
+    """Rank by `config.rank.method`; returns the stage's figures. k: neighbors that count."""
+    starts = graph.starts(out.sub("graph"))
+    task = Task(
+        name=config.rank.method,
+        run=rank_all,
+        arguments={"out": out, "config": config.rank, "k": k},
+    )
+    (found,) = runner.map(
+        "rank", [task], fingerprint=fingerprint, label=config.rank.method, total=int(starts[-1]),
+        share_node=True, memory=config.memory_per_worker,
+    )  # fmt: skip
+    return {
+        "method": config.rank.method,
+        "supersteps": 0,
+        "rounds": 0,
+        "partitions": len(starts) - 1,
+        "late": found["late"],
+        "peak_rss": found["peak_rss_bytes"],
+    }
+
+
+def rank_all(*, report: Report, out: Folder, config: RankConfig, k: int) -> Figures:
+    """Task: the whole ranking. Figures: samples that rank last.
+
+    Scores have no meaning here: `final` counts the samples ranked behind, so that it falls with
+    rank, and nobody suppresses anybody.
+    """
+    backend.use_threads(assigned_cpus())
+    known = read_pool(out, k, with_features=wants_features(config.method))
+    rank, last = ranks_of(known, config)
+    starts = graph.starts(out.sub("graph"))
+    n = int(starts[-1])
+    for number in range(len(starts) - 1):
+        some = slice(int(starts[number]), int(starts[number + 1]))
+        behind = n - 1 - rank[some]
+        part = ranking.RankingPart(
+            uid_hi=known.part.hi[some],
+            uid_lo=known.part.lo[some],
+            difficulty=known.part.difficulty[some],
+            forward=np.where(last[some], np.int64(-(2**62)), behind),
+            final=behind,
+            rank=rank[some],
+            suppressed_by=np.full(behind.size, -1, np.int64),
+        )
+        ranking.publish_part(out.sub("ranking"), number, part)
+        report(behind.size)
+    return {"late": int(last.sum())}
+
+
+class KnownPool:
+    """A pool in memory: rows of the graph as they lie, and features in the order of uid."""
+
+    def __init__(self, part: graph.GraphPart, rows: npt.NDArray[np.float16]) -> None:
+        self.part = part
+        self.rows = rows
+        """(n, d), or (n, 0): not read"""
+        self.order = uids.ascending(part.hi, part.lo)
+        """(n,) graph ids by ascending uid"""
+        self.position = np.empty_like(self.order)
+        """(n,) place by uid of each graph id"""
+        self.position[self.order] = np.arange(self.order.size)
+
+    def by_uid(self, config: RankConfig) -> selectors.Pool:
+        """What selectors see."""
+        part, order = self.part, self.order
+        neighbors = part.neighbors[order]
+        return selectors.Pool(
+            hi=part.hi[order],
+            lo=part.lo[order],
+            difficulty=part.difficulty[order],
+            features=self.rows,
+            neighbors=np.where(neighbors >= 0, self.position[neighbors], -1),
+            sqdist=part.sqdist[order],
+            group=None if part.group is None else part.group[order],
+            seed=config.seed,
+        )
+
+
+def read_pool(out: Folder, k: int, *, with_features: bool) -> KnownPool:
+    """The whole graph with lists of k, and the features where wanted."""
+    part = narrowed(graph.read(out.sub("graph")), k)
+    rows = np.empty((len(part.hi), 0), np.float16)
+    if with_features:
+        layout = catalog.layout(out.sub("catalog"))
+        # the catalog ascends by uid
+        rows = np.concatenate([layout.read(number) for number in range(len(layout.starts) - 1)])
+    return KnownPool(part, rows)
+
+
+def narrowed(part: graph.GraphPart, k: int) -> graph.GraphPart:
+    """The same with lists of k."""
+    return replace(
+        part,
+        neighbors=np.ascontiguousarray(part.neighbors[:, :k]),
+        sqdist=np.ascontiguousarray(part.sqdist[:, :k]),
+    )
+
+
+def ranks_of(known: KnownPool, config: RankConfig) -> tuple[I64, npt.NDArray[np.bool_]]:
+    """Rank of each row of the graph, D2 or any other method, and which samples rank last."""
+    part = known.part
+    last = late.mask(
+        part.difficulty, part.hi, part.lo, part.neighbors, part.sqdist,
+        cut_hardest=config.cut_hardest, collapse_copies=config.collapse_copies,
+    )  # fmt: skip
+    if config.method != "d2":
+        rank = ranker.rank_by(config.method, known.by_uid(config), late=last[known.order])
+        return interleaved(known, rank[known.position], last, config), last
+    scheme = config.scheme
+    if config.gamma_scale == "median":
+        scheme = scheme.per(late.unit(part.sqdist))
+    found = ranker.rank_graph(
+        part.hi, part.lo, part.difficulty, part.neighbors, part.sqdist, scheme=scheme,
+        undirected=config.undirected, late=last,
+    )  # fmt: skip
+    return interleaved(known, found.rank, last, config), last
+
+
+def interleaved(
+    known: KnownPool, rank: I64, last: npt.NDArray[np.bool_], config: RankConfig
+) -> I64:
+    """Ranks by graph row, of which every budget gives each class its share, where there are any."""
+    group, order = known.part.group, known.order
+    if group is None:
+        return rank
+    shared = groups.interleaved(rank[order], group[order], last[order], config.group_budgets)
+    return shared[known.position]
+
+
+def wants_features(method: str) -> bool:
+    """Whether a method looks at embeddings."""
+    return method != "d2" and "features" in selectors.SELECTORS[method].wants

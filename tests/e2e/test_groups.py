@@ -1,0 +1,150 @@
+"""Classes: edges inside, budgets for each, through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pools
+import pyarrow.parquet as pq
+import pytest
+
+import d2filter
+from d2filter import cli
+from d2filter.formats import graph
+from d2filter.formats.paths import Folder
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+N = 600
+POOL = pools.make(N, 8)
+SIZES = {"cat": 300, "dog": 200, "newt": 97, "olm": 3}
+LABELS = np.random.default_rng(3).permutation([name for name, n in SIZES.items() for _ in range(n)])
+
+
+def run(*words: Any) -> int:
+    return cli.main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def made(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One pool in one partition, and shuffled from three files in as many as there are classes."""
+    folder = tmp_path_factory.mktemp("groups")
+    outs = []
+    for name, files, shuffle, partitions in (("one", 1, None, 1), ("more", 3, 5, 9)):
+        columns = {"label": LABELS.tolist(), "score": np.linspace(0, 1, N).tolist()}
+        metadata = pools.write(
+            folder / f"m-{name}", POOL, files=files, shuffle=shuffle, columns=columns
+        )
+        out = folder / name
+        words = ("--n-neighbors", 5, "--partitions", partitions, "--score-column", "score")
+        words = (*words, "--group-column", "label", "--fraction", "0.5")
+        assert run("run", "--metadata-dir", metadata, "--out-dir", out, *words) == 0
+        outs.append(out)
+    return outs
+
+
+def ranks(out: Path) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for path in (out / "ranking").glob("*.parquet"):
+        t = pq.read_table(path).to_pydict()
+        for hi, lo, rank in zip(t["uid_hi"], t["uid_lo"], t["rank"], strict=True):
+            found[f"{hi:016x}{lo:016x}"] = rank
+    return found
+
+
+def kept_of(found: dict[str, int], size: int) -> dict[str, int]:
+    label = dict(zip(POOL["uid"], LABELS.tolist(), strict=True))
+    counts = dict.fromkeys(SIZES, 0)
+    for uid, rank in found.items():
+        counts[label[uid]] += rank < size
+    return counts
+
+
+def test_classes_have_edges_inside_and_their_share_of_every_budget(made: list[Path]) -> None:
+    stats = json.loads((made[1] / "stats.json").read_text())
+    assert (stats["graph"]["groups"], stats["graph"]["partitions"]) == (4, 4)
+    assert stats["rank"]["cut_edges"] == 0
+    for out in made:
+        part = graph.read(Folder(str(out / "graph")))
+        assert part.group is not None
+        inside = np.where(part.neighbors >= 0, part.group[part.neighbors], part.group[:, None])
+        assert (inside == part.group[:, None]).all()
+        # an olm has two others
+        assert (part.neighbors >= 0).sum() == 5 * 597 + 2 * 3
+        assert run("verify", out) == 0
+    one, more = (ranks(out) for out in made)
+    assert one == more
+    half = kept_of(one, 300)
+    assert (half["cat"], half["dog"]) == (150, 100)
+    # half of 97 and of 3: the last place goes to either
+    assert (half["newt"], half["olm"]) in {(48, 2), (49, 1)}
+    assert kept_of(one, 60) == {"cat": 30, "dog": 20, "newt": 10, "olm": 0}
+
+
+def test_the_command_line_ranks_as_the_notebook_does(made: list[Path]) -> None:
+    pool = d2filter.rank(
+        [POOL["img"], POOL["txt"]],
+        np.linspace(0, 1, N).astype(np.float32),
+        n_neighbors=5,
+        groups=LABELS,
+        uids_hex=POOL["uid"],
+    )
+    assert ranks(made[0]) == dict(zip(POOL["uid"], pool.rank.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--group-budgets", "uniform", "--cut-hardest", "0.1"),
+        ("--method", "moderate"),
+        ("--method", "random", "--group-budgets", "uniform"),
+    ],
+)
+def test_other_budgets_and_methods_share_out_too(words: tuple[str, ...], made: list[Path]) -> None:
+    for out in made:
+        assert run("rank", "--out-dir", out, "--overwrite", "rank", *words) == 0
+        assert run("select", "--out-dir", out) == 0
+        assert run("verify", out) == 0
+    one, more = (ranks(out) for out in made)
+    assert one == more
+    if "uniform" in words:
+        counts = kept_of(one, 120)
+        assert counts["olm"] >= 2
+        assert counts["cat"] == counts["dog"]
+    else:
+        assert kept_of(one, 300)["cat"] == 150
+    for out in made:
+        assert run("rank", "--out-dir", out, "--overwrite", "rank") == 0
+        assert run("select", "--out-dir", out) == 0
+
+
+def test_verify_sees_a_class_that_was_left_out_of_its_turn(
+    made: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (path,) = (made[0] / "ranking").glob("*.parquet")
+    whole = path.read_bytes()
+    table = pq.read_table(path)
+    rank = table["rank"].to_numpy().copy()
+    rank[[0, 1]] = rank[[1, 0]]
+    pq.write_table(table.set_column(5, "rank", [rank]), path)
+    assert run("verify", made[0]) == 1
+    assert "ranks do not give each class its turn" in capsys.readouterr().out
+    path.write_bytes(whole)
+
+
+def test_samples_without_a_class_are_bad_and_a_missing_column_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = [None, None, *LABELS[2:].tolist()]
+    metadata = pools.write(tmp_path / "m", POOL, columns={"label": labels})
+    words = ("graph", "--metadata-dir", metadata, "--out-dir", tmp_path / "o")
+    assert run(*words, "--group-column", "label") == 0
+    stats = json.loads((tmp_path / "o" / "stats.json").read_text())
+    assert stats["samples"]["bad"] == 2
+    assert stats["catalog"]["bad_reasons"] == {"no class": 2}
+    words = ("graph", "--metadata-dir", metadata, "--out-dir", tmp_path / "p")
+    assert run(*words, "--group-column", "kind") == 1
+    assert "has no column 'kind'" in capsys.readouterr().err

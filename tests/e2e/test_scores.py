@@ -1,0 +1,265 @@
+"""Scores by name, through the command line: their values, their direction, what they need."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pools
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from d2filter import cli
+from d2filter.algorithm import dynamics, features, scores
+from d2filter.stages import catalog as catalog_stage
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+N = 600
+POOL = pools.make(N, 8)
+
+
+def run(*words: Any) -> int:
+    return cli.main([str(word) for word in words])
+
+
+def difficulties(out: Path) -> dict[str, float]:
+    found = {}
+    for path in sorted((out / "catalog").glob("part-*.parquet")):
+        table = pq.read_table(path).to_pydict()
+        for hi, lo, value in zip(
+            table["uid_hi"], table["uid_lo"], table["difficulty"], strict=True
+        ):
+            found[f"{hi:016x}{lo:016x}"] = value
+    return found
+
+
+@pytest.fixture(scope="module")
+def metadata(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The same pool in one file, and shuffled in four."""
+    folder = tmp_path_factory.mktemp("scores")
+    return [
+        pools.write(folder / "one", POOL),
+        pools.write(folder / "four", POOL, files=4, shuffle=3),
+    ]
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 16_000)
+
+
+def made(metadata: Path, out: Path, *words: Any) -> dict[str, float]:
+    assert run("graph", "--metadata-dir", metadata, "--out-dir", out, *words) == 0
+    return difficulties(out)
+
+
+def parts(out: Path) -> int:
+    return len(list((out / "catalog").glob("part-*.parquet")))
+
+
+def in_order() -> list[int]:
+    return sorted(range(N), key=lambda row: POOL["uid"][row])
+
+
+def fixed(name: str) -> np.ndarray:
+    return features.fix([POOL[name]])
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_negclip_loss_is_that_of_batches_by_uid(
+    rounds: int, metadata: list[Path], tmp_path: Path
+) -> None:
+    words = ("--score", "negclip_loss", "--score-batch", 50, "--score-rounds", rounds)
+    found = made(metadata[0], tmp_path / "a", *words)
+    again = made(metadata[1], tmp_path / "b", *words, "--memory-per-worker", "3GB")
+    assert parts(tmp_path / "a") > 1
+    assert found == again
+    assert not (tmp_path / "a" / "catalog" / "scores").exists()
+    image, text = fixed("img"), fixed("txt")
+    hi = np.array([int(u[:16], 16) for u in POOL["uid"]], np.uint64)
+    lo = np.array([int(u[16:], 16) for u in POOL["uid"]], np.uint64)
+    total = np.zeros(N)
+    for turn in range(rounds):
+        batch = scores.batch_of(hi, lo, batches=scores.batches_for(N, 50), round=turn)
+        for number in set(batch.tolist()):
+            rows = [row for row in in_order() if batch[row] == number]
+            total[rows] += scores.negclip_loss(image[rows], text[rows])
+    for row, uid in enumerate(POOL["uid"]):
+        assert found[uid] == pytest.approx(total[row] / rounds, rel=1e-6)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_prototypicality_does_not_see_files(metadata: list[Path], tmp_path: Path) -> None:
+    words = ("--score", "prototypicality", "--feature-type", "image")
+    found = made(metadata[0], tmp_path / "a", *words)
+    assert found == made(metadata[1], tmp_path / "b", *words)
+    assert parts(tmp_path / "a") > 1
+    values = np.array(list(found.values()))
+    # 600 samples around ten centers, nine centroids: few lie far away, none on a centroid
+    assert 0 < values.min() < np.median(values) < values.max() < 2
+    turned = made(metadata[0], tmp_path / "c", *words, "--keep-first", "low")
+    assert turned == {uid: -value for uid, value in found.items()}
+
+
+def test_norm_sim_is_the_largest_cosine_to_the_targets(
+    metadata: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = np.random.default_rng(5).normal(size=(7, 8)).astype(np.float32)
+    np.save(tmp_path / "target.npy", target)
+    words = ("--score", "norm_sim", "--score-target", tmp_path / "target.npy")
+    words = (*words, "--feature-type", "text")
+    found = made(metadata[1], tmp_path / "a", *words)
+    image = POOL["img"].astype(np.float64)
+    cosine = (image @ target.T) / np.linalg.norm(image, axis=1)[:, None]
+    best = (cosine / np.linalg.norm(target.astype(np.float64), axis=1)).max(axis=1)
+    for row, uid in enumerate(POOL["uid"]):
+        assert found[uid] == pytest.approx(best[row], rel=1e-6)
+    # another target set is another input
+    np.savez(tmp_path / "target.npz", l14_img=target[:3])
+    words = (*words[:2], "--score-target", tmp_path / "target.npz", *words[4:])
+    out = ("--metadata-dir", metadata[1], "--out-dir", tmp_path / "a")
+    assert run("graph", *out, *words) == 1
+    assert "target.np" in capsys.readouterr().err
+    assert run("graph", *out, *words, "--overwrite", "catalog") == 0
+    assert difficulties(tmp_path / "a") != found
+
+
+def log(epochs: int = 4, classes: int = 3, *, logits: bool = False) -> dict[str, Any]:
+    rng = np.random.default_rng(9)
+    p = rng.random((N, epochs, classes)).astype(np.float32)
+    if not logits:
+        p /= p.sum(axis=2, keepdims=True)
+    label = rng.integers(0, classes, N)
+    return {"p": p, "label": label, "column": "logits" if logits else "probabilities"}
+
+
+def write_log(path: Path, made: dict[str, Any], rows: list[int] | None = None) -> Path:
+    p, label = made["p"], made["label"]
+    order = [
+        (row, epoch) for row in (range(N) if rows is None else rows) for epoch in range(p.shape[1])
+    ]
+    np.random.default_rng(1).shuffle(order)
+    table = {
+        "uid": [POOL["uid"][row] for row, _ in order],
+        "epoch": pa.array([10 + epoch for _, epoch in order], pa.int32()),
+        "label": [int(label[row]) for row, _ in order],
+        made["column"]: [p[row, epoch].tolist() for row, epoch in order],
+    }
+    pq.write_table(pa.table(table), path)
+    return path
+
+
+@pytest.mark.parametrize("name", list(dynamics.LOG_SCORES))
+@pytest.mark.parametrize("logits", [False, True])
+def test_scores_of_a_training_log(
+    name: str, logits: bool, metadata: list[Path], tmp_path: Path
+) -> None:
+    from d2filter.formats import traininglog
+
+    made = log(logits=logits)
+    folder = tmp_path / "log"
+    folder.mkdir()
+    write_log(folder / "a.parquet", made, list(range(0, N, 2)))
+    write_log(folder / "b.parquet", made, list(range(1, N, 2)))
+    found = traininglog.score(str(folder), name)
+    p = dynamics.softmax(made["p"]) if logits else made["p"]
+    expected = dynamics.LOG_SCORES[name](p.astype(np.float32), made["label"])
+    by_uid = expected[in_order()]
+    assert np.allclose(found.value, by_uid, rtol=1e-5, atol=1e-7)
+    assert (np.diff(found.hi.astype(object)) > 0).all()
+
+
+def test_a_log_decides_the_difficulty_and_what_it_lacks_is_bad(
+    metadata: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_log = log()
+    path = write_log(tmp_path / "log.parquet", made_log, list(range(N - 5)))
+    words = ("--metadata-dir", metadata[0], "--out-dir", tmp_path / "a", "--training-log", path)
+    assert run("graph", *words, "--score", "margin", "--max-bad", "0.05") == 0
+    found = difficulties(tmp_path / "a")
+    expected = dynamics.margin(made_log["p"], made_log["label"])
+    assert len(found) == N - 5
+    for row in range(N - 5):
+        # a low margin is a hard sample, and goes first
+        assert found[POOL["uid"][row]] == pytest.approx(-expected[row], abs=1e-6)
+    stats = json.loads((tmp_path / "a" / "stats.json").read_text())
+    assert stats["samples"]["bad"] == 5
+    assert stats["catalog"]["bad_reasons"] == {"no row in the training log": 5}
+    assert stats["catalog"]["score"] == {"name": "margin", "kept_first": "low"}
+
+
+@pytest.mark.parametrize(
+    ("breaks", "said"),
+    [
+        (lambda t: t.slice(0, len(t) - 1), "has not one row for each of the 4 epochs"),
+        (lambda t: t.drop_columns(["label"]), "has no column label"),
+        (lambda t: t.drop_columns(["probabilities"]), "has no column probabilities or logits"),
+        (lambda t: changed(t, "epoch", [10] * len(t)), "has not one row for each of the 1 epochs"),
+        (lambda t: changed(t, "label", [7] * len(t)), "has a label outside 0 to 2"),
+        (lambda t: changed(t, "label", list(range(len(t)))), "has more than one label"),
+        (lambda t: changed(t, "uid", ["cat"] * len(t)), "is not 32 lowercase hex digits"),
+        (
+            lambda t: changed(t, "probabilities", [[0.5]] + [[0.5, 0.5]] * (len(t) - 1)),
+            "one length",
+        ),
+        (lambda t: changed(t, "probabilities", [[float("nan")]] * len(t)), "not finite"),
+        (lambda t: changed(t, "probabilities", ["high"] * len(t)), "lists of numbers"),
+        (lambda t: t.slice(0, 0), "has no rows"),
+    ],
+)
+def test_a_log_that_is_none(
+    breaks: Any, said: str, metadata: list[Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    path = write_log(tmp_path / "log.parquet", log(), list(range(20)))
+    pq.write_table(breaks(pq.read_table(path)), path)
+    words = ("--metadata-dir", metadata[0], "--out-dir", tmp_path / "a", "--training-log", path)
+    assert run("graph", *words, "--score", "el2n") == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said in line
+
+
+def changed(table: Any, name: str, values: Any) -> Any:
+    return table.set_column(table.column_names.index(name), name, pa.array(values))
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--score", "beauty"), 2, "beauty"),
+        (("--score", "el2n"), 2, "score el2n needs --training-log"),
+        (("--score", "norm_sim"), 2, "score norm_sim needs --score-target"),
+        (("--score-target", "x.npy"), 2, "score-target is for the scores norm_sim"),
+        (("--score", "clip_score", "--score-column", "a"), 2, "both given"),
+        (("--score", "negclip_loss", "--feature-type", "image"), 2, "needs both embeddings"),
+        (("--score", "negclip_loss", "--score-batch", 1), 2, "score-batch is 1"),
+        (("--keep-first", "best"), 2, "best"),
+        (("--score", "norm_sim", "--score-target", "none.npy"), 1, "is no .npy or .npz file"),
+        (("--score", "el2n", "--training-log", "none.parquet"), 1, "is no .parquet file"),
+    ],
+)
+def test_a_score_that_cannot_be_computed(
+    words: tuple[Any, ...], code: int, said: str, metadata: list[Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert run("graph", "--metadata-dir", metadata[0], "--out-dir", tmp_path, *words) == code
+    assert said in capsys.readouterr().err
+
+
+def test_a_named_clip_score_is_computed_and_a_column_can_be_turned(tmp_path: Path) -> None:
+    column = np.linspace(0, 1, N).astype(np.float32)
+    folder = pools.write(
+        tmp_path / "m", POOL, columns={"clip_l14_similarity_score": column.tolist()}
+    )
+    plain = made(folder, tmp_path / "a")
+    assert plain == dict(zip(POOL["uid"], column.tolist(), strict=True))
+    turned = made(folder, tmp_path / "b", "--keep-first", "low")
+    assert turned == {uid: -value for uid, value in plain.items()}
+    computed = made(folder, tmp_path / "c", "--score", "clip_score")
+    expected = scores.clip_score(POOL["img"], POOL["txt"])
+    assert computed == dict(zip(POOL["uid"], expected.tolist(), strict=True))
