@@ -1,0 +1,241 @@
+"""`d2filter sweep OUT`: many rankings of one graph, measured side by side, none searched again.
+
+sweep/settings/NAME.json   the measures of one setting at each fraction, with the graph they are of
+sweep/table.csv            all that was asked for last, a line a setting and fraction
+sweep/plot.png             the same as curves
+
+Memory: the graph, the features and one ranking of the whole pool.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.algorithm import baselines, budget, coverage, late, selectors
+from d2filter.config import RankConfig, options_of
+from d2filter.errors import UsageError
+from d2filter.formats.paths import Folder
+from d2filter.formats.runstate import RunState, digest
+from d2filter.stages import others
+
+Say = Callable[[str], None]
+Row = dict[str, Any]
+I64 = npt.NDArray[np.int64]
+
+HELD_OUT = 2000
+CELLS = 1000
+NEAR = 0.1  # of the median squared distance between neighbors: closer kept pairs are copies left
+
+MEASURES = {
+    "coverage": "mean distance of held-out samples to the nearest kept one (AUCpr): low is good",
+    "cells": "share of the pool's regions with a kept sample",
+    "copies": "share of kept samples with a kept near-copy",
+    "score": "mean difficulty of the kept samples",
+    "overlap": "Jaccard overlap with keeping the best by score alone",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """What is tried: every combination."""
+
+    configs: tuple[RankConfig, ...]
+    fractions: tuple[Decimal, ...]
+
+
+def grid(fractions: Sequence[str], **values: Sequence[Any]) -> Grid:
+    """All combinations of options of RankConfig; what a method does not look at is not varied.
+    Raises UsageError for values out of range.
+    """
+    configs: dict[str, RankConfig] = {}
+    for combination in itertools.product(*values.values()):
+        options = dict(zip(values, combination, strict=True))
+        RankConfig(**options)  # all must be in range, also what is not looked at
+        if options.get("method", "d2") != "d2":
+            mine = ("method", "n_neighbors", "cut_hardest", "collapse_copies", "seed")
+            options = {name: value for name, value in options.items() if name in mine}
+            if "neighbors" not in selectors.SELECTORS[options["method"]].wants and not (
+                options.get("collapse_copies")
+            ):
+                options.pop("n_neighbors", None)
+        config = RankConfig(**options)
+        configs.setdefault(label(config), config)
+    exact = tuple(sorted({budget.parse_fraction(f) for f in fractions}))
+    return Grid(configs=tuple(configs.values()), fractions=exact)
+
+
+def label(config: RankConfig) -> str:
+    """A setting in few words: what is not the default."""
+    default = options_of(RankConfig())
+    own = options_of(config)
+    words = [config.method]
+    if config.method == "d2":
+        words += [f"k={config.n_neighbors or 'all'}", f"gamma={config.gamma:g}"]
+    shown = ("method", "gamma", "n_neighbors") if config.method == "d2" else ("method",)
+    words += [f"{n}={v}" for n, v in own.items() if n not in shown and v != default[n]]
+    return " ".join(words)
+
+
+def sweep(folder: Folder, wanted: Grid, say: Say) -> list[Row]:
+    """Rank and measure what is not there yet; writes the table and the plot, returns its rows.
+
+    Raises RunStateError without a graph, UsageError for more neighbors than it has, or for a pool
+    that is too large for a method.
+    """
+    made = RunState(folder).require("graph")
+    k = int(made["stats"]["k"])
+    for config in wanted.configs:
+        if config.n_neighbors > k:
+            raise UsageError(
+                f"n-neighbors is {config.n_neighbors}, the graph of {folder.url} has {k}: sweep "
+                "at most that many, or make the graph anew"
+            )
+    rows: list[Row] = []
+    pool: _Pool | None = None
+    for number, config in enumerate(wanted.configs, 1):
+        known = _known(folder, config, made["fingerprint"])
+        missing = [f for f in wanted.fractions if str(f) not in known]
+        if missing:
+            pool = pool or _Pool(folder, k, say)
+            known.update(pool.measured(config, missing))
+            folder.publish_json(
+                _file(config), {"graph": made["fingerprint"], "options": options_of(config),
+                                "measures": known},
+            )  # fmt: skip
+        say(f"[{number}/{len(wanted.configs)}] {label(config)}" + ("" if missing else " (there)"))
+        rows += [{"setting": label(config), **known[str(f)]} for f in wanted.fractions]
+    _write_table(folder, rows)
+    _plot(folder, rows)
+    return rows
+
+
+def table(rows: list[Row]) -> list[str]:
+    """The measures as lines of text, best coverage first for each fraction."""
+    width = max(len("fraction, setting"), *(len(r["setting"]) + 6 for r in rows))
+    head = f"{'fraction, setting':<{width}}" + "".join(f"{name:>10}" for name in MEASURES)
+    out = [head]
+    for r in sorted(rows, key=lambda r: (Decimal(r["fraction"]), r["coverage"])):
+        name = f"{r['fraction']:<5} {r['setting']}"
+        out.append(f"{name:<{width}}" + "".join(f"{r[m]:>10.4g}" for m in MEASURES))
+    return [*out, *(f"{name}: {text}" for name, text in MEASURES.items())]
+
+
+class _Pool:
+    """A pool with what all measures share."""
+
+    def __init__(self, folder: Folder, k: int, say: Say) -> None:
+        say("reading the graph and its features")
+        self._folder = folder
+        self._k = k
+        self._lists = {k: others.read_pool(folder, k, with_features=True)}
+        whole = self._lists[k]
+        # measures are over rows by uid, as the features lie
+        self._order = whole.order
+        self._pool = whole.by_uid(RankConfig())
+        p = self._pool
+        self._held = coverage.hold_out(p.features, p.hi, p.lo, HELD_OUT)
+        self._cell = coverage.cells(p.features, p.hi, p.lo, CELLS)
+        self._near = NEAR * late.unit(p.sqdist)
+        self._spacing = coverage.spacing(p.sqdist)
+        self._by_score = np.argsort(baselines.by_score(p.difficulty, p.hi, p.lo))
+
+    def measured(self, config: RankConfig, fractions: Sequence[Decimal]) -> dict[str, Row]:
+        """Measures of one setting, by fraction."""
+        ranks, _ = others.ranks_of(self._with(config.n_neighbors or self._k), config)
+        rank = ranks[self._order]
+        return {str(f): self._row(rank, f) for f in fractions}
+
+    def _with(self, k: int) -> others.KnownPool:
+        if k not in self._lists:
+            part = self._lists[self._k].part
+            self._lists[k] = others.KnownPool(others.narrowed(part, k), self._pool.features)
+        return self._lists[k]
+
+    def _row(self, rank: I64, fraction: Decimal) -> Row:
+        p = self._pool
+        size = budget.budget_of(rank.size, fraction=fraction)
+        kept = rank < size
+        shares = {
+            f"{name}_decile_{d}": float(share)
+            for name, values in (("score", p.difficulty), ("spacing", self._spacing))
+            for d, share in enumerate(coverage.kept_by_decile(values, kept), 1)
+        }
+        return {
+            "fraction": str(fraction),
+            "kept": size,
+            "coverage": coverage.aucpr(p.features, self._held, kept),
+            "cells": coverage.cells_covered(self._cell, kept),
+            "copies": coverage.copies_left(p.neighbors, p.sqdist, kept, self._near),
+            "score": float(p.difficulty[kept].mean(dtype=np.float64)),
+            "overlap": coverage.jaccard(kept, self._by_score < size),
+            **shares,
+        }
+
+
+def _known(folder: Folder, config: RankConfig, fingerprint: str) -> dict[str, Row]:
+    """What was measured on this graph before."""
+    found = folder.read_json(_file(config))
+    if found is None or found["graph"] != fingerprint:
+        return {}
+    measures: dict[str, Row] = found["measures"]
+    return measures
+
+
+def _file(config: RankConfig) -> str:
+    return f"sweep/settings/{config.method}-{digest(options_of(config))[:12]}.json"
+
+
+def _write_table(folder: Folder, rows: list[Row]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with folder.publish("sweep/table.csv") as path:
+        path.write_text(text.getvalue(), "utf-8")
+
+
+def _plot(folder: Folder, rows: list[Row]) -> None:
+    """A panel a measure, a curve a setting."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(r["setting"] for r in rows))
+    shown = names[:_CURVES]
+    figure = Figure(figsize=(4 * len(MEASURES), 4.4 + 0.22 * -(-len(shown) // 3)), dpi=110)
+    axes = figure.subplots(1, len(MEASURES))
+    for axis, (measure, text) in zip(axes, MEASURES.items(), strict=True):
+        for at, name in enumerate(shown):
+            mine = [r for r in rows if r["setting"] == name]
+            axis.plot(
+                [float(r["fraction"]) for r in mine], [r[measure] for r in mine],
+                color=f"C{at % 10}", linestyle=("-", "--", ":")[at // 10], marker="o", markersize=3,
+                label=name,
+            )  # fmt: skip
+        axis.set_title(measure)
+        axis.set_xlabel("fraction kept")
+        axis.set_ylabel("\n".join(_wrapped(text)), fontsize=8)
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=3, fontsize=8, frameon=False)
+    if len(names) > len(shown):
+        figure.suptitle(f"{len(names) - len(shown)} more settings are in table.csv", fontsize=9)
+    figure.tight_layout(rect=(0, 0.05 + 0.045 * -(-len(shown) // 3), 1, 0.97))
+    with folder.publish("sweep/plot.png") as path:
+        figure.savefig(path, format="png")
+
+
+def _wrapped(text: str) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, 34)
+
+
+_CURVES = 30

@@ -1,0 +1,183 @@
+"""Other methods beside D2, and sweeps, through the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pools
+import pyarrow.parquet as pq
+import pytest
+
+from d2filter import cli
+from d2filter.algorithm import selectors
+from d2filter.config import METHODS
+from d2filter.tools import sweep as sweeping
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+N = 900
+
+
+def run(*words: Any) -> int:
+    return cli.main([str(word) for word in words])
+
+
+def by_uid(out: Path) -> dict[str, np.ndarray]:
+    tables = [pq.read_table(p) for p in sorted((out / "ranking").glob("*.parquet"))]
+    columns = {
+        name: np.concatenate([t.column(name).to_numpy() for t in tables])
+        for name in ("uid_hi", "uid_lo", "rank", "difficulty", "final")
+    }
+    order = np.lexsort((columns["uid_lo"], columns["uid_hi"]))
+    return {name: values[order] for name, values in columns.items()}
+
+
+@pytest.fixture(scope="module")
+def made(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One pool, from metadata in one order and one file, in another order and three files."""
+    folder = tmp_path_factory.mktemp("methods")
+    outs = []
+    for name, files, shuffle, partitions in (("one", 1, None, 1), ("three", 3, 5, 3)):
+        metadata = pools.write(folder / f"m-{name}", pools.make(N, 8), files=files, shuffle=shuffle)
+        out = folder / name
+        words = ("--n-neighbors", 3, "--exact-below", 100, "--best-effort")
+        words = (*words, "--target-recall", 0.9, "--partitions", partitions)
+        assert run("run", "--metadata-dir", metadata, "--out-dir", out, *words) == 0
+        outs.append(out)
+    return outs
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "d2"])
+def test_a_method_does_not_see_partitions_and_is_proven(method: str, made: list[Path]) -> None:
+    words = ("--method", method, "--overwrite", "rank")
+    found = []
+    for out in made:
+        assert run("rank", "--out-dir", out, *words) == 0
+        found.append(by_uid(out))
+    for name, values in found[0].items():
+        assert (values == found[1][name]).all(), name
+    assert sorted(found[0]["rank"].tolist()) == list(range(N))
+    if method == "score":
+        assert (np.diff(found[0]["difficulty"][np.argsort(found[0]["rank"])]) <= 0).all()
+    assert run("select", "--out-dir", made[0], "--fraction", 0.2) == 0
+    assert run("verify", made[0]) == 0
+
+
+def test_a_ranking_of_another_method_is_no_proof_of_this_one(
+    made: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("rank", "--out-dir", made[0], "--overwrite", "rank")
+    assert run(*words, "--method", "random", "--seed", 1) == 0
+    assert run("select", "--out-dir", made[0]) == 0
+    record = made[0] / "completions" / "rank.json"
+    whole = json.loads(record.read_text())
+    whole["options"]["seed"] = 2
+    record.write_text(json.dumps(whole))
+    assert run("verify", made[0]) == 1
+    assert "ranks are not those of random" in capsys.readouterr().out
+    assert run(*words) == 0
+
+
+def test_the_hardest_and_copies_come_last_for_every_method(made: list[Path]) -> None:
+    words = ("--method", "random", "--cut-hardest", "0.1", "--collapse-copies")
+    assert run("rank", "--out-dir", made[0], "--overwrite", "rank", *words) == 0
+    late = json.loads((made[0] / "stats.json").read_text())["rank"]["late"]
+    found = by_uid(made[0])
+    stays = np.sort(found["difficulty"])[-91]  # the best of those that are not cut
+    last = found["rank"] >= N - late
+    assert late > 90
+    assert last[found["difficulty"] > stays].all()
+    assert run("rank", "--out-dir", made[0], "--overwrite", "rank") == 0
+
+
+def test_a_pool_that_is_too_large_for_a_method(
+    made: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dataclasses import replace
+
+    small = replace(selectors.SELECTORS["herding"], most=N - 1)
+    monkeypatch.setitem(selectors.SELECTORS, "herding", small)
+    assert run("sweep", made[0], "--method", "herding") == 2
+    said = capsys.readouterr().err
+    assert "herding" in said
+    assert small.instead in said
+    assert run("rank", "--out-dir", made[0], "--method", "best") == 2
+
+
+def rows_of(out: Path) -> list[dict[str, str]]:
+    with (out / "sweep" / "table.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_a_sweep_ranks_as_rank_does_and_does_nothing_twice(
+    made: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = made[0]
+    grid = ("--gamma", "0.1,3", "--n-neighbors", "1,3", "--method", "d2,score,random")
+    assert run("sweep", out, *grid, "--fraction", "0.1,0.5") == 0
+    rows = rows_of(out)
+    settings = {row["setting"] for row in rows}
+    # gamma and k are nothing to the two others
+    assert settings == {
+        "score", "random", "d2 k=1 gamma=0.1", "d2 k=1 gamma=3", "d2 k=3 gamma=0.1",
+        "d2 k=3 gamma=3",
+    }  # fmt: skip
+    assert len(rows) == 2 * len(settings)
+    best = {r["setting"]: float(r["overlap"]) for r in rows}
+    assert best["score"] == 1.0 > best["random"]
+    # what the table says of a setting is true of its ranking
+    one = ("--gamma", 3, "--n-neighbors", 1)
+    assert run("rank", "--out-dir", out, "--overwrite", "rank", *one) == 0
+    found = by_uid(out)
+    kept = found["rank"] < N // 2
+    (row,) = [r for r in rows if r["setting"] == "d2 k=1 gamma=3" and r["fraction"] == "0.5"]
+    assert float(row["score"]) == pytest.approx(found["difficulty"][kept].mean(), rel=1e-6)
+    order = np.argsort(found["difficulty"], kind="stable")
+    assert float(row["score_decile_10"]) == pytest.approx(kept[order[-90:]].mean())
+    assert (out / "sweep" / "plot.png").stat().st_size > 10_000
+    capsys.readouterr()
+    monkeypatch.setattr(sweeping, "_Pool", None)  # would fail if anything were measured
+    assert run("sweep", out, *grid, "--fraction", "0.5") == 0
+    assert capsys.readouterr().out.count("(there)") == len(settings)
+    assert len(rows_of(out)) == len(settings)
+    monkeypatch.undo()
+    assert run("rank", "--out-dir", out, "--overwrite", "rank") == 0
+
+
+def test_a_sweep_of_another_graph_is_measured_again(made: list[Path]) -> None:
+    out = made[1]
+    words = ("sweep", out, "--method", "score", "--fraction", "0.5")
+    assert run(*words) == 0
+    (path,) = (out / "sweep" / "settings").glob("score-*.json")
+    known = json.loads(path.read_text())
+    known["graph"] = "another"
+    known["measures"]["0.5"]["score"] = 7.0
+    path.write_text(json.dumps(known))
+    assert run(*words) == 0
+    assert float(rows_of(out)[0]["score"]) < 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--gamma", "1,wide", "separated by commas"),
+        ("--gamma", "-1", "gamma is -1.0"),
+        ("--fraction", "0.1,2", "fraction is 2"),
+        ("--n-neighbors", "1,9", "n-neighbors is 9, the graph of"),
+        ("--method", "d2,best", "method is 'best'"),
+    ],
+)
+def test_a_sweep_of_what_cannot_be(
+    option: str, value: str, said: str, made: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("sweep", made[0], f"{option}={value}") == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_sweep_without_a_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("sweep", tmp_path / "nothing") == 1
+    assert "run `d2filter graph` first" in capsys.readouterr().err
