@@ -31,6 +31,8 @@ Say = Callable[[str], None]
 Row = dict[str, Any]
 I64 = npt.NDArray[np.int64]
 
+_CURVES = 30  # that a plot can still tell apart
+
 HELD_OUT = 2000
 CELLS = 1000
 NEAR = 0.1  # of the median squared distance between neighbors: closer kept pairs are copies left
@@ -209,8 +211,8 @@ def _plot(folder: Folder, rows: list[Row]) -> None:
 
     names = list(dict.fromkeys(r["setting"] for r in rows))
     shown = names[:_CURVES]
-    figure = Figure(figsize=(4 * len(MEASURES), 4.4 + 0.22 * -(-len(shown) // 3)), dpi=110)
-    axes = figure.subplots(1, len(MEASURES))
+    figure = Figure(figsize=(12, 7.6), dpi=110)
+    *axes, corner = figure.subplots(2, 3).ravel()
     for axis, (measure, text) in zip(axes, MEASURES.items(), strict=True):
         for at, name in enumerate(shown):
             mine = [r for r in rows if r["setting"] == name]
@@ -220,14 +222,16 @@ def _plot(folder: Folder, rows: list[Row]) -> None:
                 label=name,
             )  # fmt: skip
         axis.set_title(measure)
-        axis.set_xlabel("fraction kept")
-        axis.set_ylabel("\n".join(_wrapped(text)), fontsize=8)
+        axis.set_xlabel("\n".join(["fraction kept", "", *_wrapped(text)]), fontsize=9)
         axis.grid(alpha=0.3)
+    corner.axis("off")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=3, fontsize=8, frameon=False)
-    if len(names) > len(shown):
-        figure.suptitle(f"{len(names) - len(shown)} more settings are in table.csv", fontsize=9)
-    figure.tight_layout(rect=(0, 0.05 + 0.045 * -(-len(shown) // 3), 1, 0.97))
+    more = f"{len(names) - len(shown)} more settings are in table.csv"
+    corner.legend(
+        handles, labels, loc="upper left", fontsize=9 if len(shown) <= 15 else 6.5, frameon=False,
+        title=more if len(names) > len(shown) else None,
+    )  # fmt: skip
+    figure.tight_layout()
     with folder.publish("sweep/plot.png") as path:
         figure.savefig(path, format="png")
 
@@ -235,7 +239,4 @@ def _plot(folder: Folder, rows: list[Row]) -> None:
 def _wrapped(text: str) -> list[str]:
     import textwrap
 
-    return textwrap.wrap(text, 34)
-
-
-_CURVES = 30
+    return textwrap.wrap(text, 52)
