@@ -17,9 +17,17 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a default where there is one to speak of."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, "", []) or isinstance(action.default, bool):
+        told = "(default:" in (action.help or "")
+        if told or action.default in (None, "", []) or isinstance(action.default, bool):
             return action.help
         return super()._get_help_string(action)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Lines of the help text stay lines: lists are read by looking down."""
+        out: list[str] = []
+        for part in text.splitlines():
+            out += super()._split_lines(part, width)
+        return out
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,15 +67,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line; options of --config stand in for those not given."""
+    """Parse a command line; options of --config stand in for those not given, those of --recipe for
+    what is in neither.
+    """
     words = [_dashed(word) for word in argv]
     parser, commands = _parser()
     early = _Parser(add_help=False)
     early.add_argument("command", nargs="?")
     early.add_argument("--config", default="")
+    early.add_argument("--recipe", default="")
     known, _ = early.parse_known_args(words)
-    if known.config and known.command in commands:
-        _apply_config(commands[known.command], known.config)
+    chosen = commands.get(known.command)
+    if chosen is not None:
+        if known.recipe:
+            _apply_recipe(chosen, known.recipe)
+        if known.config:
+            _apply_config(chosen, known.config)
     return parser.parse_args(words)
 
 
@@ -77,6 +92,15 @@ def _dashed(word: str) -> str:
         return word
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value
+
+
+def _apply_recipe(command: argparse.ArgumentParser, name: str) -> None:
+    """Make a recipe's values the defaults of those options that a command has."""
+    if name not in options.RECIPES:
+        raise UsageError(f"recipe is {name!r}, allowed are {', '.join(options.RECIPES)}")
+    for option, value in options.RECIPES[name].values.items():
+        if any(action.dest == option for action in command._actions):
+            command.set_defaults(**{option: value})
 
 
 def _apply_config(command: argparse.ArgumentParser, path: str) -> None:
@@ -144,19 +168,31 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         (
             "graph",
             "metadata → kNN graph",
-            (options.common, options.metadata, options.catalog, options.graph, options.memory),
+            (
+                options.common,
+                options.recipe,
+                options.metadata,
+                options.catalog,
+                options.graph,
+                options.memory,
+            ),
         ),
         (
             "rank",
             "graph → ranking",
-            (options.common, options.rank, options.rank_alone, options.memory),
+            (options.common, options.recipe, options.rank, options.rank_alone, options.memory),
         ),
-        ("select", "ranking → subset.npy for one budget", (options.common, options.select)),
+        (
+            "select",
+            "ranking → subset.npy for one budget",
+            (options.common, options.recipe, options.select),
+        ),
         (
             "run",
             "shards or metadata → subset.npy, resuming what is there",
             (
                 options.common,
+                options.recipe,
                 options.metadata,
                 options.shards,
                 options.catalog,

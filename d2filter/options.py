@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -11,6 +12,28 @@ from d2filter import config
 from d2filter.algorithm import groups, schemes, scores, selectors
 from d2filter.algorithm.budget import parse_fraction
 from d2filter.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Options for one situation."""
+
+    says: str
+    """what it is for"""
+    values: dict[str, Any]
+
+
+RECIPES = {
+    "datacomp": Recipe(
+        says="as published for DataComp",
+        values={
+            "feature_type": "image|text",
+            "n_neighbors": 1,
+            "gamma": 1.0,
+            "fraction": "0.3",
+        },
+    ),
+}
 
 
 def common(parser: argparse.ArgumentParser) -> None:
@@ -71,9 +94,9 @@ def catalog(parser: argparse.ArgumentParser) -> None:
         choices=list(scores.SCORES),
         default="",
         metavar="NAME",
-        help="computes the difficulty; "
-        + "; ".join(
-            f"{one.name}: {one.says} (high is {one.meaning}, {one.kept_first} goes first)"
+        help="computes the difficulty:\n"
+        + "\n".join(
+            f"{one.name}: {one.says}; high is {one.meaning}, {one.kept_first} goes first"
             for one in scores.SCORES.values()
         ),
     )
@@ -157,6 +180,22 @@ def memory(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def recipe(parser: argparse.ArgumentParser) -> None:
+    """Named settings; what is given beside them counts."""
+    parser.add_argument(
+        "--recipe",
+        default="",
+        metavar="NAME",
+        help="options for a situation, where they are not given:\n"
+        + "\n".join(
+            f"{name}: {one.says} ("
+            + ", ".join(f"{option.replace('_', '-')} {v}" for option, v in one.values.items())
+            + ")"
+            for name, one in RECIPES.items()
+        ),
+    )
+
+
 def rank_alone(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--n-neighbors",
@@ -197,8 +236,8 @@ def rank(parser: argparse.ArgumentParser) -> None:
         choices=config.METHODS,
         default=default.method,
         metavar="NAME",
-        help="d2, or one to compare it with: "
-        + "; ".join(f"{name}: {one.says}" for name, one in selectors.SELECTORS.items()),
+        help="d2, or one to compare it with:\n"
+        + "\n".join(f"{name}: {one.says}" for name, one in selectors.SELECTORS.items()),
     )
     group.add_argument(
         "--gamma", type=float, default=default.gamma, help="kernel width: weight = exp(-gamma·d²)"

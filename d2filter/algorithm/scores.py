@@ -262,7 +262,7 @@ _ALL = (
         kept_first="high",
         meaning="better",
         needs="target",
-        says="largest cosine of the image to a target set, or the p-norm of all of them",
+        says="largest cosine of the image to a target set",
     ),
     Score(
         name="prototypicality",

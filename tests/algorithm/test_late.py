@@ -110,7 +110,9 @@ def test_every_budget_gives_each_class_its_share(
         else:
             share = there * size / max(1, early.size)
             # half a sample for the class's own rounding, and its part of everybody's
-            assert (np.abs(taken - share) <= 0.5 + classes / 2 * there / max(1, early.size) + 1e-9).all()
+            assert (
+                np.abs(taken - share) <= 0.5 + classes / 2 * there / max(1, early.size) + 1e-9
+            ).all()
     for g in range(classes):
         mine = [r for r in order.tolist() if group[r] == g and not last[r]]
         assert mine == sorted(mine, key=lambda r: rank[r])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import pools
 import pyarrow.parquet as pq
 import pytest
 
-from d2filter import cli
-from d2filter.algorithm import selectors
+from d2filter import cli, options
+from d2filter.algorithm import scores, selectors
 from d2filter.config import METHODS
 from d2filter.tools import sweep as sweeping
 
@@ -181,3 +182,45 @@ def test_a_sweep_of_what_cannot_be(
 def test_a_sweep_without_a_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("sweep", tmp_path / "nothing") == 1
     assert "run `d2filter graph` first" in capsys.readouterr().err
+
+
+def test_help_names_every_score_method_and_recipe_on_a_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        run("run", "--help")
+    begins = [line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines()]
+    for name in (*selectors.SELECTORS, *scores.SCORES, *options.RECIPES):
+        assert name in begins
+
+
+@pytest.mark.parametrize("command", ["embed", "graph", "rank", "select", "sweep", "verify", "demo"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(command, "--help")
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    assert f"d2filter {command}" in said
+    # no default is told twice
+    assert not re.search(r"\(default[^)]*\)\s*\(default", said)
+
+
+def test_a_recipe_stands_in_for_what_is_not_given(tmp_path: Path) -> None:
+    words = ["run", "--out-dir", "o", "--metadata-dir", "m", "--recipe"]
+    for name, recipe in options.RECIPES.items():
+        given = vars(cli.parse([*words, name]))
+        for option, value in recipe.values.items():
+            assert given[option] == value, (name, option)
+        # all of them are good options
+        options.run_config(cli.parse([*words, name]))
+    assert cli.parse([*words, "datacomp", "--gamma", "7"]).gamma == 7
+    (tmp_path / "run.yaml").write_text("gamma: 3\n")
+    chosen = cli.parse([*words, "datacomp", "--config", str(tmp_path / "run.yaml")])
+    assert (chosen.gamma, chosen.fraction) == (3, "0.3")
+    # a command takes what it has
+    assert cli.parse(["rank", "--out-dir", "o", "--recipe", "datacomp"]).n_neighbors == 1
+
+
+def test_a_recipe_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("run", "--out-dir", "o", "--recipe", "best") == 2
+    assert "recipe is 'best', allowed are datacomp" in capsys.readouterr().err
