@@ -91,6 +91,8 @@ class CatalogConfig:
     """scores from training: .parquet file, or folder of them (`formats/traininglog.py`)"""
     feature_type: FeatureType = "image|text"
     """which embeddings make the graph"""
+    feature_keys: tuple[str, ...] = ()
+    """npz keys that make the graph in place of NAME_img and NAME_txt, concatenated"""
     normalize: bool = True
     """L2-normalize each modality"""
 
@@ -121,10 +123,11 @@ class CatalogConfig:
                     if value
                     else f"score {self.score} needs --{option}"
                 )
-        if self.score == "negclip_loss" and self.feature_type != "image|text":
+        both = self.feature_type == "image|text" and not self.feature_keys
+        if self.score == "negclip_loss" and not both:
             raise UsageError(
-                f"score negclip_loss needs both embeddings, feature-type is {self.feature_type!r}: "
-                "use 'image|text'"
+                "score negclip_loss needs both embeddings: use it with --feature-type 'image|text' "
+                "and without --feature-keys"
             )
 
     @property
@@ -321,6 +324,8 @@ def options_of(part: Any) -> dict[str, Any]:
     plain = {}
     for name, value in dataclasses.asdict(cast(Any, part)).items():
         plain[name] = str(value) if isinstance(value, Decimal) else value
+        if isinstance(value, tuple):
+            plain[name] = list(value)  # as JSON gives it back
     return plain
 
 

@@ -133,6 +133,13 @@ def catalog(parser: argparse.ArgumentParser) -> None:
         "--feature-type", default=default.feature_type, help="image|text, image or text"
     )
     group.add_argument(
+        "--feature-keys",
+        nargs="+",
+        default=(),
+        metavar="KEY",
+        help="npz keys that make the graph in place of ARCH_img and ARCH_txt: any embeddings",
+    )
+    group.add_argument(
         "--normalize",
         action=argparse.BooleanOptionalAction,
         default=default.normalize,
@@ -354,7 +361,7 @@ def run_config(arguments: argparse.Namespace) -> config.RunConfig:
     if shards and given.get("metadata_dir"):
         raise UsageError("shards and metadata-dir are both given: name one of them")
     embed = pick(config.EmbedConfig, shards=_tuple(shards)) if shards else None
-    special = {}
+    special: dict[str, Any] = {"feature_keys": tuple(given.get("feature_keys") or ())}
     if embed is not None and not given.get("arch"):
         special["arch"] = embed.resolved_arch  # the catalog reads what `embed` writes
     return config.RunConfig(

@@ -34,6 +34,8 @@ REASONS = (
     "features vanish in float16",
     "no row in the training log",
     "no class",
+    "non-finite embedding",
+    "zero embedding",
 )
 
 EMBED_SCHEMA = pa.schema(
@@ -177,9 +179,10 @@ def read_pair(
 
 def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outside) -> Rows:
     table = _read_table(folder, f"{name}.parquet", config)
-    wanted = [
-        m for m in ("img", "txt") if config.feature_type != {"img": "text", "txt": "image"}[m]
-    ]
+    image, text = f"{config.arch}_img", f"{config.arch}_txt"
+    wanted = list(config.feature_keys) or {
+        "image|text": [image, text], "image": [image], "text": [text],
+    }[config.feature_type]  # fmt: skip
     score_name = config.score_name
     has_score = score_name in table.column_names and not config.score
     if config.score_column and not has_score:
@@ -189,10 +192,11 @@ def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outsid
         )
     needed = wanted
     if config.needs == "target":
-        needed = sorted({"img", *wanted})
+        needed = [*wanted, image]
     elif not has_score and config.needs in ("", "pair"):
-        needed = ["img", "txt"]
-    arrays = _read_arrays(folder, f"{name}.npz", [f"{config.arch}_{m}" for m in needed], score_name)
+        needed = [*wanted, image, text]
+    needed = list(dict.fromkeys(needed))
+    arrays = _read_arrays(folder, f"{name}.npz", needed, score_name)
     for key, array in arrays.items():
         if len(array) != table.num_rows:
             raise InputError(
@@ -205,7 +209,6 @@ def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outsid
         hi, lo, known = uid_format.parse(table.column("uid"))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise InputError(f"{where}: column uid must hold strings: {error}") from error
-    by_name = {m: arrays[f"{config.arch}_{m}"] for m in needed}
     if has_score:
         difficulty = _as_float32(table.column(score_name), f"{where}: column {score_name}")
     elif config.needs == "pool":
@@ -214,20 +217,21 @@ def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outsid
         difficulty, logged = _logged(outside, hi, lo)
     elif config.needs == "target":
         assert outside.target is not None
-        difficulty = scores.norm_sim(by_name["img"], outside.target)
+        difficulty = scores.norm_sim(arrays[image], outside.target)
     else:
-        difficulty = scores.clip_score(by_name["img"], by_name["txt"])
+        difficulty = scores.clip_score(arrays[image], arrays[text])
     difficulty = scores.difficulty(difficulty, config.first)
     group = _strings(table, config.group_column)
     classed = np.ones(table.num_rows, np.bool_)
     if config.group_column:
         classed = group.is_valid().to_numpy(zero_copy_only=False)
-    fixed = features.fix([by_name[m] for m in wanted], normalize=config.normalize)
+    fixed = features.fix([arrays[key] for key in wanted], normalize=config.normalize)
+    by_kind = {{image: "image", text: "text"}.get(key, key): arrays[key] for key in arrays}
     return Rows(
         hi=hi,
         lo=lo,
         has_score=has_score,
-        reason=_judge(known, difficulty, by_name, fixed, logged, classed),
+        reason=_judge(known, difficulty, by_kind, fixed, logged, classed),
         difficulty=difficulty,
         features=fixed,
         uid=table.column("uid"),
@@ -262,7 +266,7 @@ def publish_pair(
 def _judge(
     known: npt.NDArray[np.bool_],
     difficulty: npt.NDArray[np.float32],
-    by_name: dict[str, npt.NDArray[Any]],
+    by_kind: dict[str, npt.NDArray[Any]],
     fixed: features.F16,
     logged: npt.NDArray[np.bool_],
     classed: npt.NDArray[np.bool_],
@@ -276,11 +280,10 @@ def _judge(
     mark(~known, "malformed uid")
     mark(~logged, "no row in the training log")
     mark(~classed, "no class")
-    for short, long in (("img", "image"), ("txt", "text")):
-        if short in by_name:
-            array = by_name[short]
-            mark(~np.isfinite(array).all(axis=1), f"non-finite {long} embedding")
-            mark(~array.any(axis=1), f"zero {long} embedding")
+    for kind, array in by_kind.items():
+        what = f"{kind} embedding" if kind in ("image", "text") else "embedding"
+        mark(~np.isfinite(array).all(axis=1), f"non-finite {what}")
+        mark(~array.any(axis=1), f"zero {what}")
     mark(np.isnan(difficulty), "score is NaN")
     mark(np.isinf(difficulty), "score is infinite")
     mark(~np.isfinite(fixed).all(axis=1), "features overflow float16")

@@ -263,3 +263,27 @@ def test_a_named_clip_score_is_computed_and_a_column_can_be_turned(tmp_path: Pat
     computed = made(folder, tmp_path / "c", "--score", "clip_score")
     expected = scores.clip_score(POOL["img"], POOL["txt"])
     assert computed == dict(zip(POOL["uid"], expected.tolist(), strict=True))
+
+
+def test_any_embeddings_make_a_graph_without_an_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Texts alone: one key, prototypicality as score."""
+    folder = tmp_path / "m"
+    folder.mkdir()
+    pq.write_table(pa.table({"uid": POOL["uid"]}), folder / "a.parquet")
+    vectors = POOL["txt"].astype(np.float32)
+    vectors[3] = 0
+    vectors[4, 0] = np.nan
+    np.savez(folder / "a.npz", sentence=vectors, topic=POOL["img"])
+    words = ("graph", "--metadata-dir", folder, "--score", "prototypicality")
+    assert run(*words, "--out-dir", tmp_path / "o", "--feature-keys", "sentence") == 0
+    stats = json.loads((tmp_path / "o" / "stats.json").read_text())
+    assert stats["catalog"]["bad_reasons"] == {"zero embedding": 1, "non-finite embedding": 1}
+    assert stats["catalog"]["dimension"] == 8
+    both = ("--feature-keys", "sentence", "topic")
+    assert run(*words, "--out-dir", tmp_path / "p", *both) == 0
+    assert json.loads((tmp_path / "p" / "stats.json").read_text())["catalog"]["dimension"] == 16
+    assert run("verify", tmp_path / "p") == 1  # no ranking yet
+    assert run(*words, "--out-dir", tmp_path / "q", "--feature-keys", "words") == 1
+    assert "has no words" in capsys.readouterr().err
