@@ -38,7 +38,7 @@ class RankedPool:
     difficulty: npt.NDArray[np.float32]
     """(n,) scores as given"""
     recall: knn.Recall
-    """measured recall@k of `neighbors`; with groups that of the worst class"""
+    """measured recall@k of `neighbors`"""
 
     def select(
         self,
@@ -121,7 +121,7 @@ def rank(
     _refuse(~np.isfinite(rows).all(axis=1), "features overflow float16")
     rows, hi, lo = rows[order], hi[order], lo[order]
     group = _classes(groups, len(difficulty))[order]
-    graph, recall = grouping.graph(
+    graph, classes = grouping.graph(
         rows, hi, lo, group, graph_config.n_neighbors, target_recall=graph_config.target_recall,
         exact_below=graph_config.exact_below, seed=graph_config.seed,
     )  # fmt: skip
@@ -155,7 +155,7 @@ def rank(
         neighbors=_rows(graph.neighbors, order)[back],
         sqdist=graph.sqdist[back],
         difficulty=difficulty,
-        recall=recall,
+        recall=knn.pooled([(one.size, one.recall) for one in classes]),
     )
 
 

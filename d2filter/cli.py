@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 from d2filter import __version__, config, options
 from d2filter.errors import D2FilterError, UsageError
 
+_NOT_IN_A_FILE = ("help", "config", "recipe")
+
 # heavy packages are imported by the command that needs them: `select` takes about a second
 
 
@@ -76,11 +78,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     early.add_argument("command", nargs="?")
     early.add_argument("--config", default="")
     early.add_argument("--recipe", default="")
+    early.add_argument("--budget", default=None)
     known, _ = early.parse_known_args(words)
     chosen = commands.get(known.command)
     if chosen is not None:
         if known.recipe:
-            _apply_recipe(chosen, known.recipe)
+            _apply_recipe(chosen, known.recipe, known.budget is not None)
         if known.config:
             _apply_config(chosen, known.config)
     return parser.parse_args(words)
@@ -94,12 +97,15 @@ def _dashed(word: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def _apply_recipe(command: argparse.ArgumentParser, name: str) -> None:
-    """Make a recipe's values the defaults of those options that a command has."""
+def _apply_recipe(command: argparse.ArgumentParser, name: str, with_budget: bool) -> None:
+    """Make a recipe's values the defaults of those options that a command has. with_budget: a
+    number of samples is given, which stands for the fraction.
+    """
     if name not in options.RECIPES:
         raise UsageError(f"recipe is {name!r}, allowed are {', '.join(options.RECIPES)}")
     for option, value in options.RECIPES[name].values.items():
-        if any(action.dest == option for action in command._actions):
+        told = with_budget and option == "fraction"
+        if not told and any(action.dest == option for action in command._actions):
             command.set_defaults(**{option: value})
 
 
@@ -119,10 +125,12 @@ def _apply_config(command: argparse.ArgumentParser, path: str) -> None:
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} must hold `option: value` lines")
     known = {action.dest: action for action in command._actions if action.option_strings}
+    if values.get("budget") is not None and values.get("fraction") is None:
+        command.set_defaults(fraction=None)  # that of a recipe
     for name, value in values.items():
         action = known.get(str(name).replace("-", "_"))
-        if action is None or action.dest in ("help", "config"):
-            allowed = ", ".join(sorted(d for d in known if d not in ("help", "config")))
+        if action is None or action.dest in _NOT_IN_A_FILE:
+            allowed = ", ".join(sorted(d for d in known if d not in _NOT_IN_A_FILE))
             raise UsageError(f"--config {path}: unknown option {name!r}, allowed are {allowed}")
         if value is None:
             continue  # `name:` without a value: not given
@@ -132,7 +140,7 @@ def _apply_config(command: argparse.ArgumentParser, path: str) -> None:
 
 def _from_yaml(action: argparse.Action, value: Any, where: str) -> Any:
     """A YAML value as the command line would have made it."""
-    if isinstance(action, argparse.BooleanOptionalAction):
+    if isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0:
         if not isinstance(value, bool):
             raise UsageError(f"{where} is {value!r}, allowed are true and false")
         return value

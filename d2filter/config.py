@@ -130,6 +130,15 @@ class CatalogConfig:
                 "and without --feature-keys"
             )
 
+    def describe(self, has_column: bool) -> dict[str, str]:
+        """What the difficulty is, for those who come after: name, meaning of a high score, the end
+        that is kept first. has_column: whether the metadata brought the score.
+        """
+        name = self.score or (self.score_name if has_column else "clip_score")
+        own = self.score or ("" if self.score_column else "clip_score")
+        meaning = scores.SCORES[own].meaning if own else "unknown"
+        return {"name": name, "high_is": meaning, "kept_first": self.first}
+
     @property
     def needs(self) -> str:
         """What the score is computed from: pair, target, pool or log; empty for a column."""

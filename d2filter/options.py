@@ -33,6 +33,39 @@ RECIPES = {
             "fraction": "0.3",
         },
     ),
+    # the others are what jobs/results/bench_planted.md and bench_supervised.md found best
+    "web": Recipe(
+        says="image-text pairs from the web, with near-copies and wrong captions",
+        values={
+            "feature_type": "image|text",
+            "n_neighbors": 10,
+            "gamma": 10.0,
+            "gamma_scale": "median",
+            "fraction": "0.3",
+        },
+    ),
+    "labels": Recipe(
+        says="clean classes, a score that puts hard samples first",
+        values={"n_neighbors": 5, "gamma": 1.0, "gamma_scale": "median"},
+    ),
+    "noisy-labels": Recipe(
+        says="the same with some labels wrong",
+        values={
+            "n_neighbors": 5,
+            "gamma": 1.0,
+            "gamma_scale": "median",
+            "cut_hardest": Decimal("0.2"),
+        },
+    ),
+    "text": Recipe(
+        says="texts with classes, when few are kept",
+        values={
+            "n_neighbors": 10,
+            "gamma": 0.1,
+            "gamma_scale": "median",
+            "cut_hardest": Decimal("0.2"),
+        },
+    ),
 }
 
 
@@ -244,7 +277,10 @@ def rank(parser: argparse.ArgumentParser) -> None:
         default=default.method,
         metavar="NAME",
         help="d2, or one to compare it with:\n"
-        + "\n".join(f"{name}: {one.says}" for name, one in selectors.SELECTORS.items()),
+        + "\n".join(
+            f"{name}: {one.says}; up to {one.most:,} samples"
+            for name, one in selectors.SELECTORS.items()
+        ),
     )
     group.add_argument(
         "--gamma", type=float, default=default.gamma, help="kernel width: weight = exp(-gamma·d²)"
@@ -303,7 +339,7 @@ def select(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--fraction", default=None, help="share to keep (default: 0.3)")
     group.add_argument("--budget", type=int, default=None, help="number of samples to keep")
     group.add_argument(
-        "--min-score", type=float, default=None, help="drop lower raw scores within the budget"
+        "--min-score", type=float, default=None, help="drop lower scores within the budget"
     )
 
 

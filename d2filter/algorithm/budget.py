@@ -52,6 +52,11 @@ def floor_of(share: Decimal, n: int) -> int:
     return int(exact.multiply(share, n).to_integral_value(rounding=ROUND_FLOOR))
 
 
+def raw_scores(difficulty: npt.NDArray[np.float32], kept_first: str) -> npt.NDArray[np.float32]:
+    """Scores as they were before low ones were turned to go first, (n,) float32."""
+    return -difficulty if kept_first == "low" else difficulty
+
+
 def kept_mask(
     rank: npt.NDArray[np.int64],
     difficulty: npt.NDArray[np.float32],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,16 @@ Bools = npt.NDArray[np.bool_]
 BUDGETS = ("proportional", "uniform")
 
 _BEHIND = 2**62  # places are below: as integers, or as the bits of a number below 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Searched:
+    """The graph of one class."""
+
+    size: int
+    recall: knn.Recall
+    nlist: int
+    nprobe: int
 
 
 def turns(order: I64, group: I64, late: Bools, budgets: str) -> I64:
@@ -67,24 +78,30 @@ def graph(
     target_recall: float = 0.95,
     exact_below: int = 16384,
     seed: int = 0,
-) -> tuple[knn.Graph, knn.Recall]:
-    """The k nearest of the same class for every sample, and the recall of the worst class.
+) -> tuple[knn.Graph, list[Searched]]:
+    """The k nearest of the same class for every sample, and how each class was searched.
 
     rows: (n, d) features, ascending by uid. group: (n,) classes. Smaller classes have padded lists.
     """
     neighbors = np.full((len(hi), k), -1, np.int64)
     sqdist = np.full((len(hi), k), np.inf, np.float32)
-    recalls = []
+    classes = []
     names, number = np.unique(group, return_inverse=True)
     start, by_class = features.bucketed(number, names.size)
     for begin, end in itertools.pairwise(start):
         mine = by_class[begin:end]
         pool = knn.make_pool(rows[mine], hi[mine], lo[mine])
-        found, _ = knn.build(
+        found, index = knn.build(
             pool, k, target_recall=target_recall, exact_below=exact_below, seed=seed
         )
         neighbors[mine] = np.where(found.neighbors >= 0, mine[found.neighbors], -1)
         sqdist[mine] = found.sqdist
-        recalls.append(knn.measure_recall(pool, found, seed=seed))
-    worst = min(recalls, key=lambda recall: recall.value)
-    return knn.Graph(neighbors=neighbors, sqdist=sqdist), worst
+        classes.append(
+            Searched(
+                size=mine.size,
+                recall=knn.measure_recall(pool, found, seed=seed),
+                nlist=index.trained.cells.count,
+                nprobe=index.choice.probes,
+            )
+        )
+    return knn.Graph(neighbors=neighbors, sqdist=sqdist), classes

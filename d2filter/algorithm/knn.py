@@ -271,6 +271,23 @@ def measure_recall(pool: Pool, graph: Graph, *, seed: int = 0) -> Recall:
     return recall_of(truth, graph.neighbors[queries], len(pool.rows))
 
 
+def pooled(recalls: list[tuple[int, Recall]]) -> Recall:
+    """Recall of a pool in pieces: (samples, recall) of each, measured on its own queries.
+
+    Mean by size; errors of independent pieces add in squares.
+    """
+    total = sum(size for size, _ in recalls)
+    value = sum(size * r.value for size, r in recalls) / total
+    above = [(size * (r.high - r.value)) ** 2 for size, r in recalls]
+    below = [(size * (r.value - r.low)) ** 2 for size, r in recalls]
+    return Recall(
+        value=value,
+        low=value - sum(below) ** 0.5 / total,
+        high=value + sum(above) ** 0.5 / total,
+        queries=sum(r.queries for _, r in recalls),
+    )
+
+
 def recall_of(truth: Lists, found: I64, total: int) -> Recall:
     """recall@k of lists `found` (q, k) against exact ones, of q samples among `total`.
 

@@ -85,7 +85,11 @@ def rank_by(
     for an unknown method, or a pool that is too large for it.
     """
     n = len(pool.hi)
-    seen = np.arange(n) if late is None else np.flatnonzero(~late)
+    rank = np.empty(n, np.int64)
+    if late is None or not late.any():
+        rank[selectors.order(method, pool)] = np.arange(n)
+        return rank
+    seen = np.flatnonzero(~late)
     last = np.setdiff1d(np.arange(n), seen)
     place = np.full(n, -1, np.int64)
     place[seen] = np.arange(seen.size)
@@ -100,6 +104,5 @@ def rank_by(
         group=None if pool.group is None else pool.group[seen],
         seed=pool.seed,
     )
-    rank = np.empty(n, np.int64)
     rank[np.concatenate([seen[selectors.order(method, some)], last])] = np.arange(n)
     return rank

@@ -100,15 +100,20 @@ def order(name: str, pool: Pool) -> I64:
     if name not in SELECTORS:
         raise UsageError(f"selector is {name!r}, allowed are {', '.join(SELECTORS)}")
     chosen = SELECTORS[name]
-    n = len(pool.hi)
+    check_size(name, len(pool.hi))
+    if "features" in chosen.wants and pool.features.shape[1] == 0:
+        raise UsageError(f"selector {name} needs features and the pool has none: pass them")
+    return chosen.rank(pool)
+
+
+def check_size(name: str, n: int) -> None:
+    """Raise UsageError, with what to use instead, for a pool that is too large for a selector."""
+    chosen = SELECTORS[name]
     if n > chosen.most:
         raise UsageError(
             f"selector {name} is practical up to {chosen.most:,} samples and the pool has {n:,}: "
             f"use {chosen.instead}"
         )
-    if "features" in chosen.wants and pool.features.shape[1] == 0:
-        raise UsageError(f"selector {name} needs features and the pool has none: pass them")
-    return chosen.rank(pool)
 
 
 def moderate(pool: Pool) -> I64:

@@ -217,6 +217,12 @@ def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outsid
         difficulty, logged = _logged(outside, hi, lo)
     elif config.needs == "target":
         assert outside.target is not None
+        widths = (outside.target.shape[1], arrays[image].shape[1])
+        if widths[0] != widths[1]:
+            raise InputError(
+                f"score-target {config.score_target} has embeddings of dimension {widths[0]}, "
+                f"{image} of {where.removesuffix('.parquet')}.npz of {widths[1]}: use one model"
+            )
         difficulty = scores.norm_sim(arrays[image], outside.target)
     else:
         difficulty = scores.clip_score(arrays[image], arrays[text])

@@ -115,6 +115,14 @@ class RunState:
         if changed:
             raise self._other_making(stage, changed)
 
+    def require_inputs(self, stage: str, files: Sequence[FileInfo]) -> None:
+        """Raise RunStateError when a finished stage has not read these files, among others."""
+        before = self.require(stage)["inputs"]
+        for file in files:
+            if before.get(file.name) != [file.size, file.version]:
+                what = "changed" if file.name in before else "new"
+                raise self._other_making(stage, f"input file {file.name} is {what}")
+
     def begin(self, plan: Plan) -> None:
         """Note that a stage begins; what an attempt of another plan left is removed first."""
         note = f"completions/{plan.stage}.started.json"
@@ -142,6 +150,22 @@ class RunState:
             for name in folder.names():
                 if name.rpartition(".")[0] not in planned:
                     folder.remove(name)
+
+    def cut_into(self, stage: str, tasks: dict[str, Any]) -> None:
+        """Note how a stage is cut into tasks, as JSON. What was made of another cut is removed: its
+        markers would stand for other work.
+        """
+        note = f"completions/{stage}/tasks.json"
+        before = self.folder.read_json(note)
+        if before is not None and before != tasks:
+            # markers go before the files that they stand for
+            for output in (f"completions/{stage}", f"ledger/{stage}", *_OUTPUTS[stage]):
+                self.folder.remove(output)
+        self.folder.publish_json(note, tasks)
+
+    def was_cut_into(self, stage: str) -> dict[str, Any]:
+        """What `cut_into` noted; empty before."""
+        return self.folder.read_json(f"completions/{stage}/tasks.json") or {}
 
     def clear_from(self, stage: str) -> None:
         """Remove a stage and all that follow from it; the records go first."""

@@ -23,6 +23,7 @@ from d2filter.errors import InputError
 from d2filter.formats import catalog, ledger, metadata, traininglog
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_columns, write_columns
+from d2filter.formats.runstate import RunState
 from d2filter.stages import score
 from d2filter.stages.runner import Report, Runner, Task
 
@@ -48,6 +49,10 @@ def build(
     part_bytes = min(_PART_BYTES, memory // 10) if memory else _PART_BYTES
     group_bytes = min(_GROUP_BYTES, memory // 20) if memory else _GROUP_BYTES
     folder = out.sub("catalog")
+    groups = _grouped(pairs, group_bytes)
+    parts = 1 + sum(pair.size for pair in pairs) // part_bytes
+    # with other memory another group would go by the same name
+    RunState(out).cut_into("catalog", {"groups": [len(g) for g in groups], "parts": parts})
     reading = [
         Task(
             name=f"read-{number:05d}",
@@ -60,11 +65,13 @@ def build(
                 "config": config,
             },
         )
-        for number, group in enumerate(_grouped(pairs, group_bytes))
+        for number, group in enumerate(groups)
     ]
+    peaks = []
     if config.needs == "log":
         task = Task(name="log", run=score_log, arguments={"out": out, "config": config})
-        runner.map("catalog", [task], fingerprint=fingerprint, label="log", memory=memory)
+        logged = runner.map("catalog", [task], fingerprint=fingerprint, label="log", memory=memory)
+        peaks.append(logged[0]["peak_rss_bytes"])
     read = runner.map("catalog", reading, fingerprint=fingerprint, label="catalog", memory=memory)
     kinds = {figures["has_score"]: figures["first_file"] for figures in read}
     if len(kinds) > 1:
@@ -84,7 +91,7 @@ def build(
             f"{source.url}: none of {total} rows is a valid sample ({what or 'no rows'})"
         )
     marks = [mark for figures in read for mark in figures["marks"]]
-    ranges = _ranges(marks, 1 + sum(pair.size for pair in pairs) // part_bytes)
+    ranges = _ranges(marks, parts)
     merging = [
         Task(
             name=f"merge-{number:05d}",
@@ -103,7 +110,9 @@ def build(
     folder.remove("runs")
     folder.remove(_LOG)
     if config.needs == "pool":
-        scored = score.build(runner, out, config, fingerprint, memory)
+        peaks += [f["peak_rss_bytes"] for f in merged]
+        scored, peak = score.build(runner, out, config, fingerprint, memory)
+        peaks.append(peak)
         merged = [{**a, **b} for a, b in zip(merged, scored, strict=True)]
     return {
         "samples": {
@@ -114,16 +123,13 @@ def build(
         },
         "bad_reasons": dict(reasons.most_common()),
         "dimension": next(iter(widths)),
-        "score": {
-            "name": config.score or (config.score_name if read[0]["has_score"] else "clip_score"),
-            "kept_first": config.first,
-        },
+        "score": config.describe(read[0]["has_score"]),
         "parts": len(ranges),
         "difficulty": {
             "min": min(f["min"] for f in merged if f["ranked"]),
             "max": max(f["max"] for f in merged if f["ranked"]),
         },
-        "peak_rss": max(f["peak_rss_bytes"] for f in [*read, *merged]),
+        "peak_rss": max(*peaks, *(f["peak_rss_bytes"] for f in [*read, *merged])),
     }
 
 
@@ -249,7 +255,7 @@ def distinct(
     """Rows that stay, ascending by uid, and rows whose uid is repeated, each int64.
 
     Of a repeated uid the row with the smallest blake2b of (feature bytes, score bits) stays; among
-    rows equal in those, the one whose shard and key sort first, for the kept lists.
+    rows equal in those, the one whose shard, key and class sort first.
     """
     order = uids.ascending(samples.hi, samples.lo)
     hi, lo = samples.hi[order], samples.lo[order]
@@ -265,10 +271,12 @@ def distinct(
     return stays, order[leaves[order]]
 
 
-def _precedence(samples: catalog.Samples, row: int) -> tuple[bytes, str, str]:
+def _precedence(samples: catalog.Samples, row: int) -> tuple[bytes, str, str, str]:
     digest = hashlib.blake2b(samples.features[row].tobytes(), digest_size=16)
     digest.update(samples.difficulty[row].tobytes())
-    return digest.digest(), samples.shard[row].as_py() or "", samples.key[row].as_py() or ""
+    words = (column[row].as_py() or "" for column in (samples.shard, samples.key, samples.group))
+    shard, key, group = words
+    return digest.digest(), shard, key, group
 
 
 def _ranges(marks: Sequence[str], parts: int) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from d2filter.algorithm import backend, groups
+from d2filter.algorithm import backend, groups, knn
 from d2filter.config import GraphConfig, RunConfig
-from d2filter.errors import RecallError
 from d2filter.formats import catalog, graph
 from d2filter.formats.paths import Folder
-from d2filter.formats.runstate import digest
+from d2filter.formats.runstate import RunState, digest
 from d2filter.stages.runner import Report, Runner, Task, assigned_cpus
 
 Figures = dict[str, Any]
@@ -56,11 +56,18 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
     counts: Counter[str] = sum((Counter(f["counts"]) for f in counted), Counter())
     names = sorted(counts)
     sizes = np.array([counts[name] for name in names], np.int64)
-    wanted = config.partitions or _partitions(runner, layout, config.memory_per_worker)
+    state = RunState(out)
+    wanted = config.partitions or (
+        # a rerun may find another amount of memory free: what was laid out stays
+        0 if config.memory_per_worker else state.was_cut_into("graph").get("partitions", 0)
+    )
+    wanted = wanted or _partitions(runner, layout, config.memory_per_worker)
     home = bins(sizes, min(wanted, len(names)))
     partitions = int(home.max()) + 1
     rows = np.bincount(home, weights=sizes).astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(rows)])
+    # parts of another number would stay beside the new ones
+    state.cut_into("graph", {"partitions": partitions})
     out.publish_json(f"index/{CLASSES}", names)
     with out.publish("index/cells.parquet") as path:
         kinds = np.arange(len(names), dtype=np.int32)
@@ -75,24 +82,18 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
         ],
         partitions,
     )
-    worst = min(found, key=lambda f: float(f["recall"]))
-    target = config.graph.target_recall
-    if worst["recall"] < target and not config.best_effort:
-        raise RecallError(
-            f"recall@{config.graph.n_neighbors} of {target} is out of reach: in the worst class "
-            f"{worst['recall']:.4f} was measured; lower --target-recall, raise --exact-below, or "
-            "take what can be had with --best-effort"
-        )
+    recall = knn.pooled([(f["recall"][0], knn.Recall(**f["recall"][1])) for f in found])
     return {
         "k": config.graph.n_neighbors,
         "groups": len(names),
-        "nlist": 1,
-        "nprobe": 1,
+        "nlist": max(f["nlist"] for f in found),
+        "nprobe": max(f["nprobe"] for f in found),
         "refinement_passes": 0,
         "sketch_dim": 0,
-        "recall": worst["recall"],
-        "recall_ci": worst["recall_ci"],
-        "recall_queries": sum(f["queries"] for f in found),
+        "recall": recall.value,
+        "recall_ci": [recall.low, recall.high],
+        "recall_queries": recall.queries,
+        "worst_class_recall": min(f["worst"] for f in found),
         "partitions": partitions,
         "partition_rows": rows.tolist(),
         "cross_edges": 0.0,
@@ -139,7 +140,7 @@ def build_part(
             mine.append(catalog.read_part(folder, part).take(rows))
             kinds.append(group[rows].astype(np.int64))
     held, kind = catalog.concatenate(mine), np.concatenate(kinds)
-    found, recall = groups.graph(
+    found, classes = groups.graph(
         held.features, held.hi, held.lo, kind, config.n_neighbors,
         target_recall=config.target_recall, exact_below=config.exact_below, seed=config.seed,
     )  # fmt: skip
@@ -153,10 +154,12 @@ def build_part(
     )
     graph.publish_part(out.sub("graph"), number, made)
     report(kind.size)
+    recall = knn.pooled([(one.size, one.recall) for one in classes])
     return {
-        "recall": recall.value,
-        "recall_ci": [recall.low, recall.high],
-        "queries": recall.queries,
+        "recall": [int(kind.size), asdict(recall)],
+        "worst": min(one.recall.value for one in classes),
+        "nlist": max(one.nlist for one in classes),
+        "nprobe": max(one.nprobe for one in classes),
     }
 
 

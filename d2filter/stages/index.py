@@ -50,7 +50,7 @@ def train(*, report: Report, out: Folder, config: GraphConfig, exact: bool) -> d
         uids.SALT_CALIBRATE: calibrate.QUERIES,
         uids.SALT_MEASURE: knn.MEASURE_QUERIES,
     }
-    chosen = _choose(layout, sizes, config.seed)
+    chosen = sample_by_hash(layout, sizes, config.seed)
     index = out.sub("index")
     for stem, salt in ((CALIBRATE, uids.SALT_CALIBRATE), (MEASURE, uids.SALT_MEASURE)):
         write_columns(index, stem, number=chosen[salt], rows=layout.gather(chosen[salt]))
@@ -197,7 +197,7 @@ class Streamed:
         return self._held[part]
 
 
-def _choose(layout: Rows, sizes: dict[int, int], seed: int) -> dict[int, I64]:
+def sample_by_hash(layout: Rows, sizes: dict[int, int], seed: int) -> dict[int, I64]:
     """Numbers of the samples with the smallest hashes, ascending, for each salt and size."""
     held: dict[int, list[tuple[Any, ...]]] = {salt: [] for salt in sizes}
     for part, start in enumerate(layout.starts[:-1]):

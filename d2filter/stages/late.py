@@ -38,8 +38,8 @@ class Settled:
     """squared distance that gamma is in units of"""
     above: float | None = None
     """samples of higher difficulty rank last"""
-    copies: bool = False
-    """whether copies.ids.npy names samples that rank last"""
+    copies: int = 0
+    """samples in copies.ids.npy, which rank last"""
 
 
 def settle(each: Any, run: Any, out: Folder, config: RankConfig, k: int, total: int) -> Settled:
@@ -48,7 +48,7 @@ def settle(each: Any, run: Any, out: Folder, config: RankConfig, k: int, total: 
     """
     cut = late.cut_size(total, config.cut_hardest)
     median = config.gamma_scale == "median"
-    unit, above = 1.0, None
+    unit, above, copies = 1.0, None, 0
     if cut or median:
         wanted = {"k": k, "distances": median, "difficulties": bool(cut)}
         each("upper", count_upper, **wanted)
@@ -68,8 +68,8 @@ def settle(each: Any, run: Any, out: Folder, config: RankConfig, k: int, total: 
         unit, above = values.get("sqdist", 1.0), values.get("difficulty")
     if config.collapse_copies is not None:
         each("near", near, k=k, most=config.collapse_copies, above=above)
-        run("copies", join_copies, above=above)
-    return Settled(k=k, unit=unit, above=above, copies=config.collapse_copies is not None)
+        copies = run("copies", join_copies, above=above)["copies"]
+    return Settled(k=k, unit=unit, above=above, copies=copies)
 
 
 def late_rows(

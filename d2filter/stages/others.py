@@ -69,7 +69,11 @@ def rank_all(*, report: Report, out: Folder, config: RankConfig, k: int) -> Figu
         )
         ranking.publish_part(out.sub("ranking"), number, part)
         report(behind.size)
-    return {"late": int(last.sum())}
+    cut = int(late.mask(
+        known.part.difficulty, known.part.hi, known.part.lo, known.part.neighbors,
+        known.part.sqdist, cut_hardest=config.cut_hardest,
+    ).sum())  # fmt: skip
+    return {"late": {"hardest": cut, "copies": int(last.sum()) - cut}}
 
 
 class KnownPool:
@@ -108,7 +112,8 @@ def read_pool(out: Folder, k: int, *, with_features: bool) -> KnownPool:
     if with_features:
         layout = catalog.layout(out.sub("catalog"))
         # the catalog ascends by uid
-        rows = np.concatenate([layout.read(number) for number in range(len(layout.starts) - 1)])
+        parts = [layout.part(number) for number in range(len(layout.starts) - 1)]
+        rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
     return KnownPool(part, rows)
 
 

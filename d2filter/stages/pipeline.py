@@ -13,6 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from d2filter.algorithm import selectors
 from d2filter.config import CatalogConfig, RunConfig, SelectConfig, options_of
 from d2filter.errors import D2FilterError, RecallError, TooManyBadError, UsageError
 from d2filter.formats import ledger
@@ -107,6 +108,7 @@ class Pipeline:
         if source == own and embedded is None and self.state.done("catalog") is not None:
             # made from a folder that this command was not told again
             self.state.require_options("catalog", _catalog_options(self.config.catalog))
+            self.state.require_inputs("catalog", metadata.outside_files(self.config.catalog))
             self._say("catalog   done before")
             return
         if source == own and embedded is None:
@@ -145,6 +147,7 @@ class Pipeline:
         from d2filter.stages import graph, grouped
 
         before = self.state.require("catalog")
+        self._check_method()
         config = self.config.graph
         plan = Plan(stage="graph", options=options_of(config), upstream=before["fingerprint"])
         build = grouped.build if before["options"]["group_column"] else graph.build
@@ -155,19 +158,40 @@ class Pipeline:
         from d2filter.stages import rank
 
         before = self.state.require("graph")
+        self._check_method()
         options = options_of(self.config.rank)
         options["gamma_forward"] = self.config.rank.scheme.gamma_forward
         # all neighbors that the graph has, and as many as it has, are one plan
         options["n_neighbors"] = rank.neighbors_of(self.out, self.config)
+        if self.config.rank.method == "d2":
+            options["seed"] = 0  # it needs none
         plan = Plan(stage="rank", options=options, upstream=before["fingerprint"])
         self._stage(plan, lambda: rank.build(self._runner, self.out, self.config, plan.fingerprint))
         rank.tidy(self.out)
+
+    def _check_method(self) -> None:
+        """Refuse what cannot be, before anything is thrown away for it."""
+        catalog = self.state.require("catalog")["stats"]
+        rank = self.config.rank
+        if rank.method != "d2":
+            selectors.check_size(rank.method, catalog["samples"]["ranked"])
+        score = catalog.get("score", {"high_is": "unknown"})
+        if rank.cut_hardest and score["high_is"] != "unknown":
+            hard_end = {"harder": "high", "easier": "low"}.get(score["high_is"])
+            if score["kept_first"] != hard_end:
+                raise UsageError(
+                    f"cut-hardest takes away what would go first, and by {score['name']} "
+                    f"({score['kept_first']} goes first, high is {score['high_is']}) that is not "
+                    "the hardest: use it with a score that puts hard samples first"
+                )
 
     def _select(self) -> None:
         from d2filter.stages import select
 
         before = self.state.require("rank")
-        ranked = self.state.require("catalog")["stats"]["samples"]["ranked"]
+        catalog = self.state.require("catalog")["stats"]
+        ranked = catalog["samples"]["ranked"]
+        kept_first = catalog.get("score", {}).get("kept_first", "high")
         options = options_of(self.config.select)
         plan = Plan(stage="select", options=options, upstream=before["fingerprint"])
         # another budget of the same ranking is no contradiction: the outputs are replaced
@@ -179,7 +203,12 @@ class Pipeline:
                 Task(
                     name="select",
                     run=select.select,
-                    arguments={"out": self.out, "config": self.config.select, "ranked": ranked},
+                    arguments={
+                        "out": self.out,
+                        "config": self.config.select,
+                        "ranked": ranked,
+                        "kept_first": kept_first,
+                    },
                 ),
                 fingerprint=plan.fingerprint,
             )

@@ -69,8 +69,14 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
         return found
 
     def alone(label: str, run: Any, **arguments: Any) -> Figures:
+        nonlocal peak
         task = Task(name=label, run=run, arguments={"out": out, **arguments})
-        return runner.map("rank", [task], fingerprint=fingerprint, label=label, total=total)[0]
+        (found,) = runner.map(
+            "rank", [task], fingerprint=fingerprint, label=label, total=total,
+            memory=config.memory_per_worker,
+        )  # fmt: skip
+        peak = max(peak, found["peak_rss_bytes"])
+        return found
 
     settled = late.settle(each, alone, out, config.rank, neighbors_of(out, config), total)
     ends = each("cut", cut, settled=settled)
@@ -96,7 +102,10 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
         "bytes_exchanged": done["bytes"],
         "restarts": done["restarts"],
         "cut_edges": sum(f["edges"] for f in ends),
-        "late": sum(f["late"] for f in ends),
+        "late": {
+            "hardest": sum(f["late"] for f in ends) - settled.copies,
+            "copies": settled.copies,
+        },
         "gamma_unit": settled.unit,
         "partitions": parts,
         "seconds_detail": {**seconds, "supersteps": done["seconds"]},

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import backend, cells, scores, uids
+from d2filter.algorithm import backend, cells, scores
 from d2filter.config import CatalogConfig
 from d2filter.formats import catalog
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_array, read_columns, write_array, write_columns
+from d2filter.stages.index import sample_by_hash
 from d2filter.stages.runner import Report, Runner, Task, assigned_cpus
 
 Figures = dict[str, Any]
@@ -34,8 +35,11 @@ _ROWS_A_CLUSTER = 64  # that train it
 
 def build(
     runner: Runner, out: Folder, config: CatalogConfig, fingerprint: str, memory: int
-) -> list[Figures]:
-    """Score all parts anew; returns figures of each: min and max of the difficulty."""
+) -> tuple[list[Figures], int]:
+    """Score all parts anew; returns figures of each, min and max of the difficulty, and the peak
+    memory of a task.
+    """
+    peaks: list[int] = []
     folder = out.sub("catalog")
     parts = len(catalog.layout(folder).starts) - 1
 
@@ -48,10 +52,12 @@ def build(
             )
             for number in range(count)
         ]
-        return runner.map(
+        found = runner.map(
             "catalog", tasks, fingerprint=fingerprint, label=label, memory=memory,
             share_node=True,
         )  # fmt: skip
+        peaks.extend(f["peak_rss_bytes"] for f in found)
+        return found
 
     if config.score == "negclip_loss":
         each("batches", score_batches, parts)
@@ -59,7 +65,7 @@ def build(
         each("centroids", train_centroids, 1)
     done = each("score", score_part, parts)
     folder.remove(FOLDER)
-    return done
+    return done, max(peaks)
 
 
 def train_centroids(*, report: Report, out: Folder, number: int, config: CatalogConfig) -> Figures:
@@ -68,13 +74,7 @@ def train_centroids(*, report: Report, out: Folder, number: int, config: Catalog
     folder = out.sub("catalog")
     layout = catalog.layout(folder)
     count = max(1, min(_CLUSTERS, layout.total // _ROWS_A_CLUSTER))
-    hi, lo = (
-        np.concatenate(halves)
-        for halves in zip(
-            *(catalog.read_ids(folder, p)[:2] for p in range(len(layout.starts) - 1)), strict=True
-        )
-    )
-    chosen = uids.hash_sample(hi, lo, count * _ROWS_A_CLUSTER, salt=_SALT_CENTROIDS)
+    chosen = sample_by_hash(layout, {_SALT_CENTROIDS: count * _ROWS_A_CLUSTER}, 0)[_SALT_CENTROIDS]
     found = cells.train(layout.gather(chosen), count).centroids
     write_array(folder, f"{FOLDER}/centroids.npy", found)
     report(layout.total)

@@ -13,8 +13,11 @@ from d2filter.formats.paths import Folder
 from d2filter.stages.runner import Report
 
 
-def select(*, report: Report, out: Folder, config: SelectConfig, ranked: int) -> dict[str, Any]:
-    """Task: keep the first B of `ranked` samples; figures: kept and pruned.
+def select(
+    *, report: Report, out: Folder, config: SelectConfig, ranked: int, kept_first: str
+) -> dict[str, Any]:
+    """Task: keep the first B of `ranked` samples; figures: kept and pruned. kept_first: the end of
+    the score, high or low, that is kept first; low ones lie in the files with their sign turned.
 
     Memory: 24 bytes a kept sample and one part of the ranking.
     """
@@ -24,7 +27,7 @@ def select(*, report: Report, out: Folder, config: SelectConfig, ranked: int) ->
     for part in ranking.iter_columns(out.sub("ranking"), columns):
         keep = budget.kept_mask(
             part["rank"].astype(np.int64),
-            part["difficulty"].astype(np.float32),
+            budget.raw_scores(part["difficulty"].astype(np.float32), kept_first),
             size,
             config.min_score,
         )

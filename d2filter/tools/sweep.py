@@ -13,7 +13,7 @@ import csv
 import io
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
@@ -66,11 +66,11 @@ def grid(fractions: Sequence[str], **values: Sequence[Any]) -> Grid:
             mine = ("method", "n_neighbors", "cut_hardest", "collapse_copies", "seed")
             options = {name: value for name, value in options.items() if name in mine}
             if "neighbors" not in selectors.SELECTORS[options["method"]].wants and not (
-                options.get("collapse_copies")
+                options.get("collapse_copies") is not None
             ):
                 options.pop("n_neighbors", None)
         config = RankConfig(**options)
-        configs.setdefault(label(config), config)
+        configs.setdefault(digest(options_of(config)), config)
     exact = tuple(sorted({budget.parse_fraction(f) for f in fractions}))
     return Grid(configs=tuple(configs.values()), fractions=exact)
 
@@ -81,7 +81,7 @@ def label(config: RankConfig) -> str:
     own = options_of(config)
     words = [config.method]
     if config.method == "d2":
-        words += [f"k={config.n_neighbors or 'all'}", f"gamma={config.gamma:g}"]
+        words += [f"k={config.n_neighbors or 'all'}", f"gamma={config.gamma!r}"]
     shown = ("method", "gamma", "n_neighbors") if config.method == "d2" else ("method",)
     words += [f"{n}={v}" for n, v in own.items() if n not in shown and v != default[n]]
     return " ".join(words)
@@ -95,7 +95,12 @@ def sweep(folder: Folder, wanted: Grid, say: Say) -> list[Row]:
     """
     made = RunState(folder).require("graph")
     k = int(made["stats"]["k"])
-    for config in wanted.configs:
+    resolved = (
+        replace(c, n_neighbors=k) if c.method == "d2" and not c.n_neighbors else c
+        for c in wanted.configs
+    )
+    configs = list({digest(options_of(c)): c for c in resolved}.values())
+    for config in configs:
         if config.n_neighbors > k:
             raise UsageError(
                 f"n-neighbors is {config.n_neighbors}, the graph of {folder.url} has {k}: sweep "
@@ -103,7 +108,7 @@ def sweep(folder: Folder, wanted: Grid, say: Say) -> list[Row]:
             )
     rows: list[Row] = []
     pool: _Pool | None = None
-    for number, config in enumerate(wanted.configs, 1):
+    for number, config in enumerate(configs, 1):
         known = _known(folder, config, made["fingerprint"])
         missing = [f for f in wanted.fractions if str(f) not in known]
         if missing:
@@ -113,7 +118,7 @@ def sweep(folder: Folder, wanted: Grid, say: Say) -> list[Row]:
                 _file(config), {"graph": made["fingerprint"], "options": options_of(config),
                                 "measures": known},
             )  # fmt: skip
-        say(f"[{number}/{len(wanted.configs)}] {label(config)}" + ("" if missing else " (there)"))
+        say(f"[{number}/{len(configs)}] {label(config)}" + ("" if missing else " (there)"))
         rows += [{"setting": label(config), **known[str(f)]} for f in wanted.fractions]
     _write_table(folder, rows)
     _plot(folder, rows)

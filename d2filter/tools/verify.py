@@ -150,7 +150,7 @@ def _neighbors(run: _Run) -> Breaches:
     others = np.full(n, n - 1)
     if g.group is not None:
         others = np.bincount(g.group)[g.group] - 1
-        there = np.where(padding, 0, g.neighbors)
+        there = np.clip(g.neighbors, 0, n - 1)
         out += _count("neighbors of another class", ~padding & (g.group[there] != g.group[:, None]))
     expected = np.maximum(0, k - others)
     out += _count("lists do not end in the paddings they need", padding.sum(axis=1) != expected)
@@ -291,7 +291,9 @@ def _subset(run: _Run) -> Breaches:
     )
     if size != figures["budget"]:
         out.append(f"the budget is {size} by its option and {figures['budget']} in the record")
-    keep = budget.kept_mask(r["rank"], r["difficulty"], size, options["min_score"])
+    score = run.records["catalog"]["stats"].get("score", {})
+    raw = budget.raw_scores(r["difficulty"], score.get("kept_first", "high"))
+    keep = budget.kept_mask(r["rank"], raw, size, options["min_score"])
     order = uids.ascending(r["uid_hi"][keep], r["uid_lo"][keep])
     expected_hi, expected_lo = r["uid_hi"][keep][order], r["uid_lo"][keep][order]
     if len(hi) != len(expected_hi):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pools
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,6 +16,7 @@ import d2filter
 from d2filter import cli
 from d2filter.formats import graph
 from d2filter.formats.paths import Folder
+from d2filter.formats.runstate import RunState
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -148,3 +150,72 @@ def test_samples_without_a_class_are_bad_and_a_missing_column_is_said(
     words = ("graph", "--metadata-dir", metadata, "--out-dir", tmp_path / "p")
     assert run(*words, "--group-column", "kind") == 1
     assert "has no column 'kind'" in capsys.readouterr().err
+
+
+def test_another_number_of_partitions_leaves_no_part_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = pools.write(tmp_path / "m", POOL, columns={"label": LABELS.tolist()})
+    words = ("--metadata-dir", metadata, "--out-dir", tmp_path / "o", "--group-column", "label")
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "finish", finish_all_but("graph", RunState.finish))
+        assert run("graph", *words, "--partitions", 4) == 130
+    assert len(list((tmp_path / "o" / "graph").glob("*.parquet"))) == 4
+    assert run("run", *words, "--partitions", 2) == 0
+    assert len(list((tmp_path / "o" / "graph").glob("*.parquet"))) == 2
+    assert run("verify", tmp_path / "o") == 0
+
+
+def test_without_a_number_a_graph_of_classes_keeps_its_partitions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = pools.write(tmp_path / "m", POOL, columns={"label": LABELS.tolist()})
+    words = ("--metadata-dir", metadata, "--out-dir", tmp_path / "o", "--group-column", "label")
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "finish", finish_all_but("graph", RunState.finish))
+        assert run("graph", *words, "--partitions", 3) == 130
+    assert run("graph", *words) == 0
+    assert len(list((tmp_path / "o" / "graph").glob("*.parquet"))) == 3
+
+
+def finish_all_but(stage: str, finish: Any) -> Any:
+    def until(state: RunState, plan: Any, **more: Any) -> None:
+        if plan.stage == stage:
+            raise KeyboardInterrupt
+        finish(state, plan, **more)
+
+    return until
+
+
+def test_a_class_that_is_searched_by_cells_and_both_directions(tmp_path: Path) -> None:
+    metadata = pools.write(tmp_path / "m", POOL, columns={"label": LABELS.tolist()})
+    words = ("--metadata-dir", metadata, "--group-column", "label", "--undirected")
+    words = (*words, "--n-neighbors", 3, "--target-recall", "0.5", "--exact-below", 90)
+    found = []
+    for partitions in (1, 3):
+        out = tmp_path / f"o{partitions}"
+        assert run("run", *words, "--out-dir", out, "--partitions", partitions) == 0
+        assert run("verify", out) == 0
+        found.append(ranks(out))
+    assert found[0] == found[1]
+    graphs = json.loads((tmp_path / "o1" / "stats.json").read_text())["graph"]
+    low, high = graphs["recall_ci"]
+    assert low <= graphs["recall"] <= high
+    assert graphs["worst_class_recall"] <= graphs["recall"]
+    assert graphs["recall_queries"] == N
+
+
+def test_of_a_repeated_uid_the_class_that_sorts_first_stays(tmp_path: Path) -> None:
+    found = []
+    for name, labels in (("a", ("dog", "cat")), ("b", ("cat", "dog"))):
+        folder = tmp_path / name
+        folder.mkdir()
+        for number, label in enumerate(labels):
+            table = {"uid": POOL["uid"], "label": [label] * N}
+            pq.write_table(pa.table(table), folder / f"{number}.parquet")
+            np.savez(folder / f"{number}.npz", l14_img=POOL["img"], l14_txt=POOL["txt"])
+        out = tmp_path / f"o-{name}"
+        words = ("--metadata-dir", folder, "--out-dir", out, "--group-column", "label")
+        assert run("graph", *words) == 0
+        found.append(json.loads((out / "index" / "classes.json").read_text()))
+    assert found == [["cat"], ["cat"]]

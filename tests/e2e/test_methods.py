@@ -43,10 +43,15 @@ def made(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("methods")
     outs = []
     for name, files, shuffle, partitions in (("one", 1, None, 1), ("three", 3, 5, 3)):
-        metadata = pools.write(folder / f"m-{name}", pools.make(N, 8), files=files, shuffle=shuffle)
+        pool = pools.make(N, 8)
+        columns = {"hardness": scores.clip_score(pool["img"], pool["txt"])}
+        metadata = pools.write(
+            folder / f"m-{name}", pool, files=files, shuffle=shuffle, columns=columns
+        )
         out = folder / name
         words = ("--n-neighbors", 3, "--exact-below", 100, "--best-effort")
         words = (*words, "--target-recall", 0.9, "--partitions", partitions)
+        words = (*words, "--score-column", "hardness")
         assert run("run", "--metadata-dir", metadata, "--out-dir", out, *words) == 0
         outs.append(out)
     return outs
@@ -86,7 +91,8 @@ def test_a_ranking_of_another_method_is_no_proof_of_this_one(
 def test_the_hardest_and_copies_come_last_for_every_method(made: list[Path]) -> None:
     words = ("--method", "random", "--cut-hardest", "0.1", "--collapse-copies")
     assert run("rank", "--out-dir", made[0], "--overwrite", "rank", *words) == 0
-    late = json.loads((made[0] / "stats.json").read_text())["rank"]["late"]
+    counted = json.loads((made[0] / "stats.json").read_text())["rank"]["late"]
+    late = counted["hardest"] + counted["copies"]
     found = by_uid(made[0])
     stays = np.sort(found["difficulty"])[-91]  # the best of those that are not cut
     last = found["rank"] >= N - late
@@ -102,11 +108,32 @@ def test_a_pool_that_is_too_large_for_a_method(
 
     small = replace(selectors.SELECTORS["herding"], most=N - 1)
     monkeypatch.setitem(selectors.SELECTORS, "herding", small)
-    assert run("sweep", made[0], "--method", "herding") == 2
-    said = capsys.readouterr().err
-    assert "herding" in said
-    assert small.instead in said
+    words = ("--method", "herding")
+    for command in (
+        ("sweep", made[0], *words),
+        ("rank", "--out-dir", made[0], *words, "--overwrite", "rank"),
+    ):
+        assert run(*command) == 2
+        said = capsys.readouterr().err
+        assert "herding" in said
+        assert small.instead in said
+    # nothing was thrown away for it
+    assert (made[0] / "completions" / "rank.json").exists()
+    assert list((made[0] / "ranking").glob("*.parquet"))
     assert run("rank", "--out-dir", made[0], "--method", "best") == 2
+
+
+def test_what_a_method_does_not_look_at_is_not_swept_and_all_is_a_number() -> None:
+    grid = sweeping.grid(
+        ["0.5"], method=["random", "d2"], n_neighbors=[1, 5], gamma=[1.0, 1.0000001],
+        collapse_copies=[0.0],
+    )  # fmt: skip
+    # copies are those of the lists that count
+    assert [(c.method, c.n_neighbors, c.gamma) for c in grid.configs] == [
+        ("random", 1, 1.0), ("random", 5, 1.0), ("d2", 1, 1.0), ("d2", 1, 1.0000001),
+        ("d2", 5, 1.0), ("d2", 5, 1.0000001),
+    ]  # fmt: skip
+    assert len({sweeping.label(c) for c in grid.configs}) == 6
 
 
 def rows_of(out: Path) -> list[dict[str, str]]:
@@ -124,8 +151,8 @@ def test_a_sweep_ranks_as_rank_does_and_does_nothing_twice(
     settings = {row["setting"] for row in rows}
     # gamma and k are nothing to the two others
     assert settings == {
-        "score", "random", "d2 k=1 gamma=0.1", "d2 k=1 gamma=3", "d2 k=3 gamma=0.1",
-        "d2 k=3 gamma=3",
+        "score", "random", "d2 k=1 gamma=0.1", "d2 k=1 gamma=3.0", "d2 k=3 gamma=0.1",
+        "d2 k=3 gamma=3.0",
     }  # fmt: skip
     assert len(rows) == 2 * len(settings)
     best = {r["setting"]: float(r["overlap"]) for r in rows}
@@ -135,7 +162,7 @@ def test_a_sweep_ranks_as_rank_does_and_does_nothing_twice(
     assert run("rank", "--out-dir", out, "--overwrite", "rank", *one) == 0
     found = by_uid(out)
     kept = found["rank"] < N // 2
-    (row,) = [r for r in rows if r["setting"] == "d2 k=1 gamma=3" and r["fraction"] == "0.5"]
+    (row,) = [r for r in rows if r["setting"] == "d2 k=1 gamma=3.0" and r["fraction"] == "0.5"]
     assert float(row["score"]) == pytest.approx(found["difficulty"][kept].mean(), rel=1e-6)
     order = np.argsort(found["difficulty"], kind="stable")
     assert float(row["score_decile_10"]) == pytest.approx(kept[order[-90:]].mean())
@@ -206,7 +233,16 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_recipe_stands_in_for_what_is_not_given(tmp_path: Path) -> None:
-    words = ["run", "--out-dir", "o", "--metadata-dir", "m", "--recipe"]
+    words = [
+        "run",
+        "--out-dir",
+        "o",
+        "--metadata-dir",
+        "m",
+        "--score",
+        "prototypicality",
+        "--recipe",
+    ]
     for name, recipe in options.RECIPES.items():
         given = vars(cli.parse([*words, name]))
         for option, value in recipe.values.items():
@@ -214,6 +250,10 @@ def test_a_recipe_stands_in_for_what_is_not_given(tmp_path: Path) -> None:
         # all of them are good options
         options.run_config(cli.parse([*words, name]))
     assert cli.parse([*words, "datacomp", "--gamma", "7"]).gamma == 7
+    (tmp_path / "budget.yaml").write_text("budget: 100\n")
+    for more in (["--budget", "100"], ["--config", str(tmp_path / "budget.yaml")]):
+        chosen = options.run_config(cli.parse([*words, "datacomp", *more])).select
+        assert (chosen.budget, chosen.fraction) == (100, None)
     (tmp_path / "run.yaml").write_text("gamma: 3\n")
     chosen = cli.parse([*words, "datacomp", "--config", str(tmp_path / "run.yaml")])
     assert (chosen.gamma, chosen.fraction) == (3, "0.3")
@@ -224,3 +264,25 @@ def test_a_recipe_stands_in_for_what_is_not_given(tmp_path: Path) -> None:
 def test_a_recipe_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("run", "--out-dir", "o", "--recipe", "best") == 2
     assert "recipe is 'best', allowed are datacomp" in capsys.readouterr().err
+
+
+def test_a_file_of_options_holds_no_recipe_and_switches_are_true_or_false(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    words = ["run", "--out-dir", "o", "--metadata-dir", "m", "--config", str(path)]
+    path.write_text("recipe: datacomp\n")
+    assert run(*words) == 2
+    assert "unknown option 'recipe'" in capsys.readouterr().err
+    path.write_text("undirected: false\n")
+    assert cli.parse(words).undirected is False
+    path.write_text("undirected: true\n")
+    assert cli.parse(words).undirected is True
+    path.write_text("undirected: sometimes\n")
+    assert run(*words) == 2
+    assert "allowed are true and false" in capsys.readouterr().err
+
+
+def test_a_seed_is_nothing_to_d2(made: list[Path]) -> None:
+    assert run("rank", "--out-dir", made[1], "--overwrite", "rank", "--seed", 1) == 0
+    assert run("rank", "--out-dir", made[1]) == 0

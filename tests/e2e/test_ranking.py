@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from d2filter import cli
+from d2filter.algorithm import scores
 from d2filter.formats import graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import Plan, RunState
@@ -52,9 +53,12 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 def made(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """One pool, ranked in one partition and in four."""
     folder = tmp_path_factory.mktemp("made")
-    metadata = pools.write(folder / "m", pools.make(3000, 12), files=2)
+    pool = pools.make(3000, 12)
+    # a score of no known meaning, so that its highest may be cut
+    columns = {"hardness": scores.clip_score(pool["img"], pool["txt"])}
+    metadata = pools.write(folder / "m", pool, files=2, columns=columns)
     words = ("run", "--metadata-dir", metadata, "--n-neighbors", 3, "--exact-below", 100)
-    words = (*words, "--target-recall", 0.9)
+    words = (*words, "--target-recall", 0.9, "--score-column", "hardness")
     for partitions in (1, 4):
         out = folder / f"o{partitions}"
         assert run(*words, "--out-dir", out, "--partitions", partitions) == 0
@@ -300,7 +304,10 @@ def test_what_ranks_last_is_counted_and_comes_last(made: dict[int, Path], again:
     out = again("--collapse-copies", "--cut-hardest", "0.3")
     found = ranking(out)
     last = found["forward"] == -(2**62)
-    assert stats(out)["rank"]["late"] == last.sum() > 0.3 * 3000 + 100
+    late = stats(out)["rank"]["late"]
+    assert late["hardest"] + late["copies"] == last.sum()
+    assert 890 < late["hardest"] <= 900
+    assert late["copies"] > 100
     assert set(found["rank"][last]) == set(range(3000 - int(last.sum()), 3000))
     assert (found["by_uid_hi"][last] == 0).all()
     assert found["difficulty"][~last].max() < np.sort(found["difficulty"])[-899]

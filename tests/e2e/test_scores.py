@@ -15,6 +15,7 @@ import pytest
 from d2filter import cli
 from d2filter.algorithm import dynamics, features, scores
 from d2filter.stages import catalog as catalog_stage
+from d2filter.stages.runner import Runner
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -76,7 +77,7 @@ def test_negclip_loss_is_that_of_batches_by_uid(
 ) -> None:
     words = ("--score", "negclip_loss", "--score-batch", 50, "--score-rounds", rounds)
     found = made(metadata[0], tmp_path / "a", *words)
-    again = made(metadata[1], tmp_path / "b", *words, "--memory-per-worker", "3GB")
+    again = made(metadata[1], tmp_path / "b", *words)
     assert parts(tmp_path / "a") > 1
     assert found == again
     assert not (tmp_path / "a" / "catalog" / "scores").exists()
@@ -190,7 +191,14 @@ def test_a_log_decides_the_difficulty_and_what_it_lacks_is_bad(
     stats = json.loads((tmp_path / "a" / "stats.json").read_text())
     assert stats["samples"]["bad"] == 5
     assert stats["catalog"]["bad_reasons"] == {"no row in the training log": 5}
-    assert stats["catalog"]["score"] == {"name": "margin", "kept_first": "low"}
+    score = {"name": "margin", "high_is": "easier", "kept_first": "low"}
+    assert stats["catalog"]["score"] == score
+    # without the folder the log still counts
+    words = ("graph", "--out-dir", tmp_path / "a", "--score", "margin", "--training-log", path)
+    assert run(*words) == 0
+    write_log(path, made_log, list(range(N - 6)))
+    assert run(*words) == 1
+    assert "input file log.parquet is changed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -287,3 +295,89 @@ def test_any_embeddings_make_a_graph_without_an_image(
     assert run("verify", tmp_path / "p") == 1  # no ranking yet
     assert run(*words, "--out-dir", tmp_path / "q", "--feature-keys", "words") == 1
     assert "has no words" in capsys.readouterr().err
+
+
+def test_a_target_set_of_another_model(
+    metadata: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "target.npy", np.ones((3, 9), np.float32))
+    words = ("--score", "norm_sim", "--score-target", tmp_path / "target.npy")
+    assert run("graph", "--metadata-dir", metadata[0], "--out-dir", tmp_path / "o", *words) == 1
+    line = capsys.readouterr().err
+    assert "target.npy has embeddings of dimension 9, l14_img of" in line
+    assert "use one model" in line
+
+
+def test_the_lowest_score_is_in_the_units_of_the_score(tmp_path: Path) -> None:
+    column = np.linspace(0, 1, N).astype(np.float32)
+    folder = pools.write(tmp_path / "m", POOL, columns={"loss": column.tolist()})
+    words = ("run", "--metadata-dir", folder, "--out-dir", tmp_path / "o", "--fraction", 1)
+    words = (*words, "--score-column", "loss", "--keep-first", "low", "--min-score", 0.25)
+    assert run(*words) == 0
+    stats = json.loads((tmp_path / "o" / "stats.json").read_text())
+    assert stats["samples"]["kept"] == (column >= 0.25).sum()
+    assert run("verify", tmp_path / "o") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (("--score", "clip_score"), True),
+        ((), True),
+        (("--score", "prototypicality"), False),
+        (("--score", "prototypicality", "--keep-first", "low"), True),
+        (("--score-column", "own"), False),
+    ],
+)
+def test_the_hardest_are_cut_only_where_they_go_first(
+    words: tuple[str, ...], refused: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pools.write(tmp_path / "m", POOL, columns={"own": [1.0] * N})
+    words = ("--metadata-dir", folder, "--out-dir", tmp_path / "o", *words)
+    assert run("run", *words, "--cut-hardest", 0.1) == (2 if refused else 0)
+    assert ("cut-hardest takes away" in capsys.readouterr().err) == refused
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, before: str) -> None:
+    """End the driver when it comes to tasks of this label."""
+    original = Runner.map
+
+    def stop(self: Runner, stage: str, tasks: Any, *, label: str, **more: Any) -> Any:
+        if label == before:
+            raise KeyboardInterrupt
+        return original(self, stage, tasks, label=label, **more)
+
+    monkeypatch.setattr(Runner, "map", stop)
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("before", ["merge", "batches", "score"])
+def test_a_score_of_the_pool_goes_on_where_it_was_stopped(
+    before: str, metadata: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--score", "negclip_loss", "--score-batch", 50)
+    undisturbed = made(metadata[1], tmp_path / "a", *words)
+    with monkeypatch.context() as patch:
+        interrupt(patch, before)
+        command = ("graph", "--metadata-dir", metadata[1], "--out-dir", tmp_path / "b", *words)
+        assert run(*command) == 130
+    assert made(metadata[1], tmp_path / "b", *words) == undisturbed
+
+
+@pytest.mark.parametrize("before", ["merge", "score"])
+def test_another_size_of_tasks_begins_the_catalog_again(
+    before: str, metadata: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another --memory-per-worker makes them: groups of the same name hold other files."""
+    words = ("--score", "prototypicality")
+    undisturbed = made(metadata[1], tmp_path / "a", *words)
+    with monkeypatch.context() as patch:
+        interrupt(patch, before)
+        command = ("graph", "--metadata-dir", metadata[1], "--out-dir", tmp_path / "b", *words)
+        assert run(*command) == 130
+    monkeypatch.setattr(catalog_stage, "_GROUP_BYTES", 1000)
+    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 16_000)
+    assert made(metadata[1], tmp_path / "b", *words) == undisturbed
+    stats = json.loads((tmp_path / "b" / "stats.json").read_text())
+    assert stats["samples"]["read"] == N
+    assert stats["samples"]["duplicate"] == 0
