@@ -306,7 +306,7 @@ def rank(parser: argparse.ArgumentParser) -> None:
         choices=config.GAMMA_SCALES,
         default=default.gamma_scale,
         help="median: gamma is for distances in units of the pool's median between neighbors, so "
-        "that it means the same for any encoder",
+        "that it means the same for any encoder; the unit grows with k",
     )
     group.add_argument(
         "--group-budgets",

@@ -96,7 +96,10 @@ BREACHES: list[tuple[Callable[[Path], None], str]] = [
     (lambda o: edit(o, "graph", "difficulty", put(0, 9)), "rows differ in difficulty"),
     (lambda o: edit(o, "graph", "neighbors", put((0, 0), 300)), "neighbors out of range"),
     (lambda o: edit(o, "graph", "neighbors", put((5, 1), 5)), "samples list themselves"),
-    (lambda o: edit(o, "graph", "neighbors", put((5, 2), -1)), "do not end in the paddings they need"),
+    (
+        lambda o: edit(o, "graph", "neighbors", put((5, 2), -1)),
+        "do not end in the paddings they need",
+    ),
     (lambda o: edit(o, "graph", "neighbors", put((5, 0), -1)), "a padding before a neighbor"),
     (lambda o: edit(o, "graph", "neighbors", put(5, 7)), "name a neighbor twice"),
     (lambda o: edit(o, "graph", "sqdist", put((5, 0), 3.9)), "sqdist falls inside a list"),
