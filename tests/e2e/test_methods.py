@@ -284,5 +284,5 @@ def test_a_file_of_options_holds_no_recipe_and_switches_are_true_or_false(
 
 
 def test_a_seed_is_nothing_to_d2(made: list[Path]) -> None:
-    assert run("rank", "--out-dir", made[1], "--overwrite", "rank", "--seed", 1) == 0
-    assert run("rank", "--out-dir", made[1]) == 0
+    assert run("rank", "--out-dir", made[0], "--overwrite", "rank", "--seed", 1) == 0
+    assert run("rank", "--out-dir", made[0]) == 0
