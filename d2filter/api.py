@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import budget, features, knn, late, ranking, uids
+from d2filter.algorithm import budget, features, knn, ranking, uids
 from d2filter.algorithm import groups as grouping
 from d2filter.config import GraphConfig, RankConfig, SelectConfig
 from d2filter.errors import InputError
@@ -125,20 +125,14 @@ def rank(
         rows, hi, lo, group, graph_config.n_neighbors, target_recall=graph_config.target_recall,
         exact_below=graph_config.exact_below, seed=graph_config.seed,
     )  # fmt: skip
-    scheme = rank_config.scheme
-    if rank_config.gamma_scale == "median":
-        scheme = scheme.per(late.unit(graph.sqdist))
-    last = late.mask(
-        difficulty[order], hi, lo, graph.neighbors, graph.sqdist,
-        cut_hardest=rank_config.cut_hardest, collapse_copies=rank_config.collapse_copies,
-    )  # fmt: skip
+    last = rank_config.last_of(difficulty[order], hi, lo, graph.neighbors, graph.sqdist)
     ranked = ranking.rank_graph(
         hi,
         lo,
         difficulty[order],
         graph.neighbors,
         graph.sqdist,
-        scheme=scheme,
+        scheme=rank_config.scheme_on(graph.sqdist),
         undirected=rank_config.undirected,
         late=last,
     )

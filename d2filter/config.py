@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Literal, cast
 
-from d2filter.algorithm import groups, schemes, scores, selectors
+from d2filter.algorithm import groups, late, schemes, scores, selectors, uids
 from d2filter.algorithm.budget import parse_fraction
 from d2filter.errors import UsageError
 
@@ -241,6 +241,24 @@ class RankConfig:
     def from_options(cls, options: dict[str, Any]) -> RankConfig:
         """From `options_of` one, as a run's record holds it."""
         return cls(**{**options, "cut_hardest": Decimal(options["cut_hardest"])})
+
+    def scheme_on(self, sqdist: late.F32) -> schemes.Scheme:
+        """How messages are made on a graph with these squared distances, (n, k)."""
+        return self.scheme.per(late.unit(sqdist)) if self.gamma_scale == "median" else self.scheme
+
+    def last_of(
+        self,
+        difficulty: late.F32,
+        hi: uids.U64,
+        lo: uids.U64,
+        neighbors: late.I64,
+        sqdist: late.F32,
+    ) -> late.Bools:
+        """Which samples of a graph rank after everything else, see `late.mask`."""
+        return late.mask(
+            difficulty, hi, lo, neighbors, sqdist, cut_hardest=self.cut_hardest,
+            collapse_copies=self.collapse_copies,
+        )  # fmt: skip
 
     @property
     def scheme(self) -> schemes.Scheme:

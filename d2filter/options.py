@@ -23,6 +23,8 @@ class Recipe:
     values: dict[str, Any]
 
 
+_CLASSES = {"n_neighbors": 5, "gamma": 1.0, "gamma_scale": "median"}
+
 RECIPES = {
     "datacomp": Recipe(
         says="as published for DataComp",
@@ -46,16 +48,11 @@ RECIPES = {
     ),
     "labels": Recipe(
         says="clean classes, a score that puts hard samples first",
-        values={"n_neighbors": 5, "gamma": 1.0, "gamma_scale": "median"},
+        values=_CLASSES,
     ),
     "noisy-labels": Recipe(
         says="the same with some labels wrong",
-        values={
-            "n_neighbors": 5,
-            "gamma": 1.0,
-            "gamma_scale": "median",
-            "cut_hardest": Decimal("0.2"),
-        },
+        values={**_CLASSES, "cut_hardest": Decimal("0.2")},
     ),
     "text": Recipe(
         says="texts with classes, when few are kept",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import io
 import itertools
 import json
 import multiprocessing
@@ -127,21 +126,6 @@ def scene_of(number: int, seed: int) -> scenes.Scene:
             return scene
 
 
-def draw_pair(layout: demo.Layout, row: int, seed: int) -> tuple[bytes, str]:
-    """JPEG bytes and caption of one pair."""
-    rng = np.random.default_rng([seed, 2, row])
-    picture = scenes.draw(scene_of(int(layout.scene[row]), seed))
-    quality = int(rng.integers(85, 93))
-    if layout.copy[row]:
-        picture = scenes.jitter(picture, rng)
-        quality = int(rng.integers(60, 85))
-    stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=quality)
-    speaker = int(layout.caption_of[row])
-    words = np.random.default_rng([seed, 3, speaker])
-    return stream.getvalue(), scenes.caption(scene_of(int(layout.scene[speaker]), seed), words)
-
-
 def draw_shard(job: tuple[str, int, int]) -> None:
     """Draw one shard of a pool, and write what is true of its pairs to truth/."""
     url, seed, number = job
@@ -154,7 +138,7 @@ def draw_shard(job: tuple[str, int, int]) -> None:
     with out.sub("shards").publish(f"{name}.tar") as path, path.open("wb") as stream:
         writer = webdataset.TarWriter(stream, encoder=False, mtime=0)
         for at, row in enumerate(rows.tolist()):
-            image, caption = draw_pair(layout, row, seed)
+            image, caption = demo.draw_pair(layout, row, seed, scene_of)
             uids.append(uid_format.content_uid(image, caption))
             meta = json.dumps({"uid": uids[-1], "caption": caption}).encode()
             sample = {"__key__": f"{name}{at:04d}", "jpg": image, "txt": caption.encode()}

@@ -19,7 +19,6 @@ Bools = npt.NDArray[np.bool_]
 
 DECILES = 10
 
-_SALT_HELD_OUT = 9
 _NEAREST = 256  # of a held-out sample, looked through before the whole pool is
 _BLOCK = 8192
 
@@ -46,7 +45,7 @@ def hold_out(
     n = len(hi)
     if n < 2:
         raise ValueError("coverage needs two samples at least")
-    chosen = uids.hash_sample(hi, lo, min(size, n // 2), salt=_SALT_HELD_OUT, seed=seed)
+    chosen = uids.hash_sample(hi, lo, min(size, n // 2), salt=uids.SALT_HELD_OUT, seed=seed)
     others = np.setdiff1d(np.arange(n), chosen)
     near, distance = _nearest(rows, rows[chosen], others, min(_NEAREST, others.size))
     return HeldOut(rows=chosen, neighbors=near, distance=distance)
@@ -92,7 +91,7 @@ def spacing(sqdist: F32) -> F32:
 
 def cells(rows: features.F16, hi: uids.U64, lo: uids.U64, count: int, *, seed: int = 0) -> I64:
     """Cell of each sample, (n,): the nearest of `count` samples chosen by a hash of the uid."""
-    chosen = uids.hash_sample(hi, lo, count, salt=_SALT_HELD_OUT, seed=seed + 1)
+    chosen = uids.hash_sample(hi, lo, count, salt=uids.SALT_HELD_OUT, seed=seed + 1)
     out = np.empty(len(hi), np.int64)
     centers = rows[chosen].astype(np.float32)
     norms = np.square(centers).sum(axis=1)

@@ -33,6 +33,14 @@ def hardest_above(difficulty: F32, share: Decimal) -> float:
     return quantile.smallest(difficulty, n - 1 - cut_size(n, share))
 
 
+def hardest(difficulty: F32, share: Decimal) -> Bools:
+    """Which samples are cut, (n,) bool."""
+    if not cut_size(difficulty.size, share):
+        return np.zeros(difficulty.size, np.bool_)
+    above: Bools = difficulty > np.float32(hardest_above(difficulty, share))
+    return above
+
+
 def components(source: I64, target: I64) -> tuple[I64, I64]:
     """Connected components of a graph given by its edges (e,), in either direction.
 
@@ -75,9 +83,7 @@ def mask(
     first, highest difficulty first. collapse_copies: edges of at most this squared distance make
     copies; None: there are none.
     """
-    late = np.zeros(difficulty.size, np.bool_)
-    if cut_size(difficulty.size, cut_hardest):
-        late = difficulty > np.float32(hardest_above(difficulty, cut_hardest))
+    late = hardest(difficulty, cut_hardest)
     if collapse_copies is not None:
         source, target = near(neighbors, sqdist, collapse_copies)
         both = ~late[source] & ~late[target]

@@ -23,9 +23,6 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
-# 1 to 4 are taken in uids.py
-_SALT_BATCH = 5
-
 
 def clip_score(image: npt.NDArray[Any], text: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """CLIP score: cosine of image and text embedding, shape (n,) float32.
@@ -97,7 +94,7 @@ def batch_of(hi: uids.U64, lo: uids.U64, *, batches: int, round: int, seed: int 
     if not 0 <= round < 2**32:
         raise ValueError(f"round is {round}: it must be from 0 to {2**32 - 1}")
     # the rounds' salts lie above those of all other purposes
-    h = uids.hashed(hi, lo, salt=_SALT_BATCH + (round << 32), seed=seed)
+    h = uids.hashed(hi, lo, salt=uids.SALT_BATCH + (round << 32), seed=seed)
     batch: I64 = (((h >> np.uint64(32)) * np.uint64(batches)) >> np.uint64(32)).astype(np.int64)
     return batch
 

@@ -25,9 +25,6 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
-# 1–4 are those of uids.py, 5 that of scores.py
-_SALT_STRATUM = 6
-_SALT_CENTROIDS = 7
 
 _TRAINING_ROWS_A_CLUSTER = 256
 _ITERATIONS = 20
@@ -162,7 +159,7 @@ def ccs(pool: Pool, *, cut: float = 0.0, strata: int = 50) -> I64:
     stratum = np.zeros(rows.size, np.int64)
     if width > 0:
         stratum = np.minimum((s - low) / width * strata, strata - 1).astype(np.int64)
-    key = uids.hashed(pool.hi, pool.lo, salt=_SALT_STRATUM, seed=pool.seed)[rows]
+    key = uids.hashed(pool.hi, pool.lo, salt=uids.SALT_STRATUM, seed=pool.seed)[rows]
     inside = np.lexsort((key, stratum))
     place = np.empty(rows.size, np.int64)
     place[inside] = features.inside_runs(np.bincount(stratum))
@@ -229,7 +226,7 @@ def semdedup(pool: Pool, *, rows_a_cluster: int = 1000) -> I64:
     chosen = copies.first[
         uids.hash_sample(
             pool.hi[copies.first], pool.lo[copies.first], _TRAINING_ROWS_A_CLUSTER * count,
-            salt=_SALT_CENTROIDS, seed=pool.seed,
+            salt=uids.SALT_SEMDEDUP, seed=pool.seed,
         )
     ]  # fmt: skip
     trained = backend.load_faiss().Kmeans(

@@ -271,12 +271,11 @@ def distinct(
     return stays, order[leaves[order]]
 
 
-def _precedence(samples: catalog.Samples, row: int) -> tuple[bytes, str, str, str]:
+def _precedence(samples: catalog.Samples, row: int) -> tuple[Any, ...]:
     digest = hashlib.blake2b(samples.features[row].tobytes(), digest_size=16)
     digest.update(samples.difficulty[row].tobytes())
     words = (column[row].as_py() or "" for column in (samples.shard, samples.key, samples.group))
-    shard, key, group = words
-    return digest.digest(), shard, key, group
+    return digest.digest(), *words
 
 
 def _ranges(marks: Sequence[str], parts: int) -> list[tuple[str, str]]:

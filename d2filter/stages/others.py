@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import backend, groups, late, selectors, uids
+from d2filter.algorithm import backend, groups, late, messages, selectors, uids
 from d2filter.algorithm import ranking as ranker
 from d2filter.config import RankConfig, RunConfig
 from d2filter.formats import catalog, graph, ranking
@@ -62,17 +62,14 @@ def rank_all(*, report: Report, out: Folder, config: RankConfig, k: int) -> Figu
             uid_hi=known.part.hi[some],
             uid_lo=known.part.lo[some],
             difficulty=known.part.difficulty[some],
-            forward=np.where(last[some], np.int64(-(2**62)), behind),
+            forward=np.where(last[some], np.int64(messages.FLOOR), behind),
             final=behind,
             rank=rank[some],
             suppressed_by=np.full(behind.size, -1, np.int64),
         )
         ranking.publish_part(out.sub("ranking"), number, part)
         report(behind.size)
-    cut = int(late.mask(
-        known.part.difficulty, known.part.hi, known.part.lo, known.part.neighbors,
-        known.part.sqdist, cut_hardest=config.cut_hardest,
-    ).sum())  # fmt: skip
+    cut = int(late.hardest(known.part.difficulty, config.cut_hardest).sum())
     return {"late": {"hardest": cut, "copies": int(last.sum()) - cut}}
 
 
@@ -129,18 +126,13 @@ def narrowed(part: graph.GraphPart, k: int) -> graph.GraphPart:
 def ranks_of(known: KnownPool, config: RankConfig) -> tuple[I64, npt.NDArray[np.bool_]]:
     """Rank of each row of the graph, D2 or any other method, and which samples rank last."""
     part = known.part
-    last = late.mask(
-        part.difficulty, part.hi, part.lo, part.neighbors, part.sqdist,
-        cut_hardest=config.cut_hardest, collapse_copies=config.collapse_copies,
-    )  # fmt: skip
+    last = config.last_of(part.difficulty, part.hi, part.lo, part.neighbors, part.sqdist)
     if config.method != "d2":
         rank = ranker.rank_by(config.method, known.by_uid(config), late=last[known.order])
         return interleaved(known, rank[known.position], last, config), last
-    scheme = config.scheme
-    if config.gamma_scale == "median":
-        scheme = scheme.per(late.unit(part.sqdist))
     found = ranker.rank_graph(
-        part.hi, part.lo, part.difficulty, part.neighbors, part.sqdist, scheme=scheme,
+        part.hi, part.lo, part.difficulty, part.neighbors, part.sqdist,
+        scheme=config.scheme_on(part.sqdist),
         undirected=config.undirected, late=last,
     )  # fmt: skip
     return interleaved(known, found.rank, last, config), last

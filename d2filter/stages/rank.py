@@ -46,37 +46,31 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
     peak = 0
     seconds: dict[str, float] = {}
 
-    def each(label: str, run: Any, **arguments: Any) -> list[Figures]:
+    def fan_out(label: str, tasks: list[Task]) -> list[Figures]:
         nonlocal peak
-        tasks = [
-            Task(
-                name=f"{label}-{number:05d}",
-                run=run,
-                arguments={"out": out, "number": number, **arguments},
-            )
-            for number in range(parts)
-        ]
         found = runner.map(
-            "rank",
-            tasks,
-            fingerprint=fingerprint,
-            label=label,
-            total=total,
+            "rank", tasks, fingerprint=fingerprint, label=label, total=total,
             memory=config.memory_per_worker,
-        )
+        )  # fmt: skip
         peak = max(peak, *(f["peak_rss_bytes"] for f in found))
         seconds[f"rank_{label}"] = max(f["seconds"] for f in found)
         return found
 
+    def each(label: str, run: Any, **arguments: Any) -> list[Figures]:
+        return fan_out(
+            label,
+            [
+                Task(
+                    name=f"{label}-{number:05d}",
+                    run=run,
+                    arguments={"out": out, "number": number, **arguments},
+                )
+                for number in range(parts)
+            ],
+        )
+
     def alone(label: str, run: Any, **arguments: Any) -> Figures:
-        nonlocal peak
-        task = Task(name=label, run=run, arguments={"out": out, **arguments})
-        (found,) = runner.map(
-            "rank", [task], fingerprint=fingerprint, label=label, total=total,
-            memory=config.memory_per_worker,
-        )  # fmt: skip
-        peak = max(peak, found["peak_rss_bytes"])
-        return found
+        return fan_out(label, [Task(name=label, run=run, arguments={"out": out, **arguments})])[0]
 
     settled = late.settle(each, alone, out, config.rank, neighbors_of(out, config), total)
     ends = each("cut", cut, settled=settled)

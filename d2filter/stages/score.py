@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import backend, cells, scores
+from d2filter.algorithm import backend, cells, scores, uids
 from d2filter.config import CatalogConfig
 from d2filter.formats import catalog
 from d2filter.formats.paths import Folder
@@ -28,7 +28,6 @@ I64 = npt.NDArray[np.int64]
 
 FOLDER = "scores"
 
-_SALT_CENTROIDS = 8
 _CLUSTERS = 1000
 _ROWS_A_CLUSTER = 64  # that train it
 
@@ -74,7 +73,8 @@ def train_centroids(*, report: Report, out: Folder, number: int, config: Catalog
     folder = out.sub("catalog")
     layout = catalog.layout(folder)
     count = max(1, min(_CLUSTERS, layout.total // _ROWS_A_CLUSTER))
-    chosen = sample_by_hash(layout, {_SALT_CENTROIDS: count * _ROWS_A_CLUSTER}, 0)[_SALT_CENTROIDS]
+    salt = uids.SALT_PROTOTYPES
+    chosen = sample_by_hash(layout, {salt: count * _ROWS_A_CLUSTER}, 0)[salt]
     found = cells.train(layout.gather(chosen), count).centroids
     write_array(folder, f"{FOLDER}/centroids.npy", found)
     report(layout.total)

@@ -129,10 +129,20 @@ def draw_shard(
     return {"pairs": len(rows)}
 
 
-def draw_pair(layout: Layout, row: int, seed: int) -> tuple[bytes, str]:
-    """JPEG bytes and caption of one pair."""
+def scene_of(number: int, seed: int) -> scenes.Scene:
+    """Scene of a pool by its number."""
+    return scenes.random_scene(np.random.default_rng([seed, 1, number]))
+
+
+def draw_pair(
+    layout: Layout,
+    row: int,
+    seed: int,
+    scene_of: Callable[[int, int], scenes.Scene] = scene_of,
+) -> tuple[bytes, str]:
+    """JPEG bytes and caption of one pair. scene_of: the scene with a number in a seed's pool."""
     rng = np.random.default_rng([seed, 2, row])
-    picture = scenes.draw(_scene(layout, row, seed))
+    picture = scenes.draw(scene_of(int(layout.scene[row]), seed))
     quality = int(rng.integers(85, 93))
     if layout.copy[row]:
         picture = scenes.jitter(picture, rng)
@@ -140,14 +150,8 @@ def draw_pair(layout: Layout, row: int, seed: int) -> tuple[bytes, str]:
     stream = io.BytesIO()
     picture.save(stream, "JPEG", quality=quality)
     speaker = int(layout.caption_of[row])
-    caption = scenes.caption(
-        _scene(layout, speaker, seed), np.random.default_rng([seed, 3, speaker])
-    )
-    return stream.getvalue(), caption
-
-
-def _scene(layout: Layout, row: int, seed: int) -> scenes.Scene:
-    return scenes.random_scene(np.random.default_rng([seed, 1, int(layout.scene[row])]))
+    words = np.random.default_rng([seed, 3, speaker])
+    return stream.getvalue(), scenes.caption(scene_of(int(layout.scene[speaker]), seed), words)
 
 
 def demo(

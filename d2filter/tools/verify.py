@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from d2filter.algorithm import budget, certificate, cut, features, groups, late, messages, uids
+from d2filter.algorithm import budget, certificate, cut, features, groups, messages, uids
 from d2filter.config import RankConfig
 from d2filter.errors import InputError, VerificationError
 from d2filter.formats import catalog, graph, ledger, ranking, subset, tables
@@ -228,13 +228,8 @@ def _scores(run: _Run) -> Breaches:
         return _method(run, options)
     k = options.n_neighbors
     neighbors, distances = g.neighbors[:, :k], g.sqdist[:, :k]
-    scheme = options.scheme
-    if options.gamma_scale == "median":
-        scheme = scheme.per(late.unit(distances))
-    last = late.mask(
-        g.difficulty, g.hi, g.lo, neighbors, distances, cut_hardest=options.cut_hardest,
-        collapse_copies=options.collapse_copies,
-    )  # fmt: skip
+    scheme = options.scheme_on(distances)
+    last = options.last_of(g.difficulty, g.hi, g.lo, neighbors, distances)
     source, target, sqdist = cut.whole(neighbors, distances, both_ways=options.undirected)
     through = ~last[source] & ~last[target]
     source, target, sqdist = source[through], target[through], sqdist[through]

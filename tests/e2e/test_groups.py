@@ -153,29 +153,34 @@ def test_samples_without_a_class_are_bad_and_a_missing_column_is_said(
     assert "has no column 'kind'" in capsys.readouterr().err
 
 
-def test_another_number_of_partitions_leaves_no_part_of_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes a graph of classes in so many partitions, but for its record; its command's words."""
     metadata = pools.write(tmp_path / "m", POOL, columns={"label": LABELS.tolist()})
     words = ("--metadata-dir", metadata, "--out-dir", tmp_path / "o", "--group-column", "label")
-    with monkeypatch.context() as patch:
-        patch.setattr(RunState, "finish", finish_all_but("graph", RunState.finish))
-        assert run("graph", *words, "--partitions", 4) == 130
-    assert len(list((tmp_path / "o" / "graph").glob("*.parquet"))) == 4
-    assert run("run", *words, "--partitions", 2) == 0
+
+    def make(partitions: int) -> tuple[Any, ...]:
+        with monkeypatch.context() as patch:
+            patch.setattr(RunState, "finish", finish_all_but("graph", RunState.finish))
+            assert run("graph", *words, "--partitions", partitions) == 130
+        assert len(list((tmp_path / "o" / "graph").glob("*.parquet"))) == partitions
+        return words
+
+    return make
+
+
+def test_another_number_of_partitions_leaves_no_part_of_the_first(
+    tmp_path: Path, interrupted: Any
+) -> None:
+    assert run("run", *interrupted(4), "--partitions", 2) == 0
     assert len(list((tmp_path / "o" / "graph").glob("*.parquet"))) == 2
     assert run("verify", tmp_path / "o") == 0
 
 
 def test_without_a_number_a_graph_of_classes_keeps_its_partitions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, interrupted: Any
 ) -> None:
-    metadata = pools.write(tmp_path / "m", POOL, columns={"label": LABELS.tolist()})
-    words = ("--metadata-dir", metadata, "--out-dir", tmp_path / "o", "--group-column", "label")
-    with monkeypatch.context() as patch:
-        patch.setattr(RunState, "finish", finish_all_but("graph", RunState.finish))
-        assert run("graph", *words, "--partitions", 3) == 130
-    assert run("graph", *words) == 0
+    assert run("graph", *interrupted(3)) == 0
     assert len(list((tmp_path / "o" / "graph").glob("*.parquet"))) == 3
 
 
