@@ -3,6 +3,7 @@
 D2FilterError                 exit code 1 unless said otherwise
 ├── UsageError                2  an option or argument that cannot be used
 ├── InputError                1  a file or array that is missing, broken or contradictory
+├── StorageError              1  a file system that is full, read-only, or does not answer
 ├── DependencyError           1  a package that is not installed
 ├── RunStateError             1  the run directory does not fit what is asked of it
 ├── StageError                1  tasks of a stage failed; the others were finished first
@@ -30,6 +31,10 @@ class UsageError(D2FilterError):
 
 class InputError(D2FilterError):
     """A file or array that is missing, broken or contradictory."""
+
+
+class StorageError(D2FilterError):
+    """A file system that is full, read-only, or does not answer after several tries."""
 
 
 class DependencyError(D2FilterError):

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2filter.errors import InputError
-from d2filter.formats.paths import Folder
+from d2filter.formats.paths import Folder, writing
 from d2filter.formats.tables import first_line
 
 I64 = npt.NDArray[np.int64]
@@ -136,11 +136,16 @@ def read_columns(
 
 
 def mapped(array: Array) -> Array:
-    """The same values in a file in TMPDIR that nobody else sees and that goes with the process."""
+    """The same values in a file in TMPDIR that nobody else sees and that goes with the process.
+
+    Raises StorageError when there is no room for it.
+    """
     if not array.nbytes:
         return array
     with tempfile.TemporaryFile() as stream:
-        array.tofile(stream)
-        stream.flush()
+        with writing(f"a file in {tempfile.gettempdir()}"):
+            # not by numpy's `tofile`, which does not tell why it stopped
+            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            stream.flush()
         # private: what compiled code may write to is what it was compiled for, and nobody writes
         return np.memmap(stream, array.dtype, "c", shape=array.shape)

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from d2filter.errors import InputError
+from d2filter.errors import InputError, StorageError
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import (
     Rows,
@@ -82,3 +83,11 @@ def test_a_mapped_array_is_equal_and_its_file_is_nobody_elses(size: int) -> None
     if size:
         held[0] = 7  # private: compiled code may be typed for arrays that can be written to
         assert array[0] == 0
+
+
+def test_no_room_for_a_mapped_array_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    # /dev/full takes nothing, like a disk that is full
+    full = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115  # closed by what is tested
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: full)
+    with pytest.raises(StorageError, match=r"a file in .* No space left on device; make room"):
+        mapped(np.arange(100_000))
