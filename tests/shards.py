@@ -35,13 +35,19 @@ def members(key: str, seed: int, **meta: Any) -> list[tuple[str, bytes]]:
     ]
 
 
-def write(path: Path, files: list[tuple[str, bytes]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
+def tar(files: list[tuple[str, bytes]]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
         for name, content in files:
             info = tarfile.TarInfo(name)  # bytes that are no UTF-8 come as surrogates
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def write(path: Path, files: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tar(files))
     return path
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from d2filter.algorithm import features, scores, uids
 from d2filter.config import CatalogConfig
 from d2filter.errors import InputError
-from d2filter.formats import tables, traininglog
+from d2filter.formats import npz, tables, traininglog
 from d2filter.formats import uid as uid_format
-from d2filter.formats.paths import FileInfo, Folder, absolute
+from d2filter.formats.paths import Checksums, FileInfo, Folder, absolute
 
 # reasons, by code in `Rows.reason`; 0 is a valid row
 REASONS = (
@@ -38,6 +37,9 @@ REASONS = (
     "zero embedding",
 )
 
+# of one text column of one file, each row counted
+_MAX_TEXT_BYTES = 1 << 30
+_SHOWN = 300
 EMBED_SCHEMA = pa.schema(
     [
         ("uid", pa.string()),
@@ -146,17 +148,8 @@ def read_target(url: str, arch: str) -> npt.NDArray[Any]:
     parent, _, name = absolute(url).rpartition("/")
     folder = Folder(parent)
     if name.endswith(".npz"):
-        return _read_arrays(folder, name, [f"{arch}_img"], "")[f"{arch}_img"]
-    try:
-        with folder.reading(name) as stream:
-            array = np.load(stream, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise InputError(
-            f"score-target {url} is no array file: {tables.first_line(error)}"
-        ) from error
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
-        raise InputError(f"score-target {url} must hold an array (targets, dimension) of floats")
-    return array
+        return npz.read_arrays(folder, name, [f"{arch}_img"], "")[f"{arch}_img"]
+    return npz.read_array(folder, name, f"score-target {url}")
 
 
 def read_pair(
@@ -168,8 +161,10 @@ def read_pair(
     Raises InputError, naming the file, for anything that concerns the pair as a whole.
     """
     try:
-        return _read_pair(folder, name, config, outside or Outside())
-    except (pa.ArrowException, ValueError, KeyError) as error:
+        # numpy announces the conversion of a signaling NaN; that row is judged like other NaNs
+        with np.errstate(invalid="ignore", over="ignore"):
+            return _read_pair(folder, name, config, outside or Outside())
+    except (pa.ArrowException, ValueError, KeyError, MemoryError) as error:
         # arrow and numpy have many ways to say that a file is not what its name promises
         raise InputError(
             f"{folder.where(name)}.parquet and .npz are no usable pair, fetch them again: "
@@ -178,17 +173,17 @@ def read_pair(
 
 
 def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outside) -> Rows:
-    table = _read_table(folder, f"{name}.parquet", config)
+    there, rows = _columns(folder, f"{name}.parquet", config)
     image, text = f"{config.arch}_img", f"{config.arch}_txt"
     wanted = list(config.feature_keys) or {
         "image|text": [image, text], "image": [image], "text": [text],
     }[config.feature_type]  # fmt: skip
     score_name = config.score_name
-    has_score = score_name in table.column_names and not config.score
+    has_score = score_name in there and not config.score
     if config.score_column and not has_score:
         raise InputError(
             f"{folder.where(name)}.parquet has no column {config.score_column!r}; "
-            f"it has {', '.join(table.column_names)}: choose one with --score-column"
+            f"it has {tables.listed(there)}: choose one with --score-column"
         )
     needed = wanted
     if config.needs == "target":
@@ -196,14 +191,12 @@ def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outsid
     elif not has_score and config.needs in ("", "pair"):
         needed = [*wanted, image, text]
     needed = list(dict.fromkeys(needed))
-    arrays = _read_arrays(folder, f"{name}.npz", needed, score_name)
-    for key, array in arrays.items():
-        if len(array) != table.num_rows:
-            raise InputError(
-                f"{folder.where(name)}.parquet has {table.num_rows} rows and {key} of "
-                f"{name}.npz has {len(array)}: the pair does not belong together, fetch it again"
-            )
+    # the parquet's rows last: what two files agree on is not the claim of one
+    arrays = npz.read_arrays(folder, f"{name}.npz", needed, score_name, rows)
+    table = _read_table(folder, f"{name}.parquet", config, there)
     where = folder.where(f"{name}.parquet")
+    if table.num_rows != rows:
+        raise InputError(f"{where} has {table.num_rows} rows and its footer says {rows}")
     logged = np.ones(table.num_rows, np.bool_)
     try:
         hi, lo, known = uid_format.parse(table.column("uid"))
@@ -225,9 +218,15 @@ def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outsid
             )
         difficulty = scores.norm_sim(arrays[image], outside.target)
     else:
+        widths = (arrays[image].shape[1], arrays[text].shape[1])
+        if widths[0] != widths[1]:
+            raise InputError(
+                f"{where.removesuffix('.parquet')}.npz: {image} has dimension {widths[0]} and "
+                f"{text} {widths[1]}: a score needs both in one space, or name a --score-column"
+            )
         difficulty = scores.clip_score(arrays[image], arrays[text])
     difficulty = scores.difficulty(difficulty, config.first)
-    group = _strings(table, config.group_column)
+    group = _strings(table, config.group_column, where)
     classed = np.ones(table.num_rows, np.bool_)
     if config.group_column:
         classed = group.is_valid().to_numpy(zero_copy_only=False)
@@ -241,8 +240,8 @@ def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outsid
         difficulty=difficulty,
         features=fixed,
         uid=table.column("uid"),
-        shard=_strings(table, "shard"),
-        key=_strings(table, "key"),
+        shard=_strings(table, "shard", where),
+        key=_strings(table, "key", where),
         group=group,
     )
 
@@ -254,7 +253,7 @@ def publish_pair(
     rows: Sequence[dict[str, Any]],
     image: npt.NDArray[np.float16],
     text: npt.NDArray[np.float16],
-) -> None:
+) -> Checksums:
     """Write what `embed` made of one shard; the npz first, for a parquet is what readers look for.
 
     rows: one dict a sample with EMBED_SCHEMA's fields. image, text: (n, d) float16 unit rows.
@@ -262,11 +261,13 @@ def publish_pair(
     score = scores.clip_score(image, text)
     table = pa.Table.from_pylist(list(rows), schema=EMBED_SCHEMA)
     table = table.append_column(f"clip_{arch}_similarity_score", pa.array(score, pa.float32()))
-    with folder.publish(f"{name}.npz") as path, path.open("wb") as stream:
+    sums: Checksums = {}
+    with folder.publish(f"{name}.npz", sums) as path, path.open("wb") as stream:
         arrays: dict[str, Any] = {f"{arch}_img": image, f"{arch}_txt": text}
         np.savez(stream, **arrays)
-    with folder.publish(f"{name}.parquet") as path:
+    with folder.publish(f"{name}.parquet", sums) as path:
         pq.write_table(table, path, compression="zstd")
+    return sums
 
 
 def _judge(
@@ -298,73 +299,57 @@ def _judge(
 
 
 def shown(value: Any) -> str | None:
-    """A string of an arrow column for the ledger, whatever bytes it holds."""
-    try:
-        text = value.as_py()
-    except UnicodeDecodeError:
-        text = value.cast(pa.binary()).as_py()
-    return text if text is None or isinstance(text, str) else repr(text)
+    """A string of an arrow column for the ledger, cut if long, whatever bytes it holds."""
+    if isinstance(value, pa.DictionaryScalar):
+        value = value.value
+    if not value.is_valid:
+        return None
+    begin: bytes = value.as_buffer()[: 4 * _SHOWN].to_pybytes()
+    return begin.decode("utf-8", "backslashreplace")[:_SHOWN]
 
 
-def _read_table(folder: Folder, name: str, config: CatalogConfig) -> Any:
+def _columns(folder: Folder, name: str, config: CatalogConfig) -> tuple[list[str], int]:
+    """Columns and rows of a table, from its footer."""
     with tables.open_table(folder, name) as parquet:
-        there = parquet.schema_arrow.names
+        there: list[str] = parquet.schema_arrow.names
         if "uid" not in there:
-            raise InputError(f"{folder.where(name)} has no column uid; it has {', '.join(there)}")
+            listed = tables.listed(there)
+            raise InputError(f"{folder.where(name)} has no column uid; it has {listed}")
         if config.group_column and config.group_column not in there:
             raise InputError(
                 f"{folder.where(name)} has no column {config.group_column!r}; it has "
-                f"{', '.join(there)}: choose one with --group-column"
+                f"{tables.listed(there)}: choose one with --group-column"
             )
-        wanted = ("uid", config.score_name, "shard", "key", config.group_column)
-        columns = [c for c in dict.fromkeys(wanted) if c in there]
-        if config.score_column and config.score_column not in there:
-            columns = there  # the caller's message lists them
-        return parquet.read(columns=columns)
+        return there, parquet.metadata.num_rows
 
 
-def _read_arrays(
-    folder: Folder, name: str, keys: Sequence[str], score_name: str
-) -> dict[str, npt.NDArray[Any]]:
-    where = folder.where(name)
-    with folder.reading(name) as stream:
-        try:
-            with np.load(stream, allow_pickle=False) as archive:
-                missing = [key for key in keys if key not in archive.files]
-                if missing:
-                    archs = sorted({f.removesuffix("_img") for f in archive.files if "_img" in f})
-                    raise InputError(
-                        f"{where} has no {' and no '.join(missing)} (needed for the features, or "
-                        f"for the score as there is no column {score_name}); it has "
-                        f"{', '.join(archive.files)}: "
-                        + (f"try --arch {archs[0]}" if archs else "choose with --arch")
-                    )
-                arrays = {key: archive[key] for key in keys}
-        except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise InputError(
-                f"{where} is no readable npz file of plain arrays, fetch it again: "
-                f"{tables.first_line(error)}"
-            ) from error
-        except AttributeError as error:  # a lone .npy under the name .npz has no `files`
-            raise InputError(f"{where} is a single array, a .npz archive is needed") from error
-    for key, array in arrays.items():
-        if array.ndim != 2 or array.dtype.kind != "f" or array.shape[1] == 0:
-            raise InputError(
-                f"{where}: {key} has shape {array.shape} and dtype {array.dtype}, "
-                "needed is (rows, dimension) of floats"
-            )
-    return arrays
+def _read_table(folder: Folder, name: str, config: CatalogConfig, there: Sequence[str]) -> Any:
+    wanted = ("uid", config.score_name, "shard", "key", config.group_column)
+    columns = [c for c in dict.fromkeys(wanted) if c in there]
+    with tables.open_table(folder, name, encoded=columns) as parquet:
+        return tables.read_checked(parquet, columns)
 
 
 def _as_float32(column: Any, where: str) -> npt.NDArray[np.float32]:
-    """A numeric column as float32; null becomes NaN."""
+    """A column of numbers, or of strings that spell them, as float32; null becomes NaN."""
     try:
-        values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        values = [_as_float64(chunk) for chunk in column.chunks]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise InputError(f"{where} must hold numbers: {tables.first_line(error)}") from error
     with np.errstate(over="ignore"):
-        narrow: npt.NDArray[np.float32] = np.asarray(values, np.float64).astype(np.float32)
-    return narrow
+        return np.concatenate([np.empty(0), *values]).astype(np.float32)
+
+
+def _as_float64(chunk: Any) -> npt.NDArray[np.float64]:
+    if pa.types.is_dictionary(chunk.type):
+        # never decoded: see tables.open_table
+        values = np.append(_as_float64(chunk.dictionary), np.nan)
+        rows = pc.fill_null(chunk.indices.cast(pa.int64()), len(values) - 1).to_numpy()
+        taken: npt.NDArray[np.float64] = values[rows]
+        return taken
+    if not pa.types.is_float16(chunk.type):  # arrow 15 does not cast them
+        chunk = chunk.cast(pa.float64(), safe=False)
+    return np.asarray(chunk.to_numpy(zero_copy_only=False), np.float64)
 
 
 def _logged(
@@ -377,7 +362,34 @@ def _logged(
     return np.where(at >= 0, log.value[at], np.nan).astype(np.float32), at >= 0
 
 
-def _strings(table: Any, name: str) -> Any:
+def _strings(table: Any, name: str, where: str) -> Any:
+    """A column as valid UTF-8, null where there is none. Raises InputError for too much text."""
     if name not in table.column_names:
         return pa.nulls(table.num_rows, pa.string())
-    return table.column(name).cast(pa.string()).combine_chunks()
+    column = table.column(name)
+    size = sum(_text_bytes(chunk) for chunk in column.chunks)
+    if size > _MAX_TEXT_BYTES:
+        raise InputError(
+            f"{where}: column {name} holds {size} bytes of text, at most {_MAX_TEXT_BYTES} are "
+            "read: split the file"
+        )
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    try:
+        text = column.cast(pa.string())
+        text.validate(full=True)
+    except pa.ArrowInvalid:
+        if column.type not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
+            raise
+        raw = column.cast(pa.large_binary()).to_pylist()
+        shown_bytes = [None if v is None else v.decode("utf-8", "backslashreplace") for v in raw]
+        text = pa.chunked_array([pa.array(shown_bytes, pa.string())])
+    return text.combine_chunks()
+
+
+def _text_bytes(chunk: Any) -> int:
+    """Bytes of all rows of a dictionary of strings; 0 for what is not repeated."""
+    if not pa.types.is_dictionary(chunk.type):
+        return 0
+    length = pc.binary_length(chunk.dictionary.cast(pa.large_binary()))
+    return int(pc.sum(pc.take(length, chunk.indices)).as_py() or 0)

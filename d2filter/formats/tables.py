@@ -7,10 +7,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from d2filter.errors import InputError
 from d2filter.formats.paths import Folder
+
+# what arrow raises on bytes that are no parquet file, or claim to be a gigantic one
+_UNREADABLE = (
+    *(pa.ArrowException, OSError, ValueError, LookupError),
+    *(MemoryError, OverflowError, RuntimeError, TypeError),
+)
 
 
 def read_table(folder: Folder, name: str, columns: Sequence[str] | None = None) -> Any:
@@ -27,19 +34,54 @@ def count_rows(folder: Folder, name: str) -> int:
 
 
 @contextmanager
-def open_table(folder: Folder, name: str) -> Iterator[Any]:
-    """An open parquet file. What arrow raises while it is open becomes an InputError."""
+def open_table(folder: Folder, name: str, encoded: Sequence[str] = ()) -> Iterator[Any]:
+    """An open parquet file. What arrow raises while it is open becomes an InputError.
+
+    encoded: columns to read as dictionaries if they hold strings, by `read_checked`. A small file
+    can repeat a long string millions of times; a dictionary of it stays as small as the file.
+    """
     with folder.reading(name) as stream:
         try:
-            yield pq.ParquetFile(stream)
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            parquet = pq.ParquetFile(stream)
+            texts = [f.name for f in parquet.schema_arrow if f.name in encoded and _is_text(f.type)]
+            if texts:
+                parquet = pq.ParquetFile(stream, metadata=parquet.metadata, read_dictionary=texts)
+            yield parquet
+        except _UNREADABLE as error:
             raise InputError(
                 f"{folder.where(name)} is no readable parquet file, fetch or make it again: "
                 f"{first_line(error)}"
             ) from error
 
 
+def read_checked(parquet: Any, columns: Sequence[str]) -> Any:
+    """Some columns of an open file. Raises ValueError for dictionaries that point outside.
+
+    Arrow hands such indices out as the file has them, and whoever follows one reads foreign memory.
+    """
+    table = parquet.read(columns=list(columns))
+    for column in table.columns:
+        for chunk in column.chunks:
+            if not pa.types.is_dictionary(chunk.type):
+                continue
+            bounds = pc.min_max(chunk.indices).as_py()
+            low, high = bounds["min"], bounds["max"]
+            if low is not None and not 0 <= low <= high < len(chunk.dictionary):
+                raise ValueError(f"an index of {low} to {high} points outside of a dictionary")
+    return table
+
+
+def _is_text(kind: Any) -> bool:
+    return kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, for a message of one line."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names out of a file, for a message of one line."""
+    text = ", ".join(names)[:300]
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -88,18 +88,21 @@ def score(url: str, name: str) -> Scored:
 def _read(folder: Folder, name: str) -> tuple[Any, ...]:
     """uid_hi, uid_lo, epoch, label and probabilities (rows, c) of one file."""
     where = folder.where(name)
-    with tables.open_table(folder, name) as parquet:
+    with tables.open_table(folder, name, encoded=["uid"]) as parquet:
         there = parquet.schema_arrow.names
         outputs = [column for column in _OUTPUTS if column in there]
         missing = [column for column in _COLUMNS if column not in there]
         if missing or not outputs:
             lacking = [*missing, *([] if outputs else [" or ".join(_OUTPUTS)])]
             raise InputError(
-                f"{where} has no column {' and no '.join(lacking)}; it has {', '.join(there)}"
+                f"{where} has no column {' and no '.join(lacking)}; it has {tables.listed(there)}"
             )
-        table = parquet.read(columns=[*_COLUMNS, outputs[0]])
+        table = tables.read_checked(parquet, [*_COLUMNS, outputs[0]])
     if not table.num_rows:
         raise InputError(f"{where} has no rows: a log has one a sample and epoch")
+    for column in ("epoch", "label"):
+        if table.column(column).null_count:
+            raise InputError(f"{where}: {column} is null in {table.column(column).null_count} rows")
     try:
         hi, lo, known = uid_format.parse(table.column("uid"))
         lists = table.column(outputs[0]).combine_chunks()

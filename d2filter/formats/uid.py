@@ -44,11 +44,20 @@ def parse(column: Any) -> tuple[U64, U64, npt.NDArray[np.bool_]]:
     pa.ArrowNotImplementedError for columns that hold no strings.
     """
     if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks()
+        # an empty one first: there may be no chunk
+        parts = [parse(chunk) for chunk in (pa.array([], column.type), *column.chunks)]
+        return (
+            np.concatenate([part[0] for part in parts]),
+            np.concatenate([part[1] for part in parts]),
+            np.concatenate([part[2] for part in parts]),
+        )
     if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    texts = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
-    if column.type not in texts:
+        # never decoded: a long string may be repeated millions of times
+        null = pa.nulls(1, column.type.value_type)
+        hi, lo, valid = parse(pa.concat_arrays([column.dictionary, null]))
+        rows = pc.fill_null(column.indices.cast(pa.int64()), len(hi) - 1).to_numpy()
+        return hi[rows], lo[rows], valid[rows]
+    if not _is_text(column.type):
         raise pa.ArrowInvalid(f"type {column.type} where strings are needed")
     column = column.cast(pa.large_binary())
     length = pc.fill_null(pc.binary_length(column), 0).to_numpy(zero_copy_only=False)
@@ -70,6 +79,12 @@ def parse(column: Any) -> tuple[U64, U64, npt.NDArray[np.bool_]]:
     hi[broken] = 0
     lo[broken] = 0
     return hi, lo, valid
+
+
+def _is_text(kind: Any) -> bool:
+    # arrow 15 has no type of views
+    names = ("null", "string", "large_string", "string_view", "binary", "large_binary")
+    return pa.types.is_fixed_size_binary(kind) or str(kind) in (*names, "binary_view")
 
 
 def to_hex(hi: U64, lo: U64) -> list[str]:

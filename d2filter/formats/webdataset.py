@@ -1,32 +1,37 @@
 """Samples of WebDataset shards: tar files whose members share a key (DESIGN §6).
 
 A key is the member's path up to the first dot of its base name, as webdataset defines it. Members
-of a key need not lie side by side: the headers of a shard are read first, then the samples.
+of a key need not lie side by side: the headers of a shard are read first, then the samples. Nothing
+is ever extracted: a name is a name, whatever path it spells.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import struct
-import tarfile
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import IO, Any
 
 import braceexpand
 
 from d2filter.errors import InputError, UsageError
+from d2filter.formats import tarindex
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import FileInfo, Folder, filesystem
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 # what such a member may hold, whatever its name says: a decoder for PostScript runs programs
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+MAX_IMAGE_BYTES = 256 << 20
+MAX_JSON_BYTES = 16 << 20
+MAX_TEXT_BYTES = 1 << 20
+
+_KEPT_META = ("url", "sha256", "original_width", "original_height")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,7 @@ class Sample:
     caption: str = ""
     uid: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
-    """the json member"""
+    """url, sha256, original_width and original_height of the json member, if it has them"""
     reason: str = ""
     """why it cannot be used; empty when it can"""
     message: str = ""
@@ -91,6 +96,8 @@ def list_shards(patterns: Sequence[str]) -> list[Shard]:
     repeated = {name for name, count in Counter(names).items() if count > 1}
     shards = []
     for url, name in zip(sorted(found), names, strict=True):
+        if not encodable(url):
+            raise InputError(f"shard {clean(url)} has a name that is no UTF-8: rename the file")
         mark = hashlib.blake2b(url.encode(), digest_size=4).hexdigest()
         shards.append(Shard(url, found[url], f"{name}-{mark}" if name in repeated else name))
     return shards
@@ -99,21 +106,31 @@ def list_shards(patterns: Sequence[str]) -> list[Shard]:
 def read_samples(shard: Shard) -> Iterator[Sample]:
     """The samples of a shard in the order of their first member; unusable ones with a reason.
 
-    Raises LostTail after the last readable sample when the file breaks off or is no tar.
+    Memory: one sample, and some 300 bytes a member. Raises LostTail after the last readable sample
+    when the file breaks off or is no tar.
     """
     with _local_copy(shard) as stream:
-        keys, broken = _headers(stream)
-        for key, members in keys:
-            yield _sample(stream, key, members)
+        found, broken = tarindex.read(stream, IMAGE_SUFFIXES)
+        for key in found:
+            yield _sample(stream, key)
+    if broken:
+        raise LostTail(clean(broken)[:300])
+
+
+def locate_samples(shard: Shard) -> Iterator[tuple[str, dict[str, tarindex.Member]]]:
+    """uid of each sample that can be told apart, and where its members lie: those that are plain
+    files. Pictures and captions are only read where the json has no uid.
+
+    Raises LostTail like `read_samples`.
+    """
+    with _local_copy(shard) as stream:
+        found, broken = tarindex.read(stream, IMAGE_SUFFIXES)
+        for key in found:
+            uid = _told_uid(stream, key) or _sample(stream, key).uid
+            if uid is not None and not key.cut:
+                yield uid, {ext: place for ext, place in key.members.items() if not place.odd}
     if broken:
         raise LostTail(broken)
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """(key, extension in lower case) of a member: cut at the first dot of the base name."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension.lower()
 
 
 def _expanded(pattern: str) -> list[str]:
@@ -160,110 +177,94 @@ class _Listing:
 @contextmanager
 def _local_copy(shard: Shard) -> Iterator[IO[bytes]]:
     """The shard as a seekable local file; remote ones are fetched whole and checked for length."""
-    local = Folder(shard.url).local
-    if local is not None:
-        with local.open("rb") as stream:
-            yield stream
-        return
-    fs, path = filesystem(shard.url)
-    with tempfile.TemporaryDirectory(prefix="d2filter-") as scratch:
-        target = Path(scratch) / "shard.tar"
-        fs.get_file(path, str(target))
-        if target.stat().st_size != shard.info.size:
-            raise InputError(
-                f"{shard.url} has {shard.info.size} bytes and {target.stat().st_size} arrived: "
-                "the connection broke, run the same command again"
-            )
-        with target.open("rb") as stream:
-            yield stream
+    parent, _, name = shard.url.rpartition("/")
+    with Folder(parent or ".").fetched(name, shard.info) as stream:
+        yield stream
 
 
-_Members = dict[str, tarfile.TarInfo]
-_BLOCK = tarfile.BLOCKSIZE
+class _Unusable(Exception):
+    """A sample that cannot be used: (reason, message)."""
 
 
-def _headers(stream: IO[bytes]) -> tuple[list[tuple[str, _Members]], str]:
-    """Members by key, and what broke off the reading ("" when nothing did)."""
-    keys: list[tuple[str, _Members]] = []
-    latest: dict[str, _Members] = {}
-    broken = ""
-    after = 0
+def _sample(stream: IO[bytes], found: tarindex.Key) -> Sample:
+    key, members = clean(found.name), found.members
+    known: str | None = None
+
+    def read(extension: str, most: int) -> bytes:
+        member = members[extension]
+        if member.odd:
+            raise _Unusable("no plain file", f"{extension} is {member.odd}")
+        if member.size > most:
+            message = f"{extension} has {member.size} bytes, at most {most} are read"
+            raise _Unusable("member too large", message)
+        stream.seek(member.offset)
+        return stream.read(member.size)
+
     try:
-        with tarfile.open(fileobj=stream, mode="r:") as archive:
-            for member in archive:
-                after = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-                if not member.isfile():
-                    continue
-                key, extension = split_name(member.name)
-                members = latest.get(key)
-                if members is None or extension in members:
-                    # a name that comes again begins another sample: nothing is overwritten
-                    members = latest[key] = {}
-                    keys.append((key, members))
-                members[extension] = member
-    except (tarfile.TarError, EOFError, ValueError, OverflowError, struct.error) as error:
-        broken = str(error) or type(error).__name__
-    # tarfile takes a damaged header for the end; a whole archive ends in a block of zeros
-    end = stream.seek(0, 2)
-    stream.seek(min(after, end))
-    block = stream.read(_BLOCK)
-    if not broken and len(block) < _BLOCK:
-        broken = f"no end-of-archive mark at byte {after}: cut off"
-    if not broken and block.strip(b"\0"):
-        broken = f"damaged header at byte {after}"
-    # the header of the last member may be whole while its content is not
-    return [
-        (key, members)
-        for key, members in keys
-        if all(0 <= m.size <= end - m.offset_data for m in members.values())
-    ], broken
-
-
-def _sample(stream: IO[bytes], key: str, members: _Members) -> Sample:
-    key = clean(key)
-
-    def read(extension: str) -> bytes:
-        stream.seek(members[extension].offset_data)
-        return stream.read(members[extension].size)
-
-    parsed: Any = {}
-    if "json" in members:
-        try:
-            parsed = json.loads(read("json"))
-        except (ValueError, RecursionError) as error:
-            return Sample(key=key, reason="broken json", message=_short(error))
-        if not isinstance(parsed, dict):
-            return Sample(key=key, reason="broken json", message="not an object")
-    meta: dict[str, Any] = parsed
-    known = meta["uid"] if uid_format.is_uid(meta.get("uid")) else None
-    image = next((e for e in IMAGE_SUFFIXES if e in members), None)
-    if image is None:
-        there = ", ".join(sorted(members))
-        return Sample(
-            key=key, uid=known, reason="no image", message=clean(f"members: {there}")[:300]
-        )
-    caption = meta.get("caption")
-    if "txt" in members:
-        try:
-            caption = read("txt").decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            return Sample(key=key, uid=known, reason="caption is no UTF-8", message=_short(error))
-    if not isinstance(caption, str):
-        return Sample(key=key, uid=known, reason="no caption")
-    if not encodable(caption):
-        return Sample(key=key, uid=known, reason="caption is no UTF-8", message="lone surrogate")
-    if not caption.strip():
-        return Sample(key=key, uid=known, reason="empty caption")
-    content = read(image)
-    if not content:
-        return Sample(key=key, uid=known, reason="empty image")
+        if found.cut:
+            raise _Unusable("cut off", f"the shard breaks off; members: {_listed(members)}")
+        meta = _parsed(read("json", MAX_JSON_BYTES)) if "json" in members else {}
+        known = meta["uid"] if uid_format.is_uid(meta.get("uid")) else None
+        images = [e for e in IMAGE_SUFFIXES if e in members]
+        if not images:
+            raise _Unusable("no image", f"members: {_listed(members)}")
+        caption = meta.get("caption")
+        if "txt" in members:
+            caption = _decoded(read("txt", MAX_TEXT_BYTES))
+        if not isinstance(caption, str):
+            raise _Unusable("no caption", "")
+        if not encodable(caption):
+            raise _Unusable("caption is no UTF-8", "lone surrogate")
+        if not caption.strip():
+            raise _Unusable("empty caption", "")
+        content = read(min(images, key=lambda e: members[e].odd != ""), MAX_IMAGE_BYTES)
+        if not content:
+            raise _Unusable("empty image", "")
+    except _Unusable as error:
+        reason, message = error.args
+        return Sample(key=key, uid=known, reason=reason, message=message)
     return Sample(
         key=key,
         image=content,
         caption=caption,
         uid=known or uid_format.content_uid(content, caption),
-        meta=meta,
+        # the rest of a json may be large, and samples wait in memory for their batch
+        meta={name: meta[name] for name in _KEPT_META if isinstance(meta.get(name), (str, int))},
     )
+
+
+def _told_uid(stream: IO[bytes], found: tarindex.Key) -> str | None:
+    """That of the json member, where it has one."""
+    place = found.members.get("json")
+    if place is None or place.odd or place.size > MAX_JSON_BYTES:
+        return None
+    stream.seek(place.offset)
+    try:
+        told = _parsed(stream.read(place.size)).get("uid")
+    except _Unusable:
+        return None
+    return str(told) if uid_format.is_uid(told) else None
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise _Unusable("broken json", _short(error)) from error
+    if not isinstance(parsed, dict):
+        raise _Unusable("broken json", "not an object")
+    return parsed
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _Unusable("caption is no UTF-8", _short(error)) from error
+
+
+def _listed(members: dict[str, tarindex.Member]) -> str:
+    return clean(", ".join(sorted(members)))[:300]
 
 
 def _short(error: BaseException) -> str:

@@ -8,7 +8,9 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,17 @@ import numpy as np
 from d2filter.config import EmbedConfig
 from d2filter.errors import InputError
 from d2filter.formats import ledger, metadata, webdataset
-from d2filter.formats.paths import Folder
+from d2filter.formats.paths import Checksums, Folder
 from d2filter.formats.runstate import Plan
 from d2filter.models import clip
-from d2filter.stages.runner import Report, Runner, Task, assigned_cpus
+from d2filter.stages.runner import Runner
+from d2filter.stages.worker import Report, Task, assigned_cpus, checksums_of
 
 _LONGEST_RATIO = 1000  # the transform scales the short side up: 1 × 60,000 would take gigabytes
+_LARGE_PIXELS = 1 << 24  # of such pictures one at a time is decoded, or threads would add up
+_AHEAD_BYTES = 512 << 20  # of encoded pictures that wait for a thread
+# a context is some 77 tokens, and the time of tokenizers is quadratic in the length of a word
+_LONGEST_CAPTION = 4096
 
 
 def build(
@@ -63,6 +70,7 @@ def build(
         "bad_reasons": dict(reasons.most_common()),
         "lost_shards": lost,
         "shards": len(shards),
+        "checksums": checksums_of(done),
         "device": sorted({figures["device"] for figures in done}),
         "peak_rss": max(figures["peak_rss_bytes"] for figures in done),
     }
@@ -91,7 +99,7 @@ def embed_shard(
     def flush() -> None:
         image, text = model.encode(
             [ready.tensor for ready in batch],
-            [ready.sample.caption for ready in batch],
+            [_tokenizable(ready.sample.caption) for ready in batch],
             config.batch_size,
         )
         images.append(image)
@@ -118,12 +126,13 @@ def embed_shard(
     if batch:
         flush()
     folder = out.sub("metadata")
+    sums: Checksums = {}
     if not rows:
         # an earlier version of this shard may have left a pair
         folder.remove(f"{shard.name}.parquet")
         folder.remove(f"{shard.name}.npz")
     else:
-        metadata.publish_pair(
+        sums = metadata.publish_pair(
             folder,
             shard.name,
             config.resolved_arch,
@@ -137,14 +146,18 @@ def embed_shard(
         "reasons": dict(Counter(entry.reason for entry in entries)),
         "lost": lost,
         "device": model.device,
+        "url": shard.url,
+        "checksums": sums,
     }
 
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """A sample whose picture is decoded and transformed."""
+    """A sample whose picture is decoded and transformed; the encoded one is let go."""
 
     sample: webdataset.Sample
+    sha256: str
+    """of the encoded picture"""
     tensor: Any
     width: int
     height: int
@@ -160,22 +173,31 @@ def _decoded(
 
     The samples before a LostTail are handed out before it is raised.
     """
-    waiting: deque[Future[_Ready | webdataset.Sample]] = deque()
+    waiting: deque[tuple[int, Future[_Ready | webdataset.Sample]]] = deque()
+    ahead = 0
+    one_large = Lock()
     lost: webdataset.LostTail | None = None
     try:
         for sample in samples:
-            waiting.append(pool.submit(_decode, sample, model))
-            if len(waiting) > 2 * batch_size:
-                yield waiting.popleft().result()
+            size = len(sample.image)
+            waiting.append((size, pool.submit(_decode, sample, model, one_large)))
+            ahead += size
+            while len(waiting) > 2 * batch_size or ahead > _AHEAD_BYTES:
+                size, future = waiting.popleft()
+                ahead -= size
+                yield future.result()
     except webdataset.LostTail as error:
         lost = error
     while waiting:
-        yield waiting.popleft().result()
+        yield waiting.popleft()[1].result()
     if lost is not None:
         raise lost
 
 
-def _decode(sample: webdataset.Sample, model: clip.Clip) -> _Ready | webdataset.Sample:
+def _decode(
+    sample: webdataset.Sample, model: clip.Clip, one_large: Lock
+) -> _Ready | webdataset.Sample:
+    """The first frame, as open_clip's own transform sees it: it does not turn by EXIF."""
     from PIL import Image
 
     if sample.reason:
@@ -185,7 +207,10 @@ def _decode(sample: webdataset.Sample, model: clip.Clip) -> _Ready | webdataset.
             width, height = picture.size
             if max(width, height) > _LONGEST_RATIO * min(width, height):
                 raise ValueError(f"{width} × {height} is longer than {_LONGEST_RATIO} : 1")
-            return _Ready(sample, model.transform(_eight_bit(picture)), width, height)
+            with one_large if width * height > _LARGE_PIXELS else nullcontext():
+                tensor = model.transform(_eight_bit(picture))
+        sha256 = hashlib.sha256(sample.image).hexdigest()
+        return _Ready(replace(sample, image=b""), sha256, tensor, width, height)
     except Exception as error:  # decoders raise nearly anything on hostile bytes
         return webdataset.Sample(
             key=sample.key,
@@ -204,6 +229,13 @@ def _eight_bit(picture: Any) -> Any:
     return Image.fromarray((np.asarray(picture).astype(np.float64) / 257).clip(0, 255).astype("u1"))
 
 
+def _tokenizable(caption: str) -> str:
+    """What the model can see of a caption."""
+    if len(caption) <= _LONGEST_CAPTION:
+        return caption
+    return " ".join(caption.split())[:_LONGEST_CAPTION]
+
+
 def _row(ready: _Ready, shard: webdataset.Shard) -> dict[str, Any]:
     meta = ready.sample.meta
     url, sha256 = meta.get("url"), meta.get("sha256")
@@ -214,7 +246,7 @@ def _row(ready: _Ready, shard: webdataset.Shard) -> dict[str, Any]:
         "text": ready.sample.caption,
         "original_width": _size(meta.get("original_width"), ready.width),
         "original_height": _size(meta.get("original_height"), ready.height),
-        "sha256": sha256 if told else hashlib.sha256(ready.sample.image).hexdigest(),
+        "sha256": sha256 if told else ready.sha256,
         "key": ready.sample.key,
         "shard": shard.url,
     }
@@ -222,7 +254,7 @@ def _row(ready: _Ready, shard: webdataset.Shard) -> dict[str, Any]:
 
 def _size(told: object, decoded: int) -> int:
     """What the json says, when it is a sensible number, else the size of the stored picture."""
-    return told if isinstance(told, int) and 0 < told < 2**31 else decoded
+    return told if type(told) is int and 0 < told < 2**31 else decoded
 
 
 def _entry(sample: webdataset.Sample, shard: webdataset.Shard) -> ledger.Entry:

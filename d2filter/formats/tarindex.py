@@ -1,0 +1,203 @@
+"""Where the members of a tar file lie, whatever its headers claim.
+
+The standard library's tarfile parses the headers. It believes them, though: sizes that are negative
+lead it in circles, and headers of gigabytes into memory. What it may read is limited here.
+"""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import IO, NamedTuple, cast
+
+_BLOCK = tarfile.BLOCKSIZE
+_KINDS = frozenset(("image", "txt", "json"))
+# per member, long names and extended headers included; tarfile believes what headers claim
+_MAX_HEADER_BYTES = 1 << 20
+_MAX_GLOBAL_RECORDS = 100
+_DIGITS = re.compile(rb"[0-9]+")
+_MAX_DIGITS = 256
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "zip",
+}
+
+
+class Member(NamedTuple):
+    """Where the content of a member lies."""
+
+    offset: int
+    size: int
+    number: int
+    """among all members of the shard"""
+    odd: str = ""
+    """what it is when it is no plain file"""
+
+
+@dataclass(slots=True)
+class Key:
+    """The members that make one sample, by extension."""
+
+    name: str
+    members: dict[str, Member] = field(default_factory=dict)
+    cut: bool = False
+    """whether the archive breaks off before all its members were read, as far as one can tell"""
+
+
+def read(stream: IO[bytes], images: Sequence[str]) -> tuple[list[Key], str]:
+    """Keys in the order of their first member, and what broke off the reading ("": nothing did).
+
+    images: extensions of which one is enough. A key that comes again with an extension that it has
+    begins another sample: nothing is overwritten. Directories are left out, and so are links and
+    devices that are no image, txt or json.
+    """
+    size = stream.seek(0, 2)
+    keys, broken = _headers(stream, size, frozenset(images))
+    if broken:
+        _mark_cut(keys, size, frozenset(images))
+    return keys, broken
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(key, extension in lower case) of a member: cut at the first dot of the base name."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+class _HeaderReader:
+    """What tarfile reads headers from. It neither leaves the file nor reads without a limit."""
+
+    def __init__(self, stream: IO[bytes], size: int) -> None:
+        self._stream = stream
+        self._size = size
+        self._left = _MAX_HEADER_BYTES
+
+    def next_member(self) -> None:
+        """The headers of another member begin."""
+        self._left = _MAX_HEADER_BYTES
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def seek(self, offset: int) -> int:
+        if not 0 <= offset <= self._size:
+            raise tarfile.ReadError("a member reaches beyond the end of the file: cut off")
+        return self._stream.seek(offset)
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= self._left:
+            raise tarfile.ReadError(f"header of more than {_MAX_HEADER_BYTES} bytes")
+        self._left -= size
+        block = self._stream.read(size)
+        # older versions of tarfile search extended headers in time quadratic in runs of digits
+        if size > _BLOCK and any(len(run) > _MAX_DIGITS for run in _DIGITS.findall(block)):
+            raise tarfile.ReadError(f"header with a number of more than {_MAX_DIGITS} digits")
+        return block
+
+
+def _headers(stream: IO[bytes], size: int, images: frozenset[str]) -> tuple[list[Key], str]:
+    keys: list[Key] = []
+    latest: dict[str, Key] = {}
+    stream.seek(0)
+    begin = stream.read(8)
+    for magic, kind in _COMPRESSED.items():
+        if begin.startswith(magic):
+            return [], f"it is a {kind} file: unpack it, shards are plain tar files"
+    broken = ""
+    after = 0
+    number = 0
+    reader = _HeaderReader(stream, size)
+    reader.seek(0)
+    try:
+        with tarfile.open(fileobj=cast(IO[bytes], reader), mode="r:") as archive:
+            while (member := archive.next()) is not None:
+                _refuse_hostile(archive, member, after)
+                # it would keep every header otherwise
+                archive.members = []  # type: ignore[attr-defined]  # typeshed does not know it
+                reader.next_member()
+                after = archive.offset
+                name, extension = split_name(member.name)
+                odd = _oddity(member)
+                if member.isdir() or (odd and _kind(extension, images) not in _KINDS):
+                    continue
+                key = latest.get(name)
+                if key is None or extension in key.members:
+                    key = latest[name] = Key(name)
+                    keys.append(key)
+                key.members[extension] = Member(member.offset_data, member.size, number, odd)
+                number += 1
+    except OSError:
+        raise
+    except Exception as error:  # tarfile raises nearly anything on hostile headers
+        broken = str(error) or type(error).__name__
+    return keys, broken or _rest(stream, min(after, size))
+
+
+def _refuse_hostile(archive: tarfile.TarFile, member: tarfile.TarInfo, after: int) -> None:
+    """Raise ReadError for headers that would lead in circles, or multiply what they hold."""
+    if archive.offset <= after or member.size < 0:
+        raise tarfile.ReadError(f"damaged header at byte {after}: it points backwards")
+    everywhere = archive.pax_headers
+    if len(everywhere) > _MAX_GLOBAL_RECORDS or any(
+        name in ("path", "linkpath", "size") or name.startswith("GNU.sparse") for name in everywhere
+    ):
+        raise tarfile.ReadError("a global header sets what belongs to one member")
+
+
+def _rest(stream: IO[bytes], after: int) -> str:
+    """What is wrong behind the last member: tarfile takes a damaged header for the end.
+
+    A whole archive ends in a block of zeros, and only zeros follow: where one archive was appended
+    to another, or a header was zeroed, samples would be missing without a word.
+    """
+    stream.seek(after)
+    block = stream.read(_BLOCK)
+    if len(block) < _BLOCK:
+        return f"no end-of-archive mark at byte {after}: cut off"
+    at = after
+    while block:
+        if block.count(0) != len(block):
+            if at == after:
+                return f"damaged header at byte {after}"
+            return f"data behind the end-of-archive mark at byte {after}, not read"
+        at += len(block)
+        block = stream.read(1 << 20)
+    return ""
+
+
+def _mark_cut(keys: Sequence[Key], size: int, images: frozenset[str]) -> None:
+    """Mark the keys that lost a member to the break, or may have.
+
+    The last key may; where members of a key lie apart, any may. One that has all kinds of members
+    that others have is taken as whole.
+    """
+    apart = False
+    for key in keys:
+        numbers = [member.number for member in key.members.values()]
+        apart |= max(numbers) - min(numbers) >= len(numbers)
+        key.cut = any(member.offset + member.size > size for member in key.members.values())
+    kinds = [{_kind(extension, images) for extension in key.members} & _KINDS for key in keys]
+    usual = set().union(*(kinds if apart else kinds[:-1])) or _KINDS
+    for number in range(len(keys))[0 if apart else -1 :]:
+        keys[number].cut |= not usual <= kinds[number]
+
+
+def _kind(extension: str, images: frozenset[str]) -> str:
+    return "image" if extension in images else extension
+
+
+def _oddity(member: tarfile.TarInfo) -> str:
+    """What a member is that holds no bytes of its own, or not in one piece; "" for plain files."""
+    if member.issparse():
+        return "a sparse file"
+    if member.isfile():
+        return ""
+    if member.islnk() or member.issym():
+        return "a link"
+    return "a device or pipe" if member.isdev() else f"of type {member.type!r}"

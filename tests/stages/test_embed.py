@@ -1,0 +1,96 @@
+"""How pictures are decoded beside the model: ahead, but not without bounds."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import shards as made
+from PIL import Image
+
+from d2filter.formats.webdataset import LostTail, Sample
+from d2filter.models.clip import Clip
+from d2filter.stages import embed
+
+
+def decoded(samples: Iterator[Sample], transform: Any = lambda picture: 0) -> Iterator[Any]:
+    model = Clip(model=None, transform=transform, tokenize=str, device="cpu", dtype=None)  # type: ignore[arg-type]
+    with ThreadPoolExecutor(4) as pool:
+        yield from embed._decoded(pool, samples, model, 8)
+
+
+@pytest.mark.parametrize(("bound", "ahead"), [(1 << 30, 17), (10_000, 9)])
+def test_encoded_pictures_wait_within_bounds(
+    monkeypatch: pytest.MonkeyPatch, bound: int, ahead: int
+) -> None:
+    monkeypatch.setattr(embed, "_AHEAD_BYTES", bound)
+    picture = made.picture(1).ljust(1250, b"\0")[:1250]
+    begun = 0
+    most = 0
+
+    def samples() -> Iterator[Sample]:
+        nonlocal begun
+        for i in range(60):
+            begun += 1
+            yield Sample(key=str(i), image=picture, caption="x")
+        raise LostTail("cut off")
+
+    done = []
+    with pytest.raises(LostTail):  # noqa: PT012  # what comes before is the point
+        for item in decoded(samples()):
+            most = max(most, begun - len(done))
+            done.append(item.key if isinstance(item, Sample) else item.sample.key)
+    assert done == [str(i) for i in range(60)]
+    assert most == ahead
+
+
+def test_large_pictures_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed, "_LARGE_PIXELS", 30 * 30)
+    inside: dict[str, set[int]] = {"small": set(), "large": set()}
+    together = {"small": 0, "large": 0}
+
+    def transform(picture: Image.Image) -> int:
+        kind = "large" if picture.size[0] > 30 else "small"
+        here = threading.get_ident()
+        inside[kind].add(here)
+        time.sleep(0.02)
+        together[kind] = max(together[kind], len(inside[kind]))
+        inside[kind].discard(here)
+        return 0
+
+    def png(size: int) -> bytes:
+        stream = io.BytesIO()
+        Image.new("RGB", (size, size)).save(stream, "PNG")
+        return stream.getvalue()
+
+    pictures = [png(40)] * 12 + [png(20)] * 12
+    samples = (Sample(key=str(i), image=p, caption="x") for i, p in enumerate(pictures))
+    assert len(list(decoded(samples, transform))) == 24
+    assert together["large"] == 1
+    assert together["small"] > 1
+
+
+def test_what_waits_for_its_batch_holds_no_encoded_picture() -> None:
+    picture = made.picture(1)
+    (ready,) = decoded(iter([Sample(key="a", image=picture, caption="x")]))
+    assert ready.sample.image == b""
+    assert embed._row(ready, shard())["sha256"] == hashlib.sha256(picture).hexdigest()
+
+
+def shard() -> Any:
+    from d2filter.formats.paths import FileInfo
+    from d2filter.formats.webdataset import Shard
+
+    return Shard("s/0.tar", FileInfo("0.tar", 0, ""), "0")
+
+
+def test_sizes_that_a_json_tells_must_be_sensible() -> None:
+    assert [embed._size(told, 7) for told in (640, "640", 0, -1, True, 2**31, 6.5, None)] == [
+        640, 7, 7, 7, 7, 7, 7, 7
+    ]  # fmt: skip
