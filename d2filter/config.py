@@ -130,6 +130,13 @@ class CatalogConfig:
                 "and without --feature-keys"
             )
 
+    @classmethod
+    def from_options(cls, options: dict[str, Any], sources: dict[str, str]) -> CatalogConfig:
+        """From a run's record, which tells apart what was asked and where it lay."""
+        places = {name: sources[name] for name in ("score_target", "training_log")}
+        keys = tuple(options["feature_keys"])
+        return cls(**{**options, **places, "feature_keys": keys})
+
     def describe(self, has_column: bool) -> dict[str, str]:
         """What the difficulty is, for those who come after: name, meaning of a high score, the end
         that is kept first. has_column: whether the metadata brought the score.
@@ -282,8 +289,12 @@ class SelectConfig:
     """number of samples to keep"""
     min_score: float | None = None
     """raw difficulty below which a sample is dropped from within the budget"""
+    also: tuple[str, ...] = ()
+    """further shares of the same ranking, a file each"""
 
     def __post_init__(self) -> None:
+        for share in self.also:
+            parse_fraction(share)
         if self.fraction is not None and self.budget is not None:
             raise UsageError("fraction and budget are both given: name one of them")
         if self.fraction is not None:

@@ -33,7 +33,7 @@ from d2filter.algorithm import backend, messages, schemes, share
 from d2filter.formats import graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import Plan, RunState
-from d2filter.stages.runner import peak_rss_bytes, reset_peak_rss
+from d2filter.stages.worker import peak_rss_bytes, reset_peak_rss
 from jobs.bench import made_by
 
 SEED = 0

@@ -95,7 +95,7 @@ def _load(path: Path) -> tuple[Any, Any, Any]:
 
 
 def _finished(seconds: float, found: Any, truth: Any, **more: Any) -> Row:
-    from d2filter.stages.runner import peak_rss_bytes
+    from d2filter.stages.worker import peak_rss_bytes
 
     hit = (truth[:, :, None] == np.asarray(found)[:, None, :]).any(axis=2).mean()
     return {"seconds": seconds, "recall": float(hit), "peak": peak_rss_bytes(), **more}

@@ -23,7 +23,7 @@ from d2filter.algorithm import uids
 from d2filter.errors import InputError
 from d2filter.formats import tables
 from d2filter.formats import uid as uid_format
-from d2filter.formats.paths import Folder
+from d2filter.formats.paths import Checksums, Folder
 from d2filter.formats.rows import Rows, read_array
 
 F16 = npt.NDArray[np.float16]
@@ -135,17 +135,20 @@ def _at_least(samples: Samples, hi: int, lo: int) -> npt.NDArray[np.bool_]:
     return out
 
 
-def publish_part(folder: Folder, number: int, samples: Samples) -> None:
+def publish_part(folder: Folder, number: int, samples: Samples) -> Checksums:
     """Write one part; features first, for the parquet file is what readers look for."""
-    with folder.publish(f"part-{number:05d}.npy") as path, path.open("wb") as stream:
+    sums: Checksums = {}
+    with folder.publish(f"part-{number:05d}.npy", sums) as path, path.open("wb") as stream:
         np.save(stream, np.ascontiguousarray(samples.features))
-    publish_table(folder, number, samples)
+    return {**sums, **publish_table(folder, number, samples)}
 
 
-def publish_table(folder: Folder, number: int, samples: Samples) -> None:
+def publish_table(folder: Folder, number: int, samples: Samples) -> Checksums:
     """Write one part again but for its features, which stay as they are."""
-    with folder.publish(f"part-{number:05d}.parquet") as path:
+    sums: Checksums = {}
+    with folder.publish(f"part-{number:05d}.parquet", sums) as path:
         pq.write_table(_table(samples), path, compression="zstd")
+    return sums
 
 
 def read_part(folder: Folder, number: int) -> Samples:

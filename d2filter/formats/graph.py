@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from d2filter.algorithm import uids
 from d2filter.errors import InputError
 from d2filter.formats import tables
-from d2filter.formats.paths import Folder
+from d2filter.formats.paths import Checksums, Folder
 
 ROW_GROUP = 262144
 
@@ -36,7 +36,7 @@ class GraphPart:
     """(n,) number of the class, as in index/classes.json; None: there are none"""
 
 
-def publish_part(folder: Folder, number: int, part: GraphPart) -> None:
+def publish_part(folder: Folder, number: int, part: GraphPart) -> Checksums:
     """Write one part."""
     k = part.neighbors.shape[1]
     table = pa.table(
@@ -50,8 +50,10 @@ def publish_part(folder: Folder, number: int, part: GraphPart) -> None:
     )
     if part.group is not None:
         table = table.append_column("group", pa.array(part.group))
-    with folder.publish(part_name(number)) as path:
+    sums: Checksums = {}
+    with folder.publish(part_name(number), sums) as path:
         pq.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP)
+    return sums
 
 
 def part_name(number: int) -> str:

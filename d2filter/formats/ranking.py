@@ -14,7 +14,7 @@ from d2filter.algorithm import uids
 from d2filter.errors import InputError
 from d2filter.formats import tables
 from d2filter.formats.graph import ROW_GROUP
-from d2filter.formats.paths import Folder
+from d2filter.formats.paths import Checksums, Folder
 
 I64 = npt.NDArray[np.int64]
 
@@ -35,11 +35,13 @@ class RankingPart:
     """graph id of the strongest suppressor, −1 none"""
 
 
-def publish_part(folder: Folder, number: int, part: RankingPart) -> None:
+def publish_part(folder: Folder, number: int, part: RankingPart) -> Checksums:
     """Write one part."""
     table = pa.table({name: getattr(part, name) for name in COLUMNS})
-    with folder.publish(f"part-{number:05d}.parquet") as path:
+    sums: Checksums = {}
+    with folder.publish(f"part-{number:05d}.parquet", sums) as path:
         pq.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP)
+    return sums
 
 
 def iter_columns(

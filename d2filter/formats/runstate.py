@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
 import d2filter
 from d2filter.errors import RunStateError
+from d2filter.formats import logs
 from d2filter.formats.paths import FileInfo, Folder, remove_leftovers
 
 STAGES = ("embed", "catalog", "graph", "rank", "select")
@@ -27,9 +27,8 @@ _OUTPUTS = {
     "catalog": ("catalog",),
     "graph": ("index", "graph"),
     "rank": ("ranking", "ranking-work"),
-    "select": ("subset.npy", "kept"),
+    "select": ("subset.npy", "subsets", "kept"),
 }
-_DRIVER_LOG = "driver.jsonl"
 _PACKAGES = (
     "numpy",
     "numba",
@@ -54,6 +53,10 @@ class Plan:
     """input files from outside the run directory"""
     independent: bool = False
     """whether each input file makes a part of its own, named like it, that no other file changes"""
+    content_of: Callable[[str], str] | None = field(default=None, compare=False)
+    """sums up what an input file holds; files of the same size and sum are the same"""
+    sources: dict[str, str] = field(default_factory=dict, compare=False)
+    """where the input lies, for `verify`; no part of the fingerprint"""
 
     @property
     def fingerprint(self) -> str:
@@ -106,7 +109,28 @@ class RunState:
             return False
         if record["fingerprint"] == plan.fingerprint:
             return True
-        raise self._other_making(plan.stage, self._difference(record, plan))
+        difference = self._difference(record, plan)
+        if difference:
+            raise self._other_making(plan.stage, difference)
+        return True
+
+    def begun(self, plan: Plan) -> bool:
+        """Whether an attempt of this plan was begun and not finished: it would go on."""
+        note = self.folder.read_json(f"completions/{plan.stage}.started.json")
+        return note is not None and note["fingerprint"] == plan.fingerprint
+
+    def tasks_done(self, plan: Plan) -> int:
+        """How many tasks of a stage would not be run again."""
+        folder = self.folder.sub(f"completions/{plan.stage}")
+        names = [name for name in folder.names(".json") if name != "tasks.json"]
+        if not plan.independent:
+            return len(names)
+        wanted = {f"{part.name}.json": plan.fingerprint_of(part) for part in plan.inputs}
+        return sum(
+            folder.read_json(name)["fingerprint"] == wanted[name]
+            for name in names
+            if name in wanted
+        )
 
     def require_options(self, stage: str, options: dict[str, Any]) -> None:
         """Raise RunStateError when a finished stage has other options, whatever its input was."""
@@ -125,11 +149,10 @@ class RunState:
 
     def begin(self, plan: Plan) -> None:
         """Note that a stage begins; what an attempt of another plan left is removed first."""
-        note = f"completions/{plan.stage}.started.json"
-        before = self.folder.read_json(note)
-        if before is None or before["fingerprint"] != plan.fingerprint:
+        if not self.begun(plan):
             self.make_room(plan)
-            self.folder.publish_json(note, {"fingerprint": plan.fingerprint})
+            note = {"fingerprint": plan.fingerprint}
+            self.folder.publish_json(f"completions/{plan.stage}.started.json", note)
         for output in ("completions", "ledger", *_OUTPUTS[plan.stage]):
             remove_leftovers(self.folder, output)
 
@@ -189,6 +212,9 @@ class RunState:
                 "upstream": plan.upstream,
                 "options": plan.options,
                 "inputs": {f.name: [f.size, f.version] for f in plan.inputs},
+                "contents": stats.pop("contents", {}),
+                "checksums": stats.pop("checksums", {}),
+                "sources": plan.sources,
                 "seconds": round(seconds, 3),
                 "peak_rss_bytes": peak_rss_bytes,
                 "stats": stats,
@@ -196,17 +222,9 @@ class RunState:
         )
         self.join()
 
-    def log(self, **event: Any) -> None:
-        """Append one line to logs/driver.jsonl, stamped with UTC time."""
-        logs = self.folder.sub("logs")
-        before = b""
-        if logs.exists(_DRIVER_LOG):
-            with logs.reading(_DRIVER_LOG) as stream:
-                before = stream.read()
-        stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        line = json.dumps({"time": stamp, **event}, ensure_ascii=False) + "\n"
-        with logs.publish(_DRIVER_LOG) as path:
-            path.write_bytes(before + line.encode())
+    def log(self, event: str, **more: Any) -> None:
+        """Add one line to logs/driver.jsonl."""
+        logs.append(self.folder, logs.DRIVER, event, **more)
 
     def join(self) -> None:
         """Write config.json and stats.json from the records of the finished stages."""
@@ -247,18 +265,36 @@ class RunState:
         )
 
     def _difference(self, record: dict[str, Any], plan: Plan) -> str:
+        """What differs between a finished stage and a plan; "" when only times of files do."""
         changed = _changed(record["options"], plan.options)
         if changed:
             return changed
         if record["d2filter"] != d2filter.__version__:
             return f"it was made by d2filter {record['d2filter']}, this is {d2filter.__version__}"
-        old = record.get("inputs", {})
-        new = {f.name: [f.size, f.version] for f in plan.inputs}
-        for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name):
-                what = "new" if name not in old else "gone" if name not in new else "changed"
-                return f"input file {name} is {what}"
-        return "the stage before it was made anew"
+        if record["upstream"] != plan.upstream:
+            return "the stage before it was made anew"
+        return differing_input(record, plan.inputs, plan.content_of)
+
+
+def differing_input(
+    record: dict[str, Any],
+    files: Sequence[FileInfo],
+    content_of: Callable[[str], str] | None,
+) -> str:
+    """The first input file of a finished stage that is not what it was; "" when there is none."""
+    old = record.get("inputs", {})
+    new = {f.name: [f.size, f.version] for f in files}
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) == new.get(name):
+            continue
+        if name not in old or name not in new:
+            return f"input file {name} is {'new' if name not in old else 'gone'}"
+        # copied, or touched: another time says little when the size and the content are the same
+        known = record.get("contents", {}).get(name)
+        same = old[name][0] == new[name][0] and known is not None and content_of is not None
+        if not same or content_of is None or content_of(name) != known:
+            return f"input file {name} is changed"
+    return ""
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:

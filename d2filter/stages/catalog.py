@@ -20,12 +20,13 @@ import numpy.typing as npt
 from d2filter.algorithm import uids
 from d2filter.config import CatalogConfig
 from d2filter.errors import InputError
-from d2filter.formats import catalog, ledger, metadata, traininglog
+from d2filter.formats import catalog, contents, ledger, metadata, traininglog
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_columns, write_columns
 from d2filter.formats.runstate import RunState
 from d2filter.stages import score
-from d2filter.stages.runner import Report, Runner, Task
+from d2filter.stages.runner import Runner
+from d2filter.stages.worker import Report, Task, checksums_of
 
 _LOG = "log"
 _GROUP_BYTES = 128_000_000
@@ -107,12 +108,14 @@ def build(
         for number, (low, high) in enumerate(ranges)
     ]
     merged = runner.map("catalog", merging, fingerprint=fingerprint, label="merge", memory=memory)
+    sums = checksums_of(merged)
     folder.remove("runs")
     folder.remove(_LOG)
     if config.needs == "pool":
         peaks += [f["peak_rss_bytes"] for f in merged]
         scored, peak = score.build(runner, out, config, fingerprint, memory)
         peaks.append(peak)
+        sums.update(checksums_of(scored))
         merged = [{**a, **b} for a, b in zip(merged, scored, strict=True)]
     return {
         "samples": {
@@ -122,6 +125,8 @@ def build(
             "duplicate": sum(figures["duplicate"] for figures in merged),
         },
         "bad_reasons": dict(reasons.most_common()),
+        "contents": {name: sum_ for figures in read for name, sum_ in figures["contents"].items()},
+        "checksums": sums,
         "dimension": next(iter(widths)),
         "score": config.describe(read[0]["has_score"]),
         "parts": len(ranges),
@@ -198,6 +203,11 @@ def read_group(
         "first_file": names[0],
         "has_score": first is not None and first.has_score,
         "marks": marks,
+        "contents": {
+            file: contents.of(source, file)
+            for name in names
+            for file in (f"{name}.parquet", f"{name}.npz")
+        },
     }
 
 
@@ -238,7 +248,7 @@ def merge_range(
         for row in repeats.tolist()
     ]
     samples = everything.take(stays)
-    catalog.publish_part(folder, number, samples)
+    sums = catalog.publish_part(folder, number, samples)
     ledger.publish_entries(out, "catalog", f"merge-{number:05d}", entries)
     report(len(everything.hi))
     return {
@@ -246,6 +256,7 @@ def merge_range(
         "duplicate": repeats.size,
         "min": float(samples.difficulty.min()) if stays.size else None,
         "max": float(samples.difficulty.max()) if stays.size else None,
+        "checksums": sums,
     }
 
 

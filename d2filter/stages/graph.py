@@ -19,7 +19,8 @@ from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import digest
 from d2filter.stages import index, neighbors, route
 from d2filter.stages.index import CENTROIDS
-from d2filter.stages.runner import Runner, Task
+from d2filter.stages.runner import Runner
+from d2filter.stages.worker import Task, checksums_of
 
 Figures = dict[str, Any]
 
@@ -69,6 +70,7 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
         "partition_rows": [figures["rows"] for figures in found],
         "fan_out": entries / max(1, steps.total),
         "cross_edges": sum(figures["cross_edges"] for figures in edges) / max(1, every),
+        "checksums": checksums_of(edges),
         "seconds_detail": steps.seconds,
         "peak_rss": steps.peak,
     }

@@ -25,7 +25,8 @@ from d2filter.config import GraphConfig, RunConfig
 from d2filter.formats import catalog, graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import RunState, digest
-from d2filter.stages.runner import Report, Runner, Task, assigned_cpus
+from d2filter.stages.runner import Runner
+from d2filter.stages.worker import Report, Task, assigned_cpus, checksums_of
 
 Figures = dict[str, Any]
 
@@ -97,6 +98,7 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
         "partitions": partitions,
         "partition_rows": rows.tolist(),
         "cross_edges": 0.0,
+        "checksums": checksums_of(found),
         "peak_rss": max(peaks),
     }
 
@@ -152,7 +154,7 @@ def build_part(
         sqdist=found.sqdist,
         group=kind,
     )
-    graph.publish_part(out.sub("graph"), number, made)
+    sums = graph.publish_part(out.sub("graph"), number, made)
     report(kind.size)
     recall = knn.pooled([(one.size, one.recall) for one in classes])
     return {
@@ -160,6 +162,7 @@ def build_part(
         "worst": min(one.recall.value for one in classes),
         "nlist": max(one.nlist for one in classes),
         "nprobe": max(one.nprobe for one in classes),
+        "checksums": sums,
     }
 
 

@@ -25,7 +25,7 @@ from d2filter.config import GraphConfig
 from d2filter.formats import catalog
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import Rows, read_array, read_columns, write_array, write_columns
-from d2filter.stages.runner import Report, assigned_cpus
+from d2filter.stages.worker import Report, assigned_cpus
 
 F16 = npt.NDArray[np.float16]
 I32 = npt.NDArray[np.int32]

@@ -20,7 +20,7 @@ from d2filter.config import RankConfig
 from d2filter.formats import graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_array, read_columns, write_columns
-from d2filter.stages.runner import Report
+from d2filter.stages.worker import Report
 
 Figures = dict[str, Any]
 I64 = npt.NDArray[np.int64]

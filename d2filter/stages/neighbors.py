@@ -27,7 +27,7 @@ from d2filter.formats.paths import Folder
 from d2filter.formats.rows import Rows, read_array, read_columns, write_columns
 from d2filter.stages.index import MEASURE, assigned_rows, read_sketch
 from d2filter.stages.route import Entries, count_entries, graph_ids, read_entries, read_probed
-from d2filter.stages.runner import Report, assigned_cpus
+from d2filter.stages.worker import Report, assigned_cpus
 
 I64 = npt.NDArray[np.int64]
 
@@ -168,10 +168,14 @@ def finish(
         neighbors=graph_id,
         sqdist=np.ascontiguousarray(lists.sqdist[:, :k]),
     )
-    graph.publish_part(out.sub("graph"), number, part)
+    sums = graph.publish_part(out.sub("graph"), number, part)
     outside = there & ((graph_id < first) | (graph_id >= first + rows))
     report(len(neighbors))
-    return {"edges": int(there.sum()), "cross_edges": int(outside.sum())}
+    return {
+        "edges": int(there.sum()),
+        "cross_edges": int(outside.sum()),
+        "checksums": sums,
+    }
 
 
 def measure(*, report: Report, out: Folder, part: int, k: int) -> dict[str, Any]:

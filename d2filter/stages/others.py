@@ -15,8 +15,9 @@ from d2filter.algorithm import backend, groups, late, messages, selectors, uids
 from d2filter.algorithm import ranking as ranker
 from d2filter.config import RankConfig, RunConfig
 from d2filter.formats import catalog, graph, ranking
-from d2filter.formats.paths import Folder
-from d2filter.stages.runner import Report, Runner, Task, assigned_cpus
+from d2filter.formats.paths import Checksums, Folder
+from d2filter.stages.runner import Runner
+from d2filter.stages.worker import Report, Task, assigned_cpus
 
 Figures = dict[str, Any]
 I64 = npt.NDArray[np.int64]
@@ -40,6 +41,7 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str, k: i
         "rounds": 0,
         "partitions": len(starts) - 1,
         "late": found["late"],
+        "checksums": found["checksums"],
         "peak_rss": found["peak_rss_bytes"],
     }
 
@@ -55,6 +57,7 @@ def rank_all(*, report: Report, out: Folder, config: RankConfig, k: int) -> Figu
     rank, last = ranks_of(known, config)
     starts = graph.starts(out.sub("graph"))
     n = int(starts[-1])
+    sums: Checksums = {}
     for number in range(len(starts) - 1):
         some = slice(int(starts[number]), int(starts[number + 1]))
         behind = n - 1 - rank[some]
@@ -67,10 +70,11 @@ def rank_all(*, report: Report, out: Folder, config: RankConfig, k: int) -> Figu
             rank=rank[some],
             suppressed_by=np.full(behind.size, -1, np.int64),
         )
-        ranking.publish_part(out.sub("ranking"), number, part)
+        sums.update(ranking.publish_part(out.sub("ranking"), number, part))
         report(behind.size)
     cut = int(late.hardest(known.part.difficulty, config.cut_hardest).sum())
-    return {"late": {"hardest": cut, "copies": int(last.sum()) - cut}}
+    late_ones = {"hardest": cut, "copies": int(last.sum()) - cut}
+    return {"late": late_ones, "checksums": sums}
 
 
 class KnownPool:

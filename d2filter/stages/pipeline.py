@@ -1,7 +1,7 @@
 """Which stages a command runs, which are there already, and what is recorded of them.
 
-Every stage is planned first (its options and the fingerprint of its input). A finished stage of the
-same plan is skipped; one of another plan is an error that names what differs.
+Every stage is planned first (see `plans`). A finished stage of the same plan is skipped; one of
+another plan is an error that names what differs.
 """
 
 from __future__ import annotations
@@ -10,27 +10,19 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
-from d2filter.algorithm import selectors
-from d2filter.config import CatalogConfig, RunConfig, SelectConfig, options_of
-from d2filter.errors import D2FilterError, RecallError, TooManyBadError, UsageError
-from d2filter.formats import ledger
-from d2filter.formats.paths import FileInfo, Folder, absolute
+import d2filter
+from d2filter.config import RunConfig, SelectConfig
+from d2filter.errors import D2FilterError, RecallError, TooManyBadError
+from d2filter.formats import ledger, logs
+from d2filter.formats.paths import Folder, absolute, remove_leftovers
 from d2filter.formats.runstate import Plan, RunState
-from d2filter.stages.runner import Runner, Task, peak_rss_bytes
+from d2filter.stages.plans import Plans
+from d2filter.stages.runner import Runner
+from d2filter.stages.worker import Task, peak_rss_bytes
 
 Say = Callable[[str], None]
-
-# commands that chain more than their own stage
-CHAINS = {
-    "embed": ("embed",),
-    "graph": ("catalog", "graph"),
-    "rank": ("rank",),
-    "select": ("select",),
-    "run": ("catalog", "graph", "rank", "select"),
-}
 
 
 class Pipeline:
@@ -43,6 +35,7 @@ class Pipeline:
         self.out = Folder(absolute(config.out_dir))
         self.state = RunState(self.out)
         self._say = say
+        self._plans = Plans(config, self.state)
         self._runner = Runner(self.out, config.address, show_progress)
 
     def run(self, command: str) -> dict[str, Any]:
@@ -50,87 +43,86 @@ class Pipeline:
 
         Raises TooManyBadError or RecallError after everything else is finished.
         """
-        stages = CHAINS[command]
-        if command == "run" and self.config.embed is not None:
-            stages = ("embed", *stages)
-        unknown = set(self.config.overwrite) - set(stages)
-        if unknown:
-            raise UsageError(
-                f"overwrite names {', '.join(sorted(unknown))}, "
-                f"`d2filter {command}` makes {', '.join(stages)}"
-            )
+        stages = self._plans.stages(command)
+        self.state.log(
+            "run", command=command, d2filter=d2filter.__version__, **logs.where(),
+            stages=list(stages),
+        )  # fmt: skip
         try:
             for stage in stages:
                 getattr(self, f"_{stage}")()
         finally:
             self._runner.close()
         self.state.join()  # a run that died while it wrote them is healed here
+        remove_leftovers(self.out, "")  # of workers that were killed while they wrote
         stats: dict[str, Any] = self.out.read_json("stats.json")
         self._judge(stats, stages)
         return stats
 
+    def preview(self, command: str) -> list[str]:
+        """What `run` would do, a line a stage; writes nothing. Raises what it would refuse."""
+        lines = []
+        anew = False
+        stages = self._plans.stages(command)
+        before = {"catalog": self.state.done("embed")}.get(stages[0])
+        if stages[0] in ("rank", "select"):
+            before = self.state.require({"rank": "graph", "select": "rank"}[stages[0]])
+        upstream = before["fingerprint"] if before else ""
+        for stage in stages:
+            planned = getattr(self._plans, stage)(upstream)
+            if planned is None:
+                lines.append(f"{stage:<9} done before")
+                upstream = self.state.require(stage)["fingerprint"]
+                continue
+            plan = planned.plan
+            asked = stage in self.config.overwrite
+            if not anew and not asked and stage != "select" and self.state.is_current(plan):
+                lines.append(f"{stage:<9} done before")
+                upstream = self.state.require(stage)["fingerprint"]
+                continue
+            # another budget of the same ranking is no contradiction: select replaces its outputs
+            goes_on = not (asked or anew or stage == "select") and self.state.begun(plan)
+            done = self.state.tasks_done(plan) if goes_on or plan.independent else 0
+            anew |= not goes_on
+            told = [planned.says] if planned.says else []
+            told += [f"{done:,} tasks of it are done"] if done else []
+            told += ["--overwrite"] if asked else []
+            lines.append(f"{stage:<9} to do{': ' if told else ''}{', '.join(told)}")
+            upstream = plan.fingerprint
+        return lines
+
     def _embed(self) -> None:
-        from d2filter.formats import webdataset
         from d2filter.stages import embed
 
+        planned = self._plans.embed()
+        assert self.config.embed is not None
         config = self.config.embed
-        if config is None:
-            raise UsageError("no shards: give --shards")
-        shards = webdataset.list_shards([absolute(pattern) for pattern in config.shards])
-        options = options_of(config)
-        # where the shards lie is told by `inputs`, file by file
-        options.update(shards=None, arch=config.resolved_arch)
-        options["weights"] = _weights(config.pretrained)
-        plan = Plan(
-            stage="embed",
-            options=options,
-            upstream="",
-            inputs=[FileInfo(s.name, s.info.size, s.info.version) for s in shards],
-            independent=True,
-        )
 
         def build() -> dict[str, Any]:
-            figures = embed.build(self._runner, self.out, shards, config, plan)
+            figures = embed.build(self._runner, self.out, planned.shards, config, planned.plan)
             ledger.collect(self.out, ["embed"])
             return figures
 
-        self._stage(plan, build)
+        self._stage(planned.plan, build)
 
     def _catalog(self) -> None:
-        from d2filter.formats import metadata
         from d2filter.stages import catalog
 
         embedded = self.state.done("embed")
-        own = self.out.sub("metadata")
-        source = Folder(absolute(self.config.metadata_dir)) if self.config.metadata_dir else own
-        # what `embed` of this run wrote, if that is the source
-        before = embedded if source == own else None
-        if source == own and embedded is None and self.state.done("catalog") is not None:
-            # made from a folder that this command was not told again
-            self.state.require_options("catalog", _catalog_options(self.config.catalog))
-            self.state.require_inputs("catalog", metadata.outside_files(self.config.catalog))
+        planned = self._plans.catalog(embedded["fingerprint"] if embedded else "")
+        if planned is None:
             self._say("catalog   done before")
             return
-        if source == own and embedded is None:
-            raise UsageError(
-                f"no metadata: give --metadata-dir (parquet + npz) or --shards; "
-                f"{own.url} was not written by `d2filter embed`"
-            )
-        pairs, files = metadata.list_pairs(source)
-        beside = metadata.outside_files(self.config.catalog)
-        plan = Plan(
-            stage="catalog",
-            options=_catalog_options(self.config.catalog),
-            upstream=before["fingerprint"] if before else "",
-            inputs=[*(() if before else files), *beside],
-        )
+        plan, source = planned.plan, planned.source
+        assert source is not None
+        before = embedded if plan.upstream else None
 
         def build() -> dict[str, Any]:
             figures = catalog.build(
                 self._runner,
                 self.out,
                 source,
-                pairs,
+                planned.pairs,
                 self.config.catalog,
                 plan.fingerprint,
                 self.config.memory_per_worker,
@@ -147,9 +139,7 @@ class Pipeline:
         from d2filter.stages import graph, grouped
 
         before = self.state.require("catalog")
-        self._check_method()
-        config = self.config.graph
-        plan = Plan(stage="graph", options=options_of(config), upstream=before["fingerprint"])
+        plan = self._plans.graph(before["fingerprint"]).plan
         build = grouped.build if before["options"]["group_column"] else graph.build
         self._stage(plan, lambda: build(self._runner, self.out, self.config, plan.fingerprint))
         graph.tidy(self.out)
@@ -158,32 +148,12 @@ class Pipeline:
         from d2filter.stages import rank
 
         before = self.state.require("graph")
-        self._check_method()
-        options = options_of(self.config.rank)
-        options["gamma_forward"] = self.config.rank.scheme.gamma_forward
-        # all neighbors that the graph has, and as many as it has, are one plan
-        options["n_neighbors"] = rank.neighbors_of(self.out, self.config)
-        if self.config.rank.method == "d2":
-            options["seed"] = 0  # it needs none
-        plan = Plan(stage="rank", options=options, upstream=before["fingerprint"])
-        self._stage(plan, lambda: rank.build(self._runner, self.out, self.config, plan.fingerprint))
+        plan = self._plans.rank(before["fingerprint"]).plan
+        k = plan.options["n_neighbors"]
+        self._stage(
+            plan, lambda: rank.build(self._runner, self.out, self.config, plan.fingerprint, k)
+        )
         rank.tidy(self.out)
-
-    def _check_method(self) -> None:
-        """Refuse what cannot be, before anything is thrown away for it."""
-        catalog = self.state.require("catalog")["stats"]
-        rank = self.config.rank
-        if rank.method != "d2":
-            selectors.check_size(rank.method, catalog["samples"]["ranked"])
-        score = catalog.get("score", {"high_is": "unknown"})
-        if rank.cut_hardest and score["high_is"] != "unknown":
-            hard_end = {"harder": "high", "easier": "low"}.get(score["high_is"])
-            if score["kept_first"] != hard_end:
-                raise UsageError(
-                    f"cut-hardest takes away what would go first, and by {score['name']} "
-                    f"({score['kept_first']} goes first, high is {score['high_is']}) that is not "
-                    "the hardest: use it with a score that puts hard samples first"
-                )
 
     def _select(self) -> None:
         from d2filter.stages import select
@@ -192,8 +162,7 @@ class Pipeline:
         catalog = self.state.require("catalog")["stats"]
         ranked = catalog["samples"]["ranked"]
         kept_first = catalog.get("score", {}).get("kept_first", "high")
-        options = options_of(self.config.select)
-        plan = Plan(stage="select", options=options, upstream=before["fingerprint"])
+        plan = self._plans.select(before["fingerprint"]).plan
         # another budget of the same ranking is no contradiction: the outputs are replaced
         self.state.clear_from("select")
 
@@ -208,6 +177,8 @@ class Pipeline:
                         "config": self.config.select,
                         "ranked": ranked,
                         "kept_first": kept_first,
+                        "method": self.state.require("rank")["options"]["method"],
+                        "arch": self.state.require("catalog")["options"]["arch"],
                     },
                 ),
                 fingerprint=plan.fingerprint,
@@ -215,6 +186,7 @@ class Pipeline:
             return {
                 "samples": {"kept": figures["kept"], "pruned": figures["pruned"]},
                 "budget": figures["budget"],
+                "checksums": figures["checksums"],
                 "peak_rss": figures["peak_rss_bytes"],
             }
 
@@ -229,16 +201,18 @@ class Pipeline:
             return
         self.state.begin(plan)
         started = time.monotonic()
-        self.state.log(stage=plan.stage, event="started", options=plan.options)
+        self.state.log("stage started", stage=plan.stage, options=plan.options)
         try:
             figures = build()
         except D2FilterError as error:
-            self.state.log(stage=plan.stage, event="failed", error=str(error))
+            self.state.log("stage failed", stage=plan.stage, error=str(error))
             raise
         seconds = time.monotonic() - started
         peak = max(figures.pop("peak_rss", 0), peak_rss_bytes())
         self.state.finish(plan, seconds=seconds, peak_rss_bytes=peak, stats=figures)
-        self.state.log(stage=plan.stage, event="finished", seconds=round(seconds, 3), **figures)
+        self.state.log(
+            "stage finished", stage=plan.stage, seconds=round(seconds, 3), **logs.told(figures)
+        )
         self._say(f"{plan.stage:<9} {_brief(plan.stage, figures)} ({seconds:.1f} s)")
 
     def _judge(self, stats: dict[str, Any], stages: tuple[str, ...]) -> None:
@@ -271,21 +245,6 @@ class Pipeline:
                     f"and --target-recall {target}: raise --exact-below for an exact graph, "
                     "lower the target or accept it with --best-effort"
                 )
-
-
-def _catalog_options(config: CatalogConfig) -> dict[str, Any]:
-    """Where a target set and a training log lie is told by the plan's inputs."""
-    beside = {"score_target": bool(config.score_target), "training_log": bool(config.training_log)}
-    return {**options_of(config), **beside}
-
-
-def _weights(pretrained: str) -> list[Any] | None:
-    """Size and time of a weights file: other weights under the same name are another model."""
-    path = Path(pretrained)
-    if not pretrained or not path.is_file():
-        return None
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns]
 
 
 def default_selection(config: SelectConfig) -> SelectConfig:

@@ -25,22 +25,22 @@ import numpy as np
 
 from d2filter.algorithm import merge
 from d2filter.config import RunConfig
-from d2filter.errors import UsageError
 from d2filter.formats import graph, ranking
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_array, read_columns, write_columns
 from d2filter.stages import late, others, supersteps
 from d2filter.stages.late import WORK
-from d2filter.stages.runner import Report, Runner, Task
+from d2filter.stages.runner import Runner
 from d2filter.stages.supersteps import read_cut, read_share
+from d2filter.stages.worker import Report, Task, checksums_of
 
 Figures = dict[str, Any]
 
 
-def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> Figures:
-    """Run all tasks; returns the stage's figures."""
+def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str, k: int) -> Figures:
+    """Run all tasks; returns the stage's figures. k: neighbors of each list that count."""
     if config.rank.method != "d2":
-        return others.build(runner, out, config, fingerprint, neighbors_of(out, config))
+        return others.build(runner, out, config, fingerprint, k)
     starts = graph.starts(out.sub("graph"))
     parts, total = len(starts) - 1, int(starts[-1])
     peak = 0
@@ -72,7 +72,7 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
     def alone(label: str, run: Any, **arguments: Any) -> Figures:
         return fan_out(label, [Task(name=label, run=run, arguments={"out": out, **arguments})])[0]
 
-    settled = late.settle(each, alone, out, config.rank, neighbors_of(out, config), total)
+    settled = late.settle(each, alone, out, config.rank, k, total)
     ends = each("cut", cut, settled=settled)
     each("describe", describe, parts=parts, settled=settled)
     made = {
@@ -88,7 +88,7 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
     done = _supersteps(runner, out, parts, made, fingerprint, total)
     each("ranges", cut_keys, parts=parts)
     each("merge", merge_range, parts=parts)
-    each("finish", finish, parts=parts)
+    finished = each("finish", finish, parts=parts)
     return {
         "method": "d2",
         "rounds": done["rounds"],
@@ -101,22 +101,12 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
             "copies": settled.copies,
         },
         "gamma_unit": settled.unit,
+        "difficulty_range": [made["low"], made["high"]],
         "partitions": parts,
+        "checksums": checksums_of(finished),
         "seconds_detail": {**seconds, "supersteps": done["seconds"]},
         "peak_rss": max(peak, done["peak_rss_bytes"]),
     }
-
-
-def neighbors_of(out: Folder, config: RunConfig) -> int:
-    """How many neighbors of each list count. Raises UsageError for more than the graph has."""
-    there = graph.width(out.sub("graph"))
-    wanted = config.rank.n_neighbors or there
-    if wanted > there:
-        raise UsageError(
-            f"n-neighbors is {wanted}, the graph of {out.url} has {there}: rank with at most "
-            "that many, or make the graph anew"
-        )
-    return wanted
 
 
 def _supersteps(
@@ -232,9 +222,9 @@ def finish(*, report: Report, out: Folder, number: int, parts: int) -> Figures:
         rank=rank,
         suppressed_by=scores["suppressed_by"],
     )
-    ranking.publish_part(out.sub("ranking"), number, part)
+    sums = ranking.publish_part(out.sub("ranking"), number, part)
     report(rank.size)
-    return {}
+    return {"checksums": sums}
 
 
 def _keys(columns: dict[str, Any]) -> merge.Keys:

@@ -31,7 +31,7 @@ from d2filter.formats.rows import (
     write_columns,
 )
 from d2filter.stages.index import CENTROIDS, assigned_rows, read_counts
-from d2filter.stages.runner import Report
+from d2filter.stages.worker import Report
 
 F16 = npt.NDArray[np.float16]
 I32 = npt.NDArray[np.int32]

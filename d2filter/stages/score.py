@@ -21,7 +21,8 @@ from d2filter.formats import catalog
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_array, read_columns, write_array, write_columns
 from d2filter.stages.index import sample_by_hash
-from d2filter.stages.runner import Report, Runner, Task, assigned_cpus
+from d2filter.stages.runner import Runner
+from d2filter.stages.worker import Report, Task, assigned_cpus
 
 Figures = dict[str, Any]
 I64 = npt.NDArray[np.int64]
@@ -129,10 +130,11 @@ def score_part(*, report: Report, out: Folder, number: int, config: CatalogConfi
         centroids = read_array(folder, f"{FOLDER}/centroids.npy")
         values = scores.prototypicality(samples.features, centroids)
     difficulty = scores.difficulty(values, config.first)
-    catalog.publish_table(folder, number, replace(samples, difficulty=difficulty))
+    table = replace(samples, difficulty=difficulty)
+    sums = catalog.publish_table(folder, number, table)
     report(difficulty.size)
     ends = (float(difficulty.min()), float(difficulty.max())) if difficulty.size else (None, None)
-    return {"ranked": difficulty.size, "min": ends[0], "max": ends[1]}
+    return {"ranked": difficulty.size, "min": ends[0], "max": ends[1], "checksums": sums}
 
 
 def _members(

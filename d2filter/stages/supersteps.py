@@ -19,12 +19,13 @@ import numpy as np
 from d2filter.algorithm import backend, groups, merge, messages, share
 from d2filter.algorithm.supersteps import Snapshot
 from d2filter.errors import D2FilterError, StageError
-from d2filter.formats import graph
+from d2filter.formats import graph, logs
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import mapped, read_array, read_columns, write_columns
 from d2filter.formats.tables import first_line
 from d2filter.stages.late import WORK, Settled, late_rows
-from d2filter.stages.runner import Report, Runner, assigned_cpus, peak_rss_bytes, progress_bar
+from d2filter.stages.runner import Runner, progress_bar
+from d2filter.stages.worker import Report, assigned_cpus, peak_rss_bytes
 
 Figures = dict[str, Any]
 
@@ -178,6 +179,10 @@ class _Driver:
                 f"rank: the worker of {self._partitions_of(a)} failed {self._restarts[a]} times: "
                 f"{first_line(error)}; give the ranking more memory or more nodes"
             ) from error
+        logs.append(
+            self._arguments[0], logs.DRIVER, "worker lost", stage="rank",
+            partitions=self._partitions_of(a), restarts=self._restarts[a], reason=first_line(error),
+        )  # fmt: skip
         gone = [b for b in range(len(self._actors)) if not self._alive(b)]
         for b in gone:
             # without a CPU of its own: where its node was lost there may be none

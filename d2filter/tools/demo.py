@@ -26,7 +26,8 @@ from d2filter.formats import graph, ranking
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder, absolute
 from d2filter.stages.pipeline import Pipeline
-from d2filter.stages.runner import Report, Runner, Task
+from d2filter.stages.runner import Runner
+from d2filter.stages.worker import Report, Task
 from d2filter.tools import scenes
 
 I64 = metrics.I64

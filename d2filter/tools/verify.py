@@ -22,6 +22,8 @@ from d2filter.formats import catalog, graph, ledger, ranking, subset, tables
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_array
 from d2filter.formats.runstate import RunState
+from d2filter.tools.provenance import follow, inputs, sums
+from d2filter.tools.reread import rows, shards
 
 I64 = npt.NDArray[np.int64]
 Breaches = list[str]
@@ -74,20 +76,24 @@ class _Run:
         return position
 
 
-def verify(folder: Folder, say: Callable[[str], None]) -> None:
-    """Run all checks, one line each. Raises VerificationError when any is broken."""
+def verify(folder: Folder, say: Callable[[str], None], *, deep: bool = False) -> None:
+    """Run all checks, one line each. deep: those that read the input again, too. Raises
+    VerificationError when any is broken.
+    """
     run = _Run(folder)
     broken = 0
-    for group in (_STRUCTURE, _MEANING):
-        if broken:
-            say(f"       {len(group)} more checks need sound files: not made")
-            break
+    for group in (_FILES, _STRUCTURE, _MEANING, *([_INPUT] if deep else [])):
+        before = broken
         for name, check in group.items():
             breaches = check(run)
             broken += bool(breaches)
             say(f"{'BREACH' if breaches else 'ok':<7}{name}")
             for breach in breaches:
                 say(f"       {breach}")
+        if group is _STRUCTURE and broken > before:
+            left = len(_MEANING) + deep * len(_INPUT)
+            say(f"       {left} more checks need sound files: not made")
+            break
     if broken:
         raise VerificationError(f"{folder.url}: {broken} checks are broken (listed above)")
 
@@ -272,36 +278,42 @@ def _method(run: _Run, options: RankConfig) -> Breaches:
 
 
 def _subset(run: _Run) -> Breaches:
-    chosen = subset.read(run.folder)
-    hi, lo = chosen["f0"], chosen["f1"]
-    rising = (hi[1:] > hi[:-1]) | ((hi[1:] == hi[:-1]) & (lo[1:] > lo[:-1]))
-    out = _count(f"entries of {subset.SUBSET} are unsorted or repeated", ~rising)
     options, figures = run.records["select"]["options"], run.records["select"]["stats"]
-    r = run.ranking
     fraction = options["fraction"]
-    size = budget.budget_of(
-        len(r["rank"]),
-        fraction=None if fraction is None else budget.parse_fraction(fraction),
-        budget=options["budget"],
-    )
+    exact = None if fraction is None else budget.parse_fraction(fraction)
+    size = budget.budget_of(len(run.ranking["rank"]), fraction=exact, budget=options["budget"])
+    out = _prefix(run, subset.SUBSET, size)
     if size != figures["budget"]:
         out.append(f"the budget is {size} by its option and {figures['budget']} in the record")
+    kept = run.stats["samples"]["kept"]
+    held = len(subset.read(run.folder))
+    if held != kept:
+        out.append(f"{subset.SUBSET} has {held} entries, stats.json keeps {kept}")
+    arch = run.records["catalog"]["options"]["arch"]
+    method = run.records["rank"]["options"]["method"]
+    for share in [fraction, *options["also"]] if options["also"] and exact else []:
+        wanted = budget.parse_fraction(share)
+        count = budget.budget_of(len(run.ranking["rank"]), fraction=wanted)
+        out += _prefix(run, subset.named(method, arch, wanted), count)
+    return out
+
+
+def _prefix(run: _Run, name: str, size: int) -> Breaches:
+    """A subset that is not the first `size` of the ranking."""
+    chosen = subset.read(run.folder, name)
+    hi, lo = chosen["f0"], chosen["f1"]
+    rising = (hi[1:] > hi[:-1]) | ((hi[1:] == hi[:-1]) & (lo[1:] > lo[:-1]))
+    out = _count(f"entries of {name} are unsorted or repeated", ~rising)
+    options, r = run.records["select"]["options"], run.ranking
     score = run.records["catalog"]["stats"].get("score", {})
     raw = budget.raw_scores(r["difficulty"], score.get("kept_first", "high"))
     keep = budget.kept_mask(r["rank"], raw, size, options["min_score"])
     order = uids.ascending(r["uid_hi"][keep], r["uid_lo"][keep])
     expected_hi, expected_lo = r["uid_hi"][keep][order], r["uid_lo"][keep][order]
     if len(hi) != len(expected_hi):
-        out.append(
-            f"{subset.SUBSET} has {len(hi)} entries, the ranking's prefix {len(expected_hi)}"
-        )
-    else:
-        different = (hi != expected_hi) | (lo != expected_lo)
-        out += _count(f"entries of {subset.SUBSET} are not the ranking's prefix", different)
-    kept = run.stats["samples"]["kept"]
-    if len(hi) != kept:
-        out.append(f"{subset.SUBSET} has {len(hi)} entries, stats.json keeps {kept}")
-    return out
+        return [*out, f"{name} has {len(hi)} entries, the ranking's prefix {len(expected_hi)}"]
+    different = (hi != expected_hi) | (lo != expected_lo)
+    return out + _count(f"entries of {name} are not the ranking's prefix", different)
 
 
 def _kept(run: _Run) -> Breaches:
@@ -335,7 +347,14 @@ def _count(what: str, broken: npt.NDArray[np.bool_]) -> Breaches:
     return [f"{count} {what}"] if count else []
 
 
-# what the second group takes for granted
+# what the third group and the last take for granted is checked by the second
+_FILES: dict[str, Callable[[_Run], Breaches]] = {
+    "each stage was made from what the one before it left": lambda run: follow(run.folder),
+    "files hold the bytes that were published": lambda run: sums(run.folder),
+    "the input is what was read, as far as sizes, times and sums tell": lambda run: inputs(
+        run.folder
+    ),
+}
 _STRUCTURE: dict[str, Callable[[_Run], Breaches]] = {
     "every sample read is ranked, bad or duplicate; each one ranked is kept or pruned": _accounting,
     "catalog, graph and ranking hold the same distinct samples in the same rows": _rows,
@@ -349,4 +368,12 @@ _MEANING: dict[str, Callable[[_Run], Breaches]] = {
     "the ranking is that of its method: for D2, of the sequential greedy on this graph": _scores,
     "the subset is sorted, unique and the first B of the ranking": _subset,
     "the kept lists agree with the subset": _kept,
+}
+_INPUT: dict[str, Callable[[_Run], Breaches]] = {
+    "read again, shards hold the samples that were embedded or reported": lambda run: shards(
+        run.folder
+    ),
+    "read again, each row of the metadata is in the catalog bit by bit, or reported": (
+        lambda run: rows(run.folder, run.catalog)
+    ),
 }

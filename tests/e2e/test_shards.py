@@ -81,6 +81,33 @@ def test_everything_is_accounted_for(finished: Path) -> None:
     assert run("verify", out) == 0
 
 
+def test_reading_the_shards_again_finds_what_was_changed_under_their_names(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = finished / "o"
+    shard = finished / "s/00001.tar"
+    whole, times = shard.read_bytes(), (shard.stat().st_atime_ns, shard.stat().st_mtime_ns)
+
+    def breaches(content: bytes) -> list[str]:
+        shard.write_bytes(content)
+        os.utime(shard, ns=times)
+        capsys.readouterr()
+        main(["verify", str(out), "--deep"])
+        shard.write_bytes(whole)
+        os.utime(shard, ns=times)
+        lines = capsys.readouterr().out.splitlines()
+        return [line.strip() for line in lines if not line.startswith("ok ")]
+
+    assert breaches(whole) == []
+    # size and time stay as they were: a caption, then a header is another
+    at = whole.index("été 雪".encode())
+    title, said = breaches(whole[:at] + b"E" + whole[at + 1 :])
+    assert "shards hold the samples that were embedded or reported" in title
+    assert said.endswith("00001.tar: sample 1f was not read like this")
+    at = whole.index(b"1i.jpg")
+    assert "00001.tar" in breaches(whole[:at] + b"\xaa" * 300 + whole[at + 300 :])[1]
+
+
 def test_the_metadata_is_datacomps(finished: Path) -> None:
     metadata = finished / "o/metadata"
     assert sorted(p.name for p in metadata.iterdir()) == [

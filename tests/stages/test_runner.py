@@ -2,14 +2,19 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from d2filter.errors import InputError, StageError
+from d2filter.formats import logs
 from d2filter.formats.paths import Folder
-from d2filter.stages.runner import Runner, Task
+from d2filter.stages import fanout
+from d2filter.stages import runner as runner_module
+from d2filter.stages.runner import Runner
+from d2filter.stages.worker import Task
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -29,6 +34,13 @@ def refuse(report: Any, out: Folder, name: str) -> dict[str, Any]:
 
 def stumble(report: Any) -> dict[str, Any]:
     raise ZeroDivisionError("a fault of ours")
+
+
+def die_always(report: Any, out: Folder, name: str) -> dict[str, Any]:
+    with Path(out.url, f"{name}.attempts").open("a") as stream:
+        stream.write("x")
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
 
 
 def die_once(report: Any, out: Folder) -> dict[str, Any]:
@@ -81,14 +93,109 @@ def test_a_fault_of_ours_keeps_its_traceback_in_the_logs(out: Folder) -> None:
         Runner(out).map(
             "s", [Task(name="t", run=stumble, arguments={})], fingerprint="1", label="s"
         )
-    text = Path(out.url, "logs/s-t.traceback.txt").read_text()
-    assert "stumble" in text
+    started, failed = logs.read(out, "logs/s/t.jsonl")
+    assert started["event"] == "started"
+    assert "in stumble" in failed["traceback"]
 
 
-def test_a_killed_worker_is_tried_again(out: Folder) -> None:
+def test_a_killed_worker_is_tried_again_after_a_pause(
+    out: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fanout, "_FIRST_PAUSE", 0.5)
     task = Task(name="t", run=die_once, arguments={"out": out})
+    begun = time.monotonic()
     (figures,) = Runner(out).map("s", [task], fingerprint="1", label="s")
     assert figures["survived"]
+    assert time.monotonic() - begun > 0.5
+    (again,) = [e for e in logs.read(out, logs.DRIVER) if e["event"] == "task tried again"]
+    assert (again["stage"], again["task"], again["attempt"], again["pause"]) == ("s", "t", 2, 0.5)
+    attempts = [e["attempt"] for e in logs.read(out, "logs/s/t.jsonl") if e["event"] == "started"]
+    assert attempts == [1, 2]
+
+
+def test_a_task_whose_worker_always_dies_is_given_up_and_the_others_are_kept(
+    out: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fanout, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(fanout, "ATTEMPTS", 3)
+    mixed = [*tasks(out, die_always, "d"), *tasks(out, write, "y", "z")]
+    with pytest.raises(StageError, match=r"s task d: its worker died 3 times \("):
+        Runner(out).map("s", mixed, fingerprint="1", label="s")
+    assert out.names(".txt") == ["y.txt", "z.txt"]
+    assert Path(out.url, "d.attempts").read_text() == "xxx"
+    (failed,) = [e for e in logs.read(out, logs.DRIVER) if e["event"] == "task failed"]
+    assert failed["task"] == "d"
+
+
+def test_a_lost_counter_costs_the_bar_and_nothing_else(
+    out: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    started = fanout._start_counter
+
+    def dead(module: Any) -> Any:
+        counter = started(module)
+        ray.kill(counter)
+        return counter
+
+    monkeypatch.setattr(fanout, "_start_counter", dead)
+    runner = Runner(out, show_progress=True)
+    found = runner.map("s", tasks(out, write, "a", "b"), fingerprint="1", label="s", total=6)
+    assert [f["name"] for f in found] == ["a", "b"]
+
+
+class FewerNodes:
+    """Ray, as a driver sees it after the nodes that it had counted on are gone."""
+
+    def __init__(self, ray: Any, nodes: list[dict[str, Any]]) -> None:
+        self._ray = ray
+        self._nodes = nodes
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return self._nodes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ray, name)
+
+
+def fan_out(out: Folder, ray: Any, asked: list[dict[str, float]]) -> fanout.FanOut:
+    bar = runner_module.progress_bar("s", None, False)
+    return fanout.FanOut(ray, out, "s", "1", lambda: asked.pop(0), bar)
+
+
+def test_tasks_that_no_node_can_take_any_more_ask_for_less(
+    out: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node of 99 CPUs was lost while tasks for it were waiting."""
+    monkeypatch.setattr(fanout, "_LOOK_SECONDS", 0.1)
+    ray = FewerNodes(Runner(out).ray(), [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    work = fan_out(out, ray, [{"num_cpus": 99}, {"num_cpus": 1}])
+    assert [o.error for o in work.run(tasks(out, write, "a", "b"))] == [None, None]
+    assert out.names(".txt") == ["a.txt", "b.txt"]
+
+
+def test_a_cluster_that_stays_without_nodes_is_not_waited_for_without_end(
+    out: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fanout, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(fanout, "_PLACE_SECONDS", 0.3)
+    ray = FewerNodes(Runner(out).ray(), [{"Alive": False, "Resources": {"CPU": 99.0}}])
+    work = fan_out(out, ray, [{"num_cpus": 99}] * 20)
+    with pytest.raises(StageError, match=r"no node of the cluster could take a task \(cpus 99\)"):
+        work.run(tasks(out, write, "a"))
+
+
+def test_logs_tell_where_a_task_ran_on_what_and_what_came_of_it(out: Folder) -> None:
+    Runner(out).map("s", tasks(out, write, "a"), fingerprint="1", label="writing", total=3)
+    started, finished = logs.read(out, "logs/s/a.jsonl")
+    assert (started["event"], started["attempt"]) == ("started", 1)
+    assert started["arguments"] == {"out": out.url, "name": "a"}
+    assert started["node"]
+    assert (finished["event"], finished["samples"]) == ("finished", 3)
+    assert finished["figures"] == {"name": "a", "tries": 1}
+    (step,) = logs.read(out, logs.DRIVER)
+    assert (step["label"], step["tasks"], step["left"]) == ("writing", 1, 1)
 
 
 def test_progress_shows_counts(out: Folder, capsys: pytest.CaptureFixture[str]) -> None:

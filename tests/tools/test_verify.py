@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from d2filter.cli import main
+from d2filter.formats.paths import Folder
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -163,3 +165,72 @@ def test_another_subset_of_the_same_size_is_found(
     subset(out, change)
     assert main(["verify", str(out)]) == 1
     assert "are not the ranking's prefix" in capsys.readouterr().out
+
+
+def breaches(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+    """What `verify` finds wrong."""
+    capsys.readouterr()
+    code = main(["verify", *words])
+    lines = capsys.readouterr().out.splitlines()
+    found = [line for line in lines if not line.startswith("ok ")]
+    assert bool(found) == bool(code)
+    return found
+
+
+def test_other_bytes_than_were_published_are_found_whatever_they_mean(
+    sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(sound, tmp_path / "o"))
+    part = out / "graph/part-00000.parquet"
+    # the same table in other bytes
+    pq.write_table(pq.read_table(part), part, compression="none")
+    title, first = breaches(capsys, str(out))
+    assert "files hold the bytes that were published" in title
+    assert "part-00000.parquet is not what graph wrote" in first
+
+
+def test_a_stage_made_from_another_is_found(
+    sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(sound, tmp_path / "o"))
+    path = out / "completions/rank.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "upstream": "0" * 32}))
+    assert "rank was made from another graph" in breaches(capsys, str(out))[1]
+    shutil.copy(sound / "completions/rank.json", path)
+    config = json.loads((out / "config.json").read_text())
+    config["stages"]["graph"]["fingerprint"] = "1" * 32
+    (out / "config.json").write_text(json.dumps(config))
+    assert "config.json tells other fingerprints" in breaches(capsys, str(out))[1]
+
+
+def change_one_value(folder: Path, name: str) -> None:
+    with np.load(folder / name) as arrays:
+        held = {key: arrays[key] for key in arrays.files}
+    held["l14_img"][7, 2] += np.float16(1)
+    np.savez(folder / name, **held)
+
+
+def test_an_input_that_changed_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seen by its sums, and where even size and time are as before by reading it again."""
+    folder = pools.write(tmp_path / "m", pools.make(60, 6), files=2)
+    out = str(tmp_path / "o")
+    assert main(["run", "--metadata-dir", str(folder), "--out-dir", out]) == 0
+    assert breaches(capsys, out, "--deep") == []
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))
+    assert breaches(capsys, out, "--deep") == [], "another time is no change"
+    change_one_value(folder, "00001.npz")
+    _, said = breaches(capsys, out)
+    assert "input file 00001.npz is changed since the catalog was made" in said
+    record = Path(out, "completions/catalog.json")
+    held = json.loads(record.read_text())
+    now = next(f for f in Folder(str(folder)).files() if f.name == "00001.npz")
+    held["inputs"]["00001.npz"] = [now.size, now.version]
+    record.write_text(json.dumps(held))
+    assert breaches(capsys, out) == []
+    found = breaches(capsys, out, "--deep")
+    assert "00001: 1 rows are not in the catalog as they are here, row 7 first" in found[1]
+    assert "1 samples of the catalog are not in the metadata any more" in found[2]
+    for path in folder.glob("*.parquet"):
+        path.unlink()
+    assert "holds no .parquet file" in breaches(capsys, out)[1]

@@ -1,0 +1,102 @@
+"""logs/: what happened, one JSON object a line (DESIGN §6).
+
+logs/driver.jsonl           the run: stages, fan-outs, tasks tried again, what failed
+logs/<stage>/<task>.jsonl   each attempt at a task: where it ran, on what, its figures or its error
+
+Lines are for counting and searching; samples are in the ledger. A line carries `time` (UTC) and
+`event` first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+from d2filter.formats.paths import Folder
+
+DRIVER = "logs/driver.jsonl"
+_LONGEST = 8  # of lists: what is longer is told by its first ones
+
+
+def now() -> str:
+    """UTC time to the second, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def append(folder: Folder, name: str, event: str, **more: Any) -> None:
+    """Add one line to a log of a run."""
+    folder.append(name, _line(event, more))
+
+
+def read(folder: Folder, name: str) -> list[dict[str, Any]]:
+    """The lines of a log; empty when there is none. One that a crash cut off is left out."""
+    if not folder.exists(name):
+        return []
+    with folder.reading(name) as stream:
+        lines = stream.read().decode("utf-8", "replace").splitlines()
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def of_task(stage: str, task: str) -> str:
+    """The log of one task."""
+    return f"logs/{stage}/{task}.jsonl"
+
+
+@dataclass(slots=True)
+class TaskLog:
+    """Lines of one attempt. On an object store they are put there at its end, all at once."""
+
+    folder: Folder
+    name: str
+    _held: list[str] = field(default_factory=list, init=False)
+
+    def line(self, event: str, **more: Any) -> None:
+        """Add a line."""
+        self._held.append(_line(event, more))
+        if self.folder.local is not None:
+            self.close()
+
+    def close(self) -> None:
+        """Write what is held."""
+        if self._held:
+            self.folder.append(self.name, "".join(self._held))
+            self._held.clear()
+
+
+def where() -> dict[str, Any]:
+    """This process: node and number."""
+    return {"node": platform.node(), "pid": os.getpid()}
+
+
+def told(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments or figures as logs tell them: plain values, addresses, the first of long lists."""
+    plain = {name: _plain(value) for name, value in values.items()}
+    return {name: value for name, value in plain.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str | int | float):
+        return value
+    if hasattr(value, "url"):
+        return value.url
+    if isinstance(value, Mapping):
+        return told(value) if len(value) <= _LONGEST else None
+    if isinstance(value, list | tuple) and all(isinstance(v, str | int | float) for v in value):
+        more = [f"and {len(value) - _LONGEST} more"] if len(value) > _LONGEST else []
+        return [*value[:_LONGEST], *more]
+    return None
+
+
+def _line(event: str, more: Mapping[str, Any]) -> str:
+    return json.dumps({"time": now(), "event": event, **more}, ensure_ascii=False) + "\n"

@@ -1,0 +1,235 @@
+"""Many tasks on a cluster that loses some of them: attempts, back-off, nodes that come and go.
+
+A worker that is killed, that runs out of memory, or whose node is lost costs an attempt; the task
+is tried again after a pause that doubles. An error of the task itself is final at once: it would
+come again. Neither stops the other tasks. Ray's own retries are off, for they know no pause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from d2filter.errors import StageError
+from d2filter.formats import logs
+from d2filter.formats.paths import Folder
+from d2filter.formats.tables import first_line
+from d2filter.stages.worker import Outcome, Task, execute
+
+Needs = dict[str, float]
+
+ATTEMPTS = 5
+_FIRST_PAUSE = 1.0  # seconds; 15 in all before the last attempt
+_REPORT_SECONDS = 0.25
+_LOOK_SECONDS = 5.0  # between looks at the cluster
+_PLACE_SECONDS = 600.0  # that a cluster has to bring nodes back
+_IN_FLIGHT = 1024  # tasks that Ray knows of at once: it slows down with many
+
+
+class FanOut:
+    """The tasks of one fan-out of a stage."""
+
+    def __init__(
+        self,
+        ray: Any,
+        folder: Folder,
+        stage: str,
+        fingerprint: str,
+        needs: Callable[[], Needs],
+        bar: Any,
+    ) -> None:
+        """needs: what each task asks of the cluster as it is now; bar: for progress."""
+        self._ray = ray
+        self._folder = folder
+        self._stage = stage
+        self._fingerprint = fingerprint
+        self._needs = needs
+        self._asked = needs()
+        self._bar = bar
+        self._counter = None if bar.disable else _start_counter(ray)
+        self._remote = ray.remote(_execute_remotely)
+        self._waiting: deque[Task] = deque()
+        self._later: list[tuple[float, str, Task]] = []
+        self._running: dict[Any, Task] = {}
+        self._attempts: Counter[str] = Counter()
+        self._looked = time.monotonic()
+        self._without_place: float | None = None
+
+    def run(self, tasks: Sequence[Task]) -> list[Outcome]:
+        """All outcomes, in the order in which they came. Raises StageError when the cluster is gone
+        or has no node that could take a task.
+        """
+        self._waiting.extend(tasks)
+        outcomes: list[Outcome] = []
+        try:
+            while self._waiting or self._later or self._running:
+                self._submit()
+                outcomes += self._finished()
+                self._show()
+                self._look()
+        except self._ray.exceptions.RayError as error:
+            raise StageError(
+                f"{self._stage}: the Ray cluster does not answer any more ({first_line(error)}): "
+                "run the same command again when it does, what is done stays"
+            ) from error
+        finally:
+            if self._counter is not None:
+                with contextlib.suppress(self._ray.exceptions.RayError):
+                    self._ray.kill(self._counter)
+        return outcomes
+
+    def _submit(self) -> None:
+        while self._later and self._later[0][0] <= time.monotonic():
+            self._waiting.append(heapq.heappop(self._later)[2])
+        while self._waiting and len(self._running) < _IN_FLIGHT:
+            task = self._waiting.popleft()
+            attempt = self._attempts[task.name] + 1
+            reference = self._remote.options(max_retries=0, **self._asked).remote(
+                self._folder, self._stage, task, self._fingerprint, self._counter, attempt
+            )
+            self._running[reference] = task
+
+    def _finished(self) -> list[Outcome]:
+        if not self._running:
+            time.sleep(_REPORT_SECONDS)
+            return []
+        running = list(self._running)
+        ready, _ = self._ray.wait(running, num_returns=len(running), timeout=_REPORT_SECONDS)
+        outcomes = [self._outcome(reference) for reference in ready]
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    def _outcome(self, reference: Any) -> Outcome | None:
+        """What came of a task, or None when it is tried again."""
+        task = self._running.pop(reference)
+        errors = self._ray.exceptions
+        what = f"{self._stage} task {task.name}"
+        try:
+            outcome: Outcome = self._ray.get(reference)
+        except errors.RayTaskError as error:
+            # not even begun: a worker that cannot import what the driver can
+            cause = getattr(error, "cause", None) or error
+            return Outcome(
+                name=task.name,
+                error=StageError(f"{what}: {type(cause).__name__}: {first_line(cause)}"),
+            )
+        except errors.RayError as error:
+            self._attempts[task.name] += 1
+            tried, reason = self._attempts[task.name], first_line(error)
+            if tried >= ATTEMPTS:
+                return Outcome(
+                    name=task.name,
+                    error=StageError(
+                        f"{what}: its worker died {tried} times ({reason}): give it more memory "
+                        "or fewer CPUs beside it, or see whether its input kills it, and run the "
+                        "same command again"
+                    ),
+                )
+            pause = _FIRST_PAUSE * 2 ** (tried - 1)
+            logs.append(
+                self._folder, logs.DRIVER, "task tried again", stage=self._stage, task=task.name,
+                attempt=tried + 1, pause=pause, reason=reason,
+            )  # fmt: skip
+            heapq.heappush(self._later, (time.monotonic() + pause, task.name, task))
+            return None
+        return outcome
+
+    def _show(self) -> None:
+        if self._counter is None:
+            return
+        try:
+            done = self._ray.get(self._counter.total.remote())
+        except self._ray.exceptions.RayError:
+            self._counter = None  # its node was lost: the tasks matter, the bar does not
+            return
+        # attempts that were lost have counted too
+        most = self._bar.total if self._bar.total is not None else done
+        self._bar.update(max(0, min(done, most) - self._bar.n))
+
+    def _look(self) -> None:
+        """Tasks that no node can take any more ask for less, or wait for nodes to come back."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = now
+        if self._placeable():
+            self._without_place = None
+            return
+        before, self._asked = self._asked, self._needs()
+        if self._placeable():
+            if self._asked != before:
+                for reference, task in self._running.items():
+                    self._ray.cancel(reference)
+                    self._waiting.append(task)
+                self._running.clear()
+            return
+        if self._without_place is None:
+            self._without_place = now
+            logs.append(
+                self._folder, logs.DRIVER, "waiting for a node", stage=self._stage, **self._asked
+            )
+        elif now - self._without_place > _PLACE_SECONDS:
+            raise StageError(
+                f"{self._stage}: for {_PLACE_SECONDS:.0f} s no node of the cluster could take a "
+                f"task ({_named(self._asked)}): add nodes and run the same command again"
+            )
+
+    def _placeable(self) -> bool:
+        wanted = {
+            "CPU": self._asked.get("num_cpus", 0),
+            "GPU": self._asked.get("num_gpus", 0),
+            "memory": self._asked.get("memory", 0),
+        }
+        return any(
+            node["Alive"] and all(node["Resources"].get(n, 0) >= v for n, v in wanted.items())
+            for node in self._ray.nodes()
+        )
+
+
+def _named(needs: Needs) -> str:
+    return ", ".join(f"{name.removeprefix('num_')} {value:g}" for name, value in needs.items())
+
+
+class _Counter:
+    """Actor that adds up what tasks report, for the progress bar."""
+
+    def __init__(self) -> None:
+        self._total = 0
+
+    def add(self, done: int) -> None:
+        self._total += done
+
+    def total(self) -> int:
+        return self._total
+
+
+def _start_counter(ray: Any) -> Any:
+    """On the driver's own node: it goes when that goes, and not before."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    place = NodeAffinitySchedulingStrategy(node_id=here, soft=True)
+    return ray.remote(_Counter).options(num_cpus=0, scheduling_strategy=place).remote()
+
+
+def _execute_remotely(
+    folder: Folder, stage: str, task: Task, fingerprint: str, counter: Any, attempt: int
+) -> Outcome:
+    held = 0
+    last = time.monotonic()
+
+    def report(done: int) -> None:
+        nonlocal held, last
+        held += done
+        now = time.monotonic()
+        if counter is not None and now - last > _REPORT_SECONDS / 2:
+            counter.add.remote(held)
+            held, last = 0, now
+
+    outcome = execute(folder, stage, task, fingerprint, report, attempt)
+    if counter is not None and held:
+        counter.add.remote(held)
+    return outcome

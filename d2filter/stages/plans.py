@@ -1,0 +1,200 @@
+"""What each stage of a command is asked to be: its options and its input, before anything runs.
+
+`Plans` reads the run directory and the input's listings; it writes nothing, so that `--dry-run`
+sees what a run would.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2filter.algorithm import selectors
+from d2filter.config import CatalogConfig, RunConfig, options_of
+from d2filter.errors import UsageError
+from d2filter.formats import contents, graph, metadata, webdataset
+from d2filter.formats.paths import FileInfo, Folder, absolute
+from d2filter.formats.runstate import Plan, RunState
+
+# commands that chain more than their own stage
+CHAINS = {
+    "embed": ("embed",),
+    "graph": ("catalog", "graph"),
+    "rank": ("rank",),
+    "select": ("select",),
+    "run": ("catalog", "graph", "rank", "select"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A stage that is to be there when a command is done."""
+
+    plan: Plan
+    says: str = ""
+    """its input, for people"""
+    shards: tuple[webdataset.Shard, ...] = ()
+    """of embed"""
+    source: Folder | None = None
+    """of a catalog: the folder of metadata, and its pairs"""
+    pairs: tuple[metadata.Pair, ...] = ()
+
+
+class Plans:
+    """Plans of one run directory and configuration."""
+
+    def __init__(self, config: RunConfig, state: RunState) -> None:
+        self._config = config
+        self._state = state
+        self._out = state.folder
+
+    def stages(self, command: str) -> tuple[str, ...]:
+        """The stages of a command. Raises UsageError when --overwrite names another."""
+        stages = CHAINS[command]
+        if command == "run" and self._config.embed is not None:
+            stages = ("embed", *stages)
+        unknown = set(self._config.overwrite) - set(stages)
+        if unknown:
+            raise UsageError(
+                f"overwrite names {', '.join(sorted(unknown))}, "
+                f"`d2filter {command}` makes {', '.join(stages)}"
+            )
+        return stages
+
+    def embed(self, upstream: str = "") -> Planned:
+        """Shards, one task each."""
+        config = self._config.embed
+        if config is None:
+            raise UsageError("no shards: give --shards")
+        shards = webdataset.list_shards([absolute(pattern) for pattern in config.shards])
+        options = options_of(config)
+        # where the shards lie is told by `inputs`, file by file
+        options.update(shards=None, arch=config.resolved_arch)
+        options["weights"] = _weights(config.pretrained)
+        inputs = [FileInfo(s.name, s.info.size, s.info.version) for s in shards]
+        return Planned(
+            plan=Plan(stage="embed", options=options, upstream="", inputs=inputs, independent=True),
+            says=f"{len(shards):,} shards, {_size(inputs)}",
+            shards=tuple(shards),
+        )
+
+    def catalog(self, upstream: str = "") -> Planned | None:
+        """Metadata of a folder, or what `embed` writes. None: it is done, and this command was not
+        told again from what.
+        """
+        own = self._out.sub("metadata")
+        config = self._config.catalog
+        given = self._config.metadata_dir
+        source = Folder(absolute(given)) if given else own
+        if source == own and not upstream and self._state.done("catalog") is not None:
+            self._state.require_options("catalog", _catalog_options(config))
+            self._state.require_inputs("catalog", metadata.outside_files(config))
+            return None
+        if source == own and not upstream:
+            raise UsageError(
+                f"no metadata: give --metadata-dir (parquet + npz) or --shards; "
+                f"{own.url} was not written by `d2filter embed`"
+            )
+        beside = metadata.outside_files(config)
+        pairs: list[metadata.Pair] = []
+        files: list[FileInfo] = []
+        # what is still to be embedded cannot be listed
+        if source != own or self._state.done("embed") is not None:
+            pairs, files = metadata.list_pairs(source)
+        before = upstream if source == own else ""
+        return Planned(
+            plan=Plan(
+                stage="catalog",
+                options=_catalog_options(config),
+                upstream=before,
+                inputs=[*(() if before else files), *beside],
+                content_of=None if before else lambda name: contents.of(source, name),
+                sources={
+                    "metadata": source.url,
+                    "score_target": absolute(config.score_target),
+                    "training_log": absolute(config.training_log),
+                },
+            ),
+            says=f"{len(pairs):,} pairs of metadata files, {_size(files)}" if files else "",
+            source=source,
+            pairs=tuple(pairs),
+        )
+
+    def graph(self, upstream: str) -> Planned:
+        """Neighbors of every sample."""
+        self._check_method()
+        options = options_of(self._config.graph)
+        return Planned(plan=Plan(stage="graph", options=options, upstream=upstream))
+
+    def rank(self, upstream: str) -> Planned:
+        """A ranking of all samples."""
+        self._check_method()
+        rank = self._config.rank
+        options = options_of(rank)
+        options["gamma_forward"] = rank.scheme.gamma_forward
+        # all neighbors that the graph has, and as many as it has, are one plan
+        options["n_neighbors"] = self._neighbors()
+        if rank.method == "d2":
+            options["seed"] = 0  # it needs none
+        return Planned(plan=Plan(stage="rank", options=options, upstream=upstream))
+
+    def select(self, upstream: str) -> Planned:
+        """One budget of it."""
+        options = options_of(self._config.select)
+        return Planned(plan=Plan(stage="select", options=options, upstream=upstream))
+
+    def _neighbors(self) -> int:
+        """How many neighbors of each list count. Raises UsageError for more than there are."""
+        done = self._state.done("graph") is not None
+        there = graph.width(self._out.sub("graph")) if done else self._config.graph.n_neighbors
+        wanted = self._config.rank.n_neighbors or there
+        if wanted > there:
+            raise UsageError(
+                f"n-neighbors is {wanted}, the graph of {self._out.url} has {there}: rank with at "
+                "most that many, or make the graph anew"
+            )
+        return wanted
+
+    def _check_method(self) -> None:
+        """Refuse what cannot be, before anything is thrown away for it."""
+        record = self._state.done("catalog")
+        if record is None:
+            return  # a plan only: the catalog is not made yet
+        catalog, rank = record["stats"], self._config.rank
+        if rank.method != "d2":
+            selectors.check_size(rank.method, catalog["samples"]["ranked"])
+        score = catalog.get("score", {"high_is": "unknown"})
+        if rank.cut_hardest and score["high_is"] != "unknown":
+            hard_end = {"harder": "high", "easier": "low"}.get(score["high_is"])
+            if score["kept_first"] != hard_end:
+                raise UsageError(
+                    f"cut-hardest takes away what would go first, and by {score['name']} "
+                    f"({score['kept_first']} goes first, high is {score['high_is']}) that is not "
+                    "the hardest: use it with a score that puts hard samples first"
+                )
+
+
+def _catalog_options(config: CatalogConfig) -> dict[str, Any]:
+    """Where a target set and a training log lie is told by the plan's inputs."""
+    beside = {"score_target": bool(config.score_target), "training_log": bool(config.training_log)}
+    return {**options_of(config), **beside}
+
+
+def _weights(pretrained: str) -> list[Any] | None:
+    """Size and time of a weights file: other weights under the same name are another model."""
+    path = Path(pretrained)
+    if not pretrained or not path.is_file():
+        return None
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _size(files: list[FileInfo]) -> str:
+    """Bytes of some files, for people."""
+    size = float(sum(file.size for file in files))
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"

@@ -1,0 +1,110 @@
+"""Whether the files of a run are those that its stages made, of the input that is there now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from d2filter.errors import D2FilterError
+from d2filter.formats import contents, metadata
+from d2filter.formats.paths import FileInfo, Folder, checksum
+from d2filter.formats.runstate import STAGES, RunState, differing_input
+
+Breaches = list[str]
+Records = dict[str, dict[str, Any]]
+
+_HOMES = {"embed": "metadata", "catalog": "catalog", "graph": "graph", "rank": "ranking"}
+_SHOWN = 3
+
+
+def records(folder: Folder) -> Records:
+    """Those of the finished stages, in their order."""
+    state = RunState(folder)
+    found = {stage: state.done(stage) for stage in STAGES}
+    return {stage: record for stage, record in found.items() if record is not None}
+
+
+def home(folder: Folder, stage: str) -> Folder:
+    """Where the files lie that the record of a stage lists."""
+    return folder.sub(_HOMES[stage]) if stage in _HOMES else folder
+
+
+def follow(folder: Folder) -> Breaches:
+    """Stages that were not made from what the stage before them has left."""
+    found = records(folder)
+    made = {record["fingerprint"]: stage for stage, record in found.items()}
+    out = []
+    for stage, record in found.items():
+        before = record["upstream"]
+        expected = STAGES[max(0, STAGES.index(stage) - 1)]
+        if before and made.get(before) != expected:
+            out.append(f"{stage} was made from another {expected} than the one that is there")
+    config = folder.read_json("config.json") or {"stages": {}}
+    told = {stage: one["fingerprint"] for stage, one in config["stages"].items()}
+    if told != {stage: record["fingerprint"] for stage, record in found.items()}:
+        out.append("config.json tells other fingerprints than the records of the stages")
+    return out
+
+
+def sums(folder: Folder) -> Breaches:
+    """Files that are gone or hold other bytes than were published."""
+    out = []
+    for stage, record in records(folder).items():
+        place = home(folder, stage)
+        for name, told in record["checksums"].items():
+            try:
+                there = checksum(place, name)
+            except D2FilterError as error:
+                out.append(str(error))
+                continue
+            if there != told:
+                out.append(
+                    f"{place.where(name)} is not what {stage} wrote: {there[0]} bytes with sum "
+                    f"{there[1]}, published were {told[0]} with {told[1]}"
+                )
+    return _few(out)
+
+
+def inputs(folder: Folder) -> Breaches:
+    """Input files that changed since they were read, as far as they can be seen from here."""
+    found = records(folder)
+    out = []
+    catalog = found.get("catalog")
+    if catalog is not None and not catalog["upstream"]:
+        source = Folder(catalog["sources"]["metadata"])
+        if source.exists():
+            try:
+                _, files = metadata.list_pairs(source)
+            except D2FilterError as error:
+                return [str(error)]
+            # target sets and training logs lie elsewhere
+            here = {n: v for n, v in catalog["inputs"].items() if n in catalog["contents"]}
+            record = {**catalog, "inputs": here}
+            difference = differing_input(record, files, lambda name: contents.of(source, name))
+            out += [f"{difference} since the catalog was made"] if difference else []
+    embed = found.get("embed")
+    if embed is not None:
+        listed: dict[str, dict[str, FileInfo]] = {}
+        for name, url in shards(folder).items():
+            parent, _, base = url.rpartition("/")
+            if parent not in listed:
+                listed[parent] = {info.name: info for info in Folder(parent).files()}
+            now = listed[parent].get(base)
+            if now is not None and [now.size, now.version] != embed["inputs"][name]:
+                out.append(f"{url} is changed since it was embedded")
+    return _few(out)
+
+
+def shards(folder: Folder) -> dict[str, str]:
+    """The URL of each shard that was embedded, by the name of its pair."""
+    marks = folder.sub("completions/embed")
+    urls = {}
+    for name in marks.names(".json"):
+        record = marks.read_json(name)
+        if "url" in record:
+            urls[name.removesuffix(".json")] = record["url"]
+    return urls
+
+
+def _few(breaches: Breaches) -> Breaches:
+    more = len(breaches) - _SHOWN
+    return [*breaches[:_SHOWN], *([f"and {more} more"] if more > 0 else [])]

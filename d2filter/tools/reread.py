@@ -1,0 +1,149 @@
+"""`verify --deep`: reads the input once more and finds every sample of it in the run's files.
+
+Shards: their samples, in order, are those of OUT/metadata and of the ledger. Metadata: each row is
+in the catalog with the same bits, or in the ledger. Pictures are not embedded again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.algorithm import uids
+from d2filter.config import CatalogConfig
+from d2filter.errors import D2FilterError, InputError
+from d2filter.formats import catalog, metadata, tables, traininglog, webdataset
+from d2filter.formats.paths import FileInfo, Folder
+from d2filter.formats.runstate import RunState
+from d2filter.tools import provenance
+
+Breaches = list[str]
+
+
+def shards(folder: Folder) -> Breaches:
+    """Shards whose samples are not those that were embedded or reported."""
+    out: Breaches = []
+    embed = RunState(folder).done("embed")
+    if embed is None:
+        return out
+    for name, url in provenance.shards(folder).items():
+        shard = webdataset.Shard(url, FileInfo(name, *embed["inputs"][name]), name)
+        try:
+            different = _shard(folder, shard)
+        except D2FilterError as error:
+            different = str(error)
+        if different:
+            out.append(different)
+    return out
+
+
+def _shard(folder: Folder, shard: webdataset.Shard) -> str:
+    """What differs first between a shard and what is known of it."""
+    embedded = folder.sub("metadata")
+    rows: list[tuple[str, str]] = []
+    if embedded.exists(f"{shard.name}.parquet"):
+        table = tables.read_table(embedded, f"{shard.name}.parquet", ["key", "uid"])
+        rows = list(zip(*(table.column(n).to_pylist() for n in ("key", "uid")), strict=True))
+    told = tables.read_table(folder.sub("ledger/embed"), f"{shard.name}.parquet")
+    bad = [(e["key"], e["reason"]) for e in told.to_pylist()]
+    left = Counter(bad)
+    lost = folder.read_json(f"completions/embed/{shard.name}.json")["lost"]
+    place = 0
+    now_lost = ""
+    try:
+        for sample in webdataset.read_samples(shard):
+            if not sample.reason and place < len(rows) and rows[place] == (sample.key, sample.uid):
+                place += 1
+                continue
+            # a picture is found broken when it is decoded
+            reasons = [sample.reason] if sample.reason else [r for k, r in left if k == sample.key]
+            found = next((r for r in reasons if left[sample.key, r] > 0), None)
+            if found is None:
+                return f"{shard.url}: sample {sample.key} was not read like this"
+            left[sample.key, found] -= 1
+    except webdataset.LostTail as error:
+        now_lost = f"{shard.url}: {error}"
+    if now_lost != lost:
+        return f"{shard.url} reads otherwise: {now_lost or 'whole'}, was {lost or 'whole'}"
+    if place < len(rows):
+        return f"{shard.url}: {len(rows) - place} samples are not there any more"
+    gone = sum(left.values())
+    return f"{shard.url}: {gone} samples of the ledger are not there any more" if gone else ""
+
+
+def rows(folder: Folder, known: catalog.Samples) -> Breaches:
+    """Rows of the metadata that the catalog holds with other bits, or neither it nor the ledger.
+
+    known: all samples of the catalog, ascending by uid.
+    """
+    record = RunState(folder).require("catalog")
+    source = Folder(record["sources"]["metadata"])
+    if not source.exists():
+        return [f"{source.url} is not there: the input cannot be read again"]
+    config = CatalogConfig.from_options(record["options"], record["sources"])
+    outside, compared = _outside(config)
+    repeated = _repeated(folder)
+    claimed = np.zeros(len(known.hi), np.bool_)
+    counts: Counter[str] = Counter()
+    out: Breaches = []
+    pairs, _ = metadata.list_pairs(source)
+    for pair in pairs:
+        try:
+            read = metadata.read_pair(source, pair.name, config, outside)
+        except InputError as error:
+            out.append(str(error))
+            continue
+        counts["read"] += len(read.hi)
+        good = np.flatnonzero(read.reason == 0)
+        counts["bad"] += len(read.hi) - good.size
+        at = uids.positions(known.hi, known.lo, read.hi[good], read.lo[good])
+        same = at >= 0
+        same[same] = (known.features[at[same]] == read.features[good[same]]).all(axis=1)
+        if compared:
+            here = np.flatnonzero(same)
+            same[here] = known.difficulty[at[here]] == read.difficulty[good[here]]
+        other = [r for r in good[~same].tolist() if _uid(read, r) not in repeated]
+        if other:
+            out.append(
+                f"{source.where(pair.name)}: {len(other)} rows are not in the catalog as they are "
+                f"here, row {other[0]} first"
+            )
+        claimed[at[same]] = True
+    missing = int(np.count_nonzero(~claimed))
+    if missing:
+        out.append(f"{missing} samples of the catalog are not in the metadata any more")
+    stats = record["stats"]["samples"]
+    embedded = RunState(folder).done("embed") if record["upstream"] else None
+    before = embedded["stats"]["samples"]["bad"] if embedded else 0
+    expected = {"read": stats["read"] - before, "bad": stats["bad"] - before}
+    out += [
+        f"{counts[name]} rows of the metadata are {name}, {number} were"
+        for name, number in expected.items()
+        if counts[name] != number
+    ]
+    return out
+
+
+def _outside(config: CatalogConfig) -> tuple[metadata.Outside, bool]:
+    """What a score needs beside the metadata, and whether it follows from a row at all."""
+    if config.needs == "target":
+        target = metadata.read_target(config.score_target, config.arch)
+        return metadata.Outside(target=target), True
+    if config.needs == "log":
+        return metadata.Outside(log=traininglog.score(config.training_log, config.score)), True
+    return metadata.Outside(), config.needs != "pool"
+
+
+def _repeated(folder: Folder) -> set[str]:
+    """uids of which some rows were left out."""
+    table: Any = tables.read_table(folder, "bad_samples.parquet", ["uid", "status"])
+    both = zip(table.column("uid").to_pylist(), table.column("status").to_pylist(), strict=True)
+    return {uid for uid, status in both if status == "duplicate"}
+
+
+def _uid(read: metadata.Rows, row: int) -> str:
+    hi: npt.NDArray[np.uint64] = read.hi
+    return f"{int(hi[row]):016x}{int(read.lo[row]):016x}"
