@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: lint test bench format
+.PHONY: lint test nightly bench format
 
 lint:
 	$(PYTHON) -m ruff check .
@@ -9,6 +9,9 @@ lint:
 
 test:
 	$(PYTHON) -m pytest
+
+nightly:
+	$(PYTHON) -m pytest -m nightly -n 0
 
 bench:
 	$(PYTHON) -m jobs.bench
