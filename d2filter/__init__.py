@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["RankedPool", "__version__", "rank"]
+__all__ = ["RankedPool", "__version__", "explain", "keep", "load_subset", "rank"]
 
 if TYPE_CHECKING:
-    from d2filter.api import RankedPool, rank
+    from d2filter.api import RankedPool, explain, rank
+    from d2filter.tools.keep import keep, load_subset
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("rank", "RankedPool"):
+    if name in ("rank", "RankedPool", "explain"):
         from d2filter import api
 
         return getattr(api, name)
+    if name in ("keep", "load_subset"):
+        from d2filter.tools import keep as keeping
+
+        return getattr(keeping, name)
     raise AttributeError(f"module 'd2filter' has no attribute {name!r}")

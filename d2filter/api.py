@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,10 @@ from d2filter.algorithm import groups as grouping
 from d2filter.config import GraphConfig, RankConfig, SelectConfig
 from d2filter.errors import InputError
 from d2filter.formats import uid as uid_format
+from d2filter.formats.paths import Folder, absolute
+
+if TYPE_CHECKING:
+    from d2filter.tools.explain import Explained, NotRanked
 
 I64 = npt.NDArray[np.int64]
 
@@ -151,6 +156,20 @@ def rank(
         difficulty=difficulty,
         recall=knn.pooled([(one.size, one.recall) for one in classes]),
     )
+
+
+def explain(out: str | os.PathLike[str], uid: str) -> Explained | NotRanked:
+    """Why a sample of a finished run was kept or dropped; OUT: the run directory, any fsspec URL.
+
+    Raises UsageError for what is no uid, InputError for one that the run has not read.
+
+    >>> found = explain(out, uid)
+    >>> found.kept, found.rank
+    (True, 0)
+    """
+    from d2filter.tools.explain import explain as explain_all
+
+    return explain_all(Folder(absolute(os.fspath(out))), [uid])[0]
 
 
 def _classes(groups: Any, n: int) -> I64:

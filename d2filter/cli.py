@@ -230,8 +230,22 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     packing.add_argument("--shard-size", type=int, default=10000, help="pairs in a shard")
     sweeping = command("sweep", "many rankings of one graph, measured side by side", _run_sweep)
     options.sweep(sweeping)
+    resharding = command(
+        "reshard", "shards + subset → new shards of the kept samples", _run_reshard
+    )
+    options.reshard(resharding)
+    looking = command("status", "how far a run is, and what is next", _run_status)
+    looking.add_argument("out_dir", metavar="OUT", help="run directory")
+    looking.add_argument("--json", action="store_true", help="for programs")
+    explaining = command("explain", "why samples were kept or dropped", _run_explain)
+    explaining.add_argument("out_dir", metavar="OUT", help="run directory")
+    explaining.add_argument("uids", metavar="UID", nargs="+", help="32 hex digits")
+    explaining.add_argument("--json", action="store_true", help="for programs")
     checking = command("verify", "prove from a run's files that it is right", _run_verify)
     checking.add_argument("out_dir", metavar="OUT", help="run directory")
+    checking.add_argument(
+        "--deep", action="store_true", help="read the input again and compare it too"
+    )
     return parser, commands
 
 
@@ -246,7 +260,12 @@ def _run_pipeline(arguments: argparse.Namespace) -> None:
 
     chosen = options.run_config(arguments)
     chosen = replace(chosen, select=pipeline.default_selection(chosen.select))
-    pipeline.Pipeline(chosen, say=_say).run(arguments.command)
+    work = pipeline.Pipeline(chosen, say=_say)
+    if arguments.dry_run:
+        for line in [*work.preview(arguments.command), "nothing was changed (--dry-run)"]:
+            _say(line)
+        return
+    work.run(arguments.command)
 
 
 def _run_demo(arguments: argparse.Namespace) -> None:
@@ -286,7 +305,68 @@ def _run_sweep(arguments: argparse.Namespace) -> None:
 
 
 def _run_verify(arguments: argparse.Namespace) -> None:
-    from d2filter.formats.paths import Folder
+    from d2filter.formats.paths import Folder, absolute
     from d2filter.tools import verify
 
-    verify.verify(Folder(arguments.out_dir), _say)
+    verify.verify(Folder(absolute(arguments.out_dir)), _say, deep=arguments.deep)
+
+
+def _run_reshard(arguments: argparse.Namespace) -> None:
+    from d2filter.formats import webdataset
+    from d2filter.formats.paths import Folder, absolute
+    from d2filter.stages import reshard
+    from d2filter.stages.runner import Runner
+    from d2filter.tools import keep, provenance
+
+    chosen = reshard.ReshardConfig(
+        shard_size=arguments.shard_size,
+        shuffle=arguments.shuffle,
+        max_missing=arguments.max_missing,
+    )
+    subset = keep.load_subset(arguments.subset)
+    # a run knows its shards
+    patterns = arguments.shards or list(
+        provenance.shards(Folder(absolute(arguments.subset))).values()
+    )
+    if not patterns:
+        raise UsageError(f"no shards: {arguments.subset} names none, give --shards")
+    shards = webdataset.list_shards([absolute(pattern) for pattern in patterns])
+    out = Folder(absolute(arguments.out_dir))
+    runner = Runner(out.sub(reshard.STATE), arguments.address)
+    try:
+        figures = reshard.reshard(runner, out, shards, subset, chosen)
+    finally:
+        runner.close()
+    _say(
+        f"{figures['samples']:,} samples, {figures['bytes'] / 1e6:,.1f} MB, from {len(shards):,} "
+        f"shards to {out.url}"
+    )
+
+
+def _run_explain(arguments: argparse.Namespace) -> None:
+    import json
+
+    from d2filter.formats.paths import Folder, absolute
+    from d2filter.tools import explain
+
+    found = explain.explain(Folder(absolute(arguments.out_dir)), arguments.uids)
+    if arguments.json:
+        _say(json.dumps(explain.as_json(found), indent=2, ensure_ascii=False))
+        return
+    for number, one in enumerate(found):
+        for line in [*([""] if number else []), *explain.lines(one)]:
+            _say(line)
+
+
+def _run_status(arguments: argparse.Namespace) -> None:
+    import json
+
+    from d2filter.formats.paths import Folder, absolute
+    from d2filter.tools import status
+
+    found = status.read(Folder(absolute(arguments.out_dir)))
+    if arguments.json:
+        _say(json.dumps(status.as_json(found), indent=2, ensure_ascii=False))
+        return
+    for line in status.lines(found):
+        _say(line)

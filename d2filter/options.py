@@ -80,6 +80,9 @@ def common(parser: argparse.ArgumentParser) -> None:
         metavar="STAGE",
         help="make this stage of the command, and all after it, anew",
     )
+    group.add_argument(
+        "--dry-run", action="store_true", help="say what would be done, and change nothing"
+    )
     group.add_argument("--config", default="", help="YAML file with the same option names")
 
 
@@ -333,7 +336,12 @@ def rank(parser: argparse.ArgumentParser) -> None:
 
 def select(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("budget")
-    group.add_argument("--fraction", default=None, help="share to keep (default: 0.3)")
+    group.add_argument(
+        "--fraction",
+        default=None,
+        help="share to keep; several, as 0.3,0.1,0.2: subset.npy is the first, and each has a file "
+        "in subsets/ (default: 0.3)",
+    )
     group.add_argument("--budget", type=int, default=None, help="number of samples to keep")
     group.add_argument(
         "--min-score", type=float, default=None, help="drop lower scores within the budget"
@@ -365,6 +373,37 @@ def sweep(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def reshard(parser: argparse.ArgumentParser) -> None:
+    """Of the command that copies kept samples."""
+    parser.add_argument(
+        "--subset", required=True, metavar="RUN", help="run directory, or a subset as .npy"
+    )
+    parser.add_argument(
+        "--shards",
+        nargs="+",
+        default=None,
+        metavar="URL",
+        help="the shards to copy from (default: those that the run has embedded)",
+    )
+    parser.add_argument("--out-dir", required=True, help="empty folder: a path or an fsspec URL")
+    parser.add_argument("--shard-size", type=int, default=10_000, help="samples in a new shard")
+    parser.add_argument(
+        "--shuffle",
+        type=int,
+        default=None,
+        metavar="SEED",
+        help="mix the samples (default: they stay in the order of the input)",
+    )
+    parser.add_argument(
+        "--max-missing",
+        type=float,
+        default=0.0,
+        help="share of the subset that may be in none of the shards; above it the exit code is 3",
+    )
+    parser.add_argument("--address", default="", help="Ray cluster to join; empty: start Ray here")
+    parser.add_argument("--config", default="", help="YAML file with the same option names")
+
+
 def _comma_separated(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     def values(text: str) -> list[Any]:
         try:
@@ -389,7 +428,8 @@ def run_config(arguments: argparse.Namespace) -> config.RunConfig:
         fields = {f: given[f] for f in part.__dataclass_fields__ if given.get(f) is not None}
         return part(**{**fields, **special})
 
-    fraction = given.get("fraction")
+    # the first of several is that of subset.npy
+    fraction, *also = str(given.get("fraction") or "").split(",")
     shards = given.get("shards")
     if shards and given.get("metadata_dir"):
         raise UsageError("shards and metadata-dir are both given: name one of them")
@@ -406,7 +446,8 @@ def run_config(arguments: argparse.Namespace) -> config.RunConfig:
         rank=pick(config.RankConfig),
         select=pick(
             config.SelectConfig,
-            fraction=None if fraction is None else parse_fraction(fraction),
+            fraction=parse_fraction(fraction) if fraction else None,
+            also=tuple(str(parse_fraction(share.strip())) for share in also),
         ),
         max_bad=arguments.max_bad,
         best_effort=given.get("best_effort", False),

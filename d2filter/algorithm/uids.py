@@ -6,6 +6,7 @@ samples train the centroids, which ones measure recall) are made by a hash of th
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -22,6 +23,7 @@ SALT_STRATUM = 6
 SALT_SEMDEDUP = 7
 SALT_PROTOTYPES = 8
 SALT_HELD_OUT = 9
+SALT_SHUFFLE = 10
 
 
 def ascending(hi: U64, lo: U64) -> I64:
@@ -67,6 +69,25 @@ def positions(hi: U64, lo: U64, wanted_hi: U64, wanted_lo: U64) -> I64:
     found = np.full(wanted_hi.size, -1, np.int64)
     found[there[same]] = low[there[same]]
     return found
+
+
+@numba.njit(cache=True, nogil=True)
+def occurrences(pairs, hi, lo):  # type: ignore[no-untyped-def]
+    """How often a uid, two np.uint64, stands in ascending (n, 2) uint64 pairs of hi and lo."""
+    low, high = 0, pairs.shape[0]
+    while low < high:
+        middle = (low + high) // 2
+        a = pairs[middle, 0]
+        if a < hi or (a == hi and pairs[middle, 1] < lo):
+            low = middle + 1
+        else:
+            high = middle
+    count = 0
+    while low + count < pairs.shape[0] and (
+        pairs[low + count, 0] == hi and pairs[low + count, 1] == lo
+    ):
+        count += 1
+    return count
 
 
 def _finalize(x: U64) -> U64:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from decimal import Decimal
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -15,21 +16,29 @@ from d2filter.algorithm import uids
 from d2filter.errors import InputError
 from d2filter.formats import catalog
 from d2filter.formats import uid as uid_format
-from d2filter.formats.paths import Folder
+from d2filter.formats.paths import Checksums, Folder
 
 SUBSET = "subset.npy"
 DTYPE = np.dtype("u8,u8")
 _KEPT_ROWS = 1_000_000
 
 
-def publish(folder: Folder, hi: uids.U64, lo: uids.U64) -> None:
-    """Write subset.npy: (n,) of (u8, u8), ascending. hi, lo: (n,) in any order, no repeats."""
+def named(method: str, arch: str, fraction: Decimal) -> str:
+    """File of one of several subsets, as DataComp's users name them: d2_l14_30_percent.npy."""
+    percent = f"{(100 * fraction).normalize():f}"
+    return f"subsets/{method}_{arch}_{percent}_percent.npy"
+
+
+def publish(folder: Folder, hi: uids.U64, lo: uids.U64, name: str = SUBSET) -> Checksums:
+    """Write a subset: (n,) of (u8, u8), ascending. hi, lo: (n,) in any order, no repeats."""
     order = uids.ascending(hi, lo)
     subset = np.empty(len(hi), DTYPE)
     subset["f0"] = hi[order]
     subset["f1"] = lo[order]
-    with folder.publish(SUBSET) as path, path.open("wb") as stream:
+    sums: Checksums = {}
+    with folder.publish(name, sums) as path, path.open("wb") as stream:
         np.save(stream, subset)
+    return sums
 
 
 def read(folder: Folder, name: str = SUBSET) -> npt.NDArray[np.void]:
@@ -78,20 +87,22 @@ def kept_table(
     return pa.concat_tables(parts).sort_by([(c, "ascending") for c in ("shard", "key", "uid")])
 
 
-def publish_kept(folder: Folder, table: Any) -> None:
+def publish_kept(folder: Folder, table: Any) -> Checksums:
     """Write kept/: what to keep of each shard, and sizes.json; nothing when no shard is known."""
+    sums: Checksums = {}
     if not table.num_rows:
-        return
+        return sums
     counted: Any = table.group_by("shard").aggregate([([], "count_all")]).to_pydict()
     sizes = sorted(zip(counted["shard"], counted["count_all"], strict=True))
     names = [PurePosixPath(name).name for name, _ in sizes]
     # shards of one base name in different folders keep their whole address
     keys = names if len(set(names)) == len(names) else [name for name, _ in sizes]
     for number, start in enumerate(range(0, table.num_rows, _KEPT_ROWS)):
-        with folder.publish(f"kept/part-{number:05d}.parquet") as path:
+        with folder.publish(f"kept/part-{number:05d}.parquet", sums) as path:
             pq.write_table(table.slice(start, _KEPT_ROWS), path, compression="zstd")
     counts = {k: int(count) for k, (_, count) in zip(keys, sizes, strict=True)}
     folder.publish_json("kept/sizes.json", counts)
+    return sums
 
 
 def _count_up_to(hi: uids.U64, lo: uids.U64, part_hi: uids.U64, part_lo: uids.U64) -> int:

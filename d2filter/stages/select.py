@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -10,25 +11,35 @@ from d2filter.algorithm import budget, uids
 from d2filter.config import SelectConfig
 from d2filter.formats import catalog, ranking, subset
 from d2filter.formats.paths import Folder
-from d2filter.stages.runner import Report
+from d2filter.stages.worker import Report
 
 
 def select(
-    *, report: Report, out: Folder, config: SelectConfig, ranked: int, kept_first: str
+    *,
+    report: Report,
+    out: Folder,
+    config: SelectConfig,
+    ranked: int,
+    kept_first: str,
+    method: str,
+    arch: str,
 ) -> dict[str, Any]:
     """Task: keep the first B of `ranked` samples; figures: kept and pruned. kept_first: the end of
     the score, high or low, that is kept first; low ones lie in the files with their sign turned.
+    method, arch: for the names of several subsets.
 
-    Memory: 24 bytes a kept sample and one part of the ranking.
+    Memory: 24 bytes a sample of the largest subset and one part of the ranking.
     """
     size = budget.budget_of(ranked, fraction=config.fraction, budget=config.budget)
+    several = {share: budget.budget_of(ranked, fraction=share) for share in shares(config)}
+    most = max(size, *several.values()) if several else size
     kept_hi, kept_lo, kept_rank = [], [], []
     columns = ("uid_hi", "uid_lo", "difficulty", "rank")
     for part in ranking.iter_columns(out.sub("ranking"), columns):
         keep = budget.kept_mask(
             part["rank"].astype(np.int64),
             budget.raw_scores(part["difficulty"].astype(np.float32), kept_first),
-            size,
+            most,
             config.min_score,
         )
         kept_hi.append(part["uid_hi"][keep].astype(np.uint64))
@@ -39,7 +50,20 @@ def select(
     order = uids.ascending(hi, lo)
     hi, lo, rank = hi[order], lo[order], rank[order]
     out.remove("kept")
+    out.remove("subsets")
+    sums = {}
+    for share, count in several.items():
+        name = subset.named(method, arch, share)
+        sums.update(subset.publish(out, hi[rank < count], lo[rank < count], name))
+    hi, lo, rank = hi[rank < size], lo[rank < size], rank[rank < size]
     samples = catalog.iter_parts(out.sub("catalog"), with_features=False)
-    subset.publish_kept(out, subset.kept_table(samples, hi, lo, rank))
-    subset.publish(out, hi, lo)
-    return {"budget": size, "kept": len(hi), "pruned": ranked - len(hi)}
+    sums.update(subset.publish_kept(out, subset.kept_table(samples, hi, lo, rank)))
+    sums.update(subset.publish(out, hi, lo))
+    return {"budget": size, "kept": len(hi), "pruned": ranked - len(hi), "checksums": sums}
+
+
+def shares(config: SelectConfig) -> list[Decimal]:
+    """Those that get a file each: none where only one was asked for."""
+    if not config.also or config.fraction is None:
+        return []
+    return [config.fraction, *(budget.parse_fraction(share) for share in config.also)]

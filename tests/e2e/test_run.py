@@ -203,6 +203,29 @@ def test_select_other_budgets_from_one_ranking(finished: Path, tmp_path: Path) -
     assert run("verify", out) == 0
 
 
+def test_several_budgets_of_one_ranking_are_nested_files(finished: Path, tmp_path: Path) -> None:
+    out = copy_of(finished, tmp_path)
+    assert run("select", "--out-dir", out, "--fraction", "0.3,0.1,0.125") == 0
+    assert sorted(p.name for p in (out / "subsets").iterdir()) == [
+        "d2_l14_10_percent.npy", "d2_l14_12.5_percent.npy", "d2_l14_30_percent.npy"
+    ]  # fmt: skip
+    tenth, eighth, third = (
+        set(np.load(out / f"subsets/d2_l14_{percent}_percent.npy").tolist())
+        for percent in ("10", "12.5", "30")
+    )
+    assert [len(s) for s in (tenth, eighth, third)] == [600, 750, 1800]
+    assert tenth < eighth < third == set(np.load(out / "subset.npy").tolist())
+    assert stats(out)["samples"]["kept"] == 1800
+    assert run("verify", out) == 0
+    other = out / "subsets/d2_l14_10_percent.npy"
+    np.save(other, np.load(out / "subset.npy")[:600])
+    assert run("verify", out) == 1
+    assert run("select", "--out-dir", out, "--fraction", "0.3,2") == 2
+    assert run("select", "--out-dir", out, "--fraction", "0.2") == 0
+    assert not (out / "subsets").exists()
+    assert run("verify", out) == 0
+
+
 def test_the_same_command_again_does_nothing(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,6 +331,7 @@ def test_scores_of_two_makings_are_not_mixed(
     assert "scores of two makings would be mixed" in capsys.readouterr().err
 
 
+@pytest.mark.nightly  # test_faults.py kills drivers in every run of the tests
 def test_a_killed_driver_is_continued_to_the_same_bits(tmp_path: Path) -> None:
     """SIGKILL at three moments, each in a process of its own; then the same command."""
     folder = pools.write(tmp_path / "m", pools.make(3000, 32), files=3)

@@ -1,0 +1,89 @@
+"""A few rows of row-aligned parquet parts, by graph id or by uid: only what holds them is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from d2filter.errors import InputError
+from d2filter.formats import tables
+from d2filter.formats.paths import Folder
+
+
+class Sparse:
+    """The parts of graph/ or ranking/. Rows are numbered over all parts, in name order; inside a
+    part they ascend by uid. Reads the footers on construction.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._places: list[tuple[str, int]] = []
+        """part and row group, in order"""
+        self._bounds: list[tuple[int, int]] = []
+        """smallest and largest uid_hi of each"""
+        sizes = []
+        for name in folder.names(".parquet"):
+            with tables.open_table(folder, name) as parquet:
+                for number in range(parquet.num_row_groups):
+                    group = parquet.metadata.row_group(number)
+                    if not group.num_rows:
+                        continue  # of a partition without samples
+                    statistics = group.column(0).statistics
+                    self._places.append((name, number))
+                    self._bounds.append((statistics.min, statistics.max))
+                    sizes.append(group.num_rows)
+        if not self._places:
+            raise InputError(f"{folder.url} holds no parts")
+        self._starts = np.array([0, *accumulate(sizes)], np.int64)
+
+    @property
+    def total(self) -> int:
+        """Rows of all parts."""
+        return int(self._starts[-1])
+
+    def find(self, hi: int, lo: int) -> int:
+        """The row of a uid, −1 where it is missing."""
+        for place, (low, high) in enumerate(self._bounds):
+            if low <= hi <= high:
+                held = self._read(place, ("uid_hi", "uid_lo"))
+                at = np.flatnonzero((held["uid_hi"] == hi) & (held["uid_lo"] == lo))
+                if at.size:
+                    return int(self._starts[place] + at[0])
+        return -1
+
+    def rows(
+        self, numbers: npt.NDArray[np.int64], columns: Sequence[str]
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Columns of some rows, in the order asked for; (n, k) where they hold lists."""
+        place = np.searchsorted(self._starts, numbers, side="right") - 1
+        out: dict[str, npt.NDArray[Any]] = {}
+        for p in np.unique(place).tolist():
+            where = np.flatnonzero(place == p)
+            held = self._read(p, columns)
+            for name, values in held.items():
+                if name not in out:
+                    out[name] = np.empty((numbers.size, *values.shape[1:]), values.dtype)
+                out[name][where] = values[numbers[where] - self._starts[p]]
+        return out
+
+    def _read(self, place: int, columns: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+        name, number = self._places[place]
+        with tables.open_table(self._folder, name) as parquet:
+            table = parquet.read_row_group(number, columns=list(columns))
+        return {column: _array(table.column(column)) for column in columns}
+
+
+def _array(column: Any) -> npt.NDArray[Any]:
+    whole = column.combine_chunks()
+    if isinstance(whole, pa.ChunkedArray):
+        whole = pa.concat_arrays(whole.chunks)
+    if pa.types.is_fixed_size_list(whole.type):
+        flat: npt.NDArray[Any] = whole.flatten().to_numpy()
+        return flat.reshape(-1, whole.type.list_size)
+    found: npt.NDArray[Any] = whole.to_numpy()
+    return found

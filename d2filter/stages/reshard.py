@@ -1,0 +1,394 @@
+"""Shards + subset → new shards of the kept samples, byte by byte (DESIGN §6).
+
+find (by input shard) → order → write (by output shard) → finish. Nothing is decoded. The first pass
+reads headers and json members and notes where the members of kept samples lie; the second copies
+these ranges. Names and contents follow from the input, the subset, shard size and seed, never from
+the number of workers. A sample that the shards hold twice is taken where it stands first.
+
+OUT/.d2filter/     completions, logs and, until it is done, work/: index-*.parquet, order-*.npy
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from d2filter.algorithm import uids
+from d2filter.errors import InputError, RunStateError, TooManyBadError, UsageError
+from d2filter.formats import subset as subset_format
+from d2filter.formats import tables, tarwriter, webdataset
+from d2filter.formats import uid as uid_format
+from d2filter.formats.paths import Folder
+from d2filter.formats.rows import read_array, read_columns, write_columns
+from d2filter.formats.runstate import digest
+from d2filter.stages.runner import Runner
+from d2filter.stages.worker import Report, Task
+
+I64 = npt.NDArray[np.int64]
+U64 = npt.NDArray[np.uint64]
+Figures = dict[str, Any]
+
+STATE = ".d2filter"
+_WORK = "work"
+_SUBSET = "subset.npy"
+_CPUS_A_WRITER = 0.5  # it waits for the disk half of the time
+_MOST_OPEN = 64  # input shards at once in a task that writes
+
+_SCHEMA = pa.schema(
+    [
+        ("uid_hi", pa.uint64()),
+        ("uid_lo", pa.uint64()),
+        ("extensions", pa.list_(pa.string())),
+        ("offsets", pa.list_(pa.int64())),
+        ("sizes", pa.list_(pa.int64())),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReshardConfig:
+    """What the new shards are to be."""
+
+    shard_size: int = 10_000
+    """samples in a shard; the last one has fewer"""
+    shuffle: int | None = None
+    """seed of the order; None: that of the input"""
+    max_missing: float = 0.0
+    """share of the subset that may be missing from the shards"""
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 1:
+            raise UsageError(f"shard-size is {self.shard_size}, allowed is a whole number from 1")
+        if not 0 <= self.max_missing <= 1:
+            raise UsageError(f"max-missing is {self.max_missing}, allowed is 0 to 1")
+
+
+def reshard(
+    runner: Runner,
+    out: Folder,
+    shards: Sequence[webdataset.Shard],
+    subset: npt.NDArray[np.void],
+    config: ReshardConfig,
+) -> Figures:
+    """Write the new shards. subset: (n,) of (u8, u8), ascending. runner: of OUT/.d2filter.
+
+    Raises RunStateError when OUT holds something else, and TooManyBadError, after everything else
+    is done, when more of the subset than max_missing is in none of the shards.
+    """
+    state = out.sub(STATE)
+    fingerprint = _begin(out, state, shards, subset, config)
+    _publish_subset(state, subset)
+    finding = [
+        Task(
+            name=f"find-{number:06d}",
+            run=find,
+            arguments={"state": state, "shard": shard, "number": number},
+        )
+        for number, shard in enumerate(shards)
+    ]
+    found = runner.map("reshard", finding, fingerprint=fingerprint, label="find")
+    ordering = Task(
+        name="order",
+        run=order,
+        arguments={"state": state, "inputs": len(shards), "config": config},
+    )
+    ordered = runner.here("reshard", ordering, fingerprint=fingerprint, skip=True)
+    writing = [
+        Task(
+            name=f"write-{number:06d}",
+            run=write,
+            arguments={"out": out, "shards": list(shards), "number": number},
+        )
+        for number in range(ordered["shards"])
+    ]
+    written = runner.map(
+        "reshard", writing, fingerprint=fingerprint, label="write", total=ordered["samples"],
+        cpus=_CPUS_A_WRITER,
+    )  # fmt: skip
+    figures = {
+        "samples": ordered["samples"],
+        "missing": ordered["missing"],
+        "first_missing": ordered["first_missing"],
+        "repeated": ordered["repeated"],
+        "bytes": sum(f["bytes"] for f in written),
+        "lost_shards": [f["lost"] for f in found if f["lost"]],
+    }
+    finishing = Task(
+        name="finish",
+        run=finish,
+        arguments={
+            "out": out, "shards": ordered["shards"], "config": config, "figures": figures,
+            "inputs": len(shards),
+        },
+    )  # fmt: skip
+    runner.here("reshard", finishing, fingerprint=fingerprint, skip=True)
+    state.remove(_WORK)
+    share = figures["missing"] / max(1, len(subset))
+    if share > config.max_missing:
+        lost = figures["lost_shards"]
+        raise TooManyBadError(
+            f"finished, but {figures['missing']:,} of the {len(subset):,} samples of the subset "
+            f"are in none of the shards (first {figures['first_missing']})"
+            + (f"; {len(lost)} shards could not be read whole ({lost[0]})" if lost else "")
+            + f": give all shards, or raise --max-missing from {config.max_missing}"
+        )
+    return figures
+
+
+def _begin(
+    out: Folder,
+    state: Folder,
+    shards: Sequence[webdataset.Shard],
+    subset: npt.NDArray[np.void],
+    config: ReshardConfig,
+) -> str:
+    """The fingerprint of this making; OUT must be empty, or hold the same one."""
+    plan = {
+        "shard_size": config.shard_size,
+        "shuffle": config.shuffle,
+        "subset": hashlib.blake2b(np.ascontiguousarray(subset).data, digest_size=16).hexdigest(),
+        "shards": digest([[s.name, s.info.size, s.info.version] for s in shards]),
+    }
+    before = state.read_json("config.json")
+    if before is None:
+        if out.names(".tar"):
+            raise RunStateError(
+                f"{out.url} holds shards of other making: give an empty folder as --out-dir"
+            )
+        state.publish_json("config.json", plan)
+    elif before != plan:
+        changed = [name for name in plan if plan[name] != before.get(name)]
+        raise RunStateError(
+            f"{out.url} holds shards of another {' and '.join(changed).replace('_', '-')}: use "
+            "another --out-dir, or empty that one"
+        )
+    return digest(plan)
+
+
+def _publish_subset(state: Folder, subset: npt.NDArray[np.void]) -> None:
+    if not state.exists(f"{_WORK}/{_SUBSET}"):
+        with state.publish(f"{_WORK}/{_SUBSET}") as path, path.open("wb") as stream:
+            np.save(stream, subset)
+
+
+def find(*, report: Report, state: Folder, shard: webdataset.Shard, number: int) -> Figures:
+    """Task: where the members of kept samples lie in one shard. Figures: kept, lost."""
+    work = state.sub(_WORK)
+    # a map, where the disk is local: all tasks of a node share its pages
+    pairs = _halves(read_array(work, _SUBSET))[2]
+    kept: list[tuple[int, int, list[str], list[int], list[int]]] = []
+    lost = ""
+    try:
+        for text, members in webdataset.locate_samples(shard):
+            a, b = int(text[:16], 16), int(text[16:], 16)
+            if uids.occurrences(pairs, np.uint64(a), np.uint64(b)):
+                places = list(members.values())
+                kept.append(
+                    (a, b, list(members), [m.offset for m in places], [m.size for m in places])
+                )
+            report(1)
+    except webdataset.LostTail as error:
+        lost = f"{shard.url}: {error}"
+    columns = list(zip(*kept, strict=True)) or [()] * len(_SCHEMA)
+    table = pa.table(
+        [pa.array(c, kind.type) for c, kind in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA
+    )
+    with work.publish(_index(number)) as path:
+        pq.write_table(table, path, compression="zstd")
+    return {"kept": len(kept), "lost": lost}
+
+
+def order(*, report: Report, state: Folder, inputs: int, config: ReshardConfig) -> Figures:
+    """Task of the driver: which sample comes where. Memory: some 60 bytes a kept sample."""
+    work = state.sub(_WORK)
+    parts = []
+    for number in range(inputs):
+        table = tables.read_table(work, _index(number), ["uid_hi", "uid_lo"])
+        rows = np.arange(table.num_rows, dtype=np.int64)
+        own = np.full(rows.size, number, np.int64)
+        parts.append((table.column(0).to_numpy(), table.column(1).to_numpy(), own, rows))
+    hi, lo, shard, row = (np.concatenate(c) for c in zip(*parts, strict=True))
+    # a stable sort: of a sample that comes again the first one stays
+    by_uid = uids.ascending(hi, lo)
+    again = np.zeros(by_uid.size, np.bool_)
+    again[1:] = (hi[by_uid][1:] == hi[by_uid][:-1]) & (lo[by_uid][1:] == lo[by_uid][:-1])
+    first = np.sort(by_uid[~again])
+    hi, lo, shard, row = hi[first], lo[first], shard[first], row[first]
+    asked_hi, asked_lo, _ = _halves(subset_format.read(work, _SUBSET))
+    copies, missing, first_missing = _copies(asked_hi, asked_lo, hi, lo)
+    place = np.repeat(np.arange(hi.size), copies)
+    copy = np.arange(place.size) - np.repeat(np.cumsum(copies) - copies, copies)
+    if config.shuffle is not None:
+        salted = {"salt": uids.SALT_SHUFFLE, "seed": config.shuffle}
+        key = uids.hashed(hi[place], lo[place] + copy.astype(np.uint64), **salted)
+        turn = np.lexsort((copy, lo[place], hi[place], key))
+        place, copy = place[turn], copy[turn]
+    count = -(-place.size // config.shard_size)
+    for number in range(count):
+        some = place[number * config.shard_size : (number + 1) * config.shard_size]
+        write_columns(
+            work, f"order-{number:06d}", shard=shard[some], row=row[some],
+            copy=copy[number * config.shard_size : (number + 1) * config.shard_size],
+        )  # fmt: skip
+    report(place.size)
+    return {
+        "samples": int(place.size),
+        "shards": int(count),
+        "missing": missing,
+        "first_missing": first_missing,
+        "repeated": int(again.sum()),
+    }
+
+
+def _copies(asked_hi: U64, asked_lo: U64, hi: U64, lo: U64) -> tuple[I64, int, str]:
+    """How often each distinct found uid is asked for, how many asked for were not found, and the
+    first of those.
+    """
+    new = np.ones(asked_hi.size, np.bool_)
+    new[1:] = (asked_hi[1:] != asked_hi[:-1]) | (asked_lo[1:] != asked_lo[:-1])
+    begins = np.flatnonzero(new)
+    times = np.diff(np.append(begins, asked_hi.size))
+    distinct_hi, distinct_lo = asked_hi[begins], asked_lo[begins]
+    at = uids.positions(distinct_hi, distinct_lo, hi, lo)
+    there = np.zeros(begins.size, np.bool_)
+    there[at] = True
+    gone = np.flatnonzero(~there)
+    first = uid_format.to_hex(distinct_hi[gone[:1]], distinct_lo[gone[:1]])
+    return times[at], int(times[gone].sum()), first[0] if first else ""
+
+
+def write(
+    *, report: Report, out: Folder, shards: Sequence[webdataset.Shard], number: int
+) -> Figures:
+    """Task: one new shard. Memory: its part of the order, the indexes of the input shards that it
+    takes from, one member.
+    """
+    work = out.sub(STATE).sub(_WORK)
+    own = read_columns(work, f"order-{number:06d}", "shard", "row", "copy")
+    size = 0
+
+    def members() -> Iterator[tarwriter.Content]:
+        nonlocal size
+        with ExitStack() as stack:
+            held = _Inputs(work, shards, own["shard"], own["row"], stack)
+            for shard, row, copy in zip(*(own[n].tolist() for n in own), strict=True):
+                for name, content in held.sample(shard, row, copy):
+                    size += len(content)
+                    yield tarwriter.Content(name, content)
+                report(1)
+
+    tarwriter.publish_shard(out, number, members(), int(own["row"].size))
+    return {"bytes": size, "samples_written": int(own["row"].size)}
+
+
+class _Inputs:
+    """Members of some samples of many input shards."""
+
+    def __init__(
+        self, work: Folder, shards: Sequence[webdataset.Shard], wanted: I64, rows: I64, stack: Any
+    ) -> None:
+        self._shards = shards
+        self._stack = stack
+        self._open: dict[int, tuple[ExitStack, IO[bytes]]] = {}
+        self._tables = {}
+        self._place = {}
+        for shard in np.unique(wanted).tolist():
+            mine = np.unique(rows[wanted == shard])
+            table = tables.read_table(work, _index(shard))
+            self._tables[shard] = table.take(pa.array(mine)).to_pylist()
+            self._place[shard] = {row: n for n, row in enumerate(mine.tolist())}
+
+    def sample(self, shard: int, row: int, copy: int) -> Iterator[tuple[str, bytes]]:
+        """(name, content) of each member, in the order of the input."""
+        entry = self._tables[shard][self._place[shard][row]]
+        key = f"{entry['uid_hi']:016x}{entry['uid_lo']:016x}-{copy}"
+        stream = self._stream(shard)
+        for extension, offset, size in zip(
+            entry["extensions"], entry["offsets"], entry["sizes"], strict=True
+        ):
+            stream.seek(offset)
+            content = stream.read(size)
+            if len(content) != size:
+                raise InputError(
+                    f"{self._shards[shard].url} changed while it was read: fetch it again, and "
+                    "begin with an empty --out-dir"
+                )
+            yield f"{key}.{extension}", content
+
+    def _stream(self, shard: int) -> IO[bytes]:
+        if shard not in self._open:
+            if len(self._open) >= _MOST_OPEN:
+                oldest = next(iter(self._open))
+                self._open.pop(oldest)[0].close()
+            mine = self._stack.enter_context(ExitStack())
+            parent, _, name = self._shards[shard].url.rpartition("/")
+            reading = Folder(parent or ".").reading(name, self._shards[shard].info)
+            self._open[shard] = (mine, mine.enter_context(reading))
+        return self._open[shard][1]
+
+
+def finish(
+    *,
+    report: Report,
+    out: Folder,
+    shards: int,
+    config: ReshardConfig,
+    figures: Figures,
+    inputs: int,
+) -> Figures:
+    """Task of the driver: what trainers read beside the shards."""
+    work = out.sub(STATE).sub(_WORK)
+    sizes = {}
+    ids = []
+    indexes: dict[int, tuple[Any, Any]] = {}
+    for number in range(shards):
+        own = read_columns(work, f"order-{number:06d}", "shard", "row")
+        sizes[tarwriter.shard_name(number)] = int(own["row"].size)
+        some = np.empty(own["row"].size, subset_format.DTYPE)
+        for shard in np.unique(own["shard"]).tolist():
+            if shard not in indexes:
+                table = tables.read_table(work, _index(shard), ["uid_hi", "uid_lo"])
+                indexes[shard] = (table.column(0).to_numpy(), table.column(1).to_numpy())
+            mine = own["shard"] == shard
+            some["f0"][mine] = indexes[shard][0][own["row"][mine]]
+            some["f1"][mine] = indexes[shard][1][own["row"][mine]]
+        ids.append(some)
+    told = sum(out.read_json(f"{n:08d}_stats.json")["successes"] for n in range(shards))
+    if told != figures["samples"]:
+        raise InputError(
+            f"{out.url}: the shards hold {told} samples, {figures['samples']} were to be written"
+        )
+    every = np.concatenate([np.empty(0, subset_format.DTYPE), *ids])
+    with out.publish("sample_ids.npy") as path, path.open("wb") as stream:
+        np.save(stream, every)
+    out.publish_json("sizes.json", sizes)
+    out.publish_json(
+        "meta.json",
+        {
+            "output_shard_count": shards,
+            "output_shard_format": tarwriter.SHARD_FORMAT,
+            "output_shard_size": config.shard_size,
+            "shuffle": config.shuffle,
+            "input_shard_count": inputs,
+            **{n: figures[n] for n in ("samples", "missing", "repeated", "bytes")},
+        },
+    )
+    return {}
+
+
+def _index(number: int) -> str:
+    return f"index-{number:06d}.parquet"
+
+
+def _halves(subset: npt.NDArray[np.void]) -> tuple[U64, U64, U64]:
+    """hi, lo, and both as (n, 2)."""
+    pairs: U64 = np.ascontiguousarray(subset).view(np.uint64).reshape(-1, 2)
+    return np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1]), pairs

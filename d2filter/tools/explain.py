@@ -1,0 +1,250 @@
+"""Why a sample was kept or dropped: what it received, what was taken from it, and by whom.
+
+Reads the row groups that hold the sample and its neighbors, and nothing else of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.algorithm import budget, messages
+from d2filter.config import RankConfig
+from d2filter.errors import InputError, UsageError
+from d2filter.formats import ledger, tables
+from d2filter.formats import uid as uid_format
+from d2filter.formats.paths import Folder
+from d2filter.formats.runstate import RunState
+from d2filter.formats.sparse import Sparse
+
+I64 = npt.NDArray[np.int64]
+
+_RANKED = ("uid_hi", "uid_lo", "difficulty", "forward", "final", "rank", "suppressed_by")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Neighbor:
+    """One entry of a sample's list."""
+
+    uid: str
+    sqdist: float
+    difficulty: float
+    gave: float
+    """to the sample's score in the forward pass"""
+    rank: int
+    kept: bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explained:
+    """One ranked sample. Scores are in units of the normalized difficulty, 0 to 1 for one sample
+    alone.
+    """
+
+    uid: str
+    difficulty: float
+    normalized: float
+    """(s − min)/(max − min)"""
+    forward: float | None
+    """score before the first sample was taken; None: it ranks after everything else"""
+    final: float | None
+    """score when it was taken"""
+    rank: int
+    ranked: int
+    kept: bool | None
+    """None: nothing was selected yet"""
+    because: str
+    suppressed_by: str
+    """uid of the sample that took most from it; empty for none"""
+    strongest: float
+    """what that one took"""
+    suppressor_rank: int | None
+    neighbors: tuple[Neighbor, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotRanked:
+    """A sample that was read and is not in the ranking."""
+
+    uid: str
+    entries: tuple[dict[str, Any], ...]
+    """its lines in bad_samples.parquet"""
+
+
+def explain(folder: Folder, uids_hex: Sequence[str]) -> list[Explained | NotRanked]:
+    """Why each sample is where it is.
+
+    Raises UsageError for what is no uid, InputError for one that the run has not read, and
+    RunStateError when nothing is ranked yet.
+    """
+    for text in uids_hex:
+        if not uid_format.is_uid(text):
+            raise UsageError(f"{text!r} is no uid: give 32 lowercase hex digits")
+    run = _Run(folder)
+    found: list[Explained | NotRanked] = []
+    for text in uids_hex:
+        row = run.ranking.find(int(text[:16], 16), int(text[16:], 16))
+        found.append(run.explained(row) if row >= 0 else run.left_out(text))
+    return found
+
+
+class _Run:
+    """What is asked of the files of one run."""
+
+    def __init__(self, folder: Folder) -> None:
+        state = RunState(folder)
+        rank = state.require("rank")
+        self._folder = folder
+        self._options = RankConfig.from_options(rank["options"])
+        self._scheme = self._options.scheme.per(rank["stats"].get("gamma_unit", 1.0))
+        self._range = rank["stats"].get("difficulty_range")
+        self._select = state.done("select")
+        self._kept_first = state.require("catalog")["stats"]["score"]["kept_first"]
+        self.ranking = Sparse(folder.sub("ranking"))
+        self._graph = Sparse(folder.sub("graph"))
+
+    def explained(self, row: int) -> Explained:
+        own = self.ranking.rows(np.array([row]), _RANKED)
+        listed = self._graph.rows(np.array([row]), ("neighbors", "sqdist"))
+        neighbors, sqdist = self._list(listed, 0)
+        suppressor = int(own["suppressed_by"][0])
+        ids = np.append(neighbors, suppressor if suppressor >= 0 else row)
+        others = self.ranking.rows(ids, _RANKED)
+        hexes = uid_format.to_hex(others["uid_hi"], others["uid_lo"])
+        kept = self._kept(others)
+        d2 = self._options.method == "d2"
+        late = own["forward"] == messages.FLOOR
+        gave = self._given(others, neighbors.size, sqdist) if d2 else np.zeros(neighbors.size)
+        (own_kept,) = self._kept(own)
+        strongest = self._taken(row, suppressor, own, others) if suppressor >= 0 else 0.0
+        return Explained(
+            uid=uid_format.to_hex(own["uid_hi"], own["uid_lo"])[0],
+            difficulty=float(own["difficulty"][0]),
+            normalized=float(self._normalized(own["difficulty"])[0]),
+            forward=None if late[0] or not d2 else _unit(own["forward"][0]),
+            final=None if late[0] or not d2 else _unit(own["final"][0]),
+            rank=int(own["rank"][0]),
+            ranked=self.ranking.total,
+            kept=own_kept,
+            because=self._because(own, own_kept, bool(late[0])),
+            suppressed_by=hexes[-1] if suppressor >= 0 else "",
+            strongest=strongest,
+            suppressor_rank=int(others["rank"][-1]) if suppressor >= 0 else None,
+            neighbors=tuple(
+                Neighbor(
+                    uid=hexes[n],
+                    sqdist=float(sqdist[n]),
+                    difficulty=float(others["difficulty"][n]),
+                    gave=float(gave[n]),
+                    rank=int(others["rank"][n]),
+                    kept=kept[n],
+                )
+                for n in range(neighbors.size)
+            ),
+        )
+
+    def left_out(self, text: str) -> NotRanked:
+        if self._folder.exists(ledger.BAD_SAMPLES):
+            with tables.open_table(self._folder, ledger.BAD_SAMPLES) as parquet:
+                for number in range(parquet.num_row_groups):
+                    group = parquet.read_row_group(number).to_pylist()
+                    entries = tuple(entry for entry in group if entry["uid"] == text)
+                    if entries:
+                        return NotRanked(uid=text, entries=entries)
+        raise InputError(
+            f"{text} is no sample of {self._folder.url}: neither ranked nor in {ledger.BAD_SAMPLES}"
+        )
+
+    def _list(self, listed: dict[str, Any], at: int) -> tuple[I64, npt.NDArray[np.float32]]:
+        """The neighbors that count, without paddings."""
+        k = self._options.n_neighbors
+        neighbors, sqdist = listed["neighbors"][at, :k], listed["sqdist"][at, :k]
+        there = neighbors >= 0
+        return neighbors[there], sqdist[there]
+
+    def _normalized(self, difficulty: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        if self._range is None:
+            return np.full(difficulty.size, np.nan)
+        return messages.normalized(difficulty, *self._range)
+
+    def _given(self, others: dict[str, Any], count: int, sqdist: Any) -> npt.NDArray[np.float64]:
+        """w·s' of each neighbor, which is what the forward pass adds up."""
+        weights = self._scheme.forward_weights(sqdist).astype(np.float64)
+        scores = self._normalized(others["difficulty"][:count])
+        # what ranks after everything else sends nothing
+        return np.where(others["forward"][:count] == messages.FLOOR, 0.0, weights * scores)
+
+    def _taken(
+        self, row: int, suppressor: int, own: dict[str, Any], others: dict[str, Any]
+    ) -> float:
+        """The message of the strongest suppressor, over the edge that it came by."""
+        listed = self._graph.rows(np.array([suppressor, row]), ("neighbors", "sqdist"))
+        for at, goal in ((0, row), (1, suppressor)):
+            neighbors, sqdist = self._list(listed, at)
+            here = np.flatnonzero(neighbors == goal)
+            if here.size:
+                weight = self._scheme.reverse_weights(sqdist[here[:1]])
+                return _unit(np.rint(float(weight[0]) * float(others["final"][-1])))
+        return 0.0
+
+    def _kept(self, rows: dict[str, Any]) -> list[bool | None]:
+        if self._select is None:
+            return [None] * len(rows["rank"])
+        raw = budget.raw_scores(rows["difficulty"].astype(np.float32), self._kept_first)
+        size, least = self._select["stats"]["budget"], self._select["options"]["min_score"]
+        return [bool(k) for k in budget.kept_mask(rows["rank"], raw, size, least)]
+
+    def _because(self, own: dict[str, Any], kept: bool | None, late: bool) -> str:
+        rank, total = int(own["rank"][0]) + 1, self.ranking.total
+        place = f"rank {rank:,} of {total:,} (top {rank / total:.1%})"
+        if late:
+            place += ", after everything else: among the hardest, or a copy of a better one"
+        if self._select is None or kept is None:
+            return f"{place}; nothing is selected yet"
+        size = self._select["stats"]["budget"]
+        if kept:
+            return f"kept: {place}, the budget is {size:,}"
+        if rank <= size:
+            least = self._select["options"]["min_score"]
+            return f"dropped: {place}, but its score is below --min-score {least}"
+        return f"dropped: {place}, the budget is {size:,}"
+
+
+def as_json(found: Sequence[Explained | NotRanked]) -> list[dict[str, Any]]:
+    """For `--json`."""
+    return [asdict(one) for one in found]
+
+
+def lines(one: Explained | NotRanked) -> list[str]:
+    """For people."""
+    if isinstance(one, NotRanked):
+        out = [f"{one.uid}  not ranked"]
+        for entry in one.entries:
+            place = ", ".join(str(entry[n]) for n in ("shard", "key", "message") if entry[n])
+            out.append(f"  {entry['status']}: {entry['reason']}" + (f" ({place})" if place else ""))
+        return out
+    out = [f"{one.uid}  {one.because}"]
+    out.append(f"  difficulty {one.difficulty:.5f}, {one.normalized:.5f} of 0 to 1")
+    if one.forward is not None and one.final is not None:
+        out.append(f"  after the forward pass {one.forward:.5f}, when it was taken {one.final:.5f}")
+        lost = one.forward - one.final
+        if one.suppressed_by:
+            out.append(
+                f"  {lost:.5f} were taken from it, {one.strongest:.5f} of that by "
+                f"{one.suppressed_by} (rank {(one.suppressor_rank or 0) + 1:,})"
+            )
+        elif lost <= 0:
+            out.append("  nobody took anything from it")
+    out.append(f"  {'neighbor':<34}{'sqdist':>10}{'gave':>10}{'rank':>13}")
+    for n in one.neighbors:
+        fate = {True: "  kept", False: "  dropped", None: ""}[n.kept]
+        out.append(f"  {n.uid:<34}{n.sqdist:>10.5f}{n.gave:>10.5f}{n.rank + 1:>13,}{fate}")
+    return out
+
+
+def _unit(fixed: Any) -> float:
+    return float(fixed) / messages.ONE

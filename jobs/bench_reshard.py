@@ -1,0 +1,174 @@
+"""Copying kept samples against `cp`, and streaming them without a copy against no filter at all.
+
+    python -m jobs.bench_reshard --out /tmp/bench-reshard --results jobs/results/bench_reshard.md
+
+Shards of drawn bytes: pictures of 20 to 80 kB, a caption and a json with a uid each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset as wds
+
+import d2filter
+from d2filter.formats import webdataset
+from d2filter.formats.paths import Folder
+from d2filter.formats.subset import DTYPE
+from d2filter.stages import reshard
+from d2filter.stages.runner import Runner
+from jobs.bench import made_by
+
+_SAMPLES = 500  # a shard
+_TURNS = 5  # of each loop that streams
+_MILLIONS = 30_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Copy:
+    """One resharding."""
+
+    shards: int
+    read: int
+    """bytes of the input"""
+    written: int
+    seconds: float
+    """with Ray started before"""
+    cp: float
+    """seconds of `cp` for the bytes written"""
+    peak: int
+    """resident bytes of the largest task"""
+
+
+def main() -> None:
+    """Make the shards, copy, stream, write the results file."""
+    parser = argparse.ArgumentParser(description="Time reshard and keep.")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--results", default="jobs/results/bench_reshard.md")
+    parser.add_argument("--shards", type=int, nargs="+", default=[10, 50, 200])
+    arguments = parser.parse_args()
+    root = Path(arguments.out)
+    shutil.rmtree(root, ignore_errors=True)
+    uids = make(root / "in", max(arguments.shards))
+    copies = [copy(root, uids, count) for count in arguments.shards]
+    lines = _report(copies, stream(root, uids))
+    Path(arguments.results).write_text("\n".join(lines) + "\n", "utf-8")
+    print("\n".join(lines))
+
+
+def make(folder: Path, shards: int) -> np.ndarray[Any, Any]:
+    """Write the shards; returns the uids in their order."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    uids = np.empty(shards * _SAMPLES, DTYPE)
+    for number in range(shards):
+        with tarfile.open(folder / f"{number:08d}.tar", "w") as archive:
+            for i in range(_SAMPLES):
+                hi, lo = (int(v) for v in rng.integers(0, 2**63, 2))
+                uids[number * _SAMPLES + i] = (hi, lo)
+                meta = {"uid": f"{hi:016x}{lo:016x}", "url": "https://example.com/" + "x" * 60}
+                for extension, content in (
+                    ("jpg", rng.bytes(int(rng.integers(20_000, 80_000)))),
+                    ("json", json.dumps(meta).encode()),
+                    ("txt", b"a caption of some words, as they are found on the web"),
+                ):
+                    info = tarfile.TarInfo(f"{number:04d}{i:06d}.{extension}")
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+    return uids
+
+
+def copy(root: Path, uids: np.ndarray[Any, Any], count: int) -> Copy:
+    """Keep every second sample of the first `count` shards; then `cp` what was written."""
+    names = [str(root / f"in/{n:08d}.tar") for n in range(count)]
+    subset = np.sort(uids[: count * _SAMPLES : 2])
+    out = Folder(str(root / f"out-{count}"))
+    runner = Runner(out.sub(reshard.STATE))
+    runner.ray()
+    os.sync()
+    started = time.monotonic()
+    shards = webdataset.list_shards(names)
+    reshard.reshard(runner, out, shards, subset, reshard.ReshardConfig(shard_size=1000))
+    os.sync()
+    seconds = time.monotonic() - started
+    runner.close()
+    marks = Path(out.url, reshard.STATE, "completions/reshard").glob("write-*.json")
+    peak = max(json.loads(path.read_text())["peak_rss_bytes"] for path in marks)
+    shutil.rmtree(Path(out.url, reshard.STATE))
+    started = time.monotonic()
+    subprocess.run(["cp", "-r", out.url, str(root / "cp")], check=True)
+    os.sync()
+    cp = time.monotonic() - started
+    written = sum(path.stat().st_size for path in Path(out.url).glob("*.tar"))
+    shutil.rmtree(root / "cp")
+    shutil.rmtree(out.url)
+    read = sum(os.stat(name).st_size for name in names)
+    return Copy(shards=count, read=read, written=written, seconds=seconds, cp=cp, peak=peak)
+
+
+def stream(root: Path, uids: np.ndarray[Any, Any]) -> list[tuple[str, float]]:
+    """Samples a second of a webdataset loop, without the stage and with it; best of some turns."""
+    urls = [str(root / f"in/{n:08d}.tar") for n in range(10)]
+    every = np.sort(uids)
+    loops: list[tuple[str, Any]] = [
+        ("no stage", None),
+        ("keep, subset of all samples", d2filter.keep(every)),
+        ("keep, half of the samples among 30 million", d2filter.keep(_among_millions(every[::2]))),
+    ]
+    best = dict.fromkeys((name for name, _ in loops), 0.0)
+    for _ in range(_TURNS):
+        for name, stage in loops:
+            dataset = wds.WebDataset(urls, shardshuffle=False)
+            dataset = dataset if stage is None else dataset.compose(stage)
+            started = time.monotonic()
+            for _sample in dataset:
+                pass
+            rate = len(urls) * _SAMPLES / (time.monotonic() - started)
+            best[name] = max(best[name], rate)
+    return list(best.items())
+
+
+def _among_millions(some: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A large subset, ascending, that holds some uids."""
+    others = np.random.default_rng(1).integers(0, 2**63, (_MILLIONS, 2), np.uint64)
+    pairs = np.concatenate([others, np.ascontiguousarray(some).view(np.uint64).reshape(-1, 2)])
+    return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))].view(DTYPE).reshape(-1)
+
+
+def _report(copies: list[Copy], rates: list[tuple[str, float]]) -> list[str]:
+    lines = [
+        "# Copying kept samples, and streaming them without a copy",
+        "",
+        f"{made_by('jobs.bench_reshard')} {_SAMPLES} samples a shard of some 50 kB; every second "
+        "one is kept. `cp -r` of the bytes written, on the same disk right afterwards; both end "
+        "with a sync. Ray was started before, the input is in the page cache.",
+        "",
+        "| input shards | read, MB | written, MB | reshard, s | cp, s | throughput by cp's | "
+        "peak of a task, MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for c in copies:
+        lines.append(
+            f"| {c.shards} | {c.read / 1e6:,.0f} | {c.written / 1e6:,.0f} | {c.seconds:.1f} | "
+            f"{c.cp:.1f} | {c.cp / c.seconds:.2f} × | {c.peak / 1e6:.0f} |"
+        )
+    plain = rates[0][1]
+    lines += ["", "| webdataset loop over 10 shards | samples a second | of the loop without |"]
+    lines.append("|---|---|---|")
+    lines += [f"| {name} | {rate:,.0f} | {rate / plain:.1%} |" for name, rate in rates]
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""New shards of the kept samples, read back with webdataset and compared byte by byte."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import shards as made
+import webdataset as wds
+
+from d2filter.cli import main
+from d2filter.formats import webdataset
+from d2filter.formats.paths import Folder
+from d2filter.stages import reshard as stage
+from d2filter.tools import keep
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+U = np.dtype("u8,u8")
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def pair(text: str) -> tuple[int, int]:
+    return int(text[:16], 16), int(text[16:], 16)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four shards: with and without uids, members apart, other members, one sample repeated."""
+    folder = tmp_path_factory.mktemp("pool")
+    for number in range(4):
+        files = []
+        for i in range(12):
+            told = {"uid": f"{number:08x}{i * 77777:024x}"} if i % 3 else {}
+            files += made.members(f"{number}{i:03d}", 100 * number + i, **told)
+        files += [(f"{number}{i:03d}.cls.txt", b"more") for i in range(2)]
+        if number == 2:
+            files += made.members("again", 101, uid=f"{1:08x}{77777:024x}")
+        made.write(folder / f"{number:05d}.tar", files)
+    return folder
+
+
+def members_of(folder: Path) -> dict[str, dict[str, bytes]]:
+    """uid → member contents, as the plain tars hold them; the first of a repeated one."""
+    found: dict[str, dict[str, bytes]] = {}
+    for path in sorted(folder.glob("*.tar")):
+        keys: dict[str, dict[str, bytes]] = {}
+        with tarfile.open(path) as archive:
+            for member in archive:
+                key, _, extension = member.name.partition(".")
+                stream = archive.extractfile(member)
+                assert stream is not None
+                keys.setdefault(key, {})[extension] = stream.read()
+        for content in keys.values():
+            found.setdefault(keep.uid_of(content), content)
+    return found
+
+
+def chosen(pool: Path, step: int = 2) -> np.ndarray:
+    every = list(members_of(pool))
+    return np.sort(np.array([pair(u) for u in every[::step]], U))
+
+
+def read_back(out: Path) -> list[tuple[str, dict[str, bytes]]]:
+    """Key and members of each sample, by webdataset's own loader."""
+    urls = sorted(str(p) for p in out.glob("*.tar"))
+    dataset = wds.WebDataset(urls, shardshuffle=False, empty_check=False)
+    return [(s["__key__"], {n: v for n, v in s.items() if not n.startswith("__")}) for s in dataset]
+
+
+def test_kept_samples_come_back_byte_by_byte_in_the_order_of_the_input(
+    pool: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "s.npy", chosen(pool))
+    out = tmp_path / "o"
+    words = ("reshard", "--shards", pool, "--subset", tmp_path / "s.npy", "--out-dir", out)
+    assert run(*words, "--shard-size", 7) == 0
+    every = members_of(pool)
+    expected = list(every)[::2]
+    got = read_back(out)
+    assert [key for key, _ in got] == [f"{uid}-0" for uid in expected]
+    for (_, content), uid in zip(got, expected, strict=True):
+        assert content == every[uid]
+    sizes = json.loads((out / "sizes.json").read_text())
+    full, rest = divmod(len(expected), 7)
+    assert list(sizes.values()) == [7] * full + [rest]
+    for name, size in sizes.items():
+        told = json.loads((out / name.replace(".tar", "_stats.json")).read_text())
+        assert told == {"successes": size}
+    meta = json.loads((out / "meta.json").read_text())
+    assert (meta["output_shard_count"], meta["output_shard_format"]) == (len(sizes), "{:08d}.tar")
+    ids = np.load(out / "sample_ids.npy")
+    assert ids.dtype == U
+    assert ids.tolist() == [pair(u) for u in expected]
+
+
+def snapshot(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+
+
+def test_the_same_command_makes_the_same_bytes_and_another_seed_another_order(
+    pool: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "s.npy", chosen(pool))
+    words = ("reshard", "--shards", pool, "--subset", tmp_path / "s.npy", "--shard-size", 5)
+    outs = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run(*words, "--shuffle", seed, "--out-dir", tmp_path / name) == 0
+        outs[name] = snapshot(tmp_path / name)
+    assert outs["a"] == outs["b"]
+    orders = {name: [key for key, _ in read_back(tmp_path / name)] for name in outs}
+    assert orders["a"] != orders["c"]
+    plain = [f"{uid}-0" for uid in list(members_of(pool))[::2]]
+    assert sorted(orders["a"]) == sorted(orders["c"]) == sorted(plain)
+    assert orders["a"] != plain
+
+
+def test_repeats_mean_repeats_and_unsorted_subsets_are_sorted(pool: Path, tmp_path: Path) -> None:
+    every = list(members_of(pool))
+    theirs = np.array([pair(every[n]) for n in (30, 4, 30, 30)], U)
+    np.save(tmp_path / "s.npy", theirs)
+    words = ("reshard", "--shards", pool, "--subset", tmp_path / "s.npy")
+    with pytest.warns(UserWarning, match="is not sorted"):
+        assert run(*words, "--out-dir", tmp_path / "o") == 0
+    assert [key for key, _ in read_back(tmp_path / "o")] == [
+        f"{every[4]}-0", *(f"{every[30]}-{j}" for j in range(3))
+    ]  # fmt: skip
+
+
+def test_it_goes_on_where_it_was_interrupted_and_returns_at_once_when_done(
+    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "s.npy", chosen(pool))
+    words = ("reshard", "--shards", pool, "--subset", tmp_path / "s.npy", "--shard-size", 5)
+    assert run(*words, "--out-dir", tmp_path / "whole") == 0
+    out = tmp_path / "o"
+
+    def cut_off(**arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "finish", cut_off)
+        assert run(*words, "--out-dir", out) == 130
+    state = out / ".d2filter"
+    (state / "completions/reshard/write-000002.json").unlink()
+    (out / "00000002.tar").unlink()
+    before = (out / "00000001.tar").stat().st_mtime_ns
+    assert run(*words, "--out-dir", out) == 0
+    assert snapshot(out) == snapshot(tmp_path / "whole")
+    assert (out / "00000001.tar").stat().st_mtime_ns == before
+    assert not (state / "work").exists()
+    assert run(*words, "--out-dir", out) == 0
+    assert snapshot(out) == snapshot(tmp_path / "whole")
+
+
+def test_contradictions_are_named(
+    pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "s.npy", chosen(pool))
+    np.save(tmp_path / "t.npy", chosen(pool, 3))
+    words = ("reshard", "--shards", pool, "--out-dir", tmp_path / "o", "--subset")
+    assert run(*words, tmp_path / "s.npy") == 0
+    assert run(*words, tmp_path / "t.npy", "--shard-size", 3) == 1
+    assert "holds shards of another shard-size and subset" in capsys.readouterr().err
+    theirs = tmp_path / "theirs"
+    made.write(theirs / "00000000.tar", [])
+    other = ("--subset", tmp_path / "s.npy", "--out-dir", theirs)
+    assert run("reshard", "--shards", pool, *other) == 1
+    assert "holds shards of other making" in capsys.readouterr().err
+    assert run(*words, tmp_path / "s.npy", "--shard-size", 0) == 2
+    assert "shard-size is 0" in capsys.readouterr().err
+    assert run("reshard", "--subset", tmp_path / "s.npy", "--out-dir", tmp_path / "p") == 2
+    assert "names none, give --shards" in capsys.readouterr().err
+
+
+def test_samples_that_no_shard_holds_are_counted_after_everything_else_is_done(
+    pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "pool"
+    broken.mkdir()
+    for path in sorted(pool.glob("*.tar"))[:3]:
+        (broken / path.name).write_bytes(path.read_bytes())
+    cut = broken / "00001.tar"
+    cut.write_bytes(cut.read_bytes()[:30_000])
+    subset = chosen(pool)
+    np.save(tmp_path / "s.npy", subset)
+    out = tmp_path / "o"
+    words = ("reshard", "--shards", broken, "--subset", tmp_path / "s.npy", "--out-dir", out)
+    assert run(*words) == 3
+    error = capsys.readouterr().err
+    whole = webdataset.list_shards([str(broken / f"0000{n}.tar") for n in (0, 2)])
+    there = {uid for shard in whole for uid, _ in webdataset.locate_samples(shard)}
+    got = [key for key, _ in read_back(out)]
+    assert len(got) >= len(there & {f"{h:016x}{low:016x}" for h, low in subset.tolist()})
+    assert (
+        f"{len(subset) - len(got)} of the {len(subset)} samples of the subset are in none" in error
+    )
+    assert "1 shards could not be read whole" in error
+    assert run(*words, "--max-missing", "0.9") == 0
+
+
+def test_the_shards_of_a_run_need_not_be_named(tmp_path: Path) -> None:
+    for number in range(2):
+        files = [f for i in range(15) for f in made.members(f"{i}", 40 * number + i)]
+        made.write(tmp_path / f"s/{number}.tar", files)
+    words = ("run", "--shards", tmp_path / "s", "--out-dir", tmp_path / "r", "--fraction", "0.5")
+    assert run(*words) == 0
+    assert run("reshard", "--subset", tmp_path / "r", "--out-dir", tmp_path / "o") == 0
+    kept = np.load(tmp_path / "r/subset.npy")
+    assert sorted(key for key, _ in read_back(tmp_path / "o")) == sorted(
+        f"{hi:016x}{lo:016x}-0" for hi, lo in kept.tolist()
+    )
+
+
+def test_members_are_streamed_and_the_tar_is_plain(pool: Path, tmp_path: Path) -> None:
+    """No time, no owner: nothing but names, sizes and contents decides the bytes."""
+    np.save(tmp_path / "s.npy", chosen(pool, 9))
+    out = tmp_path / "o"
+    assert run("reshard", "--shards", pool, "--subset", tmp_path / "s.npy", "--out-dir", out) == 0
+    content = (out / "00000000.tar").read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        for member in archive:
+            assert (member.mtime, member.uid, member.gid, member.uname) == (0, 0, 0, "")
+    assert Folder(str(out)).names() == [
+        "00000000.tar", "00000000_stats.json", "meta.json", "sample_ids.npy", "sizes.json"
+    ]  # fmt: skip

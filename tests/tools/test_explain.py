@@ -1,0 +1,125 @@
+"""`explain` against what the whole files say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import pools
+import pytest
+
+from d2filter.cli import main
+from d2filter.formats import graph, ranking, sparse
+from d2filter.formats import uid as uid_format
+from d2filter.formats.paths import Folder
+from d2filter.tools import explain
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+ONE = 2.0**40
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
+    folder = tmp_path_factory.mktemp("explained")
+    pool = pools.make(400, 8, copies=0.4)
+    pool["uid"][7] = "no uid"
+    pool["uid"][9] = pool["uid"][8]
+    pools.write(folder / "m", pool, files=2)
+    words = ["--metadata-dir", str(folder / "m"), "--out-dir", str(folder / "o")]
+    more = ["--n-neighbors", "4", "--partitions", "3", "--gamma-scale", "median"]
+    assert main(["run", *words, *more, "--max-bad", "1", "--cut-hardest", "0.05"]) == 2
+    assert main(["run", *words, *more, "--max-bad", "1"]) == 0
+    return folder / "o"
+
+
+def columns(out: Path) -> dict[str, np.ndarray]:
+    parts = list(ranking.iter_columns(Folder(str(out)).sub("ranking")))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def test_every_figure_is_that_of_the_files_and_adds_up(run: Path) -> None:
+    folder = Folder(str(run))
+    r, g = columns(run), graph.read(folder.sub("graph"))
+    hexes = uid_format.to_hex(r["uid_hi"], r["uid_lo"])
+    stats = json.loads((run / "stats.json").read_text())
+    unit = stats["rank"]["gamma_unit"]
+    low, high = r["difficulty"].min(), r["difficulty"].max()
+    normalized = (r["difficulty"].astype(float) - low) / (float(high) - low)
+    weights = np.vectorize(lambda d: oracle.weight(d / unit, 1.0))(g.sqdist.astype(float))
+    message = np.rint(weights * r["final"][:, None].astype(float))
+    subset = {tuple(pair) for pair in np.load(run / "subset.npy").tolist()}
+    for row, found in enumerate(explain.explain(folder, hexes)):
+        assert isinstance(found, explain.Explained)
+        assert found.uid == hexes[row]
+        assert (found.rank, found.ranked) == (r["rank"][row], len(hexes))
+        assert found.kept == ((r["uid_hi"][row], r["uid_lo"][row]) in subset)
+        assert found.forward == r["forward"][row] / ONE
+        assert found.final == r["final"][row] / ONE
+        assert found.normalized == pytest.approx(normalized[row])
+        assert found.normalized + sum(n.gave for n in found.neighbors) == pytest.approx(
+            found.forward, abs=1e-9
+        )
+        assert [n.uid for n in found.neighbors] == [hexes[j] for j in g.neighbors[row]]
+        assert [n.rank for n in found.neighbors] == r["rank"][g.neighbors[row]].tolist()
+        senders, edge = np.nonzero(g.neighbors == row)
+        sooner = r["rank"][senders] < r["rank"][row]
+        got = {hexes[s]: message[s, e] for s, e in zip(senders[sooner], edge[sooner], strict=True)}
+        got = {uid: m for uid, m in got.items() if m > 0}
+        assert (found.suppressed_by == "") == (not got)
+        if got:
+            assert found.strongest * ONE == max(got.values()) == got[found.suppressed_by]
+            assert r["forward"][row] - r["final"][row] == sum(got.values())
+
+
+def test_people_and_programs_are_told_the_same(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    r = columns(run)
+    best = int(np.argmin(r["rank"]))
+    worst = int(np.argmax(r["rank"]))
+    uids = uid_format.to_hex(r["uid_hi"][[best, worst]], r["uid_lo"][[best, worst]])
+    capsys.readouterr()
+    assert main(["explain", str(run), *uids]) == 0
+    text = capsys.readouterr().out
+    n = len(r["rank"])
+    assert f"{uids[0]}  kept: rank 1 of {n:,} (top 0.3%), the budget is {int(n * 0.3):,}" in text
+    assert f"{uids[1]}  dropped: rank {n:,} of {n:,} (top 100.0%)" in text
+    assert main(["explain", str(run), *uids, "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["rank"], first["kept"], second["kept"]) == (0, True, False)
+    assert len(first["neighbors"]) == 4
+
+
+def test_samples_that_are_not_ranked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["explain", str(run), "f" * 32]) == 1
+    assert "is no sample of" in capsys.readouterr().err
+    assert main(["explain", str(run), "UPPER"]) == 2
+    assert "'UPPER' is no uid" in capsys.readouterr().err
+    found = explain._Run(Folder(str(run))).left_out("no uid")
+    assert [entry["reason"] for entry in found.entries] == ["malformed uid"]
+    assert "bad: malformed uid (" in explain.lines(found)[1]
+
+
+def test_only_what_holds_the_rows_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in any order and repeated are those of the whole table, at one read a row group."""
+    whole = columns(run)
+    parts = sparse.Sparse(Folder(str(run)).sub("ranking"))
+    reads: list[int] = []
+    plain = sparse.Sparse._read
+
+    def counted(self: sparse.Sparse, place: int, names: Any) -> Any:
+        reads.append(place)
+        return plain(self, place, names)
+
+    monkeypatch.setattr(sparse.Sparse, "_read", counted)
+    asked = np.array([5, 390, 5, 0, 200])
+    found = parts.rows(asked, ("rank", "uid_hi"))
+    assert found["rank"].tolist() == whole["rank"][asked].tolist()
+    assert reads == sorted(set(reads))
+    assert parts.find(int(whole["uid_hi"][123]), int(whole["uid_lo"][123])) == 123
+    assert parts.find(1, 1) == -1

@@ -1,0 +1,131 @@
+"""Samples of a subset, streamed from the original shards."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import shards as made
+import torch
+import webdataset as wds
+from hypothesis import given
+from hypothesis import strategies as st
+
+import d2filter
+from d2filter.algorithm import uids
+from d2filter.errors import InputError, RunStateError
+from d2filter.formats import webdataset
+from d2filter.tools import keep
+
+U = np.dtype("u8,u8")
+
+
+def pair(text: str) -> tuple[int, int]:
+    return int(text[:16], 16), int(text[16:], 16)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[str]]:
+    """Two shards: samples with a uid in their json, and some without."""
+    folder = tmp_path_factory.mktemp("keep")
+    for number in range(2):
+        files = []
+        for i in range(20):
+            told = {"uid": f"{number * 20 + i:032x}"} if i % 2 else {}
+            files += made.members(f"{number}{i:03d}", 20 * number + i, **told)
+        made.write(folder / f"{number:08d}.tar", files)
+    urls = sorted(str(p) for p in folder.glob("*.tar"))
+    found = [
+        s.uid for shard in webdataset.list_shards(urls) for s in webdataset.read_samples(shard)
+    ]
+    return urls, [uid for uid in found if uid is not None]
+
+
+def stream(urls: list[str], stage: Any) -> Any:
+    return wds.WebDataset(urls, shardshuffle=False).compose(stage)
+
+
+def test_what_comes_out_is_the_subset_in_the_order_of_the_shards(
+    pool: tuple[list[str], list[str]],
+) -> None:
+    urls, every = pool
+    chosen = every[3:30:4]
+    subset = np.sort(np.array([pair(u) for u in chosen], U))
+    stage = d2filter.keep(subset)
+    got = list(stream(urls, stage))
+    assert [keep.uid_of(sample) for sample in got] == chosen
+    assert len(stage) == len(chosen)
+    assert got[0]["jpg"] == made.picture(3)
+    again = pickle.loads(pickle.dumps(stage))
+    assert [s["__key__"] for s in stream(urls, again)] == [s["__key__"] for s in got]
+
+
+def test_workers_of_a_loader_share_it(pool: tuple[list[str], list[str]]) -> None:
+    urls, every = pool
+    subset = np.sort(np.array([pair(u) for u in every[::3]], U))
+    dataset = stream(urls, d2filter.keep(subset)).to_tuple("__key__")
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=None, num_workers=2, multiprocessing_context="spawn"
+    )
+    assert len({key for (key,) in loader}) == len(every[::3])
+
+
+def test_repeats_mean_repeats_and_unsorted_subsets_are_sorted_with_a_warning(
+    pool: tuple[list[str], list[str]], tmp_path: Path
+) -> None:
+    urls, every = pool
+    chosen = np.array([pair(every[n]) for n in (9, 2, 9, 9)], U)
+    np.save(tmp_path / "theirs.npy", chosen)
+    with pytest.warns(UserWarning, match=r"theirs\.npy is not sorted"):
+        stage = d2filter.keep(tmp_path / "theirs.npy")
+    got = [keep.uid_of(sample) for sample in stream(urls, stage)]
+    assert got == [every[2], every[9], every[9], every[9]]
+
+
+def test_a_run_directory_tells_how_many_to_expect(tmp_path: Path) -> None:
+    np.save(tmp_path / "subset.npy", np.array([(0, 1)], U))
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/sizes.json").write_text(json.dumps({"0.tar": 7, "s3://b/1.tar": 2}))
+    stage = d2filter.keep(tmp_path)
+    urls = ["/data/0.tar", "s3://b/1.tar", "/data/2.tar"]
+    assert stage.expected(urls) == dict(zip(urls, (7, 2, 0), strict=True))
+    with pytest.raises(RunStateError, match=r"OUT/kept/sizes\.json"):
+        d2filter.keep(np.array([(0, 1)], U)).expected(urls)
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [{"json": b"{}"}, {"json": b"broken", "txt": b"x"}, {"jpg": np.zeros(3), "txt": "decoded"}],
+)
+def test_samples_that_cannot_be_told_apart_say_where_the_stage_belongs(sample: Any) -> None:
+    stage = d2filter.keep(np.array([(0, 1)], U))
+    with pytest.raises(InputError, match=r"'k' has no uid .* put keep\(\) before decode\(\)"):
+        list(stage([{"__key__": "k", **sample}]))
+
+
+def test_what_is_no_subset(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((3, 2)))
+    with pytest.raises(InputError, match=r"a\.npy has dtype float64 and shape \(3, 2\)"):
+        d2filter.load_subset(tmp_path / "a.npy")
+    with pytest.raises(InputError, match=r"a subset has dtype float64 and shape \(3, 2\)"):
+        d2filter.load_subset(np.zeros((3, 2)))
+    with pytest.raises(InputError, match=r"none\.npy does not exist"):
+        d2filter.load_subset(tmp_path / "none.npy")
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2**64 - 1) | st.integers(0, 3))))
+def test_occurrences_are_those_of_a_list(held: list[tuple[int, int]]) -> None:
+    pairs = np.array(sorted(held), np.uint64).reshape(-1, 2)
+    for hi, lo in [*held, (0, 0), (2, 2), (3, 2**64 - 1)]:
+        assert uids.occurrences(pairs, np.uint64(hi), np.uint64(lo)) == held.count((hi, lo))
+
+
+def test_the_examples_in_the_docstrings() -> None:
+    result = doctest.testmod(keep)
+    assert result.failed == 0
+    assert result.attempted >= 6
