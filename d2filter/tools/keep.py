@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
@@ -29,6 +30,8 @@ from d2filter.formats.paths import Folder, absolute
 from d2filter.formats.rows import mapped
 
 Subset = npt.NDArray[np.void]
+
+_UID = re.compile(rb'"uid"\s*:\s*"([0-9a-f]{32})"')
 
 
 def load_subset(subset: str | os.PathLike[str] | Subset) -> Subset:
@@ -136,6 +139,11 @@ def uid_of(sample: dict[str, Any]) -> str:
     """
     meta = sample.get("json")
     if isinstance(meta, bytes | bytearray):
+        # of an object without others inside, this is its key and no other; a third of the time
+        if meta.count(b"{") == 1 and meta.count(b'"uid"') == 1:
+            plain = _UID.search(meta)
+            if plain is not None:
+                return plain[1].decode()
         try:
             meta = json.loads(meta)
         except ValueError:

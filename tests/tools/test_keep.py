@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import d2filter
 from d2filter.algorithm import uids
 from d2filter.errors import InputError, RunStateError
-from d2filter.formats import webdataset
+from d2filter.formats import uid, webdataset
 from d2filter.tools import keep
 
 U = np.dtype("u8,u8")
@@ -43,7 +43,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[str]
     found = [
         s.uid for shard in webdataset.list_shards(urls) for s in webdataset.read_samples(shard)
     ]
-    return urls, [uid for uid in found if uid is not None]
+    return urls, [told for told in found if told is not None]
 
 
 def stream(urls: list[str], stage: Any) -> Any:
@@ -106,6 +106,24 @@ def test_samples_that_cannot_be_told_apart_say_where_the_stage_belongs(sample: A
     stage = d2filter.keep(np.array([(0, 1)], U))
     with pytest.raises(InputError, match=r"'k' has no uid .* put keep\(\) before decode\(\)"):
         list(stage([{"__key__": "k", **sample}]))
+
+
+@given(
+    st.recursive(
+        st.none() | st.text('"uid:{} ,\\0a', max_size=40) | st.just("0a" * 16),
+        lambda inner: (
+            st.lists(inner, max_size=2)
+            | st.dictionaries(st.sampled_from(["uid", '"uid"', "x", "{"]), inner, max_size=3)
+        ),
+    ),
+    st.sampled_from([None, 1]),
+)
+def test_the_uid_of_any_json_is_that_of_its_top(meta: Any, indent: int | None) -> None:
+    content = json.dumps(meta, indent=indent).encode()
+    sample = {"json": content, "jpg": b"a picture", "txt": b"a caption"}
+    told = meta.get("uid") if isinstance(meta, dict) else None
+    expected = told if told == "0a" * 16 else uid.content_uid(b"a picture", "a caption")
+    assert keep.uid_of(sample) == expected
 
 
 def test_what_is_no_subset(tmp_path: Path) -> None:
