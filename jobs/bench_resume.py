@@ -73,6 +73,7 @@ def measure(root: Path, partitions: int) -> Cost:
         select=config.SelectConfig(fraction=Decimal("0.3")),
         partitions=partitions,
         max_bad=1,
+        best_effort=True,
     )
     times = []
     for _ in range(2):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -31,6 +31,12 @@ def now() -> str:
 def append(folder: Folder, name: str, event: str, **more: Any) -> None:
     """Add one line to a log of a run."""
     folder.append(name, _line(event, more))
+
+
+def append_all(folder: Folder, name: str, event: str, many: Sequence[Mapping[str, Any]]) -> None:
+    """Add lines of one kind, in one write."""
+    if many:
+        folder.append(name, "".join(_line(event, more) for more in many))
 
 
 def read(folder: Folder, name: str) -> list[dict[str, Any]]:

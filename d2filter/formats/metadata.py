@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -129,9 +129,12 @@ class Outside:
 
 
 def outside_files(config: CatalogConfig) -> list[FileInfo]:
-    """Files that a score needs beside the metadata. Raises InputError for one that is not there."""
+    """Files that a score needs beside the metadata, by names that no file of that has. Raises
+    InputError for one that is not there.
+    """
     if config.training_log:
-        return traininglog.files(config.training_log)[1]
+        logged = traininglog.files(config.training_log)[1]
+        return [replace(info, name=f"training-log/{info.name}") for info in logged]
     if not config.score_target:
         return []
     parent, _, name = absolute(config.score_target).rpartition("/")
@@ -140,7 +143,7 @@ def outside_files(config: CatalogConfig) -> list[FileInfo]:
     found = [info for info in folder.files(suffix) if info.name == name] if folder.exists() else []
     if not found:
         raise InputError(f"score-target {config.score_target} is no .npy or .npz file")
-    return found
+    return [replace(info, name=f"score-target/{info.name}") for info in found]
 
 
 def read_target(url: str, arch: str) -> npt.NDArray[Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import d2filter
 from d2filter.errors import RunStateError
 from d2filter.formats import logs
-from d2filter.formats.paths import FileInfo, Folder, remove_leftovers
+from d2filter.formats.paths import FileInfo, Folder, read_jsons, remove_leftovers
 
 STAGES = ("embed", "catalog", "graph", "rank", "select")
 # what each stage writes, for --overwrite; ledger and completions go with it
@@ -126,11 +126,8 @@ class RunState:
         if not plan.independent:
             return len(names)
         wanted = {f"{part.name}.json": plan.fingerprint_of(part) for part in plan.inputs}
-        return sum(
-            folder.read_json(name)["fingerprint"] == wanted[name]
-            for name in names
-            if name in wanted
-        )
+        records = read_jsons(folder, [name for name in names if name in wanted])
+        return sum(record["fingerprint"] == wanted[name] for name, record in records.items())
 
     def require_options(self, stage: str, options: dict[str, Any]) -> None:
         """Raise RunStateError when a finished stage has other options, whatever its input was."""
@@ -147,17 +144,28 @@ class RunState:
                 what = "changed" if file.name in before else "new"
                 raise self._other_making(stage, f"input file {file.name} is {what}")
 
-    def begin(self, plan: Plan) -> None:
-        """Note that a stage begins; what an attempt of another plan left is removed first."""
+    def begin(self, plan: Plan) -> str:
+        """Note that a stage begins; what an attempt of another plan left is removed first.
+
+        Returns why what was there is not gone on with; empty when it is, or there was nothing.
+        """
+        why = ""
+        place = f"completions/{plan.stage}.started.json"
         if not self.begun(plan):
+            before = self.folder.read_json(place)
+            if before is not None and not plan.independent:
+                changed = _changed(before.get("options", plan.options), plan.options)
+                why = changed or "its input is another"
             self.make_room(plan)
-            note = {"fingerprint": plan.fingerprint}
-            self.folder.publish_json(f"completions/{plan.stage}.started.json", note)
+            note = {"fingerprint": plan.fingerprint, "options": plan.options}
+            self.folder.publish_json(place, note)
         for output in ("completions", "ledger", *_OUTPUTS[plan.stage]):
             remove_leftovers(self.folder, output)
+        return why
 
     def make_room(self, plan: Plan) -> None:
-        """Remove what a stage and those after it left, but not independent parts still planned.
+        """Remove what a stage and those after it left, but not independent parts still planned
+        whose files are there.
 
         Whether such a part is made again is decided by its own fingerprint.
         """
@@ -173,6 +181,12 @@ class RunState:
             for name in folder.names():
                 if name.rpartition(".")[0] not in planned:
                     folder.remove(name)
+        there = {info.name: info.size for info in self.folder.sub(_OUTPUTS[stage][0]).files()}
+        marks = self.folder.sub(f"completions/{stage}")
+        for name, record in read_jsons(marks, marks.names(".json")).items():
+            told = record.get("checksums", {})
+            if any(there.get(file) != size for file, (size, _) in told.items()):
+                marks.remove(name)
 
     def cut_into(self, stage: str, tasks: dict[str, Any]) -> None:
         """Note how a stage is cut into tasks, as JSON. What was made of another cut is removed: its

@@ -118,15 +118,18 @@ def read_samples(shard: Shard) -> Iterator[Sample]:
 
 
 def locate_samples(shard: Shard) -> Iterator[tuple[str, dict[str, tarindex.Member]]]:
-    """uid of each sample that can be told apart, and where its members lie: those that are plain
-    files. Pictures and captions are only read where the json has no uid.
+    """uid of each sample with a picture and a caption, and where its members lie: those that are
+    plain files. Pictures and captions are only read where the json has no uid.
 
     Raises LostTail like `read_samples`.
     """
     with _local_copy(shard) as stream:
         found, broken = tarindex.read(stream, IMAGE_SUFFIXES)
         for key in found:
-            uid = _told_uid(stream, key) or _sample(stream, key).uid
+            uid = _told_uid(stream, key)
+            if uid is None:
+                sample = _sample(stream, key)
+                uid = None if sample.reason else sample.uid
             if uid is not None and not key.cut:
                 yield uid, {ext: place for ext, place in key.members.items() if not place.odd}
     if broken:
@@ -234,15 +237,19 @@ def _sample(stream: IO[bytes], found: tarindex.Key) -> Sample:
 
 
 def _told_uid(stream: IO[bytes], found: tarindex.Key) -> str | None:
-    """That of the json member, where it has one."""
-    place = found.members.get("json")
-    if place is None or place.odd or place.size > MAX_JSON_BYTES:
+    """That of the json member, where it has one and the members look like those of a sample."""
+    sound = {name: place for name, place in found.members.items() if place.size and not place.odd}
+    place = sound.get("json")
+    if place is None or place.size > MAX_JSON_BYTES or not sound.keys() & set(IMAGE_SUFFIXES):
         return None
     stream.seek(place.offset)
     try:
-        told = _parsed(stream.read(place.size)).get("uid")
+        meta = _parsed(stream.read(place.size))
     except _Unusable:
         return None
+    if "txt" not in sound and not isinstance(meta.get("caption"), str):
+        return None
+    told = meta.get("uid")
     return str(told) if uid_format.is_uid(told) else None
 
 

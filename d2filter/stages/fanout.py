@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from d2filter.errors import StageError
+from d2filter.errors import StageError, StorageError
 from d2filter.formats import logs
 from d2filter.formats.paths import Folder
 from d2filter.formats.tables import first_line
@@ -129,10 +129,9 @@ class FanOut:
                     ),
                 )
             pause = _FIRST_PAUSE * 2 ** (tried - 1)
-            logs.append(
-                self._folder, logs.DRIVER, "task tried again", stage=self._stage, task=task.name,
-                attempt=tried + 1, pause=pause, reason=reason,
-            )  # fmt: skip
+            self._log(
+                "task tried again", task=task.name, attempt=tried + 1, pause=pause, reason=reason
+            )
             heapq.heappush(self._later, (time.monotonic() + pause, task.name, task))
             return None
         return outcome
@@ -168,14 +167,17 @@ class FanOut:
             return
         if self._without_place is None:
             self._without_place = now
-            logs.append(
-                self._folder, logs.DRIVER, "waiting for a node", stage=self._stage, **self._asked
-            )
+            self._log("waiting for a node", **self._asked)
         elif now - self._without_place > _PLACE_SECONDS:
             raise StageError(
                 f"{self._stage}: for {_PLACE_SECONDS:.0f} s no node of the cluster could take a "
                 f"task ({_named(self._asked)}): add nodes and run the same command again"
             )
+
+    def _log(self, event: str, **more: Any) -> None:
+        # a disk that is full for a while must not end the other tasks
+        with contextlib.suppress(OSError, StorageError):
+            logs.append(self._folder, logs.DRIVER, event, stage=self._stage, **more)
 
     def _placeable(self) -> bool:
         wanted = {

@@ -199,7 +199,10 @@ class Pipeline:
         elif self.state.is_current(plan):
             self._say(f"{plan.stage:<9} done before")
             return
-        self.state.begin(plan)
+        why = self.state.begin(plan)
+        if why:
+            self._say(f"{plan.stage:<9} begins again: {why}")
+            self.state.log("stage begins again", stage=plan.stage, why=why)
         started = time.monotonic()
         self.state.log("stage started", stage=plan.stage, options=plan.options)
         try:

@@ -26,7 +26,7 @@ from d2filter.errors import InputError, RunStateError, TooManyBadError, UsageErr
 from d2filter.formats import subset as subset_format
 from d2filter.formats import tables, tarwriter, webdataset
 from d2filter.formats import uid as uid_format
-from d2filter.formats.paths import Folder
+from d2filter.formats.paths import FileInfo, Folder
 from d2filter.formats.rows import read_array, read_columns, write_columns
 from d2filter.formats.runstate import digest
 from d2filter.stages.runner import Runner
@@ -39,6 +39,7 @@ Figures = dict[str, Any]
 STATE = ".d2filter"
 _WORK = "work"
 _SUBSET = "subset.npy"
+_SHARDS = "shards.json"
 _CPUS_A_WRITER = 0.5  # it waits for the disk half of the time
 _MOST_OPEN = 64  # input shards at once in a task that writes
 
@@ -86,6 +87,8 @@ def reshard(
     state = out.sub(STATE)
     fingerprint = _begin(out, state, shards, subset, config)
     _publish_subset(state, subset)
+    listed = [[s.url, s.name, s.info.name, s.info.size, s.info.version] for s in shards]
+    state.publish_json(f"{_WORK}/{_SHARDS}", listed)
     finding = [
         Task(
             name=f"find-{number:06d}",
@@ -105,7 +108,7 @@ def reshard(
         Task(
             name=f"write-{number:06d}",
             run=write,
-            arguments={"out": out, "shards": list(shards), "number": number},
+            arguments={"out": out, "number": number},
         )
         for number in range(ordered["shards"])
     ]
@@ -177,6 +180,13 @@ def _publish_subset(state: Folder, subset: npt.NDArray[np.void]) -> None:
     if not state.exists(f"{_WORK}/{_SUBSET}"):
         with state.publish(f"{_WORK}/{_SUBSET}") as path, path.open("wb") as stream:
             np.save(stream, subset)
+
+
+def _read_shards(work: Folder) -> list[webdataset.Shard]:
+    """In a file: with each of many tasks the list would fill the object store."""
+    return [
+        webdataset.Shard(url, FileInfo(*info), name) for url, name, *info in work.read_json(_SHARDS)
+    ]
 
 
 def find(*, report: Report, state: Folder, shard: webdataset.Shard, number: int) -> Figures:
@@ -265,13 +275,12 @@ def _copies(asked_hi: U64, asked_lo: U64, hi: U64, lo: U64) -> tuple[I64, int, s
     return times[at], int(times[gone].sum()), first[0] if first else ""
 
 
-def write(
-    *, report: Report, out: Folder, shards: Sequence[webdataset.Shard], number: int
-) -> Figures:
+def write(*, report: Report, out: Folder, number: int) -> Figures:
     """Task: one new shard. Memory: its part of the order, the indexes of the input shards that it
     takes from, one member.
     """
     work = out.sub(STATE).sub(_WORK)
+    shards = _read_shards(work)
     own = read_columns(work, f"order-{number:06d}", "shard", "row", "copy")
     size = 0
 

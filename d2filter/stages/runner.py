@@ -9,7 +9,6 @@ import contextlib
 import os
 import socket
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +16,10 @@ from tqdm import tqdm
 
 from d2filter.errors import StageError, StorageError, UsageError
 from d2filter.formats import logs
-from d2filter.formats.paths import Folder
+from d2filter.formats.paths import Folder, read_jsons
 from d2filter.stages.fanout import FanOut, Needs
 from d2filter.stages.worker import Outcome, Task, execute, marker
 
-_READERS = 16  # markers at once
 _OBJECT_STORE_BYTES = 200_000_000  # figures and counters only: samples travel through files
 
 
@@ -125,25 +123,21 @@ class Runner:
         """Figures of the tasks that were published with the same fingerprint."""
         # one listing: to ask for each of many markers on an object store takes as long as a stage
         there = set(self.folder.sub(f"completions/{stage}").names(".json"))
-        known = [task for task in tasks if f"{task.name}.json" in there]
-        with ThreadPoolExecutor(_READERS) as pool:
-            records = pool.map(lambda task: self.folder.read_json(marker(stage, task.name)), known)
-            return {
-                task.name: record
-                for task, record in zip(known, records, strict=True)
-                if record is not None and record["fingerprint"] == (task.fingerprint or fingerprint)
-            }
+        names = {f"{task.name}.json": task for task in tasks if f"{task.name}.json" in there}
+        records = read_jsons(self.folder.sub(f"completions/{stage}"), list(names))
+        return {
+            names[name].name: record
+            for name, record in records.items()
+            if record["fingerprint"] == (names[name].fingerprint or fingerprint)
+        }
 
     def _figures(self, stage: str, outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
         """Figures by task name. When any task failed: all of them to the log, one line raised."""
         failed = sorted((o for o in outcomes if o.error is not None), key=lambda o: o.name)
-        for outcome in failed:
-            # where the disk is full the error must still reach the user
-            with contextlib.suppress(OSError, StorageError):
-                logs.append(
-                    self.folder, logs.DRIVER, "task failed", stage=stage, task=outcome.name,
-                    error=str(outcome.error),
-                )  # fmt: skip
+        # where the disk is full the error must still reach the user
+        with contextlib.suppress(OSError, StorageError):
+            told = [{"stage": stage, "task": o.name, "error": str(o.error)} for o in failed]
+            logs.append_all(self.folder, logs.DRIVER, "task failed", told)
         if failed and failed[0].error and len({str(o.error) for o in failed}) == 1:
             raise failed[0].error  # one failure, or the same one everywhere
         if failed:
@@ -207,7 +201,8 @@ def progress_bar(label: str, total: int | None, show: bool | None) -> Any:
 
 def _largest_node(ray: Any) -> int:
     """CPUs of the largest node that is alive."""
-    return max(1, *(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]))
+    cpus = (int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+    return max(1, max(cpus, default=1))
 
 
 def _node_bytes(ray: Any) -> int:

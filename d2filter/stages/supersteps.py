@@ -18,7 +18,7 @@ import numpy as np
 
 from d2filter.algorithm import backend, groups, merge, messages, share
 from d2filter.algorithm.supersteps import Snapshot
-from d2filter.errors import D2FilterError, StageError
+from d2filter.errors import D2FilterError, StageError, StorageError
 from d2filter.formats import graph, logs
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import mapped, read_array, read_columns, write_columns
@@ -128,10 +128,16 @@ class _Driver:
         inbox, self._inbox = self._inbox, [[] for _ in self._actors]
         # those that are done only had to be told while they were not
         running = {
-            a: actor.step.remote(inbox[a]) for a, actor in enumerate(self._actors) if self._live[a]
+            a: (actor, actor.step.remote(inbox[a]))
+            for a, actor in enumerate(self._actors)
+            if self._live[a]
         }
         news = False
-        for a, reference in running.items():
+        for a, (actor, reference) in running.items():
+            if self._actors[a] is not actor:
+                # replaced meanwhile: what the old one answered is not what the new one knows
+                news = True
+                continue
             step = self._result(a, reference)
             if step is None:
                 news = True
@@ -173,17 +179,20 @@ class _Driver:
         """New actors, from the last snapshots, for this one and all others that are gone; what any
         of them may have missed is sent again, and so is what this one may have sent in vain.
         """
-        self._restarts[a] += 1
+        gone = [b for b in range(len(self._actors)) if not self._alive(b)]
+        for b in {a, *gone}:
+            self._restarts[b] += 1
         if self._restarts[a] > _RESTARTS:
             raise StageError(
                 f"rank: the worker of {self._partitions_of(a)} failed {self._restarts[a]} times: "
                 f"{first_line(error)}; give the ranking more memory or more nodes"
             ) from error
-        logs.append(
-            self._arguments[0], logs.DRIVER, "worker lost", stage="rank",
-            partitions=self._partitions_of(a), restarts=self._restarts[a], reason=first_line(error),
-        )  # fmt: skip
-        gone = [b for b in range(len(self._actors)) if not self._alive(b)]
+        told = {"partitions": self._partitions_of(a), "restarts": self._restarts[a]}
+        with contextlib.suppress(OSError, StorageError):
+            logs.append(
+                self._arguments[0], logs.DRIVER, "worker lost", stage="rank", **told,
+                reason=first_line(error),
+            )  # fmt: skip
         for b in gone:
             # without a CPU of its own: where its node was lost there may be none
             self._actors[b] = self._new(self._numbers[b], {"num_cpus": 0})
@@ -299,6 +308,11 @@ class _Actor:
         """Write the scores, and the keys best first."""
         work = self._out.sub(WORK)
         for number, one in self._loaded().items():
+            if one.live():
+                raise StageError(
+                    f"rank: {one.live()} scores of partition {number} are not final: a fault of "
+                    "d2filter, please report it"
+                )
             outcome = one.outcome()
             # rows ascend by uid, so a stable sort is (x descending, uid ascending)
             order = np.argsort(~outcome.final, kind="stable")

@@ -92,7 +92,7 @@ def execute(
 
 def checksums_of(figures: Sequence[dict[str, Any]]) -> Checksums:
     """Those of the files that some tasks have published."""
-    return {name: told for one in figures for name, told in one["checksums"].items()}
+    return {name: told for one in figures for name, told in one.get("checksums", {}).items()}
 
 
 def _known(error: Exception, what: str, log: str) -> D2FilterError:

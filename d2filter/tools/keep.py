@@ -71,7 +71,8 @@ def keep(subset: str | os.PathLike[str] | Subset) -> Keep:
 
     subset: as for `load_subset`; of a run directory `expected` knows the number in each shard. Put
     it before `decode`: it needs a sample's json, or its picture and caption, as bytes. A uid that
-    the subset repeats is yielded as often.
+    the subset repeats is yielded as often. One that the shards repeat is let through each time:
+    copies of which the run ranked one come out as copies, more than `expected` says.
 
     >>> import numpy as np
     >>> stage = keep(np.array([(0, 1)], "u8,u8"))
@@ -140,7 +141,7 @@ def uid_of(sample: dict[str, Any]) -> str:
     meta = sample.get("json")
     if isinstance(meta, bytes | bytearray):
         # of an object without others inside, this is its key and no other; a third of the time
-        if meta.count(b"{") == 1 and meta.count(b'"uid"') == 1:
+        if meta[:1] == b"{" and meta.count(b"{") == 1 and meta.count(b'"uid"') == 1:
             plain = _UID.search(meta)
             if plain is not None:
                 return plain[1].decode()

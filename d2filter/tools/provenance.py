@@ -6,7 +6,7 @@ from typing import Any
 
 from d2filter.errors import D2FilterError
 from d2filter.formats import contents, metadata
-from d2filter.formats.paths import FileInfo, Folder, checksum
+from d2filter.formats.paths import FileInfo, Folder, checksum, read_jsons
 from d2filter.formats.runstate import STAGES, RunState, differing_input
 
 Breaches = list[str]
@@ -50,7 +50,7 @@ def sums(folder: Folder) -> Breaches:
     out = []
     for stage, record in records(folder).items():
         place = home(folder, stage)
-        for name, told in record["checksums"].items():
+        for name, told in record.get("checksums", {}).items():
             try:
                 there = checksum(place, name)
             except D2FilterError as error:
@@ -69,7 +69,7 @@ def inputs(folder: Folder) -> Breaches:
     found = records(folder)
     out = []
     catalog = found.get("catalog")
-    if catalog is not None and not catalog["upstream"]:
+    if catalog is not None and "sources" in catalog and not catalog["upstream"]:
         source = Folder(catalog["sources"]["metadata"])
         if source.exists():
             try:
@@ -89,7 +89,9 @@ def inputs(folder: Folder) -> Breaches:
             if parent not in listed:
                 listed[parent] = {info.name: info for info in Folder(parent).files()}
             now = listed[parent].get(base)
-            if now is not None and [now.size, now.version] != embed["inputs"][name]:
+            if now is None and listed[parent]:
+                out.append(f"{url} is gone since it was embedded")
+            elif now is not None and [now.size, now.version] != embed["inputs"][name]:
                 out.append(f"{url} is changed since it was embedded")
     return _few(out)
 
@@ -97,12 +99,11 @@ def inputs(folder: Folder) -> Breaches:
 def shards(folder: Folder) -> dict[str, str]:
     """The URL of each shard that was embedded, by the name of its pair."""
     marks = folder.sub("completions/embed")
-    urls = {}
-    for name in marks.names(".json"):
-        record = marks.read_json(name)
-        if "url" in record:
-            urls[name.removesuffix(".json")] = record["url"]
-    return urls
+    return {
+        name.removesuffix(".json"): record["url"]
+        for name, record in read_jsons(marks, marks.names(".json")).items()
+        if "url" in record
+    }
 
 
 def _few(breaches: Breaches) -> Breaches:

@@ -80,6 +80,8 @@ def rows(folder: Folder, known: catalog.Samples) -> Breaches:
     known: all samples of the catalog, ascending by uid.
     """
     record = RunState(folder).require("catalog")
+    if "sources" not in record:
+        return ["the catalog was made by an earlier d2filter: where its input lies is not known"]
     source = Folder(record["sources"]["metadata"])
     if not source.exists():
         return [f"{source.url} is not there: the input cannot be read again"]

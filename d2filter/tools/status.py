@@ -12,7 +12,7 @@ from typing import Any
 
 from d2filter.errors import RunStateError
 from d2filter.formats import logs
-from d2filter.formats.paths import Folder
+from d2filter.formats.paths import Folder, read_jsons
 from d2filter.formats.runstate import STAGES, RunState
 
 Event = dict[str, Any]
@@ -171,12 +171,8 @@ def _stage(
 
 
 def _markers(folder: Folder) -> list[dict[str, Any]]:
-    found = []
-    for name in folder.names(".json"):
-        record = folder.read_json(name)
-        if isinstance(record, dict) and "finished" in record:
-            found.append(record)
-    return found
+    records = read_jsons(folder, folder.names(".json")).values()
+    return [r for r in records if isinstance(r, dict) and "finished" in r]
 
 
 def _since_started(events: Sequence[Event], stage: str) -> list[Event]:

@@ -220,6 +220,32 @@ def test_the_shards_of_a_run_need_not_be_named(tmp_path: Path) -> None:
     )
 
 
+def test_a_broken_twin_does_not_stand_for_its_sample(tmp_path: Path) -> None:
+    """The uid stands first on members without a picture, then on ones without a caption."""
+    uid = f"{7:032x}"
+    told = json.dumps({"uid": uid}).encode()
+    files = [
+        ("a.json", told), ("a.txt", b"no picture"),
+        ("b.json", told), ("b.jpg", made.picture(1)),
+        ("c.json", told), ("c.jpg", b""), ("c.txt", b"empty picture"),
+        *made.members("d", 3, uid=uid),
+    ]  # fmt: skip
+    made.write(tmp_path / "s/0.tar", files)
+    np.save(tmp_path / "s.npy", np.array([pair(uid)], U))
+    words = (
+        "--shards",
+        tmp_path / "s",
+        "--subset",
+        tmp_path / "s.npy",
+        "--out-dir",
+        tmp_path / "o",
+    )
+    assert run("reshard", *words) == 0
+    ((key, content),) = read_back(tmp_path / "o")
+    assert key == f"{uid}-0"
+    assert content["jpg"] == made.picture(3)
+
+
 def test_members_are_streamed_and_the_tar_is_plain(pool: Path, tmp_path: Path) -> None:
     """No time, no owner: nothing but names, sizes and contents decides the bytes."""
     np.save(tmp_path / "s.npy", chosen(pool, 9))

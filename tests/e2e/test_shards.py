@@ -287,6 +287,12 @@ def test_shards_that_did_not_change_are_not_embedded_again(
     fresh = tmp_path / "fresh"
     assert run(*words[:-1], fresh) == 0
     assert (fresh / "subset.npy").read_bytes() == (out / "subset.npy").read_bytes()
+    # what was removed, or never arrived whole, is made again
+    (out / "metadata/0.npz").unlink()
+    (out / "metadata/3.parquet").write_bytes(b"half")
+    assert run(*words, "--overwrite", "embed") == 0
+    assert run("verify", out) == 0
+    assert (fresh / "subset.npy").read_bytes() == (out / "subset.npy").read_bytes()
     # a shard that lost all its samples leaves no embeddings of its earlier self
     (tmp_path / "s/4.tar").write_bytes(b"no tar" * 300)
     assert run(*words, "--overwrite", "embed") == 3

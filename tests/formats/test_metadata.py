@@ -272,3 +272,13 @@ def test_a_training_log_without_an_epoch_or_a_label_is_refused(tmp_path: Path, c
     pq.write_table(pa.table(columns), tmp_path / "log.parquet")
     with pytest.raises(InputError, match=f"{column} is null in 1 rows"):
         traininglog.score(str(tmp_path / "log.parquet"), "el2n")
+
+
+def test_files_beside_the_metadata_have_names_of_their_own(tmp_path: Path) -> None:
+    """A training log may be a folder with the file names of the metadata."""
+    for folder in ("m", "log"):
+        (tmp_path / folder).mkdir()
+        pq.write_table(pa.table({"uid": ["0" * 32]}), tmp_path / folder / "00000.parquet")
+    config = CatalogConfig(score="forgetting", training_log=str(tmp_path / "log"))
+    names = [info.name for info in metadata.outside_files(config)]
+    assert names == ["training-log/00000.parquet"]

@@ -186,6 +186,19 @@ def test_a_cluster_that_stays_without_nodes_is_not_waited_for_without_end(
         work.run(tasks(out, write, "a"))
 
 
+def test_a_cluster_without_a_node_is_still_asked_for_one_cpu(
+    out: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = FewerNodes(Runner(out).ray(), [])
+    monkeypatch.setattr(Runner, "ray", lambda runner: ray)
+    monkeypatch.setattr(fanout, "_LOOK_SECONDS", 0.1)
+    runner = Runner(out)
+    found = runner.map(
+        "s", tasks(out, write, "a"), fingerprint="1", label="s", share_node=True, memory=1
+    )
+    assert [f["name"] for f in found] == ["a"]
+
+
 def test_logs_tell_where_a_task_ran_on_what_and_what_came_of_it(out: Folder) -> None:
     Runner(out).map("s", tasks(out, write, "a"), fingerprint="1", label="writing", total=3)
     started, finished = logs.read(out, "logs/s/a.jsonl")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pools
+import pyarrow.parquet as pq
 import pytest
 
 from d2filter.cli import main
@@ -139,8 +140,28 @@ def test_a_dry_run_says_what_a_run_would_do_and_touches_nothing(
     (out / "completions/graph.json").unlink()
     assert dry()[1].startswith("graph     to do: ")
     assert dry()[1].endswith(" tasks of it are done")
+    # rows in another order: the footer of a parquet file is the same, its content is not
+    first = folder / "00001.parquet"
+    whole = first.read_bytes()
+    table = pq.read_table(first)
+    pq.write_table(table.take(np.arange(table.num_rows)[::-1]), first)
+    assert main([*words, "--dry-run"]) == 1
+    assert "input file 00001.parquet is changed" in capsys.readouterr().err
+    first.write_bytes(whole)
     with np.load(folder / "00000.npz") as arrays:
         held = {name: arrays[name][::-1] for name in arrays.files}
     np.savez(folder / "00000.npz", **held)
     assert main([*words, "--dry-run"]) == 1
     assert "input file 00000.npz is changed" in capsys.readouterr().err
+
+
+def test_a_stage_that_cannot_go_on_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pools.write(tmp_path / "m", pools.make(300, 8))
+    words = ["run", "--metadata-dir", str(folder), "--out-dir", str(tmp_path / "o")]
+    assert main([*words, "--n-neighbors", "2"]) == 0
+    (tmp_path / "o/completions/graph.json").unlink()
+    capsys.readouterr()
+    assert main([*words, "--n-neighbors", "3"]) == 0
+    assert "graph     begins again: n_neighbors was 2 and is 3" in capsys.readouterr().out
