@@ -198,7 +198,7 @@ def test_a_log_decides_the_difficulty_and_what_it_lacks_is_bad(
     assert run(*words) == 0
     write_log(path, made_log, list(range(N - 6)))
     assert run(*words) == 1
-    assert "input file log.parquet is changed" in capsys.readouterr().err
+    assert "input file training-log/log.parquet is changed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
