@@ -31,6 +31,20 @@ def ascending(hi: U64, lo: U64) -> I64:
     return np.lexsort((lo, hi)).astype(np.int64, copy=False)
 
 
+def repeats(hi: U64, lo: U64) -> npt.NDArray[np.bool_]:
+    """Which of some uids, equal ones side by side, are that before them, shape (n,) bool."""
+    out = np.zeros(hi.size, np.bool_)
+    out[1:] = (hi[1:] == hi[:-1]) & (lo[1:] == lo[:-1])
+    return out
+
+
+def falls(hi: U64, lo: U64) -> npt.NDArray[np.bool_]:
+    """Which uids are smaller than that before them, shape (n,) bool."""
+    out = np.zeros(hi.size, np.bool_)
+    out[1:] = (hi[1:] < hi[:-1]) | ((hi[1:] == hi[:-1]) & (lo[1:] < lo[:-1]))
+    return out
+
+
 def hashed(hi: U64, lo: U64, *, salt: int, seed: int = 0) -> U64:
     """A 64-bit hash per uid, shape (n,) uint64: SplitMix64's finalizer over both halves.
 

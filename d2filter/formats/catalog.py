@@ -107,13 +107,14 @@ def publish_run(folder: Folder, name: str, samples: Samples) -> list[str]:
 
 def read_range(folder: Folder, name: str, low: str, high: str) -> Samples:
     """The rows of a run with low ≤ uid < high, as hex digits; an empty `high` is no bound."""
-    low_hi, low_lo = int(low[:16], 16), int(low[16:], 16)
+    low_hi, low_lo = uid_format.from_hex(low)
+    high_hi, high_lo = uid_format.from_hex(high) if high else (0, 0)
     with tables.open_table(folder, f"runs/{name}.parquet") as parquet:
         width = parquet.schema_arrow.field("features").type.byte_width // 2
         groups = []
         for number in range(parquet.num_row_groups):
             statistics = parquet.metadata.row_group(number).column(0).statistics
-            if statistics.max >= low_hi and (not high or statistics.min <= int(high[:16], 16)):
+            if statistics.max >= low_hi and (not high or statistics.min <= high_hi):
                 groups.append(number)
         table = parquet.read_row_groups(groups)
     raw = b"".join(
@@ -123,7 +124,7 @@ def read_range(folder: Folder, name: str, low: str, high: str) -> Samples:
     found = _samples(table, np.frombuffer(raw, np.float16).reshape(table.num_rows, width))
     inside = _at_least(found, low_hi, low_lo)
     if high:
-        inside &= ~_at_least(found, int(high[:16], 16), int(high[16:], 16))
+        inside &= ~_at_least(found, high_hi, high_lo)
     return found.take(np.flatnonzero(inside))
 
 

@@ -94,13 +94,7 @@ def read_columns(folder: Folder, number: int, *names: str) -> dict[str, npt.NDAr
     out = {}
     with tables.open_table(folder, part_name(number)) as parquet:
         for name in names:
-            column = parquet.read(columns=[name]).column(name)
-            if pa.types.is_fixed_size_list(column.type):
-                chunks = [chunk.flatten() for chunk in column.chunks]
-                flat = pa.chunked_array(chunks, column.type.value_type).to_numpy()
-                out[name] = flat.reshape(-1, column.type.list_size)
-            else:
-                out[name] = column.to_numpy()
+            out[name] = tables.to_array(parquet.read(columns=[name]).column(name))
     return out
 
 

@@ -151,8 +151,8 @@ class RunState:
         """
         why = ""
         place = f"completions/{plan.stage}.started.json"
-        if not self.begun(plan):
-            before = self.folder.read_json(place)
+        before = self.folder.read_json(place)
+        if before is None or before["fingerprint"] != plan.fingerprint:
             if before is not None and not plan.independent:
                 changed = _changed(before.get("options", plan.options), plan.options)
                 why = changed or "its input is another"

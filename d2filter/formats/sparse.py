@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from d2filter.errors import InputError
 from d2filter.formats import tables
@@ -75,15 +74,4 @@ class Sparse:
         name, number = self._places[place]
         with tables.open_table(self._folder, name) as parquet:
             table = parquet.read_row_group(number, columns=list(columns))
-        return {column: _array(table.column(column)) for column in columns}
-
-
-def _array(column: Any) -> npt.NDArray[Any]:
-    whole = column.combine_chunks()
-    if isinstance(whole, pa.ChunkedArray):
-        whole = pa.concat_arrays(whole.chunks)
-    if pa.types.is_fixed_size_list(whole.type):
-        flat: npt.NDArray[Any] = whole.flatten().to_numpy()
-        return flat.reshape(-1, whole.type.list_size)
-    found: npt.NDArray[Any] = whole.to_numpy()
-    return found
+        return {column: tables.to_array(table.column(column)) for column in columns}

@@ -57,6 +57,12 @@ def read(folder: Folder, name: str = SUBSET) -> npt.NDArray[np.void]:
     return out
 
 
+def pairs(subset: npt.NDArray[np.void]) -> uids.U64:
+    """The same as (n, 2) uint64: hi and lo."""
+    found: uids.U64 = np.ascontiguousarray(subset).view(np.uint64).reshape(-1, 2)
+    return found
+
+
 def kept_table(
     samples: Iterable[catalog.Samples], hi: uids.U64, lo: uids.U64, rank: npt.NDArray[np.int64]
 ) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -69,6 +70,16 @@ def read_checked(parquet: Any, columns: Sequence[str]) -> Any:
             if low is not None and not 0 <= low <= high < len(chunk.dictionary):
                 raise ValueError(f"an index of {low} to {high} points outside of a dictionary")
     return table
+
+
+def to_array(column: Any) -> npt.NDArray[Any]:
+    """A column without nulls, (n,); (n, k) where it holds lists."""
+    if not pa.types.is_fixed_size_list(column.type):
+        found: npt.NDArray[Any] = column.to_numpy()
+        return found
+    chunks = [chunk.flatten() for chunk in column.chunks]
+    flat: npt.NDArray[Any] = pa.chunked_array(chunks, column.type.value_type).to_numpy()
+    return flat.reshape(-1, column.type.list_size)
 
 
 def _is_text(kind: Any) -> bool:

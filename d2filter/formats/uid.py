@@ -87,6 +87,11 @@ def _is_text(kind: Any) -> bool:
     return pa.types.is_fixed_size_binary(kind) or str(kind) in (*names, "binary_view")
 
 
+def from_hex(text: str) -> tuple[int, int]:
+    """hi and lo of 32 hex digits."""
+    return int(text[:16], 16), int(text[16:], 16)
+
+
 def to_hex(hi: U64, lo: U64) -> list[str]:
     """The 32 hex digits of each uid."""
     packed = np.empty((len(hi), 2), ">u8")

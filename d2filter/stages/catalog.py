@@ -270,8 +270,7 @@ def distinct(
     """
     order = uids.ascending(samples.hi, samples.lo)
     hi, lo = samples.hi[order], samples.lo[order]
-    same = (hi[1:] == hi[:-1]) & (lo[1:] == lo[:-1])
-    begins = np.flatnonzero(np.concatenate([[True], ~same])) if order.size else order
+    begins = np.flatnonzero(~uids.repeats(hi, lo))
     ends = np.append(begins[1:], order.size)
     stays = order[begins]
     for at in np.flatnonzero(ends - begins > 1).tolist():

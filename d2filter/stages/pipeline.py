@@ -17,7 +17,7 @@ from d2filter.config import RunConfig, SelectConfig
 from d2filter.errors import D2FilterError, RecallError, TooManyBadError
 from d2filter.formats import ledger, logs
 from d2filter.formats.paths import Folder, absolute, remove_leftovers
-from d2filter.formats.runstate import Plan, RunState
+from d2filter.formats.runstate import STAGES, Plan, RunState
 from d2filter.stages.plans import Plans
 from d2filter.stages.runner import Runner
 from d2filter.stages.worker import Task, peak_rss_bytes
@@ -64,10 +64,7 @@ class Pipeline:
         lines = []
         anew = False
         stages = self._plans.stages(command)
-        before = {"catalog": self.state.done("embed")}.get(stages[0])
-        if stages[0] in ("rank", "select"):
-            before = self.state.require({"rank": "graph", "select": "rank"}[stages[0]])
-        upstream = before["fingerprint"] if before else ""
+        upstream = self._upstream_of(stages[0])
         for stage in stages:
             planned = getattr(self._plans, stage)(upstream)
             if planned is None:
@@ -90,6 +87,13 @@ class Pipeline:
             lines.append(f"{stage:<9} to do{': ' if told else ''}{', '.join(told)}")
             upstream = plan.fingerprint
         return lines
+
+    def _upstream_of(self, stage: str) -> str:
+        """The fingerprint that the first stage of a command follows from; empty for none."""
+        if stage in ("rank", "select"):
+            return str(self.state.require(STAGES[STAGES.index(stage) - 1])["fingerprint"])
+        embedded = self.state.done("embed") if stage == "catalog" else None
+        return embedded["fingerprint"] if embedded else ""
 
     def _embed(self) -> None:
         from d2filter.stages import embed

@@ -193,12 +193,12 @@ def find(*, report: Report, state: Folder, shard: webdataset.Shard, number: int)
     """Task: where the members of kept samples lie in one shard. Figures: kept, lost."""
     work = state.sub(_WORK)
     # a map, where the disk is local: all tasks of a node share its pages
-    pairs = _halves(read_array(work, _SUBSET))[2]
+    pairs = subset_format.pairs(read_array(work, _SUBSET))
     kept: list[tuple[int, int, list[str], list[int], list[int]]] = []
     lost = ""
     try:
         for text, members in webdataset.locate_samples(shard):
-            a, b = int(text[:16], 16), int(text[16:], 16)
+            a, b = uid_format.from_hex(text)
             if uids.occurrences(pairs, np.uint64(a), np.uint64(b)):
                 places = list(members.values())
                 kept.append(
@@ -228,25 +228,25 @@ def order(*, report: Report, state: Folder, inputs: int, config: ReshardConfig) 
     hi, lo, shard, row = (np.concatenate(c) for c in zip(*parts, strict=True))
     # a stable sort: of a sample that comes again the first one stays
     by_uid = uids.ascending(hi, lo)
-    again = np.zeros(by_uid.size, np.bool_)
-    again[1:] = (hi[by_uid][1:] == hi[by_uid][:-1]) & (lo[by_uid][1:] == lo[by_uid][:-1])
+    again = uids.repeats(hi[by_uid], lo[by_uid])
     first = np.sort(by_uid[~again])
     hi, lo, shard, row = hi[first], lo[first], shard[first], row[first]
-    asked_hi, asked_lo, _ = _halves(subset_format.read(work, _SUBSET))
-    copies, missing, first_missing = _copies(asked_hi, asked_lo, hi, lo)
+    asked = subset_format.read(work, _SUBSET)
+    copies, missing, first_missing = _copies(asked["f0"], asked["f1"], hi, lo)
     place = np.repeat(np.arange(hi.size), copies)
     copy = np.arange(place.size) - np.repeat(np.cumsum(copies) - copies, copies)
     if config.shuffle is not None:
         salted = {"salt": uids.SALT_SHUFFLE, "seed": config.shuffle}
         key = uids.hashed(hi[place], lo[place] + copy.astype(np.uint64), **salted)
-        turn = np.lexsort((copy, lo[place], hi[place], key))
-        place, copy = place[turn], copy[turn]
+        mixed = np.lexsort((copy, lo[place], hi[place], key))
+        place, copy = place[mixed], copy[mixed]
     count = -(-place.size // config.shard_size)
     for number in range(count):
-        some = place[number * config.shard_size : (number + 1) * config.shard_size]
+        turn = slice(number * config.shard_size, (number + 1) * config.shard_size)
+        some = place[turn]
         write_columns(
-            work, f"order-{number:06d}", shard=shard[some], row=row[some],
-            copy=copy[number * config.shard_size : (number + 1) * config.shard_size],
+            work, f"order-{number:06d}", shard=shard[some], row=row[some], copy=copy[turn],
+            hi=hi[some], lo=lo[some],
         )  # fmt: skip
     report(place.size)
     return {
@@ -262,9 +262,7 @@ def _copies(asked_hi: U64, asked_lo: U64, hi: U64, lo: U64) -> tuple[I64, int, s
     """How often each distinct found uid is asked for, how many asked for were not found, and the
     first of those.
     """
-    new = np.ones(asked_hi.size, np.bool_)
-    new[1:] = (asked_hi[1:] != asked_hi[:-1]) | (asked_lo[1:] != asked_lo[:-1])
-    begins = np.flatnonzero(new)
+    begins = np.flatnonzero(~uids.repeats(asked_hi, asked_lo))
     times = np.diff(np.append(begins, asked_hi.size))
     distinct_hi, distinct_lo = asked_hi[begins], asked_lo[begins]
     at = uids.positions(distinct_hi, distinct_lo, hi, lo)
@@ -295,7 +293,7 @@ def write(*, report: Report, out: Folder, number: int) -> Figures:
                 report(1)
 
     tarwriter.publish_shard(out, number, members(), int(own["row"].size))
-    return {"bytes": size, "samples_written": int(own["row"].size)}
+    return {"bytes": size}
 
 
 class _Inputs:
@@ -357,18 +355,11 @@ def finish(
     work = out.sub(STATE).sub(_WORK)
     sizes = {}
     ids = []
-    indexes: dict[int, tuple[Any, Any]] = {}
     for number in range(shards):
-        own = read_columns(work, f"order-{number:06d}", "shard", "row")
-        sizes[tarwriter.shard_name(number)] = int(own["row"].size)
-        some = np.empty(own["row"].size, subset_format.DTYPE)
-        for shard in np.unique(own["shard"]).tolist():
-            if shard not in indexes:
-                table = tables.read_table(work, _index(shard), ["uid_hi", "uid_lo"])
-                indexes[shard] = (table.column(0).to_numpy(), table.column(1).to_numpy())
-            mine = own["shard"] == shard
-            some["f0"][mine] = indexes[shard][0][own["row"][mine]]
-            some["f1"][mine] = indexes[shard][1][own["row"][mine]]
+        own = read_columns(work, f"order-{number:06d}", "hi", "lo")
+        sizes[tarwriter.shard_name(number)] = own["hi"].size
+        some = np.empty(own["hi"].size, subset_format.DTYPE)
+        some["f0"], some["f1"] = own["hi"], own["lo"]
         ids.append(some)
     told = sum(out.read_json(f"{n:08d}_stats.json")["successes"] for n in range(shards))
     if told != figures["samples"]:
@@ -395,9 +386,3 @@ def finish(
 
 def _index(number: int) -> str:
     return f"index-{number:06d}.parquet"
-
-
-def _halves(subset: npt.NDArray[np.void]) -> tuple[U64, U64, U64]:
-    """hi, lo, and both as (n, 2)."""
-    pairs: U64 = np.ascontiguousarray(subset).view(np.uint64).reshape(-1, 2)
-    return np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1]), pairs

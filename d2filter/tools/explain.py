@@ -87,7 +87,7 @@ def explain(folder: Folder, uids_hex: Sequence[str]) -> list[Explained | NotRank
     run = _Run(folder)
     found: list[Explained | NotRanked] = []
     for text in uids_hex:
-        row = run.ranking.find(int(text[:16], 16), int(text[16:], 16))
+        row = run.ranking.find(*uid_format.from_hex(text))
         found.append(run.explained(row) if row >= 0 else run.left_out(text))
     return found
 

@@ -55,14 +55,10 @@ def load_subset(subset: str | os.PathLike[str] | Subset) -> Subset:
     else:
         folder, name = _place(subset)
         held, what = subset_format.read(folder, name), folder.where(name)
-    pairs = _pairs(held)
-    before, after = pairs[:-1], pairs[1:]
-    falls = (after[:, 0] < before[:, 0]) | (
-        (after[:, 0] == before[:, 0]) & (after[:, 1] < before[:, 1])
-    )
-    if falls.any():
+    hi, lo = held["f0"], held["f1"]
+    if uids.falls(hi, lo).any():
         warnings.warn(f"{what} is not sorted: it is sorted now", stacklevel=2)
-        held = held[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+        held = held[uids.ascending(hi, lo)]
     return held
 
 
@@ -93,15 +89,14 @@ class Keep:
     """See `keep`. Picklable: workers of a DataLoader that are forked share the memory map."""
 
     def __init__(self, subset: Subset, sizes: dict[str, int]) -> None:
-        self._pairs = _shared(_pairs(subset))
+        self._pairs = _shared(subset_format.pairs(subset))
         self._sizes = sizes
 
     def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         pairs = self._pairs
         for sample in samples:
-            text = uid_of(sample)
-            hi, lo = np.uint64(int(text[:16], 16)), np.uint64(int(text[16:], 16))
-            count = uids.occurrences(pairs, hi, lo)
+            hi, lo = uid_format.from_hex(uid_of(sample))
+            count = uids.occurrences(pairs, np.uint64(hi), np.uint64(lo))
             if count:
                 yield sample
                 for _ in range(count - 1):
@@ -179,9 +174,3 @@ def _place(subset: str | os.PathLike[str]) -> tuple[Folder, str]:
         parent, _, name = url.rpartition("/")
         return Folder(parent or "/"), name
     return Folder(url), subset_format.SUBSET
-
-
-def _pairs(subset: Subset) -> npt.NDArray[np.uint64]:
-    """The same as (n, 2) uint64."""
-    found: npt.NDArray[np.uint64] = np.ascontiguousarray(subset).view(np.uint64).reshape(-1, 2)
-    return found

@@ -69,6 +69,10 @@ class _Run:
         return {n: np.concatenate([p[n] for p in self.ranking_parts]) for n in ranking.COLUMNS}
 
     @cached_property
+    def subset(self) -> npt.NDArray[np.void]:
+        return subset.read(self.folder)
+
+    @cached_property
     def precedence(self) -> I64:
         order = uids.ascending(self.graph.hi, self.graph.lo)
         position = np.empty_like(order)
@@ -137,7 +141,7 @@ def _rows(run: _Run) -> Breaches:
         ("difficulty", g.difficulty[order], run.catalog.difficulty),
     ):
         out += _count(f"rows differ in {name} between graph and catalog", a != b)
-    out += _count("uids are repeated", (hi[1:] == hi[:-1]) & (lo[1:] == lo[:-1]))
+    out += _count("uids are repeated", uids.repeats(hi, lo))
     start = 0
     for size in run.graph_sizes:
         inside = np.diff(run.precedence[start : start + size])
@@ -282,28 +286,27 @@ def _subset(run: _Run) -> Breaches:
     fraction = options["fraction"]
     exact = None if fraction is None else budget.parse_fraction(fraction)
     size = budget.budget_of(len(run.ranking["rank"]), fraction=exact, budget=options["budget"])
-    out = _prefix(run, subset.SUBSET, size)
+    out = _prefix(run, subset.SUBSET, run.subset, size)
     if size != figures["budget"]:
         out.append(f"the budget is {size} by its option and {figures['budget']} in the record")
     kept = run.stats["samples"]["kept"]
-    held = len(subset.read(run.folder))
-    if held != kept:
-        out.append(f"{subset.SUBSET} has {held} entries, stats.json keeps {kept}")
+    if len(run.subset) != kept:
+        out.append(f"{subset.SUBSET} has {len(run.subset)} entries, stats.json keeps {kept}")
     arch = run.records["catalog"]["options"]["arch"]
     method = run.records["rank"]["options"]["method"]
     for share in [fraction, *options["also"]] if options["also"] and exact else []:
         wanted = budget.parse_fraction(share)
         count = budget.budget_of(len(run.ranking["rank"]), fraction=wanted)
-        out += _prefix(run, subset.named(method, arch, wanted), count)
+        name = subset.named(method, arch, wanted)
+        out += _prefix(run, name, subset.read(run.folder, name), count)
     return out
 
 
-def _prefix(run: _Run, name: str, size: int) -> Breaches:
+def _prefix(run: _Run, name: str, chosen: npt.NDArray[np.void], size: int) -> Breaches:
     """A subset that is not the first `size` of the ranking."""
-    chosen = subset.read(run.folder, name)
     hi, lo = chosen["f0"], chosen["f1"]
-    rising = (hi[1:] > hi[:-1]) | ((hi[1:] == hi[:-1]) & (lo[1:] > lo[:-1]))
-    out = _count(f"entries of {name} are unsorted or repeated", ~rising)
+    unsorted = uids.falls(hi, lo) | uids.repeats(hi, lo)
+    out = _count(f"entries of {name} are unsorted or repeated", unsorted)
     options, r = run.records["select"]["options"], run.ranking
     score = run.records["catalog"]["stats"].get("score", {})
     raw = budget.raw_scores(r["difficulty"], score.get("kept_first", "high"))
@@ -317,8 +320,8 @@ def _prefix(run: _Run, name: str, size: int) -> Breaches:
 
 
 def _kept(run: _Run) -> Breaches:
-    chosen = subset.read(run.folder)
-    hi, lo = np.ascontiguousarray(chosen["f0"]), np.ascontiguousarray(chosen["f1"])
+    pairs = subset.pairs(run.subset)
+    hi, lo = np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
     r = run.ranking
     order = uids.ascending(r["uid_hi"], r["uid_lo"])
     where = uids.positions(r["uid_hi"][order], r["uid_lo"][order], hi, lo)

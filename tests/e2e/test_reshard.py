@@ -16,6 +16,7 @@ import webdataset as wds
 from d2filter.cli import main
 from d2filter.formats import webdataset
 from d2filter.formats.paths import Folder
+from d2filter.formats.uid import from_hex
 from d2filter.stages import reshard as stage
 from d2filter.tools import keep
 
@@ -26,10 +27,6 @@ U = np.dtype("u8,u8")
 
 def run(*words: object) -> int:
     return main([str(word) for word in words])
-
-
-def pair(text: str) -> tuple[int, int]:
-    return int(text[:16], 16), int(text[16:], 16)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +63,7 @@ def members_of(folder: Path) -> dict[str, dict[str, bytes]]:
 
 def chosen(pool: Path, step: int = 2) -> np.ndarray:
     every = list(members_of(pool))
-    return np.sort(np.array([pair(u) for u in every[::step]], U))
+    return np.sort(np.array([from_hex(u) for u in every[::step]], U))
 
 
 def read_back(out: Path) -> list[tuple[str, dict[str, bytes]]]:
@@ -99,7 +96,7 @@ def test_kept_samples_come_back_byte_by_byte_in_the_order_of_the_input(
     assert (meta["output_shard_count"], meta["output_shard_format"]) == (len(sizes), "{:08d}.tar")
     ids = np.load(out / "sample_ids.npy")
     assert ids.dtype == U
-    assert ids.tolist() == [pair(u) for u in expected]
+    assert ids.tolist() == [from_hex(u) for u in expected]
 
 
 def snapshot(out: Path) -> dict[str, bytes]:
@@ -125,7 +122,7 @@ def test_the_same_command_makes_the_same_bytes_and_another_seed_another_order(
 
 def test_repeats_mean_repeats_and_unsorted_subsets_are_sorted(pool: Path, tmp_path: Path) -> None:
     every = list(members_of(pool))
-    theirs = np.array([pair(every[n]) for n in (30, 4, 30, 30)], U)
+    theirs = np.array([from_hex(every[n]) for n in (30, 4, 30, 30)], U)
     np.save(tmp_path / "s.npy", theirs)
     words = ("reshard", "--shards", pool, "--subset", tmp_path / "s.npy")
     with pytest.warns(UserWarning, match="is not sorted"):
@@ -231,7 +228,7 @@ def test_a_broken_twin_does_not_stand_for_its_sample(tmp_path: Path) -> None:
         *made.members("d", 3, uid=uid),
     ]  # fmt: skip
     made.write(tmp_path / "s/0.tar", files)
-    np.save(tmp_path / "s.npy", np.array([pair(uid)], U))
+    np.save(tmp_path / "s.npy", np.array([from_hex(uid)], U))
     words = (
         "--shards",
         tmp_path / "s",

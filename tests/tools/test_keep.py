@@ -20,13 +20,10 @@ import d2filter
 from d2filter.algorithm import uids
 from d2filter.errors import InputError, RunStateError
 from d2filter.formats import uid, webdataset
+from d2filter.formats.uid import from_hex
 from d2filter.tools import keep
 
 U = np.dtype("u8,u8")
-
-
-def pair(text: str) -> tuple[int, int]:
-    return int(text[:16], 16), int(text[16:], 16)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +52,7 @@ def test_what_comes_out_is_the_subset_in_the_order_of_the_shards(
 ) -> None:
     urls, every = pool
     chosen = every[3:30:4]
-    subset = np.sort(np.array([pair(u) for u in chosen], U))
+    subset = np.sort(np.array([from_hex(u) for u in chosen], U))
     stage = d2filter.keep(subset)
     got = list(stream(urls, stage))
     assert [keep.uid_of(sample) for sample in got] == chosen
@@ -67,7 +64,7 @@ def test_what_comes_out_is_the_subset_in_the_order_of_the_shards(
 
 def test_workers_of_a_loader_share_it(pool: tuple[list[str], list[str]]) -> None:
     urls, every = pool
-    subset = np.sort(np.array([pair(u) for u in every[::3]], U))
+    subset = np.sort(np.array([from_hex(u) for u in every[::3]], U))
     dataset = stream(urls, d2filter.keep(subset)).to_tuple("__key__")
     loader = torch.utils.data.DataLoader(
         dataset, batch_size=None, num_workers=2, multiprocessing_context="spawn"
@@ -79,7 +76,7 @@ def test_repeats_mean_repeats_and_unsorted_subsets_are_sorted_with_a_warning(
     pool: tuple[list[str], list[str]], tmp_path: Path
 ) -> None:
     urls, every = pool
-    chosen = np.array([pair(every[n]) for n in (9, 2, 9, 9)], U)
+    chosen = np.array([from_hex(every[n]) for n in (9, 2, 9, 9)], U)
     np.save(tmp_path / "theirs.npy", chosen)
     with pytest.warns(UserWarning, match=r"theirs\.npy is not sorted"):
         stage = d2filter.keep(tmp_path / "theirs.npy")
