@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from d2filter import __version__, config, options
 from d2filter.errors import D2FilterError, UsageError
+
+if TYPE_CHECKING:
+    from d2filter.stages.pipeline import Pipeline
 
 _NOT_IN_A_FILE = ("help", "config", "recipe")
 
@@ -208,6 +211,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                 options.rank,
                 options.select,
                 options.memory,
+                options.report_of_run,
             ),
         ),
     ):
@@ -237,6 +241,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     looking = command("status", "how far a run is, and what is next", _run_status)
     looking.add_argument("out_dir", metavar="OUT", help="run directory")
     looking.add_argument("--json", action="store_true", help="for programs")
+    reporting = command("report", "what a run did to its pool, as one page to look at", _run_report)
+    options.report(reporting)
     explaining = command("explain", "why samples were kept or dropped", _run_explain)
     explaining.add_argument("out_dir", metavar="OUT", help="run directory")
     explaining.add_argument("uids", metavar="UID", nargs="+", help="32 hex digits")
@@ -265,7 +271,35 @@ def _run_pipeline(arguments: argparse.Namespace) -> None:
         for line in [*work.preview(arguments.command), "nothing was changed (--dry-run)"]:
             _say(line)
         return
-    work.run(arguments.command)
+    with_report = arguments.command == "run" and arguments.report
+    work.run(arguments.command, then=lambda: _write_report(work) if with_report else None)
+
+
+def _write_report(work: Pipeline) -> None:
+    """Unless there is one of the same selection."""
+    from d2filter.tools import report
+
+    if work.state.has_report(work.state.require("select")["fingerprint"]):
+        _say("report    done before")
+        return
+    obstacle = report.obstacle(work.out)
+    if obstacle:
+        _say(f"report    left out: {obstacle}")
+        return
+    _say(f"report    {report.report(work.out, say=_say)}")
+
+
+def _run_report(arguments: argparse.Namespace) -> None:
+    from d2filter.formats.paths import Folder, absolute
+    from d2filter.tools import report
+
+    written = report.report(
+        Folder(absolute(arguments.out_dir)),
+        each=arguments.gallery,
+        shards=[absolute(pattern) for pattern in arguments.shards or ()],
+        say=_say,
+    )
+    _say(f"report    {written}")
 
 
 def _run_demo(arguments: argparse.Namespace) -> None:

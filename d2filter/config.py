@@ -293,6 +293,18 @@ class SelectConfig:
     """further shares of the same ranking, a file each"""
 
     def __post_init__(self) -> None:
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> SelectConfig:
+        """From `options_of` one, as a run's record holds it."""
+        share = options["fraction"]
+        return cls(
+            **{
+                **options,
+                "fraction": None if share is None else Decimal(share),
+                "also": tuple(options["also"]),
+            }
+        )
+
         for share in self.also:
             parse_fraction(share)
         if self.fraction is not None and self.budget is not None:

@@ -410,6 +410,35 @@ def _comma_separated(convert: Callable[[str], Any]) -> Callable[[str], list[Any]
             return [convert(word.strip()) for word in text.split(",")]
         except (ValueError, InvalidOperation):
             raise argparse.ArgumentTypeError(
+def report(parser: argparse.ArgumentParser) -> None:
+    """Of the command that writes report.html."""
+    parser.add_argument("out_dir", metavar="OUT", help="run directory")
+    parser.add_argument(
+        "--gallery",
+        type=int,
+        default=None,
+        metavar="N",
+        help="pictures in a gallery, 0 for none; given, shards elsewhere are fetched for them "
+        "(default: 12, from shards at hand)",
+    )
+    parser.add_argument(
+        "--shards",
+        nargs="+",
+        default=None,
+        metavar="URL",
+        help="where the pictures are, of a run that does not know (of embedded shards it does)",
+    )
+
+
+def report_of_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write report.html at the end (default: yes)",
+    )
+
+
                 f"{text!r}, allowed are values separated by commas"
             ) from None
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
+from d2filter import cli
+
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 # compiled functions are slow the first time; shared machines are slow at times
@@ -28,3 +30,20 @@ def cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+_write_report = cli._write_report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_reports() -> Iterator[None]:
+    """Runs write no report: a few hundred of them would take minutes. `reports` tests them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_write_report", lambda work: None)
+        yield
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this test write their report."""
+    monkeypatch.setattr(cli, "_write_report", _write_report)

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 import doctest
+from pathlib import Path
 
 import numpy as np
+import pools
 import pytest
 
 import d2filter
 from d2filter import api
+from d2filter.cli import main
 from d2filter.errors import InputError, UsageError
+from d2filter.formats import ranking
+from d2filter.formats.paths import Folder
+from d2filter.formats.uid import to_hex
 
 
 def pool(n: int = 40, d: int = 6) -> tuple[np.ndarray, np.ndarray]:
@@ -20,6 +26,19 @@ def test_the_example_in_the_docstring() -> None:
     results = [doctest.DocTestRunner().run(one) for one in found]
     assert [one.failed for one in results] == [0]
     assert results[0].attempted > 2
+
+
+def test_the_example_of_explain_is_that_of_a_run(tmp_path: Path, cluster: None) -> None:
+    pools.write(tmp_path / "m", pools.make(50, 6))
+    out = str(tmp_path / "o")
+    assert main(["run", "--metadata-dir", str(tmp_path / "m"), "--out-dir", out]) == 0
+    (part,) = ranking.iter_columns(Folder(out).sub("ranking"))
+    first = part["rank"] == 0
+    (uid,) = to_hex(part["uid_hi"][first], part["uid_lo"][first])
+    names = {"explain": d2filter.explain, "out": out, "uid": uid}
+    (example,) = doctest.DocTestFinder(recurse=False).find(api.explain, "explain", globs=names)
+    result = doctest.DocTestRunner().run(example)
+    assert (result.failed, result.attempted) == (0, 2)
 
 
 def test_every_budget_is_a_prefix_and_inputs_stay_as_they_are() -> None:

@@ -53,23 +53,29 @@ def hold_out(
 
 def aucpr(rows: features.F16, held: HeldOut, kept: Bools) -> float:
     """Mean distance of the held-out samples to the nearest kept one; lower is better (the area
-    under the curve of coverage against radius, Zheng et al. 2022). A held-out sample does not cover
-    itself or another one.
+    under the curve of coverage against radius, Zheng et al. 2022). See `nearest_kept`.
+    """
+    return float(nearest_kept(rows, held, kept).mean())
+
+
+def nearest_kept(rows: features.F16, held: HeldOut, kept: Bools) -> F64:
+    """Distance of each held-out sample to the nearest kept one, (q,). A held-out sample does not
+    cover itself or another one.
 
     rows: (n, d). kept: (n,) bool. inf when nothing is kept but held-out samples.
     """
     there = kept[held.neighbors]
     first = np.argmax(there, axis=1)
-    distance = held.distance[np.arange(first.size), first].astype(np.float64)
+    distance: F64 = held.distance[np.arange(first.size), first].astype(np.float64)
     far = ~there.any(axis=1)
     if far.any():
         others = kept.copy()
         others[held.rows] = False
         candidates = np.flatnonzero(others)
         if not candidates.size:
-            return float("inf")
+            return np.full(first.size, np.inf)
         distance[far] = _nearest(rows, rows[held.rows[far]], candidates, 1)[1][:, 0]
-    return float(distance.mean())
+    return distance
 
 
 def kept_by_decile(values: npt.NDArray[np.floating], kept: Bools) -> F64:
@@ -89,16 +95,20 @@ def spacing(sqdist: F32) -> F32:
     return np.where(finite >= 0, np.sqrt(np.maximum(finite, 0)), np.inf).astype(np.float32)
 
 
-def cells(rows: features.F16, hi: uids.U64, lo: uids.U64, count: int, *, seed: int = 0) -> I64:
-    """Cell of each sample, (n,): the nearest of `count` samples chosen by a hash of the uid."""
-    chosen = uids.hash_sample(hi, lo, count, salt=uids.SALT_HELD_OUT, seed=seed + 1)
-    out = np.empty(len(hi), np.int64)
-    centers = rows[chosen].astype(np.float32)
-    norms = np.square(centers).sum(axis=1)
+def centers(hi: uids.U64, lo: uids.U64, count: int, *, seed: int = 0) -> I64:
+    """`count` rows, or all, chosen by a hash of the uid, ascending by uid."""
+    return uids.hash_sample(hi, lo, count, salt=uids.SALT_HELD_OUT, seed=seed + 1)
 
+
+def cells(rows: features.F16, hi: uids.U64, lo: uids.U64, count: int, *, seed: int = 0) -> I64:
+    """Cell of each sample, (n,): the nearest of `centers`."""
+    chosen = centers(hi, lo, count, seed=seed)
+    out = np.empty(len(hi), np.int64)
+    middle = rows[chosen].astype(np.float32)
+    norms = np.square(middle).sum(axis=1)
     for begin in range(0, len(hi), _BLOCK):
         some = slice(begin, begin + _BLOCK)
-        out[some] = np.argmin(norms - 2 * (rows[some].astype(np.float32) @ centers.T), axis=1)
+        out[some] = np.argmin(norms - 2 * (rows[some].astype(np.float32) @ middle.T), axis=1)
     return out
 
 

@@ -21,6 +21,8 @@ from d2filter.formats import logs
 from d2filter.formats.paths import FileInfo, Folder, read_jsons, remove_leftovers
 
 STAGES = ("embed", "catalog", "graph", "rank", "select")
+REPORT = "report.html"
+_REPORTED = "completions/report.json"
 # what each stage writes, for --overwrite; ledger and completions go with it
 _OUTPUTS = {
     "embed": ("metadata", "completions/embed-model"),
@@ -205,14 +207,32 @@ class RunState:
         return self.folder.read_json(f"completions/{stage}/tasks.json") or {}
 
     def clear_from(self, stage: str) -> None:
-        """Remove a stage and all that follow from it; the records go first."""
+        """Remove a stage and all that follow from it; the records go first. A report stays when
+        only the selection goes: the next may be the same.
+        """
         following = STAGES[STAGES.index(stage) :]
+        if stage != "select":
+            self.drop_report()
         for name in reversed(following):
             self.folder.remove(f"completions/{name}.json")
             self.folder.remove(f"completions/{name}.started.json")
         for name in following:
             for output in (f"completions/{name}", f"ledger/{name}", *_OUTPUTS[name]):
                 self.folder.remove(output)
+
+    def has_report(self, fingerprint: str) -> bool:
+        """Whether there is a report of this selection."""
+        note = self.folder.read_json(_REPORTED)
+        return note is not None and note["select"] == fingerprint and self.folder.exists(REPORT)
+
+    def note_report(self, fingerprint: str) -> None:
+        """Note of which selection the report is."""
+        self.folder.publish_json(_REPORTED, {"select": fingerprint})
+
+    def drop_report(self) -> None:
+        """Remove the report: what it shows is there no more."""
+        self.folder.remove(_REPORTED)
+        self.folder.remove(REPORT)
 
     def finish(
         self, plan: Plan, *, seconds: float, peak_rss_bytes: int, stats: dict[str, Any]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -103,8 +103,9 @@ def list_shards(patterns: Sequence[str]) -> list[Shard]:
     return shards
 
 
-def read_samples(shard: Shard) -> Iterator[Sample]:
+def read_samples(shard: Shard, wanted: Container[str] | None = None) -> Iterator[Sample]:
     """The samples of a shard in the order of their first member; unusable ones with a reason.
+    wanted: keys to read, all without it.
 
     Memory: one sample, and some 300 bytes a member. Raises LostTail after the last readable sample
     when the file breaks off or is no tar.
@@ -112,7 +113,8 @@ def read_samples(shard: Shard) -> Iterator[Sample]:
     with _local_copy(shard) as stream:
         found, broken = tarindex.read(stream, IMAGE_SUFFIXES)
         for key in found:
-            yield _sample(stream, key)
+            if wanted is None or clean(key.name) in wanted:
+                yield _sample(stream, key)
     if broken:
         raise LostTail(clean(broken)[:300])
 

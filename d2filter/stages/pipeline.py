@@ -38,8 +38,8 @@ class Pipeline:
         self._plans = Plans(config, self.state)
         self._runner = Runner(self.out, config.address, show_progress)
 
-    def run(self, command: str) -> dict[str, Any]:
-        """Run the stages of `command`; returns stats.json.
+    def run(self, command: str, then: Callable[[], object] = lambda: None) -> dict[str, Any]:
+        """Run the stages of `command`, and `then` what looks at them; returns stats.json.
 
         Raises TooManyBadError or RecallError after everything else is finished.
         """
@@ -56,6 +56,7 @@ class Pipeline:
         self.state.join()  # a run that died while it wrote them is healed here
         remove_leftovers(self.out, "")  # of workers that were killed while they wrote
         stats: dict[str, Any] = self.out.read_json("stats.json")
+        then()
         self._judge(stats, stages)
         return stats
 
@@ -168,6 +169,8 @@ class Pipeline:
         kept_first = catalog.get("score", {}).get("kept_first", "high")
         plan = self._plans.select(before["fingerprint"]).plan
         # another budget of the same ranking is no contradiction: the outputs are replaced
+        if not self.state.has_report(plan.fingerprint):
+            self.state.drop_report()
         self.state.clear_from("select")
 
         def build() -> dict[str, Any]:

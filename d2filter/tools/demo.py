@@ -28,7 +28,7 @@ from d2filter.formats.paths import Folder, absolute
 from d2filter.stages.pipeline import Pipeline
 from d2filter.stages.runner import Runner
 from d2filter.stages.worker import Report, Task
-from d2filter.tools import scenes
+from d2filter.tools import report, scenes
 
 I64 = metrics.I64
 
@@ -176,7 +176,9 @@ def demo(
     say("")
     for text in table(lines):
         say(text)
-    say(f"\nresults: {out.where(MEASURED.name)}  (subset.npy, ranking/, graph/, stats.json)")
+    written = report.report(out.sub(MEASURED.name))
+    say(f"\nreport:  {written}  (open it in a browser)")
+    say(f"results: {out.where(MEASURED.name)}  (subset.npy, ranking/, graph/, stats.json)")
     say(f"shards:  {out.where('shards')}   truth: {out.where('truth')}")
     say(f"next:    d2filter select --out-dir {out.where(MEASURED.name)} --fraction 0.3")
     say(f"         d2filter verify {out.where(MEASURED.name)}")

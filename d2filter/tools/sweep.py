@@ -23,7 +23,7 @@ import numpy.typing as npt
 from d2filter.algorithm import baselines, budget, coverage, late, selectors
 from d2filter.config import RankConfig, options_of
 from d2filter.errors import UsageError
-from d2filter.formats.paths import Folder
+from d2filter.formats.paths import Folder, read_jsons
 from d2filter.formats.runstate import RunState, digest
 from d2filter.stages import others
 
@@ -123,6 +123,18 @@ def sweep(folder: Folder, wanted: Grid, say: Say) -> list[Row]:
     _write_table(folder, rows)
     _plot(folder, rows)
     return rows
+
+
+def measured(folder: Folder) -> list[Row]:
+    """All measures that `sweep` has made on the graph that is there, by setting and fraction."""
+    graph = RunState(folder).require("graph")["fingerprint"]
+    home = folder.sub("sweep/settings")
+    rows = []
+    for found in read_jsons(home, home.names(".json")).values():
+        if found["graph"] == graph:
+            name = label(RankConfig.from_options(found["options"]))
+            rows += [{"setting": name, **row} for row in found["measures"].values()]
+    return sorted(rows, key=lambda r: (r["setting"], Decimal(r["fraction"])))
 
 
 def table(rows: list[Row]) -> list[str]:

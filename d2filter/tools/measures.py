@@ -1,0 +1,364 @@
+"""What the report shows of a finished run, as arrays: counted over all ranked samples, or measured
+on a sample of them that a hash of the uid chooses.
+
+Reads ranking and graph once, a row group at a time. Memory: the features of the sample, and the
+uids of one catalog part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.algorithm import baselines, budget, coverage, features, messages, uids
+from d2filter.config import RankConfig, SelectConfig
+from d2filter.errors import InputError
+from d2filter.formats import catalog, ledger, tables
+from d2filter.formats import uid as uid_format
+from d2filter.formats.paths import Folder
+from d2filter.formats.rows import Rows
+from d2filter.formats.runstate import RunState
+from d2filter.tools import sweep
+
+Array = npt.NDArray[Any]
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+SAMPLE = 100_000
+"""ranked samples that measures are made on, where there are more"""
+FEWEST = 2
+"""ranked samples that can be measured"""
+CELL = 20
+"""samples in a region, about"""
+_MARGIN = 1.2  # of the hash's bound: about as many as wanted must lie below it
+_FRACTIONS = tuple(Decimal(f) for f in ("0.05", "0.1", "0.2", "0.3", "0.4", "0.5", "0.7", "0.9"))
+_COLUMNS = ("uid_hi", "uid_lo", "difficulty", "forward", "final", "rank", "suppressed_by")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """What the run keeps of its ranking."""
+
+    size: int
+    min_score: float | None
+    kept_first: str
+    """the end of the score that goes first: high or low"""
+
+    def kept(self, rank: I64, difficulty: F32) -> Bools:
+        """Which samples are kept, (n,); difficulty: as it is ranked."""
+        return budget.kept_mask(rank, self.raw(difficulty), self.size, self.min_score)
+
+    def raw(self, difficulty: F32) -> F32:
+        """Difficulty as the metadata had it, (n,)."""
+        return budget.raw_scores(difficulty, self.kept_first)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ends:
+    """The first or last samples of a ranking, best first, (m,) each."""
+
+    id: I64
+    """graph ids"""
+    rank: I64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """m samples, by ascending uid, (m,) each."""
+
+    id: I64
+    """graph ids"""
+    hi: uids.U64
+    lo: uids.U64
+    difficulty: F32
+    """as it is ranked: high goes first"""
+    rank: I64
+    """in the whole ranking"""
+    lost: F64
+    """what was taken from its score, in units of the normalized difficulty; 0 for those that rank
+    after everything else"""
+    suppressed_by: I64
+    """graph id, −1 for none"""
+    spacing: F32
+    """distance to the farthest neighbor in the list"""
+    kept: Bools
+    features: features.F16 = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subset:
+    """One way to keep as many of the m samples as the run does."""
+
+    name: str
+    kept: Bools
+    """(m,)"""
+    nearest: F64
+    """(q,) distance of each held-out sample to the nearest kept one"""
+    cells: float
+    """share of the regions with a kept sample"""
+    score: float
+    """mean difficulty of what is kept, raw"""
+
+    @property
+    def coverage(self) -> float:
+        """AUCpr: the mean of it."""
+        return float(self.nearest.mean())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """Coverage of one ranking against the share that is kept."""
+
+    name: str
+    fractions: tuple[float, ...]
+    coverage: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cells:
+    """Regions of the pool, (c,) each, by ascending share."""
+
+    center: tuple[str, ...]
+    """uid of the sample in the middle"""
+    size: I64
+    share: F64
+    """kept"""
+    score: F64
+    """mean difficulty, raw"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measures:
+    """All of it."""
+
+    records: dict[str, dict[str, Any]]
+    """of the stages"""
+    stats: dict[str, Any]
+    """stats.json"""
+    reasons: dict[str, dict[str, int]]
+    """why samples were not ranked, see `ledger.count_reasons`"""
+    method: str
+    setting: str
+    """how `sweep` calls it"""
+    score: str
+    """what the difficulty is"""
+    rule: Rule
+    ranked: int
+    first: Ends
+    last: Ends
+    drawn: Drawn
+    own: Subset
+    by_score: Subset
+    at_random: Subset
+    everything: Subset
+    curves: tuple[Curve, ...]
+    cells: Cells
+    swept: tuple[sweep.Row, ...]
+    """what `d2filter sweep` measured on this graph"""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the measures are of all ranked samples."""
+        return len(self.drawn.hi) == self.ranked
+
+    @property
+    def raw(self) -> F32:
+        """Difficulty as the metadata had it, (m,)."""
+        return self.rule.raw(self.drawn.difficulty)
+
+    @property
+    def share(self) -> float:
+        """Kept, of the ranked samples."""
+        return float(self.stats["samples"]["kept"]) / self.ranked
+
+
+def measure(folder: Folder, ends: int) -> Measures:
+    """The measures of a finished run; ends: samples of the first and the last ranks to name.
+
+    Raises RunStateError when it is not finished, InputError for less than FEWEST samples.
+    """
+    state = RunState(folder)
+    records = {stage: state.require(stage) for stage in ("catalog", "graph", "rank", "select")}
+    embedded = state.done("embed")
+    stats: dict[str, Any] = folder.read_json("stats.json")
+    ranked = int(stats["samples"]["ranked"])
+    if ranked < FEWEST:
+        raise InputError(f"{folder.url} has {ranked} ranked sample, a report needs {FEWEST}")
+    score = records["catalog"]["stats"]["score"]
+    chosen = SelectConfig.from_options(records["select"]["options"])
+    size = int(records["select"]["stats"]["budget"])
+    rule = Rule(size=size, min_score=chosen.min_score, kept_first=score["kept_first"])
+    pool, first, last = _read(folder, ranked, ends)
+    kept = rule.kept(pool["rank"], pool["difficulty"])
+    drawn = Drawn(**pool, kept=kept, features=_features(folder, pool["hi"], pool["lo"]))
+    method = records["rank"]["options"]["method"]
+    name = "D2" if method == "d2" else method
+    by_score = baselines.by_score(drawn.difficulty, drawn.hi, drawn.lo)
+    at_random = baselines.at_random(drawn.hi, drawn.lo)
+    raw = rule.raw(drawn.difficulty)
+    count = min(sweep.CELLS, max(1, len(drawn.hi) // CELL))
+    cell = coverage.cells(drawn.features, drawn.hi, drawn.lo, count)
+    held = coverage.hold_out(drawn.features, drawn.hi, drawn.lo, sweep.HELD_OUT)
+
+    def subset(name: str, kept: Bools) -> Subset:
+        return Subset(
+            name=name,
+            kept=kept,
+            nearest=coverage.nearest_kept(drawn.features, held, kept),
+            cells=coverage.cells_covered(cell, kept),
+            score=float(raw[kept].mean(dtype=np.float64)) if kept.any() else math.nan,
+        )
+
+    # one name, one curve: a run may itself be ranked at random
+    rankings = {
+        "random": at_random,
+        score_name(score): by_score,
+        name: np.argsort(drawn.rank, kind="stable"),
+    }
+    size = int(kept.sum())
+    return Measures(
+        records={**({"embed": embedded} if embedded else {}), **records},
+        stats=stats,
+        reasons=ledger.count_reasons(folder),
+        method=name,
+        setting=sweep.label(_as_asked(RankConfig.from_options(records["rank"]["options"]))),
+        score=score_name(score),
+        rule=rule,
+        ranked=ranked,
+        first=first,
+        last=last,
+        drawn=drawn,
+        own=subset(name, kept),
+        by_score=subset(score_name(score), _first(by_score, size)),
+        at_random=subset("random", _first(at_random, size)),
+        everything=subset("everything", np.ones(kept.size, np.bool_)),
+        curves=tuple(_curve(n, order, drawn.features, held) for n, order in rankings.items()),
+        cells=_cells(drawn, raw, cell, count),
+        swept=tuple(sweep.measured(folder)),
+    )
+
+
+def score_name(score: dict[str, str]) -> str:
+    """What people call a run's difficulty."""
+    name = score["name"]
+    is_clip = name == "clip_score" or (
+        name.startswith("clip_") and name.endswith("_similarity_score")
+    )
+    return "CLIP score" if is_clip else name
+
+
+def rows_of(folder: Folder) -> Iterator[tuple[int, dict[str, Array]]]:
+    """The ranking and the spacing of its graph, a row group at a time, each with the graph id of
+    its first row.
+    """
+    start = 0
+    for name in folder.sub("ranking").names(".parquet"):
+        with (
+            tables.open_table(folder.sub("ranking"), name) as ranking,
+            tables.open_table(folder.sub("graph"), name) as lists,
+        ):
+            # both are written with the same row groups
+            for number in range(ranking.num_row_groups):
+                table = ranking.read_row_group(number, columns=list(_COLUMNS))
+                rows = {column: tables.to_array(table.column(column)) for column in _COLUMNS}
+                near = lists.read_row_group(number, columns=["sqdist"])
+                rows["sqdist"] = tables.to_array(near.column("sqdist"))
+                yield start, rows
+                start += table.num_rows
+
+
+def _read(folder: Folder, ranked: int, ends: int) -> tuple[dict[str, Array], Ends, Ends]:
+    """Columns of the drawn samples by ascending uid, and the ends of the ranking."""
+    bound = min(1.0, _MARGIN * SAMPLE / ranked) if ranked > SAMPLE else 1.0
+    below = np.uint64(min(2**64 - 1, int(bound * 2**64)))
+    parts: list[dict[str, Array]] = []
+    outer: list[tuple[I64, I64]] = []
+    for start, rows in rows_of(folder):
+        rank = rows["rank"]
+        at = np.flatnonzero((rank < ends) | (rank >= ranked - ends))
+        outer.append((start + at, rank[at]))
+        key = uids.hashed(rows["uid_hi"], rows["uid_lo"], salt=uids.SALT_REPORT)
+        chosen = np.flatnonzero(key <= below)
+        some = {name: values[chosen] for name, values in rows.items()}
+        late = some["forward"] == messages.FLOOR
+        lost = (some["forward"] - some["final"]).astype(np.float64) / messages.ONE
+        parts.append(
+            {
+                "id": start + chosen,
+                "hi": some["uid_hi"],
+                "lo": some["uid_lo"],
+                "difficulty": some["difficulty"],
+                "rank": some["rank"],
+                "lost": np.where(late | (some["suppressed_by"] < 0), 0.0, lost),
+                "suppressed_by": some["suppressed_by"],
+                "spacing": coverage.spacing(some["sqdist"]),
+            }
+        )
+    pool = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    keep = uids.hash_sample(pool["hi"], pool["lo"], SAMPLE, salt=uids.SALT_REPORT)
+    ids, ranks = (np.concatenate(column) for column in zip(*outer, strict=True))
+    order = np.argsort(ranks)
+    first, last = order[:ends], order[max(0, order.size - ends) :]
+    return (
+        {name: values[keep] for name, values in pool.items()},
+        Ends(id=ids[first], rank=ranks[first]),
+        Ends(id=ids[last], rank=ranks[last]),
+    )
+
+
+def _features(folder: Folder, hi: uids.U64, lo: uids.U64) -> features.F16:
+    """Features of ascending uids; the catalog ascends by uid too."""
+    home = folder.sub("catalog")
+    layout: Rows = catalog.layout(home)
+    found = []
+    for number in range(len(layout.starts) - 1):
+        part_hi, part_lo, _ = catalog.read_ids(home, number)
+        rows = uids.positions(part_hi, part_lo, hi, lo)
+        found.append(layout.part(number)[rows[rows >= 0]])
+    return np.concatenate(found)
+
+
+def _as_asked(config: RankConfig) -> RankConfig:
+    """A record names both kernel widths, also where one was given for both."""
+    return replace(config, gamma_forward=None) if config.gamma_forward == config.gamma else config
+
+
+def _first(order: I64, size: int) -> Bools:
+    kept = np.zeros(order.size, np.bool_)
+    kept[order[:size]] = True
+    return kept
+
+
+def _curve(name: str, order: I64, rows: features.F16, held: coverage.HeldOut) -> Curve:
+    told = [f for f in _FRACTIONS if budget.floor_of(f, order.size)]
+    return Curve(
+        name=name,
+        fractions=tuple(float(f) for f in told),
+        coverage=tuple(
+            coverage.aucpr(rows, held, _first(order, budget.floor_of(f, order.size))) for f in told
+        ),
+    )
+
+
+def _cells(drawn: Drawn, raw: F32, cell: I64, count: int) -> Cells:
+    centers = coverage.centers(drawn.hi, drawn.lo, count)
+    size = np.bincount(cell, minlength=centers.size)
+    there = np.flatnonzero(size)
+    share = np.bincount(cell, drawn.kept, centers.size)[there] / size[there]
+    score = np.bincount(cell, raw, centers.size)[there] / size[there]
+    order = np.lexsort((there, share))
+    chosen = centers[there[order]]
+    return Cells(
+        center=tuple(uid_format.to_hex(drawn.hi[chosen], drawn.lo[chosen])),
+        size=size[there[order]],
+        share=share[order],
+        score=score[order],
+    )

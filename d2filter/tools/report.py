@@ -1,0 +1,259 @@
+"""`d2filter report OUT`: what a finished run did to its pool, as one page that opens anywhere.
+
+The page asks for nothing from outside, and its policy (CSP) lets nothing in: captions come from the
+web. Plots are Bokeh's, whose script is the smallest that can be carried along (1.3 MB; Plotly's is
+4.8; Vega's, 0.9, comes in Python only with a compiler of 33 MB).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import d2filter
+from d2filter.algorithm import coverage
+from d2filter.errors import UsageError
+from d2filter.formats.paths import Folder
+from d2filter.formats.runstate import REPORT, RunState
+from d2filter.tools import gallery, measures, plots, sweep
+
+GALLERY = 12
+MOST_BYTES = 20_000_000
+MOST_FAR = 10_000_000_000
+"""bytes of features on an object store, which are read whole"""
+_REGIONS = 6  # of the most and the least thinned
+_LARGE_ENOUGH = 5  # samples of a region that is named
+
+Say = Callable[[str], None]
+
+
+def report(
+    folder: Folder,
+    *,
+    each: int | None = None,
+    shards: Sequence[str] = (),
+    say: Say = lambda line: None,
+) -> str:
+    """Write OUT/report.html, and return where it is.
+
+    each: pictures in a gallery; None: GALLERY, unless they would have to be fetched from far away.
+    shards: where the pictures are, for a run that does not know. Raises RunStateError for a run
+    that is not finished, UsageError for a negative `each`.
+    """
+    if each is not None and each < 0:
+        raise UsageError(f"gallery is {each}, allowed is a whole number of at least 0")
+    wanted = GALLERY if each is None else each
+    m = measures.measure(folder, max(1, wanted))
+    say(f"report    measured on {len(m.drawn.hi):,} of {m.ranked:,} ranked samples")
+    galleries = gallery.choose(folder, m, wanted) if wanted else []
+    album = gallery.Album(pictures={}, troubles=())
+    if galleries:
+        album = gallery.look_up(folder, galleries, shards, fetch=each is not None, say=say)
+    page = render(folder, m, galleries, album)
+    with folder.publish(REPORT) as path:
+        path.write_text(page, "utf-8")
+    RunState(folder).note_report(m.records["select"]["fingerprint"])
+    return folder.where(REPORT)
+
+
+def obstacle(folder: Folder) -> str:
+    """Why a run should not write its report unasked; empty when nothing speaks against it."""
+    catalog = RunState(folder).require("catalog")["stats"]
+    ranked = catalog["samples"]["ranked"]
+    if ranked < measures.FEWEST:
+        return f"there is {ranked} ranked sample"
+    size = 2 * ranked * catalog["dimension"]
+    if folder.local is None and size > MOST_FAR:
+        return f"{size / 1e9:,.0f} GB of features lie elsewhere; `d2filter report OUT` reads them"
+    return ""
+
+
+def render(
+    folder: Folder,
+    m: measures.Measures,
+    galleries: Sequence[gallery.Gallery],
+    album: gallery.Album,
+) -> str:
+    """The page, of at most MOST_BYTES: pictures that do not fit are left out, and it says so."""
+    drawn = [(name, _script_json(_item(plot))) for name, plot in plots.all_plots(m).items()]
+    page = _page(folder, m, galleries, gallery.Album(pictures={}, troubles=()), drawn)
+    room = MOST_BYTES - len(page.encode()) - 10_000 * bool(galleries)
+    if not galleries:
+        return page
+    if album.pictures:
+        album = _fitting(album, room)
+    elif not album.troubles:
+        album = gallery.Album(pictures={}, troubles=("No pictures were found.",))
+    return _page(folder, m, galleries, album, drawn)
+
+
+def _page(
+    folder: Folder,
+    m: measures.Measures,
+    galleries: Sequence[gallery.Gallery],
+    album: gallery.Album,
+    drawn: Sequence[tuple[str, Any]],
+) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    home = Path(__file__).parent / "page"
+    scripts = [_bokeh(), (home / "report.js").read_text("utf-8")]
+    environment = Environment(
+        loader=FileSystemLoader(home), autoescape=True, undefined=StrictUndefined
+    )
+    tabs = {"overview": "Overview", "scores": "Scores", "coverage": "Coverage"}
+    tabs |= {"sweep": "Sweep"} if m.swept else {}
+    tabs |= {"pictures": "Pictures"} if galleries else {}
+    tabs |= {"settings": "Settings"}
+    subsets = {one.name: one for one in (m.own, m.by_score, m.at_random, m.everything)}
+    return environment.get_template("report.html").render(
+        m=m,
+        out=folder.url,
+        title=f"{folder.url.rstrip('/').rpartition('/')[2]} · d2filter",
+        headline=_headline(m),
+        tabs=list(tabs.items()),
+        cards=_cards(m),
+        flow=_flow(m),
+        reasons=[
+            (status, reason, count)
+            for status, reasons in m.reasons.items()
+            for reason, count in reasons.items()
+        ],
+        lost=m.stats["lost_shards"],
+        held=f"{m.own.nearest.size:,}",
+        subsets=[(s, coverage.jaccard(m.own.kept, s.kept)) for s in subsets.values()],
+        regions=_regions(m.cells),
+        measures=sweep.MEASURES,
+        galleries=galleries,
+        album=album,
+        settings=_settings(m),
+        version=d2filter.__version__,
+        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        # what is made here, and nothing that a user's data could reach, goes in as it is
+        css=Markup((home / "report.css").read_text("utf-8")),
+        plots=[(name, Markup(text)) for name, text in drawn],
+        stand_ins=Markup(_script_json(plots.STAND_INS)),
+        scripts=[Markup(text) for text in scripts],
+        script_hashes=Markup(" ".join(f"'sha256-{_sha256(text)}'" for text in scripts)),
+    )
+
+
+def _fitting(album: gallery.Album, room: int) -> gallery.Album:
+    """The first pictures that fit into `room` bytes."""
+    kept = {}
+    for uid, picture in album.pictures.items():
+        room -= len(picture.url) + len(picture.caption.encode())
+        if room < 0:
+            break
+        kept[uid] = picture
+    left = len(album.pictures) - len(kept)
+    note = (f"{left:,} pictures are left out: the page ends at {MOST_BYTES / 1e6:g} MB",)
+    return gallery.Album(pictures=kept, troubles=album.troubles + note * bool(left))
+
+
+def _headline(m: measures.Measures) -> str:
+    options = m.records["rank"]["options"]
+    how = f"{m.method} by {m.score}"
+    if m.method == "D2":
+        k = options["n_neighbors"] or m.stats["graph"]["k"]
+        how += f", k = {k}, gamma = {options['gamma']:g}"
+        if options["gamma_scale"] != "none":
+            how += f" ({options['gamma_scale']})"
+    return f"{m.stats['samples']['kept']:,} of {m.ranked:,} ranked samples kept: {how}."
+
+
+def _cards(m: measures.Measures) -> list[tuple[str, str, str]]:
+    samples, graph = m.stats["samples"], m.stats["graph"]
+    low, high = graph["recall_ci"]
+    taken = sum(m.stats["seconds"].values())
+    return [
+        (f"{samples['read']:,}", "samples read", ""),
+        (f"{samples['ranked']:,}", "ranked", ""),
+        (f"{samples['kept']:,}", "kept", f"{m.share:.1%} of the ranked"),
+        (f"{samples['bad'] + samples['duplicate']:,}", "not ranked", "bad or duplicate"),
+        (
+            f"{graph['recall']:.4f}",
+            f"recall@{graph['k']} of the graph",
+            f"95%: {low:.4f} to {high:.4f}",
+        ),
+        (
+            _duration(taken),
+            "in all stages",
+            f"{graph['partitions']} partitions" if graph["partitions"] > 1 else "in one partition",
+        ),
+    ]
+
+
+def _flow(m: measures.Measures) -> list[dict[str, Any]]:
+    """Counts that add up to what was read."""
+    samples = m.stats["samples"]
+    read = max(1, samples["read"])
+    labels = {"kept": "kept", "pruned": "pruned", "duplicate": "duplicates", "bad": "bad"}
+    return [
+        {
+            "name": name,
+            "label": label,
+            "count": samples[name],
+            "percent": 100 * samples[name] / read,
+            "says": f"{samples[name]:,} {label}",
+        }
+        for name, label in labels.items()
+    ]
+
+
+def _regions(cells: measures.Cells) -> list[tuple[str, list[tuple[str, int, float, float]]]]:
+    """The most and the least thinned."""
+    rows = [
+        row
+        for row in zip(
+            cells.center, cells.size.tolist(), cells.share.tolist(), cells.score.tolist(),
+            strict=True,
+        )
+        if row[1] >= _LARGE_ENOUGH
+    ]  # fmt: skip
+    found = [("Most thinned regions", rows[:_REGIONS])]
+    return [*found, ("Least thinned regions", rows[::-1][:_REGIONS])] if rows else []
+
+
+def _settings(m: measures.Measures) -> list[tuple[str, list[tuple[str, str]]]]:
+    found = []
+    for stage, record in m.records.items():
+        told = {"d2filter": record["d2filter"], **record["options"]}
+        told["seconds"] = f"{record['seconds']:,}"
+        told["peak memory of a process"] = f"{record['peak_rss_bytes'] / 1e9:.2f} GB"
+        found.append((stage, [(n.replace("_", "-"), str(v)) for n, v in told.items()]))
+    return found
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _item(plot: Any) -> Any:
+    from bokeh.embed import json_item
+
+    return json_item(plot)
+
+
+def _script_json(value: Any) -> str:
+    """JSON that can stand in a script element whatever strings it holds."""
+    return json.dumps(value).replace("<", "\\u003c")
+
+
+def _bokeh() -> str:
+    import bokeh
+
+    path = Path(bokeh.__file__).parent / "server/static/js/bokeh.min.js"
+    return path.read_text("utf-8")
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")

@@ -1,0 +1,405 @@
+"""The report: its figures against the whole files, its pictures, and what its page lets in."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pools
+import pytest
+import shards as made
+from PIL import Image
+
+from d2filter.algorithm import coverage
+from d2filter.cli import main
+from d2filter.errors import UsageError
+from d2filter.formats import catalog, graph, ranking
+from d2filter.formats import uid as uid_format
+from d2filter.formats.paths import Folder
+from d2filter.tools import gallery, measures, plots, report
+
+pytestmark = pytest.mark.usefixtures("cluster", "reports")
+
+N = 240
+EVIL = (
+    "<script>document.title='taken'</script><img src=https://evil.example/x.png onerror=alert(1)>"
+)
+
+
+@pytest.fixture(scope="module")
+def made_run(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
+    """A run of three partitions whose samples lie in two shards; ranked without a report."""
+    folder = tmp_path_factory.mktemp("reported")
+    pool = pools.make(N, 8, copies=0.5)
+    files: dict[int, list[tuple[str, bytes]]] = {0: [], 1: []}
+    shard, key = [], []
+    for i, uid in enumerate(pool["uid"]):
+        members = made.members(f"{i:05d}", i % 20, uid=uid)
+        files[i % 2] += [members[0], (f"{i:05d}.txt", f"number {i} {EVIL}".encode()), members[2]]
+        shard.append(str(folder / f"s{i % 2}.tar"))
+        key.append(f"{i:05d}")
+    for number, members in files.items():
+        made.write(folder / f"s{number}.tar", members)
+    pools.write(folder / "m", pool, files=2, columns={"shard": shard, "key": key})
+    words = ["run", "--metadata-dir", str(folder / "m"), "--out-dir", str(folder / "o")]
+    more = ["--n-neighbors", "4", "--partitions", "3", "--min-score", "0.65", "--no-report"]
+    assert main([*words, *more]) == 0
+    assert not (folder / "o/report.html").exists()
+    return folder / "o"
+
+
+@pytest.fixture
+def run(made_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made_run, tmp_path / "o"))
+
+
+def columns(out: Path) -> dict[str, np.ndarray]:
+    parts = list(ranking.iter_columns(Folder(str(out)).sub("ranking")))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def test_the_measures_are_those_of_the_whole_files(run: Path) -> None:
+    folder = Folder(str(run))
+    m = measures.measure(folder, 7)
+    rows, g = columns(run), graph.read(folder.sub("graph"))
+    features = np.concatenate([p.features for p in catalog.iter_parts(folder.sub("catalog"))])
+    order = np.lexsort((rows["uid_lo"], rows["uid_hi"]))
+    assert m.whole
+    np.testing.assert_array_equal(m.drawn.id, order)
+    np.testing.assert_array_equal(m.drawn.rank, rows["rank"][order])
+    np.testing.assert_array_equal(m.drawn.features, features)
+    np.testing.assert_allclose(m.drawn.spacing, np.sqrt(g.sqdist[order].max(axis=1)), rtol=1e-6)
+    subset = {tuple(pair) for pair in np.load(run / "subset.npy").tolist()}
+    pairs = zip(m.drawn.hi.tolist(), m.drawn.lo.tolist(), strict=True)
+    assert m.drawn.kept.tolist() == [pair in subset for pair in pairs]
+    assert 0 < m.own.kept.sum() < int(0.3 * N)  # --min-score bites
+    for one in (m.by_score, m.at_random):
+        assert one.kept.sum() == m.own.kept.sum()
+    lost = (rows["forward"] - rows["final"])[order] / 2.0**40
+    np.testing.assert_allclose(m.drawn.lost, np.where(m.drawn.suppressed_by >= 0, lost, 0))
+    first = np.argsort(rows["rank"])
+    np.testing.assert_array_equal(m.first.id, first[:7])
+    np.testing.assert_array_equal(m.last.id, first[-7:])
+    # coverage by brute force
+    held = coverage.hold_out(features, m.drawn.hi, m.drawn.lo, 2000).rows
+    wide = features.astype(np.float64)
+    far = np.linalg.norm(wide[held][:, None] - wide[None], axis=2)
+    far[:, held] = np.inf
+    for one in (m.own, m.by_score, m.at_random, m.everything):
+        nearest = np.where(one.kept, far, np.inf).min(axis=1)
+        np.testing.assert_allclose(one.nearest, nearest, rtol=1e-5)
+        assert one.coverage == pytest.approx(nearest.mean())
+        assert one.score == pytest.approx(m.raw[one.kept].mean())
+    assert m.everything.kept.all()
+    assert m.cells.size.sum() == N
+    assert (m.cells.size * m.cells.share).sum() == pytest.approx(m.drawn.kept.sum())
+
+
+def test_a_large_pool_is_measured_on_samples_that_only_their_uids_choose(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measures, "SAMPLE", 50)
+    words = ["run", "--metadata-dir", str(run), "--out-dir", str(tmp_path / "p")]
+    words[2] = json.loads((run / "completions/catalog.json").read_text())["sources"]["metadata"]
+    assert main([*words, "--n-neighbors", "4", "--min-score", "0.65", "--no-report"]) == 0
+    three, one = (measures.measure(Folder(str(out)), 5) for out in (run, tmp_path / "p"))
+    assert not three.whole
+    assert three.drawn.hi.size == 50
+    for name in ("hi", "lo", "difficulty", "rank", "spacing", "kept", "features", "lost"):
+        np.testing.assert_array_equal(getattr(three.drawn, name), getattr(one.drawn, name))
+    assert three.own.coverage == one.own.coverage
+    assert three.first.rank.tolist() == list(range(5))
+    assert three.last.rank.tolist() == list(range(N - 5, N))
+    whole = columns(run)
+    at = three.drawn.id
+    np.testing.assert_array_equal(whole["uid_hi"][at], three.drawn.hi)
+    page = Path(report.report(Folder(str(run)), each=0)).read_text()
+    assert "50 of 240 ranked samples" in page
+
+
+def test_the_galleries_show_who_suppressed_whom(run: Path) -> None:
+    folder = Folder(str(run))
+    m = measures.measure(folder, 12)
+    rows = columns(run)
+    kept = set(m.drawn.id[m.drawn.kept].tolist())
+    score = set(m.drawn.id[m.by_score.kept].tolist())
+    titled = {one.title: one for one in gallery.choose(folder, m, 12)}
+    groups = titled["Most suppressed groups"].groups
+    victims = (rows["suppressed_by"] >= 0) & ~np.isin(np.arange(N), list(kept))
+    loss = np.bincount(
+        rows["suppressed_by"][victims], (rows["forward"] - rows["final"])[victims], N
+    )
+    best = [i for i in np.argsort(-loss, kind="stable").tolist() if i in kept and loss[i] > 0]
+    assert {group[0].id for group in groups} == set(best[:6])
+    for lead, *others in groups:
+        assert lead.kept
+        assert lead.sqdist is None
+        assert others
+        for one in others:
+            assert rows["suppressed_by"][one.id] == lead.id
+            assert one.id not in kept
+            assert not one.kept
+        far = [one.sqdist for one in others if one.sqdist is not None]
+        assert far == sorted(far)
+    ranks = [group[0].rank for group in titled["Ranked first"].groups]
+    assert ranks == list(range(12))
+    ranks = [group[0].rank for group in titled["Ranked last"].groups]
+    assert ranks == list(range(N - 1, N - 13, -1))
+    gained = titled["Kept by D2, not by CLIP score alone"].groups
+    assert {group[0].id for group in gained} <= kept - score
+    for one, *by in titled["Kept by CLIP score alone, not by D2"].groups:
+        assert one.id in score - kept
+        assert [other.id for other in by] == [i for i in [rows["suppressed_by"][one.id]] if i >= 0]
+    hexes = uid_format.to_hex(rows["uid_hi"], rows["uid_lo"])
+    for found in titled.values():
+        for group in found.groups:
+            assert [hexes[one.id] for one in group] == [one.uid for one in group]
+            assert [rows["rank"][one.id] for one in group] == [one.rank for one in group]
+
+
+def uids_in(page: str) -> set[str]:
+    return set(re.findall(r"explain OUT ([0-9a-f]{32})", page))
+
+
+def test_pictures_come_out_of_the_shards_and_captions_are_only_text(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(run), "--gallery", "3"]) == 0
+    assert str(run / "report.html") in capsys.readouterr().out
+    page = (run / "report.html").read_text()
+    assert EVIL not in page
+    assert "&lt;script&gt;document.title" in page
+    assert page.count("data:image/jpeg;base64,") >= len(uids_in(page)) > 9
+    assert "no picture" not in page.replace("No pictures", "")
+    url = re.search(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    assert url is not None
+    import io
+
+    with Image.open(io.BytesIO(base64.b64decode(url[1]))) as picture:
+        assert max(picture.size) <= gallery.THUMBNAIL
+
+
+def test_the_policy_lets_in_the_scripts_of_the_page_and_nothing_else(run: Path) -> None:
+    report.report(Folder(str(run)), each=2)
+    page = (run / "report.html").read_text()
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', page)
+    assert policy is not None
+    rules = dict(rule.strip().split(" ", 1) for rule in policy[1].split(";"))
+    assert rules["default-src"] == "'none'"
+    assert rules["img-src"] == "data:"
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    hashes = [
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for text in scripts
+    ]
+    assert rules["script-src"].split() == hashes
+    assert not re.search(r"<(link|iframe|object|embed|base)\b|<script[^>]+src=", page)
+
+
+def test_what_is_no_json_cannot_leave_a_script_element() -> None:
+    text = report._script_json({"a": "</script><script>alert(1)</script>"})
+    assert "<" not in text
+    assert json.loads(text) == {"a": "</script><script>alert(1)</script>"}
+
+
+def test_pictures_that_do_not_fit_are_left_out_and_told(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = len(Path(report.report(Folder(str(run)), each=0)).read_bytes())
+    monkeypatch.setattr(report, "MOST_BYTES", bare + 60_000)
+    page = Path(report.report(Folder(str(run)), each=12)).read_text()
+    assert len(page.encode()) <= report.MOST_BYTES
+    assert 0 < page.count("data:image/jpeg") < 40
+    assert re.search(r"\d+ pictures are left out: the page ends at", page)
+
+
+def test_shards_that_are_gone_are_told_and_the_report_is_made(
+    run: Path, tmp_path: Path, made_run: Path
+) -> None:
+    folder = Folder(str(run))
+    m = measures.measure(folder, 4)
+    galleries = gallery.choose(folder, m, 4)
+    moved = [
+        replace(g, groups=tuple(tuple(replace(s) for s in group) for group in g.groups))
+        for g in galleries
+    ]
+    places = gallery._places(folder, {s.uid for g in moved for group in g.groups for s in group})
+    assert set(places) == {str(made_run.parent / f"s{i}.tar") for i in (0, 1)}
+    # as if the shards had been moved: found again by uid where one says they are
+    for i in (0, 1):
+        shutil.copy(made_run.parent / f"s{i}.tar", tmp_path / f"moved{i}.tar")
+    by_uid = gallery.look_up(folder, moved, [str(tmp_path / "moved{0,1}.tar")], False, print)
+    by_key = gallery.look_up(folder, moved, [], False, print)
+    assert by_uid.pictures == by_key.pictures
+    assert not by_uid.troubles
+    assert not by_key.troubles
+    hidden = made_run.parent / "hidden.tar"
+    (made_run.parent / "s0.tar").rename(hidden)
+    try:
+        album = gallery.look_up(folder, moved, [], False, print)
+        page = report.render(folder, m, moved, album)
+    finally:
+        hidden.rename(made_run.parent / "s0.tar")
+    assert 0 < len(album.pictures) < len(by_key.pictures)
+    (trouble,) = album.troubles
+    assert "s0.tar does not exist" in trouble
+    assert "s0.tar does not exist" in page
+    assert "no picture" in page
+
+
+def test_pictures_far_away_are_not_fetched_unasked(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    folder = Folder(str(run))
+    m = measures.measure(folder, 2)
+    galleries = gallery.choose(folder, m, 2)
+    places = gallery._places(
+        folder, {s.uid for g in galleries for group in g.groups for s in group}
+    )
+    fs = fsspec.filesystem("memory")
+    for url in places:
+        fs.pipe(f"/far/{Path(url).name}", Path(url).read_bytes())
+    elsewhere = {f"memory://far/{Path(url).name}": found for url, found in places.items()}
+    monkeypatch.setattr(gallery, "_places", lambda folder, wanted: elsewhere)
+    monkeypatch.setattr(gallery, "REMOTE_BYTES", 1000)
+    album = gallery.look_up(folder, galleries, [], False, print)
+    assert not album.pictures
+    assert "2 shards" in album.troubles[0]
+    assert "--gallery N" in album.troubles[0]
+    asked = gallery.look_up(folder, galleries, [], True, print)
+    assert asked.pictures
+    assert not asked.troubles
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", made.picture(1)[:300]])
+def test_what_cannot_be_decoded_is_no_thumbnail(content: bytes) -> None:
+    assert gallery.thumbnail(content) == b""
+
+
+def test_odd_pictures_have_thumbnails(monkeypatch: pytest.MonkeyPatch) -> None:
+    for content in (
+        made.black_png_with_alpha(),
+        made.picture(2, "WEBP"),
+        made.picture(3, mode="L"),
+    ):
+        assert gallery.thumbnail(content)
+    monkeypatch.setattr(gallery, "_MOST_PIXELS", 100)
+    assert gallery.thumbnail(made.picture(1)) == b""
+
+
+def test_a_run_writes_its_report_and_another_budget_removes_it(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = json.loads((run / "completions/catalog.json").read_text())["sources"]["metadata"]
+    words = ["run", "--metadata-dir", source, "--out-dir", str(run), "--n-neighbors", "4"]
+    page = run / "report.html"
+    assert main(words) == 0
+    assert f"report    {page}" in capsys.readouterr().out
+    first = page.stat()
+    assert main(words) == 0
+    assert "report    done before" in capsys.readouterr().out
+    assert page.stat().st_mtime_ns == first.st_mtime_ns
+    assert main(["select", "--out-dir", str(run), "--fraction", "0.3"]) == 0
+    assert page.exists()  # the same budget
+    assert main(["select", "--out-dir", str(run), "--fraction", "0.1"]) == 0
+    assert not page.exists()
+    assert main(words) == 0
+    assert page.exists()
+    assert main(["rank", "--out-dir", str(run), "--gamma", "2", "--overwrite", "rank"]) == 0
+    assert not page.exists()
+
+
+def test_what_was_swept_is_in_it(run: Path) -> None:
+    words = ["sweep", str(run), "--method", "score,semdedup", "--fraction", "0.1,0.3"]
+    assert main(words) == 0
+    m = measures.measure(Folder(str(run)), 1)
+    assert [(row["setting"], row["fraction"]) for row in m.swept] == [
+        (name, share) for name in ("score", "semdedup") for share in ("0.1", "0.3")
+    ]
+    page = Path(report.report(Folder(str(run)), each=0)).read_text()
+    assert 'id="sweep"' in page
+    assert m.setting == "d2 k=4 gamma=1.0"  # what a sweep of it would be called
+    assert "semdedup" in page
+    # of another graph it is not
+    path = next((run / "sweep/settings").glob("semdedup*"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "graph": "another"}))
+    assert {row["setting"] for row in measures.measure(Folder(str(run)), 1).swept} == {"score"}
+
+
+@pytest.mark.parametrize("method", ["random", "score"])
+def test_other_methods_have_a_report_too(run: Path, method: str) -> None:
+    words = ["--out-dir", str(run), "--overwrite", "rank", "--method", method]
+    assert main(["rank", *words]) == 0
+    assert main(["select", "--out-dir", str(run)]) == 0
+    page = Path(report.report(Folder(str(run)), each=2)).read_text()
+    assert f"{method} by CLIP score" in page
+    assert "Most suppressed groups" not in page
+
+
+def test_a_column_with_an_odd_name_is_only_a_name(tmp_path: Path) -> None:
+    name = "$$x$$ @{y} <b>"
+    pool = pools.make(60, 6)
+    pools.write(tmp_path / "m", pool, columns={name: np.arange(60.0)})
+    words = ["run", "--metadata-dir", str(tmp_path / "m"), "--out-dir", str(tmp_path / "o")]
+    assert main([*words, "--score-column", name, "--fraction", "0.5"]) == 0
+    page = (tmp_path / "o/report.html").read_text()
+    assert name not in page
+    assert "No pictures: the run does not know the shards" in page
+    labels = [
+        json.dumps(str(axis.axis_label))
+        for plot in plots.all_plots(measures.measure(Folder(str(tmp_path / "o")), 1)).values()
+        for axis in plot.axis
+    ]
+    assert not any("$" in label for label in labels)
+
+
+def test_one_sample_has_no_report_and_the_run_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pools.write(tmp_path / "m", pools.make(1, 4))
+    words = ["run", "--metadata-dir", str(tmp_path / "m"), "--out-dir", str(tmp_path / "o")]
+    assert main([*words, "--fraction", "1"]) == 0
+    assert "report    left out: there is 1 ranked sample" in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "o")]) == 1
+    assert "1 ranked sample, a report needs 2" in capsys.readouterr().err
+
+
+def test_features_far_away_are_not_read_unasked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert report.obstacle(Folder(str(run))) == ""
+    elsewhere = Folder("memory://far/run")
+    elsewhere.publish_json(
+        "completions/catalog.json", json.loads((run / "completions/catalog.json").read_text())
+    )
+    assert report.obstacle(elsewhere) == ""
+    monkeypatch.setattr(report, "MOST_FAR", 1000)
+    assert "features lie elsewhere" in report.obstacle(elsewhere)
+
+
+def test_an_unfinished_run_and_a_negative_gallery_are_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(tmp_path / "nothing")]) == 1
+    assert "no finished catalog" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="gallery is -1"):
+        report.report(Folder(str(run)), each=-1)
+
+
+def test_too_many_bad_samples_still_leave_a_report(tmp_path: Path) -> None:
+    pool: dict[str, Any] = pools.make(60, 6)
+    for i in range(20):
+        pool["uid"][i] = "no uid"
+    pools.write(tmp_path / "m", pool)
+    words = ["run", "--metadata-dir", str(tmp_path / "m"), "--out-dir", str(tmp_path / "o")]
+    assert main(words) == 3
+    page = (tmp_path / "o/report.html").read_text()
+    assert "Not ranked, by reason" in page
+    assert "bad: " in page
