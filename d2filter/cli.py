@@ -243,6 +243,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     looking.add_argument("--json", action="store_true", help="for programs")
     reporting = command("report", "what a run did to its pool, as one page to look at", _run_report)
     options.report(reporting)
+    planning = command("plan", "what a run would take on a cluster, before it is run", _run_plan)
+    options.plan(planning)
     explaining = command("explain", "why samples were kept or dropped", _run_explain)
     explaining.add_argument("out_dir", metavar="OUT", help="run directory")
     explaining.add_argument("uids", metavar="UID", nargs="+", help="32 hex digits")
@@ -257,6 +259,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+def _whisper(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _run_pipeline(arguments: argparse.Namespace) -> None:
@@ -286,7 +292,11 @@ def _write_report(work: Pipeline) -> None:
     if obstacle:
         _say(f"report    left out: {obstacle}")
         return
-    _say(f"report    {report.report(work.out, say=_say)}")
+    try:
+        _say(f"report    {report.report(work.out, say=_say)}")
+    except Exception as error:  # the run itself is done, whatever its picture cannot show
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        _whisper(f"d2filter: warning: no report: {text}; `d2filter report OUT` tries again")
 
 
 def _run_report(arguments: argparse.Namespace) -> None:
@@ -335,6 +345,7 @@ def _run_sweep(arguments: argparse.Namespace) -> None:
         _say(line)
     _say(
         f"\nall measures: {folder.where('sweep/table.csv')}  plot: {folder.where('sweep/plot.png')}"
+        f"\n`d2filter report {folder.url}` shows them beside the rest"
     )
 
 
@@ -375,6 +386,22 @@ def _run_reshard(arguments: argparse.Namespace) -> None:
         f"{figures['samples']:,} samples, {figures['bytes'] / 1e6:,.1f} MB, from {len(shards):,} "
         f"shards to {out.url}"
     )
+
+
+def _run_plan(arguments: argparse.Namespace) -> None:
+    import json
+
+    from d2filter.tools import estimate, plan
+
+    pool, cluster, rates = plan.asked(arguments, _say if not arguments.json else _whisper)
+    found = estimate.estimate(pool, cluster, rates)
+    if arguments.json:
+        _say(json.dumps(plan.as_json(found), indent=2))
+    else:
+        for line in plan.lines(found, pool, cluster, rates):
+            _say(line)
+    if found.refusals:
+        raise UsageError(f"this cannot work: {'; '.join(found.refusals)}")
 
 
 def _run_explain(arguments: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ FeatureType = Literal["image|text", "image", "text"]
 METHODS = ("d2", *selectors.SELECTORS)
 GAMMA_SCALES = ("none", "median")
 FEATURE_TYPES: tuple[FeatureType, ...] = ("image|text", "image", "text")
+DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16")
 DEFAULT_ARCH = "l14"
 LEAST_MEMORY = 700_000_000  # of a worker: half of it is taken before it holds a sample
@@ -292,7 +293,6 @@ class SelectConfig:
     also: tuple[str, ...] = ()
     """further shares of the same ranking, a file each"""
 
-    def __post_init__(self) -> None:
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> SelectConfig:
         """From `options_of` one, as a run's record holds it."""
@@ -305,6 +305,7 @@ class SelectConfig:
             }
         )
 
+    def __post_init__(self) -> None:
         for share in self.also:
             parse_fraction(share)
         if self.fraction is not None and self.budget is not None:
@@ -340,6 +341,8 @@ class RunConfig:
     """bytes that a task may use; 0: the node's share"""
     address: str = ""
     """Ray cluster to join; empty: Ray starts inside this process"""
+    device: str = "auto"
+    """where models and products run; auto: on GPUs where the cluster has any"""
     overwrite: tuple[str, ...] = ()
     """stages whose results may be replaced"""
 
@@ -348,6 +351,8 @@ class RunConfig:
             raise UsageError("out-dir is empty: --out-dir runs/first")
         if not 0 <= self.max_bad <= 1:
             raise UsageError(f"max-bad is {self.max_bad}, allowed is 0 to 1: --max-bad 0.01")
+        if self.device not in DEVICES:
+            raise UsageError(f"device is {self.device!r}, allowed are {', '.join(DEVICES)}")
         if self.partitions:
             _at_least("partitions", self.partitions, 1)
         if self.memory_per_worker and self.memory_per_worker < LEAST_MEMORY:

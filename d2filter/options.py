@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -110,6 +111,12 @@ def shards(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pretrained", default="", help="open_clip tag or path to weights")
     group.add_argument("--precision", default="fp32", help=", ".join(config.PRECISIONS))
     group.add_argument("--batch-size", type=int, default=64, help="images in a forward pass")
+    group.add_argument(
+        "--device",
+        choices=config.DEVICES,
+        default="auto",
+        help="auto: GPUs where the cluster has any; cuda: GPUs, or not at all; for the graph too",
+    )
 
 
 def catalog(parser: argparse.ArgumentParser) -> None:
@@ -404,12 +411,6 @@ def reshard(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="", help="YAML file with the same option names")
 
 
-def _comma_separated(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    def values(text: str) -> list[Any]:
-        try:
-            return [convert(word.strip()) for word in text.split(",")]
-        except (ValueError, InvalidOperation):
-            raise argparse.ArgumentTypeError(
 def report(parser: argparse.ArgumentParser) -> None:
     """Of the command that writes report.html."""
     parser.add_argument("out_dir", metavar="OUT", help="run directory")
@@ -439,6 +440,60 @@ def report_of_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def plan(parser: argparse.ArgumentParser) -> None:
+    """Of the command that predicts."""
+    default = config.GraphConfig()
+    group = parser.add_argument_group("pool")
+    group.add_argument("--samples", type=_count, default=0, metavar="N", help="12800000 or 12.8e6")
+    group.add_argument("--dim", type=int, default=768, help="of one embedding")
+    group.add_argument(
+        "--metadata-dir", default="", help="count and measure the rows of a real pool instead"
+    )
+    group.add_argument(
+        "--arch", default=config.DEFAULT_ARCH, help="of --metadata-dir: which embeddings"
+    )
+    group.add_argument("--feature-type", default="image|text", help="image|text, image or text")
+    group.add_argument("--n-neighbors", type=int, default=default.n_neighbors, help="k")
+    group.add_argument("--fraction", default="0.3", help="share that is kept")
+    group.add_argument(
+        "--shards", action="store_true", help="it begins with shards, which are embedded"
+    )
+    group.add_argument(
+        "--images-per-second", type=float, default=0.0, metavar="X",
+        help="that one GPU embeds, or a node without",
+    )  # fmt: skip
+    group = parser.add_argument_group("cluster")
+    group.add_argument("--nodes", type=int, default=1, help="of one kind")
+    group.add_argument("--cpus", type=int, default=os.cpu_count() or 1, help="of a node")
+    group.add_argument("--gpus", type=int, default=0, help="of a node")
+    group.add_argument("--memory", type=_bytes, default=16_000_000_000, help="of a node: 512GB")
+    group.add_argument("--disk", type=_bytes, default=0, help="room for the run directory: 40TB")
+    group.add_argument("--partitions", type=_partitions, default=0, help="auto, or a number")
+    memory(parser)
+    group = parser.add_argument_group("rates")
+    group.add_argument(
+        "--rates", default="", metavar="FILE", help="measured rates (default: those of 2 CPUs)"
+    )
+    group.add_argument(
+        "--calibrate", action="store_true",
+        help="measure rates on this machine first, in about half a minute, into --rates if given",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def _count(text: str) -> int:
+    value = float(text.replace(",", "").replace("_", ""))
+    if not 1 <= value <= 1e15 or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r}, allowed is a whole number: 12.8e6")
+    return int(value)
+
+
+def _comma_separated(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def values(text: str) -> list[Any]:
+        try:
+            return [convert(word.strip()) for word in text.split(",")]
+        except (ValueError, InvalidOperation):
+            raise argparse.ArgumentTypeError(
                 f"{text!r}, allowed are values separated by commas"
             ) from None
 
@@ -483,6 +538,7 @@ def run_config(arguments: argparse.Namespace) -> config.RunConfig:
         partitions=given.get("partitions", 0),
         memory_per_worker=given.get("memory_per_worker", 0),
         address=arguments.address,
+        device=given.get("device", "auto"),
         overwrite=tuple(arguments.overwrite),
     )
 

@@ -79,11 +79,14 @@ def nearest_kept(rows: features.F16, held: HeldOut, kept: Bools) -> F64:
 
 
 def kept_by_decile(values: npt.NDArray[np.floating], kept: Bools) -> F64:
-    """Share kept in each tenth of the pool by ascending value, (10,); values: (n,). Ties lie in the
-    order of rows. NaN for a tenth without samples.
+    """Share kept in each tenth of the pool by ascending value, (10,); values: (n,). Equal values
+    count with the share that is kept of all of them: their order says nothing. NaN for a tenth
+    without samples.
     """
     order = np.argsort(values, kind="stable")
-    parts = np.array_split(kept[order], DECILES)
+    _, tie = np.unique(values[order], return_inverse=True)
+    share = np.bincount(tie, kept[order]) / np.bincount(tie)
+    parts = np.array_split(share[tie], DECILES)
     return np.array([part.mean() if part.size else np.nan for part in parts])
 
 

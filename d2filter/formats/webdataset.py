@@ -22,6 +22,7 @@ from d2filter.errors import InputError, UsageError
 from d2filter.formats import tarindex
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import FileInfo, Folder, filesystem
+from d2filter.formats.remote import version_of
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 # what such a member may hold, whatever its name says: a decoder for PostScript runs programs
@@ -42,6 +43,12 @@ class Shard:
     info: FileInfo
     name: str
     """base name without .tar; made unique among the shards of a run"""
+
+    @property
+    def place(self) -> tuple[Folder, str]:
+        """The folder that it lies in, and the file's name there."""
+        parent, _, name = self.url.rpartition("/")
+        return Folder(parent or "."), name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +108,20 @@ def list_shards(patterns: Sequence[str]) -> list[Shard]:
         mark = hashlib.blake2b(url.encode(), digest_size=4).hexdigest()
         shards.append(Shard(url, found[url], f"{name}-{mark}" if name in repeated else name))
     return shards
+
+
+def shard_at(url: str) -> Shard:
+    """The shard of exactly this name: no pattern, no folder. Raises InputError when it is missing,
+    StorageError when a remote one cannot be looked up.
+    """
+    fs, path = filesystem(url)
+    try:
+        entry = fs.info(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"shard {clean(url)} does not exist") from error
+    name = PurePosixPath(url).name
+    info = FileInfo(name, int(entry["size"] or 0), version_of(entry))
+    return Shard(url, info, name.removesuffix(".tar"))
 
 
 def read_samples(shard: Shard, wanted: Container[str] | None = None) -> Iterator[Sample]:
@@ -182,8 +203,8 @@ class _Listing:
 @contextmanager
 def _local_copy(shard: Shard) -> Iterator[IO[bytes]]:
     """The shard as a seekable local file; remote ones are fetched whole and checked for length."""
-    parent, _, name = shard.url.rpartition("/")
-    with Folder(parent or ".").fetched(name, shard.info) as stream:
+    folder, name = shard.place
+    with folder.fetched(name, shard.info) as stream:
         yield stream
 
 

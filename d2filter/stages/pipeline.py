@@ -17,7 +17,7 @@ from d2filter.config import RunConfig, SelectConfig
 from d2filter.errors import D2FilterError, RecallError, TooManyBadError
 from d2filter.formats import ledger, logs
 from d2filter.formats.paths import Folder, absolute, remove_leftovers
-from d2filter.formats.runstate import STAGES, Plan, RunState
+from d2filter.formats.runstate import REPORT, STAGES, Plan, RunState
 from d2filter.stages.plans import Plans
 from d2filter.stages.runner import Runner
 from d2filter.stages.worker import Task, peak_rss_bytes
@@ -170,6 +170,8 @@ class Pipeline:
         plan = self._plans.select(before["fingerprint"]).plan
         # another budget of the same ranking is no contradiction: the outputs are replaced
         if not self.state.has_report(plan.fingerprint):
+            if self.out.exists(REPORT):
+                self._say(f"{REPORT} of another subset is removed: `d2filter report OUT` makes one")
             self.state.drop_report()
         self.state.clear_from("select")
 

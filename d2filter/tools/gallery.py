@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import warnings
 from collections import defaultdict
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2filter.algorithm import uids
-from d2filter.errors import D2FilterError
+from d2filter.errors import StorageError
 from d2filter.formats import tables, webdataset
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
@@ -29,8 +30,9 @@ _QUALITY = 80
 _IN_GROUP = 5  # dropped ones beside the kept one
 _MOST_PIXELS = 1 << 26
 _CAPTION = 240  # characters
-REMOTE_BYTES = 2 << 30
-"""of shards elsewhere that are fetched without being asked to"""
+_ELSEWHERE = (
+    "No pictures of shards on other machines: `d2filter report OUT --gallery N` fetches them"
+)
 _COLUMNS = ("uid_hi", "uid_lo", "difficulty", "rank", "suppressed_by")
 
 
@@ -85,18 +87,18 @@ def choose(folder: Folder, m: Measures, each: int) -> list[Gallery]:
     galleries = [
         Gallery(
             title="Most suppressed groups",
-            says="A kept sample, framed, and neighbors that were dropped since it took most of "
-            "their score.",
+            says="A kept sample, framed, and dropped ones from whose scores it took more than any "
+            "other.",
             groups=tuple(people.suppressed(max(1, each // 2))),
         ),
         Gallery(
             title="Ranked first",
-            says="What every budget keeps.",
+            says="What goes in first.",
             groups=tuple((one,) for one in people.shown(m.first.id[:each])),
         ),
         Gallery(
             title="Ranked last",
-            says="What goes first when the budget shrinks.",
+            says="What goes in last.",
             groups=tuple((one,) for one in people.shown(m.last.id[-each:][::-1])),
         ),
     ]
@@ -111,7 +113,7 @@ def choose(folder: Folder, m: Measures, each: int) -> list[Gallery]:
             ),
             Gallery(
                 title=f"Kept by {score} alone, not by {m.method}",
-                says="Beside each the sample that took most of its score, where there is one.",
+                says="Beside each the sample that took most from its score, where there is one.",
                 groups=tuple(people.with_suppressors(_some(m, lost, each))),
             ),
         ]
@@ -123,13 +125,15 @@ def look_up(
 ) -> Album:
     """Thumbnails of all samples of some galleries, from the shards that the catalog names.
 
-    shards: patterns to search by uid instead. fetch: read shards elsewhere whatever they weigh.
+    shards: patterns to search by uid instead. fetch: read shards on other machines too. The names
+    of shards come from metadata that anybody may have made: they are looked up as they are, and
+    nothing but this machine's disks is read unasked.
     """
     wanted = {one.uid for gallery in galleries for group in gallery.groups for one in group}
     album = _Album()
     if shards:
         for shard in webdataset.list_shards(shards):
-            album.read(shard, None, wanted)
+            album.read(shard, wanted)
             if wanted <= album.pictures.keys():
                 break
         album.miss(wanted)
@@ -138,24 +142,25 @@ def look_up(
     if not places:
         why = "the run does not know the shards of its samples: `d2filter report OUT --shards …`"
         return Album(pictures={}, troubles=(f"No pictures: {why}",))
-    found, heavy = {}, 0
+    say(f"report    reading {len(wanted):,} pictures from {len(places):,} shards")
+    silent: set[str] = set()  # folders whose storage did not answer: asking costs a minute each
     for url in sorted(places):
-        try:
-            (found[url],) = webdataset.list_shards([url])
-        except (D2FilterError, ValueError) as error:
-            album.trouble(f"{len(places[url])} pictures: {error}")
+        home = url.rpartition("/")[0]
+        mine = places[url]
+        if home in silent:
+            album.trouble(f"pictures in other shards of {home} were not tried")
             continue
-        here = Folder(url.rpartition("/")[0] or ".").local is not None
-        heavy += 0 if here else found[url].info.size
-    if heavy > REMOTE_BYTES and not fetch:
-        why = f"they lie in {len(found)} shards of {heavy / 1e9:,.1f} GB elsewhere"
-        ask = "`d2filter report OUT --gallery N` fetches them"
-        return Album(pictures={}, troubles=(f"No pictures: {why}; {ask}",))
-    say(f"report    reading {len(wanted):,} pictures from {len(found):,} shards")
-    for url, shard in found.items():
-        keys, mine = zip(*places[url], strict=True)
-        album.read(shard, set(keys), set(mine))
-        album.miss(set(mine))
+        try:
+            here = Folder(home or ".").local is not None
+            if here or fetch:
+                album.read(webdataset.shard_at(url), set(mine.values()), mine)
+            else:
+                album.trouble(_ELSEWHERE)
+        except Exception as error:  # whatever a file system's client raises on a name like that
+            album.trouble(f"{len(mine)} pictures: {shortened(error)}")
+            silent |= {home} if isinstance(error, StorageError) else set()
+    if _ELSEWHERE not in album.troubles:
+        album.miss(wanted)
     return album.closed()
 
 
@@ -205,7 +210,7 @@ class _People:
         return groups
 
     def _taken_from(self, lead: Shown, known: I64) -> list[Shown]:
-        """Dropped samples of which `lead` took most, near ones first. known: some of them."""
+        """Dropped samples from which `lead` took most, near ones first. known: some of them."""
         listed = self._graph.rows(np.array([lead.id]), ("neighbors", "sqdist"))
         neighbors, sqdist = listed["neighbors"][0].tolist(), listed["sqdist"][0].tolist()
         near: dict[int, float] = dict(zip(neighbors, sqdist, strict=True))
@@ -218,7 +223,7 @@ class _People:
         return dropped[:_IN_GROUP]
 
     def with_suppressors(self, ids: I64) -> list[tuple[Shown, ...]]:
-        """Each sample, and the one that took most of its score."""
+        """Each sample, and the one that took most from its score."""
         if not ids.size:
             return []
         by = self._ranking.rows(ids, ("suppressed_by",))["suppressed_by"]
@@ -234,21 +239,24 @@ class _Album:
 
     def __init__(self) -> None:
         self.pictures: dict[str, Picture] = {}
-        self._troubles: list[str] = []
+        self.troubles: list[str] = []
 
     def trouble(self, text: str) -> None:
-        self._troubles.append(text)
+        self.troubles.append(text)
 
-    def read(self, shard: webdataset.Shard, keys: set[str] | None, wanted: set[str]) -> None:
-        """Add the wanted pictures of a shard. keys: where they are known to be."""
-        try:
+    def read(
+        self, shard: webdataset.Shard, wanted: set[str], keys: dict[str, str] | None = None
+    ) -> None:
+        """Add the wanted pictures of a shard. keys: the uids of samples by key, where the run knows
+        them: it may call them otherwise than the shard does.
+        """
+        # what is missing after a break is counted by `miss`
+        with contextlib.suppress(webdataset.LostTail):
             for sample in webdataset.read_samples(shard, keys):
-                if sample.uid in wanted and sample.uid not in self.pictures:
-                    self._add(str(sample.uid), sample)
-        except webdataset.LostTail:
-            return  # what is missing is counted by `miss`
-        except D2FilterError as error:
-            self.trouble(str(error))
+                uid = sample.uid if keys is None else keys[sample.key]
+                # of a key that comes again the one with the uid
+                if uid in wanted and (uid not in self.pictures or uid == sample.uid):
+                    self._add(str(uid), sample)
 
     def _add(self, uid: str, sample: webdataset.Sample) -> None:
         jpeg = b"" if sample.reason else thumbnail(sample.image)
@@ -262,10 +270,15 @@ class _Album:
         """Note those that were not found."""
         gone = len(wanted - self.pictures.keys())
         if gone:
-            self.trouble(f"{gone} pictures are not in the shards any more, or cannot be decoded")
+            self.trouble(f"{gone} pictures were not found in the shards, or cannot be decoded")
 
     def closed(self) -> Album:
-        return Album(pictures=self.pictures, troubles=tuple(dict.fromkeys(self._troubles)))
+        return Album(pictures=self.pictures, troubles=tuple(dict.fromkeys(self.troubles)))
+
+
+def shortened(error: Exception) -> str:
+    """An error on one line."""
+    return webdataset.clean((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
 
 
 def thumbnail(image: bytes) -> bytes:
@@ -299,11 +312,11 @@ def _some(m: Measures, mask: npt.NDArray[np.bool_], most: int) -> I64:
     return ids
 
 
-def _places(folder: Folder, wanted: set[str]) -> dict[str, list[tuple[str, str]]]:
-    """(key, uid) of the wanted samples, by shard, where the catalog knows it."""
+def _places(folder: Folder, wanted: set[str]) -> dict[str, dict[str, str]]:
+    """Uids of the wanted samples by key, by shard, where the catalog knows it."""
     halves = np.array([uid_format.from_hex(uid) for uid in sorted(wanted)], np.uint64)
     hi, lo = halves.T
-    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    found: dict[str, dict[str, str]] = defaultdict(dict)
     home = folder.sub("catalog")
     for name in home.names(".parquet"):
         with tables.open_table(home, name) as parquet:
@@ -319,5 +332,5 @@ def _places(folder: Folder, wanted: set[str]) -> dict[str, list[tuple[str, str]]
                 ids = uid_format.to_hex(hi[rows >= 0], lo[rows >= 0])
                 for uid, shard, key in zip(ids, chosen["shard"], chosen["key"], strict=True):
                     if shard is not None and key is not None:
-                        found[shard].append((key, uid))
+                        found[shard][key] = uid
     return dict(found)

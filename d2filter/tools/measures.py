@@ -36,8 +36,6 @@ SAMPLE = 100_000
 """ranked samples that measures are made on, where there are more"""
 FEWEST = 2
 """ranked samples that can be measured"""
-CELL = 20
-"""samples in a region, about"""
 _MARGIN = 1.2  # of the hash's bound: about as many as wanted must lie below it
 _FRACTIONS = tuple(Decimal(f) for f in ("0.05", "0.1", "0.2", "0.3", "0.4", "0.5", "0.7", "0.9"))
 _COLUMNS = ("uid_hi", "uid_lo", "difficulty", "forward", "final", "rank", "suppressed_by")
@@ -201,10 +199,13 @@ def measure(folder: Folder, ends: int) -> Measures:
     drawn = Drawn(**pool, kept=kept, features=_features(folder, pool["hi"], pool["lo"]))
     method = records["rank"]["options"]["method"]
     name = "D2" if method == "d2" else method
+    score_label = score_name(score)
+    if score_label in (name, "random", "everything"):  # a column may have any name
+        score_label = f"column {score_label}"
     by_score = baselines.by_score(drawn.difficulty, drawn.hi, drawn.lo)
     at_random = baselines.at_random(drawn.hi, drawn.lo)
     raw = rule.raw(drawn.difficulty)
-    count = min(sweep.CELLS, max(1, len(drawn.hi) // CELL))
+    count = sweep.cell_count(len(drawn.hi))
     cell = coverage.cells(drawn.features, drawn.hi, drawn.lo, count)
     held = coverage.hold_out(drawn.features, drawn.hi, drawn.lo, sweep.HELD_OUT)
 
@@ -220,7 +221,7 @@ def measure(folder: Folder, ends: int) -> Measures:
     # one name, one curve: a run may itself be ranked at random
     rankings = {
         "random": at_random,
-        score_name(score): by_score,
+        score_label: by_score,
         name: np.argsort(drawn.rank, kind="stable"),
     }
     size = int(kept.sum())
@@ -230,14 +231,14 @@ def measure(folder: Folder, ends: int) -> Measures:
         reasons=ledger.count_reasons(folder),
         method=name,
         setting=sweep.label(_as_asked(RankConfig.from_options(records["rank"]["options"]))),
-        score=score_name(score),
+        score=score_label,
         rule=rule,
         ranked=ranked,
         first=first,
         last=last,
         drawn=drawn,
         own=subset(name, kept),
-        by_score=subset(score_name(score), _first(by_score, size)),
+        by_score=subset(score_label, _first(by_score, size)),
         at_random=subset("random", _first(at_random, size)),
         everything=subset("everything", np.ones(kept.size, np.bool_)),
         curves=tuple(_curve(n, order, drawn.features, held) for n, order in rankings.items()),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from d2filter.algorithm import coverage
-from d2filter.tools.measures import Curve, Measures, Subset
+from d2filter.tools.measures import Measures, Subset
 
 # stand-ins for CSS variables of the page, which knows whether it is light or dark
 STAND_INS = {
@@ -40,7 +40,7 @@ def all_plots(m: Measures) -> dict[str, Any]:
         ),
         "coverage": coverage_bars(m),
         "nearest": nearest(m),
-        "budgets": budgets(m.curves, m.share),
+        "budgets": budgets(m),
         "cells": cells(m),
         "overlap": overlap(m),
     }
@@ -88,7 +88,7 @@ def difficulty(m: Measures) -> Any:
     for bars in (both, own):
         _hover(
             plot, bars,
-            [(m.score, "@left{0.000} to @right{0.000}"), ("kept", "@kept{0,0}"),
+            [("score", "@left{0.000} to @right{0.000}"), ("kept", "@kept{0,0}"),
              ("pruned", "@pruned{0,0}")],
         )  # fmt: skip
     return _with_legend(plot)
@@ -119,7 +119,9 @@ def coverage_bars(m: Measures) -> Any:
         for row in m.swept
         if m.whole and row["kept"] == size and row["setting"] not in known
     ]
-    bars = list({bar[0]: bar for bar in bars}.values())
+    bars = [bar for bar in {bar[0]: bar for bar in bars}.values() if math.isfinite(bar[1])]
+    if not bars:  # nothing is kept but held-out samples
+        return _figure("mean distance", "")
     names, values, colors = zip(*bars, strict=True)
     plot = _figure(
         "mean distance", "", y_range=names[::-1],
@@ -150,19 +152,20 @@ def nearest(m: Measures) -> Any:
     return _with_legend(plot, "bottom_right")
 
 
-def budgets(curves: Sequence[Curve], share: float) -> Any:
+def budgets(m: Measures) -> Any:
     """What each fraction costs in coverage."""
-    from bokeh.models.annotations import Span
-
     plot = _figure("fraction kept", "mean distance")
-    colors = {"random": _RANDOM, curves[-1].name: _OWN}
-    for curve in curves:
-        color = colors.get(curve.name, _SCORE)
+    colors = {"random": _RANDOM, m.score: _SCORE, m.method: _OWN}
+    for curve in m.curves:
         _line(
-            plot, curve.fractions, curve.coverage, curve.name, color, "fraction", "distance",
-            "@x{0%}", "@y{0.0000}", dots=True,
+            plot, curve.fractions, curve.coverage, curve.name, colors[curve.name], "fraction",
+            "distance", "@x{0%}", "@y{0.0000}", dots=True,
         )  # fmt: skip
-    plot.add_layout(Span(location=share, dimension="height", line_color=_INK, line_dash="dotted"))
+    # what is kept need not be a prefix: --min-score drops samples from within
+    _line(
+        plot, [m.share], [m.own.coverage], "this run", _INK, "fraction", "distance", "@x{0.0%}",
+        "@y{0.0000}", dots=True,
+    )  # fmt: skip
     plot.x_range.start, plot.x_range.end = 0, 1
     return _with_legend(plot, "top_right")
 
@@ -179,7 +182,7 @@ def cells(m: Measures) -> Any:
     plot.y_range.start, plot.y_range.end = -0.03, 1.03
     _hover(
         plot, dots,
-        [("samples", "@size{0,0}"), ("kept", "@share{0.0%}"), (f"mean {m.score}", "@score{0.000}"),
+        [("samples", "@size{0,0}"), ("kept", "@share{0.0%}"), ("mean score", "@score{0.000}"),
          ("around", "@center")],
     )  # fmt: skip
     return plot
@@ -259,13 +262,16 @@ def _line(
     plot: Any, x: Any, y: Any, name: str, color: str, x_says: str, y_says: str, x_format: str,
     y_format: str, *, dots: bool = False, dash: str = "solid",
 ) -> None:  # fmt: skip
-    source = _source(x=np.asarray(x, np.float64), y=np.asarray(y, np.float64))
+    there = np.isfinite(np.asarray(y, np.float64))
+    x, y = np.asarray(x, np.float64)[there], np.asarray(y, np.float64)[there]
+    # the name as a column: in a tooltip's own text it would be read as HTML
+    source = _source(x=x, y=y, name=[name] * x.size)
     drawn = plot.line(
         x="x", y="y", source=source, color=color, line_width=2, line_dash=dash, legend_label=name
     )
     if dots:
         drawn = plot.scatter(x="x", y="y", source=source, color=color, size=6, legend_label=name)
-    _hover(plot, drawn, [("", _plain(name)), (x_says, x_format), (y_says, y_format)])
+    _hover(plot, drawn, [("", "@name"), (x_says, x_format), (y_says, y_format)])
 
 
 def _plain(name: str) -> str:
@@ -286,6 +292,8 @@ def _hover(plot: Any, renderer: Any, tooltips: list[tuple[str, str]]) -> None:
 
 
 def _with_legend(plot: Any, where: str = "top_left") -> Any:
+    if not plot.legend:
+        return plot
     legend = plot.legend[0]
     legend.location = where
     legend.background_fill_color = _PAPER

@@ -10,14 +10,16 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import d2filter
 from d2filter.algorithm import coverage
-from d2filter.errors import UsageError
+from d2filter.errors import RunStateError, UsageError
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import REPORT, RunState
 from d2filter.tools import gallery, measures, plots, sweep
@@ -26,6 +28,7 @@ GALLERY = 12
 MOST_BYTES = 20_000_000
 MOST_FAR = 10_000_000_000
 """bytes of features on an object store, which are read whole"""
+_TILE = 200  # bytes around a picture
 _REGIONS = 6  # of the most and the least thinned
 _LARGE_ENOUGH = 5  # samples of a region that is named
 
@@ -48,7 +51,13 @@ def report(
     if each is not None and each < 0:
         raise UsageError(f"gallery is {each}, allowed is a whole number of at least 0")
     wanted = GALLERY if each is None else each
-    m = measures.measure(folder, max(1, wanted))
+    try:
+        m = measures.measure(folder, max(1, wanted))
+    except (KeyError, TypeError) as error:
+        raise RunStateError(
+            f"{folder.url} was made by another d2filter, whose records this one cannot read "
+            f"({error}): make it anew, or report with that one"
+        ) from error
     say(f"report    measured on {len(m.drawn.hi):,} of {m.ranked:,} ranked samples")
     galleries = gallery.choose(folder, m, wanted) if wanted else []
     album = gallery.Album(pictures={}, troubles=())
@@ -79,16 +88,17 @@ def render(
     galleries: Sequence[gallery.Gallery],
     album: gallery.Album,
 ) -> str:
-    """The page, of at most MOST_BYTES: pictures that do not fit are left out, and it says so."""
+    """The page, of at most MOST_BYTES: what does not fit is left out, and it says so."""
     drawn = [(name, _script_json(_item(plot))) for name, plot in plots.all_plots(m).items()]
-    page = _page(folder, m, galleries, gallery.Album(pictures={}, troubles=()), drawn)
-    room = MOST_BYTES - len(page.encode()) - 10_000 * bool(galleries)
+    nothing = gallery.Album(pictures={}, troubles=album.troubles)
+    bare = _page(folder, m, galleries, nothing, drawn)
+    while galleries and len(bare.encode()) > MOST_BYTES:
+        halved = [replace(one, groups=one.groups[: len(one.groups) // 2]) for one in galleries]
+        galleries = [one for one in halved if one.groups]
+        bare = _page(folder, m, galleries, nothing, drawn)
     if not galleries:
-        return page
-    if album.pictures:
-        album = _fitting(album, room)
-    elif not album.troubles:
-        album = gallery.Album(pictures={}, troubles=("No pictures were found.",))
+        return bare
+    album = _fitting(album, galleries, MOST_BYTES - len(bare.encode()))
     return _page(folder, m, galleries, album, drawn)
 
 
@@ -144,15 +154,25 @@ def _page(
     )
 
 
-def _fitting(album: gallery.Album, room: int) -> gallery.Album:
-    """The first pictures that fit into `room` bytes."""
+def _fitting(
+    album: gallery.Album, galleries: Sequence[gallery.Gallery], room: int
+) -> gallery.Album:
+    """The pictures that fit into `room` bytes, in the order of the page; one may come often."""
+    from markupsafe import escape
+
+    often = Counter(one.uid for g in galleries for group in g.groups for one in group)
+    room -= _TILE  # for what is said of those that are left out
     kept = {}
-    for uid, picture in album.pictures.items():
-        room -= len(picture.url) + len(picture.caption.encode())
-        if room < 0:
+    for uid, times in often.items():
+        picture = album.pictures.get(uid)
+        if picture is None:
+            continue
+        size = len(picture.url) + len(str(escape(picture.caption)).encode()) + _TILE
+        if times * size > room:
             break
+        room -= times * size
         kept[uid] = picture
-    left = len(album.pictures) - len(kept)
+    left = len(often.keys() & album.pictures.keys()) - len(kept)
     note = (f"{left:,} pictures are left out: the page ends at {MOST_BYTES / 1e6:g} MB",)
     return gallery.Album(pictures=kept, troubles=album.troubles + note * bool(left))
 
@@ -218,7 +238,7 @@ def _regions(cells: measures.Cells) -> list[tuple[str, list[tuple[str, int, floa
         if row[1] >= _LARGE_ENOUGH
     ]  # fmt: skip
     found = [("Most thinned regions", rows[:_REGIONS])]
-    return [*found, ("Least thinned regions", rows[::-1][:_REGIONS])] if rows else []
+    return [*found, ("Least thinned regions", rows[_REGIONS:][::-1][:_REGIONS])] if rows else []
 
 
 def _settings(m: measures.Measures) -> list[tuple[str, list[tuple[str, str]]]]:

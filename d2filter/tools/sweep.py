@@ -34,7 +34,7 @@ I64 = npt.NDArray[np.int64]
 _CURVES = 30  # that a plot can still tell apart
 
 HELD_OUT = 2000
-CELLS = 1000
+_CELLS, _CELL = 1000, 20  # regions at most, and samples in one at least
 NEAR = 0.1  # of the median squared distance between neighbors: closer kept pairs are copies left
 
 MEASURES = {
@@ -85,6 +85,11 @@ def label(config: RankConfig) -> str:
     shown = ("method", "gamma", "n_neighbors") if config.method == "d2" else ("method",)
     words += [f"{n}={v}" for n, v in own.items() if n not in shown and v != default[n]]
     return " ".join(words)
+
+
+def cell_count(samples: int) -> int:
+    """Regions that a pool is looked at in."""
+    return min(_CELLS, max(1, samples // _CELL))
 
 
 def sweep(folder: Folder, wanted: Grid, say: Say) -> list[Row]:
@@ -162,9 +167,11 @@ class _Pool:
         self._pool = whole.by_uid(RankConfig())
         p = self._pool
         self._held = coverage.hold_out(p.features, p.hi, p.lo, HELD_OUT)
-        self._cell = coverage.cells(p.features, p.hi, p.lo, CELLS)
+        self._cell = coverage.cells(p.features, p.hi, p.lo, cell_count(len(p.hi)))
         self._near = NEAR * late.unit(p.sqdist)
         self._spacing = coverage.spacing(p.sqdist)
+        score = RunState(folder).require("catalog")["stats"].get("score", {})
+        self._raw = budget.raw_scores(p.difficulty, score.get("kept_first", "high"))
         self._by_score = np.argsort(baselines.by_score(p.difficulty, p.hi, p.lo))
 
     def measured(self, config: RankConfig, fractions: Sequence[Decimal]) -> dict[str, Row]:
@@ -194,7 +201,7 @@ class _Pool:
             "coverage": coverage.aucpr(p.features, self._held, kept),
             "cells": coverage.cells_covered(self._cell, kept),
             "copies": coverage.copies_left(p.neighbors, p.sqdist, kept, self._near),
-            "score": float(p.difficulty[kept].mean(dtype=np.float64)),
+            "score": float(self._raw[kept].mean(dtype=np.float64)),
             "overlap": coverage.jaccard(kept, self._by_score < size),
             **shares,
         }

@@ -7,20 +7,22 @@ import hashlib
 import json
 import re
 import shutil
-from dataclasses import replace
+import time
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pools
 import pytest
 import shards as made
+from bokeh.models import ColumnDataSource
 from PIL import Image
 
 from d2filter.algorithm import coverage
 from d2filter.cli import main
-from d2filter.errors import UsageError
-from d2filter.formats import catalog, graph, ranking
+from d2filter.errors import StorageError, UsageError
+from d2filter.formats import catalog, graph, ranking, webdataset
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
 from d2filter.tools import gallery, measures, plots, report
@@ -213,11 +215,17 @@ def test_pictures_that_do_not_fit_are_left_out_and_told(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare = len(Path(report.report(Folder(str(run)), each=0)).read_bytes())
-    monkeypatch.setattr(report, "MOST_BYTES", bare + 60_000)
-    page = Path(report.report(Folder(str(run)), each=12)).read_text()
-    assert len(page.encode()) <= report.MOST_BYTES
-    assert 0 < page.count("data:image/jpeg") < 40
+    whole = Path(report.report(Folder(str(run)), each=12)).read_text()
+    assert whole.count("data:image/jpeg") > len(uids_in(whole))  # some come more than once
+    for room in (40_000, 90_000, 150_000):
+        monkeypatch.setattr(report, "MOST_BYTES", bare + room)
+        page = Path(report.report(Folder(str(run)), each=12)).read_text()
+        assert len(page.encode()) <= report.MOST_BYTES
+        assert page.count("data:image/jpeg") < whole.count("data:image/jpeg")
     assert re.search(r"\d+ pictures are left out: the page ends at", page)
+    # so small a page has no room for the frames either
+    monkeypatch.setattr(report, "MOST_BYTES", bare + 500)
+    assert len(Path(report.report(Folder(str(run)), each=12)).read_bytes()) <= report.MOST_BYTES
 
 
 def test_shards_that_are_gone_are_told_and_the_report_is_made(
@@ -226,30 +234,29 @@ def test_shards_that_are_gone_are_told_and_the_report_is_made(
     folder = Folder(str(run))
     m = measures.measure(folder, 4)
     galleries = gallery.choose(folder, m, 4)
-    moved = [
-        replace(g, groups=tuple(tuple(replace(s) for s in group) for group in g.groups))
-        for g in galleries
-    ]
-    places = gallery._places(folder, {s.uid for g in moved for group in g.groups for s in group})
+    places = gallery._places(
+        folder, {s.uid for g in galleries for group in g.groups for s in group}
+    )
     assert set(places) == {str(made_run.parent / f"s{i}.tar") for i in (0, 1)}
     # as if the shards had been moved: found again by uid where one says they are
     for i in (0, 1):
         shutil.copy(made_run.parent / f"s{i}.tar", tmp_path / f"moved{i}.tar")
-    by_uid = gallery.look_up(folder, moved, [str(tmp_path / "moved{0,1}.tar")], False, print)
-    by_key = gallery.look_up(folder, moved, [], False, print)
+    by_uid = gallery.look_up(folder, galleries, [str(tmp_path / "moved{0,1}.tar")], False, print)
+    by_key = gallery.look_up(folder, galleries, [], False, print)
     assert by_uid.pictures == by_key.pictures
     assert not by_uid.troubles
     assert not by_key.troubles
     hidden = made_run.parent / "hidden.tar"
     (made_run.parent / "s0.tar").rename(hidden)
     try:
-        album = gallery.look_up(folder, moved, [], False, print)
-        page = report.render(folder, m, moved, album)
+        album = gallery.look_up(folder, galleries, [], False, print)
+        page = report.render(folder, m, galleries, album)
     finally:
         hidden.rename(made_run.parent / "s0.tar")
     assert 0 < len(album.pictures) < len(by_key.pictures)
-    (trouble,) = album.troubles
+    trouble, missing = album.troubles
     assert "s0.tar does not exist" in trouble
+    assert "were not found in the shards" in missing
     assert "s0.tar does not exist" in page
     assert "no picture" in page
 
@@ -257,8 +264,6 @@ def test_shards_that_are_gone_are_told_and_the_report_is_made(
 def test_pictures_far_away_are_not_fetched_unasked(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fsspec
-
     folder = Folder(str(run))
     m = measures.measure(folder, 2)
     galleries = gallery.choose(folder, m, 2)
@@ -270,14 +275,74 @@ def test_pictures_far_away_are_not_fetched_unasked(
         fs.pipe(f"/far/{Path(url).name}", Path(url).read_bytes())
     elsewhere = {f"memory://far/{Path(url).name}": found for url, found in places.items()}
     monkeypatch.setattr(gallery, "_places", lambda folder, wanted: elsewhere)
-    monkeypatch.setattr(gallery, "REMOTE_BYTES", 1000)
     album = gallery.look_up(folder, galleries, [], False, print)
     assert not album.pictures
-    assert "2 shards" in album.troubles[0]
     assert "--gallery N" in album.troubles[0]
     asked = gallery.look_up(folder, galleries, [], True, print)
     assert asked.pictures
     assert not asked.troubles
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/x/{0..9}{0..9}{0..9}{0..9}{0..9}{0..9}{0..9}{0..9}.tar",
+        "/**/*.tarx",
+        "a.tar",
+        "zip://a.tar::/nowhere/none.zip",
+        "reference://x.tar",
+        "nosuch://x.tar",
+        "x" * 5000,
+    ],
+)
+def test_a_shard_by_any_name_is_looked_up_as_it_is_and_costs_only_its_pictures(
+    run: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = Folder(str(run))
+    m = measures.measure(folder, 2)
+    galleries = gallery.choose(folder, m, 2)
+    wanted = {s.uid for g in galleries for group in g.groups for s in group}
+    places = gallery._places(folder, wanted)
+    odd = {**places, name: {"00000": min(wanted)}}
+    monkeypatch.setattr(gallery, "_places", lambda folder, wanted: odd)
+    started = time.monotonic()
+    album = gallery.look_up(folder, galleries, [], True, print)
+    assert time.monotonic() - started < 20
+    assert len(album.pictures) >= len(wanted) - 1
+    assert any("1 pictures: " in trouble for trouble in album.troubles)
+
+
+def test_a_storage_that_does_not_answer_is_asked_once(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder(str(run))
+    galleries = gallery.choose(folder, measures.measure(folder, 2), 2)
+    asked = []
+
+    def silent(url: str) -> Any:
+        asked.append(url)
+        raise StorageError("no answer")
+
+    places = {f"{run}/far/{i}.tar": {str(i): f"{i:032x}"} for i in range(5)}
+    monkeypatch.setattr(gallery, "_places", lambda folder, wanted: places)
+    monkeypatch.setattr(webdataset, "shard_at", silent)
+    album = gallery.look_up(folder, galleries, [], True, print)
+    assert len(asked) == 1
+    assert any("no answer" in trouble for trouble in album.troubles)
+
+
+def test_pictures_go_by_shard_and_key_where_the_run_knows_them(tmp_path: Path) -> None:
+    """Metadata may have its own uids."""
+    pool = pools.make(60, 6)
+    files = [member for i in range(60) for member in made.members(f"{i:05d}", i % 10)]
+    shard = str(made.write(tmp_path / "s.tar", files))
+    columns = {"shard": [shard] * 60, "key": [f"{i:05d}" for i in range(60)]}
+    pools.write(tmp_path / "m", pool, columns=columns)
+    words = ["run", "--metadata-dir", str(tmp_path / "m"), "--out-dir", str(tmp_path / "o")]
+    assert main(words) == 0
+    page = (tmp_path / "o/report.html").read_text()
+    assert "no picture" not in page
+    assert "were not found in the shards" not in page
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", made.picture(1)[:300]])
@@ -346,7 +411,7 @@ def test_other_methods_have_a_report_too(run: Path, method: str) -> None:
 
 
 def test_a_column_with_an_odd_name_is_only_a_name(tmp_path: Path) -> None:
-    name = "$$x$$ @{y} <b>"
+    name = "$$x$$ @{y} <u>SPOOF</u>"
     pool = pools.make(60, 6)
     pools.write(tmp_path / "m", pool, columns={name: np.arange(60.0)})
     words = ["run", "--metadata-dir", str(tmp_path / "m"), "--out-dir", str(tmp_path / "o")]
@@ -360,6 +425,69 @@ def test_a_column_with_an_odd_name_is_only_a_name(tmp_path: Path) -> None:
         for axis in plot.axis
     ]
     assert not any("$" in label for label in labels)
+    drawn = plots.all_plots(measures.measure(Folder(str(tmp_path / "o")), 1)).values()
+    tips = [
+        text for plot in drawn for tool in plot.hover for pair in tool.tooltips for text in pair
+    ]
+    assert not any("SPOOF" in tip for tip in tips)  # there it would be HTML
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--group-column", "c"),
+        ("--score-column", "q", "--keep-first", "low"),
+        ("--min-score", "99"),
+        ("--budget", "1"),
+        ("--score-column", "same", "--undirected"),
+        ("--score-column", "random", "--fraction", "1"),
+    ],
+)
+def test_odd_runs_have_a_report(tmp_path: Path, words: tuple[str, ...]) -> None:
+    pool = pools.make(80, 6, copies=0.5)
+    columns = {
+        "c": [f"class {i % 3}" for i in range(80)],
+        "q": np.arange(80.0),
+        "same": np.ones(80),
+        "random": np.arange(80.0) % 7,
+    }
+    pools.write(tmp_path / "m", pool, columns=columns)
+    run = ["run", "--metadata-dir", str(tmp_path / "m"), "--out-dir", str(tmp_path / "o")]
+    assert main([*run, "--n-neighbors", "3", *words]) == 0
+    page = (tmp_path / "o/report.html").read_text()
+    m = measures.measure(Folder(str(tmp_path / "o")), 2)
+    assert m.own.kept.sum() == m.stats["samples"]["kept"]
+    assert ("nothing to measure" in page) == (m.own.kept.sum() <= 1)
+    assert {curve.name for curve in m.curves} == {"D2", "random", m.score}
+    for plot in plots.all_plots(m).values():
+        for source in plot.select({"type": ColumnDataSource}):
+            for values in source.data.values():
+                numbers = [value for value in values if isinstance(value, float)]
+                assert np.isfinite(numbers).all()
+
+
+def test_a_report_that_fails_does_not_fail_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no room\nat all")
+
+    monkeypatch.setattr(measures, "measure", fail)
+    pools.write(tmp_path / "m", pools.make(40, 6))
+    words = ["run", "--metadata-dir", str(tmp_path / "m"), "--out-dir", str(tmp_path / "o")]
+    assert main(words) == 0
+    assert "warning: no report: no room; `d2filter report OUT`" in capsys.readouterr().err
+
+
+def test_a_run_of_another_version_is_one_line(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "completions/select.json"
+    record = json.loads(path.read_text())
+    del record["stats"]["budget"]
+    path.write_text(json.dumps(record))
+    assert main(["report", str(run)]) == 1
+    assert "was made by another d2filter" in capsys.readouterr().err
 
 
 def test_one_sample_has_no_report_and_the_run_is_done(

@@ -1,0 +1,321 @@
+"""`d2filter plan`: what a run would take, before it is paid for.
+
+Rates come from a file that `make bench` has written, or from two small runs of the whole line on
+this machine (`--calibrate`): what they leave open is said with the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from d2filter import config
+from d2filter.algorithm import ranking
+from d2filter.algorithm.budget import parse_fraction
+from d2filter.errors import InputError, UsageError
+from d2filter.formats import metadata, tables
+from d2filter.formats.paths import Folder, absolute
+from d2filter.tools import estimate
+from d2filter.tools.estimate import Cluster, Estimate, Habits, Pool, Rate, Rates
+
+Say = Callable[[str], None]
+Rows = tuple[npt.NDArray[np.float16], npt.NDArray[np.float32]]
+
+BUNDLED = Path(__file__).parent / "rates.json"
+_GREEDY_ROWS = 500_000
+PILOTS = (6_000, 48_000)  # rows of the two runs, as far as there are so many
+
+
+def asked(arguments: argparse.Namespace, say: Say) -> tuple[Pool, Cluster, Rates]:
+    """Pool, cluster and rates of the command line; measures what it asks to be measured.
+
+    Raises UsageError for what cannot be planned.
+    """
+    for name in ("dim", "n_neighbors", "nodes", "cpus"):
+        if getattr(arguments, name) < 1:
+            option = name.replace("_", "-")
+            raise UsageError(
+                f"{option} is {getattr(arguments, name)}, allowed is a whole number of at least 1"
+            )
+    catalog = config.CatalogConfig(arch=arguments.arch, feature_type=arguments.feature_type)
+    samples = arguments.samples
+    dimension = arguments.dim * (2 if catalog.feature_type == "image|text" else 1)
+    folder = Folder(absolute(arguments.metadata_dir))
+    names: list[str] = []
+    if arguments.metadata_dir:
+        rows, dimension, names = look_at(folder, catalog)
+        samples = samples or rows
+        say(f"{folder.url}: {rows:,} rows of {dimension} dimensions in {len(names):,} pairs")
+    if not samples:
+        raise UsageError("nothing to plan: --samples 12.8e6, or --metadata-dir of a pool")
+    if arguments.calibrate:
+        most = PILOTS[1]
+        rows_ = real_rows(folder, names, catalog, most) if names else drawn_rows(most, dimension)
+        rates = calibrate(rows_, arguments.n_neighbors, say)
+        if arguments.rates:
+            write_rates(absolute(arguments.rates), rates)
+    else:
+        rates = read_rates(absolute(arguments.rates))
+    pool = Pool(
+        samples=samples,
+        dimension=dimension,
+        k=arguments.n_neighbors,
+        fraction=float(parse_fraction(arguments.fraction)),
+        images=arguments.shards,
+    )
+    cluster = Cluster(
+        nodes=arguments.nodes,
+        cpus=arguments.cpus,
+        gpus=arguments.gpus,
+        memory=arguments.memory,
+        disk=arguments.disk,
+        memory_per_worker=arguments.memory_per_worker,
+        partitions=arguments.partitions,
+    )
+    return pool, cluster, replace(rates, images=arguments.images_per_second)
+
+
+def read_rates(url: str = "") -> Rates:
+    """Rates from a file; without one those that d2filter brings. Raises InputError for none."""
+    where = url or str(BUNDLED)
+    parent, _, name = where.rpartition("/")
+    held = Folder(parent or ".").read_json(name)
+    if held is None:
+        raise InputError(f"{where} does not exist: `d2filter plan --calibrate --rates {where}`")
+    try:
+        return Rates(
+            **{
+                **held,
+                "steps": {n: Rate(**rate) for n, rate in held["steps"].items()},
+                "habits": Habits(**held["habits"]),
+            }
+        )
+    except (TypeError, KeyError) as error:
+        raise InputError(
+            f"{where} is no file of rates ({error}): make it anew with --calibrate"
+        ) from error
+
+
+def write_rates(url: str, rates: Rates) -> None:
+    """Publish them."""
+    parent, _, name = url.rpartition("/")
+    Folder(parent or ".").publish_json(name, asdict(rates))
+
+
+def look_at(folder: Folder, catalog: config.CatalogConfig) -> tuple[int, int, list[str]]:
+    """Rows and width of the features of a metadata folder, and the names of its pairs.
+
+    Reads all footers and one pair. Raises InputError for what is no metadata.
+    """
+    pairs, _ = metadata.list_pairs(folder)
+    rows = sum(tables.count_rows(folder, f"{pair.name}.parquet") for pair in pairs)
+    names = [pair.name for pair in pairs]
+    return rows, int(_rows_of(folder, names[0], catalog)[0].shape[1]), names
+
+
+def real_rows(
+    folder: Folder, names: Sequence[str], catalog: config.CatalogConfig, most: int
+) -> Rows:
+    """Features and difficulty of up to `most` valid rows of a metadata folder, from evenly spaced
+    pairs.
+    """
+    found: list[Rows] = []
+    for step in np.linspace(0, len(names) - 1, min(len(names), 16)).astype(int):
+        if sum(len(part[0]) for part in found) < most:
+            found.append(_rows_of(folder, names[step], catalog))
+    features, difficulty = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return features[:most], difficulty[:most]
+
+
+def drawn_rows(count: int, dimension: int) -> Rows:
+    """Rows in clusters whose spread falls from axis to axis, as that of learned embeddings does; a
+    tenth are copies. They stand in for a pool that is not at hand.
+    """
+    rng = np.random.default_rng(0)
+    axes = np.arange(1.0, dimension + 1) ** -0.5
+    centers = rng.normal(size=(max(2, count // 60), dimension)) * axes
+    rows = centers[rng.integers(0, len(centers), count)]
+    rows += 0.5 * rng.normal(size=(count, dimension)) * axes
+    copied = np.flatnonzero(rng.random(count) < 0.1)
+    rows[copied] = rows[rng.integers(0, count, copied.size)]
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows.astype(np.float16), rng.random(count).astype(np.float32)
+
+
+def calibrate(rows: Rows, k: int, say: Say, target_recall: float = 0.95) -> Rates:
+    """Rates of this machine: the whole line on a few rows and on all of them, files to files.
+
+    Ray is started here unless it runs, and its start is counted as the catalog's.
+    """
+    import ray
+
+    started = time.monotonic()
+    mine = not ray.is_initialized()
+    if mine:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        ray.init(include_dashboard=False, object_store_memory=80_000_000, **options)
+    start = time.monotonic() - started if mine else 0.0
+    try:
+        measured = []
+        few = min(PILOTS[0], len(rows[0]) // 4)
+        # the first one only warms up: what is compiled and imported once is no rate
+        for size in (few, few, len(rows[0])):
+            say(f"calibrating on {size:,} rows of {rows[0].shape[1]} dimensions")
+            measured.append(_run((rows[0][:size], rows[1][:size]), k, target_recall))
+    finally:
+        if mine:
+            ray.shutdown()
+    found = _rates(rows, k, measured[1:], start)
+    greedy = Rate(fixed=found.steps["supersteps"].fixed, unit=_greedy(k))
+    return replace(found, steps={**found.steps, "supersteps": greedy})
+
+
+def _greedy(k: int) -> float:
+    """Seconds of a unit of the ranking, on a graph that no cache holds."""
+    rng = np.random.default_rng(2)
+    uid = np.arange(_GREEDY_ROWS, dtype=np.uint64)
+    score = rng.random(_GREEDY_ROWS, np.float32)
+    neighbors = rng.integers(0, _GREEDY_ROWS, (_GREEDY_ROWS, k))
+    sqdist = np.sort(rng.random((_GREEDY_ROWS, k), np.float32), axis=1)
+    started = time.monotonic()
+    ranking.rank_graph(uid, uid, score, neighbors, sqdist, scheme=config.RankConfig().scheme)
+    return (time.monotonic() - started) / (_GREEDY_ROWS * (k + 3))
+
+
+def _rates(rows: Rows, k: int, measured: Sequence[dict[str, Any]], start: float) -> Rates:
+    cpus = os.cpu_count() or 1
+    halves, dimension = [], int(rows[0].shape[1])
+    for stats in measured:
+        graph = stats["graph"]
+        habits = Habits(
+            samples=stats["samples"]["ranked"],
+            cells=graph["nlist"],
+            probes=graph["nprobe"],
+            passes=graph["refinement_passes"],
+            sketch_dim=graph["sketch_dim"],
+            evaluations=graph["evaluations_per_sample"],
+        )
+        pool = Pool(samples=habits.samples, dimension=dimension, k=k, exact_below=0)
+        steps = estimate.count(pool, habits, graph["partitions"])
+        taken = {
+            **stats["seconds_detail"],
+            "catalog": stats["seconds"]["catalog"],
+            "select": stats["seconds"]["select"],
+        }
+        halves.append([(step, taken[step.name]) for step in steps if step.name in taken])
+    rates = estimate.fit(halves[0], halves[1], cpus)
+    rates["catalog_rest"] = Rate(fixed=start, unit=0.0)
+    last = measured[-1]
+    for stage in ("graph", "rank"):
+        mine = sum(taken for step, taken in halves[1] if step.stage == stage)
+        rest = max(0.0, last["seconds"][stage] - mine)
+        rates[f"{stage}_rest"] = Rate(fixed=rest, unit=0.0)
+    return Rates(
+        machine=f"{cpus} CPUs, {platform.machine()}, Python {platform.python_version()}",
+        dimension=dimension, steps=rates, habits=habits,
+    )  # fmt: skip
+
+
+def _run(rows: Rows, k: int, target_recall: float) -> dict[str, Any]:
+    """stats.json of a whole run on some rows."""
+    from d2filter.stages.pipeline import Pipeline, default_selection
+
+    with tempfile.TemporaryDirectory(prefix="d2filter-plan-") as scratch:
+        source = Path(scratch) / "metadata"
+        source.mkdir()
+        rng = np.random.default_rng(1)
+        uids = [rng.bytes(16).hex() for _ in range(len(rows[0]))]
+        pq.write_table(pa.table({"uid": uids, "score": rows[1]}), source / "pool.parquet")
+        np.savez(source / "pool.npz", f=rows[0])
+        run = config.RunConfig(
+            out_dir=str(Path(scratch) / "run"),
+            metadata_dir=str(source),
+            catalog=config.CatalogConfig(
+                feature_keys=("f",), score_column="score", normalize=False
+            ),
+            graph=config.GraphConfig(n_neighbors=k, exact_below=0, target_recall=target_recall),
+            select=default_selection(config.SelectConfig()),
+            partitions=1,
+            best_effort=True,
+        )
+        return Pipeline(run, show_progress=False).run("run")
+
+
+def _rows_of(folder: Folder, name: str, catalog: config.CatalogConfig) -> Rows:
+    found = metadata.read_pair(folder, name, catalog)
+    valid = found.reason == 0
+    if not valid.any():
+        raise InputError(f"{folder.where(name)}: none of its rows is a valid sample")
+    return found.features[valid], found.difficulty[valid]
+
+
+def lines(found: Estimate, pool: Pool, cluster: Cluster, rates: Rates) -> list[str]:
+    """For people."""
+    where = f"{cluster.nodes} × ({cluster.cpus} CPUs, {_bytes(cluster.memory)})"
+    out = [
+        f"{pool.samples:,} samples of {pool.dimension} dimensions, k={pool.k}, on {where}:",
+        f"{found.parts:,} catalog parts, {found.cells:,} cells, {found.partitions:,} partitions "
+        f"of {pool.samples / found.partitions:,.0f} samples",
+        "",
+        f"{'stage':<9}{'time':>10}{'read':>10}{'written':>10}{'a process':>11}{'products':>12}"
+        "  slowest step",
+    ]
+    for stage in found.stages:
+        taken = "unknown" if stage.seconds is None else duration(stage.seconds)
+        products = f"{stage.flops / 1e12:,.0f} TFLOP" if stage.flops >= 1e12 else ""
+        waits = f", {duration(stage.alone)} on one node" if stage.alone >= 60 else ""
+        out.append(
+            f"{stage.name:<9}{taken:>10}{_bytes(stage.read):>10}{_bytes(stage.written):>10}"
+            f"{_bytes(stage.memory):>11}{products:>12}  {stage.slowest}{waits}"
+        )
+    out += [
+        f"{'all':<9}{duration(found.seconds):>10}",
+        "",
+        f"run directory: up to {_bytes(found.disk)}; between partitions: {_bytes(found.routed)}",
+    ]
+    timed = [stage for stage in found.stages if stage.seconds is not None]
+    longest = max(timed, key=lambda stage: stage.seconds or 0.0)
+    out.append(f"bottleneck: {longest.slowest} of {longest.name}")
+    out += [f"cannot work: {text}" for text in found.refusals]
+    out.append(
+        f"predicted from rates of {rates.machine}, rows of {rates.dimension}; taken for granted: "
+        f"CPUs like these, storage that keeps up, {rates.habits.probes} of {rates.habits.cells:,} "
+        f"cells probed for {rates.habits.samples:,} samples"
+    )
+    if any(stage.seconds is None for stage in found.stages):
+        out.append("embedding is not timed: --images-per-second of one GPU, or of a node without")
+    if cluster.gpus:
+        out.append("products are planned on CPUs: no rate of a GPU is known")
+    return out
+
+
+def as_json(found: Estimate) -> dict[str, Any]:
+    """For `--json`."""
+    return {**asdict(found), "seconds": found.seconds}
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def _bytes(size: float) -> str:
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:,.1f} {name}"
+    return f"{size:,.0f} B"

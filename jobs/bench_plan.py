@@ -1,0 +1,128 @@
+"""What `d2filter plan` predicts beside what runs take.
+
+    python -m jobs.bench_plan --out /tmp/bench-plan --results jobs/results/bench_plan.md
+
+Rates are measured first, as `d2filter plan --metadata-dir … --calibrate` does, on the pool that is
+run afterwards; then the whole line runs, files to files, in its own process. `--rates FILE` keeps
+those of the last pool: d2filter brings such a file along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from d2filter import config
+from d2filter.formats.paths import Folder
+from d2filter.tools import estimate, plan
+from jobs import bench_run
+from jobs.bench import made_by
+
+SIZES = (300_000, 1_000_000)
+K = 5
+LONG = 10.0  # seconds from which on a stage is judged
+WITHIN = 1.5
+
+
+def main() -> None:
+    """Make each pool, predict, run, compare; write the results file."""
+    parser = argparse.ArgumentParser(description="Compare predictions with runs.")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--memory", default="16GB", help="of the machine, as Ray may use it")
+    parser.add_argument("--rates", default="", help="keep the rates of the last pool in this file")
+    parser.add_argument("--results", default="jobs/results/bench_plan.md")
+    arguments = parser.parse_args()
+    rows: list[str] = []
+    for size in arguments.sizes:
+        root = Path(arguments.out) / str(size)
+        shutil.rmtree(root, ignore_errors=True)
+        pool = replace(bench_run.PoolConfig(), samples=size)
+        bench_run.make(root / "metadata", pool)
+        found, rates = _predict(root / "metadata", arguments.memory)
+        stats = _run(root)
+        rows += _compare(size, found, stats)
+        if arguments.rates:
+            plan.write_rates(arguments.rates, rates)
+        shutil.rmtree(root)
+    text = _report(rows, arguments)
+    Path(arguments.results).write_text(text, "utf-8")
+    print(text)
+
+
+def _predict(folder: Path, memory: str) -> tuple[estimate.Estimate, estimate.Rates]:
+    source = Folder(str(folder))
+    catalog = config.CatalogConfig()
+    samples, dimension, names = plan.look_at(source, catalog)
+    rows = plan.real_rows(source, names, catalog, plan.PILOTS[1])
+    rates = plan.calibrate(rows, K, print)
+    pool = estimate.Pool(samples=samples, dimension=dimension, k=K)
+    cluster = estimate.Cluster(nodes=1, cpus=os.cpu_count() or 1, memory=config.parse_bytes(memory))
+    found = estimate.estimate(pool, cluster, rates)
+    print("\n".join(plan.lines(found, pool, cluster, rates)))
+    return found, rates
+
+
+def _run(root: Path) -> dict[str, Any]:
+    """stats.json of the whole line, as a command of its own."""
+    subprocess.run(
+        [
+            sys.executable, "-m", "d2filter", "run", "--metadata-dir", str(root / "metadata"),
+            "--out-dir", str(root / "run"), "--n-neighbors", str(K), "--no-report",
+        ],
+        check=False,  # a dirty pool may exit with 3; without stats.json the next line fails
+    )  # fmt: skip
+    stats: dict[str, Any] = json.loads((root / "run/stats.json").read_text())
+    return stats
+
+
+def _compare(size: int, found: estimate.Estimate, stats: dict[str, Any]) -> list[str]:
+    lines = []
+    for stage in found.stages:
+        taken, peak = stats["seconds"][stage.name], stats["peak_rss_bytes"][stage.name]
+        seconds = stage.seconds or 0.0
+        judged = taken >= LONG
+        lines.append(
+            f"| {size:,} | {stage.name} | {seconds:.1f} | {taken:.1f} | "
+            f"{_ratio(seconds, taken) if judged else ''} | {stage.memory / 1e9:.2f} | "
+            f"{peak / 1e9:.2f} | {_ratio(stage.memory, peak) if judged else ''} |"
+        )
+    return lines
+
+
+def _ratio(predicted: float, measured: float) -> str:
+    ratio = predicted / measured
+    return f"{ratio:.2f}" + ("" if 1 / WITHIN <= ratio <= WITHIN else " **outside**")
+
+
+def _report(rows: Sequence[str], arguments: argparse.Namespace) -> str:
+    sizes = " ".join(str(size) for size in arguments.sizes)
+    return "\n".join(
+        [
+            "# What `plan` predicts, beside what runs take",
+            "",
+            f"{made_by(f'jobs.bench_plan --sizes {sizes}')} Pools as in bench_run.md: 2 × "
+            f"{bench_run.PoolConfig().dimension} float16 in {bench_run.PoolConfig().files} files, "
+            f"some of it dirty; k={K}. Rates from {plan.PILOTS[0]:,} and {plan.PILOTS[1]:,} rows "
+            f"of the same pool. Ratios, predicted to measured, for stages of {LONG:.0f} s and "
+            f"more; asked for are {1 / WITHIN:.2f} to {WITHIN}.",
+            "",
+            "| samples | stage | predicted, s | measured, s | ratio | predicted, GB | measured, GB "
+            "| ratio |",
+            "|---|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

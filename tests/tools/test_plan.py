@@ -1,0 +1,198 @@
+"""`plan`: its counts against a real run, its arithmetic, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pools
+import pytest
+
+from d2filter.cli import main
+from d2filter.config import CatalogConfig
+from d2filter.errors import UsageError
+from d2filter.formats.paths import Folder
+from d2filter.tools import estimate, plan
+from d2filter.tools.estimate import Cluster, Habits, Pool, Rate
+
+HABITS = Habits(samples=50_000, cells=890, probes=4, passes=1, sketch_dim=64, evaluations=100.0)
+POOL = Pool(samples=10_000_000, dimension=512, k=5)
+
+
+def rates(**steps: Rate) -> estimate.Rates:
+    return estimate.Rates(machine="test", dimension=512, steps=steps, habits=HABITS)
+
+
+def every_rate() -> estimate.Rates:
+    names = [step.name for step in estimate.count(POOL, HABITS, 4)]
+    return rates(**{name: Rate(fixed=0.1, unit=1e-9) for name in names})
+
+
+def test_work_of_a_step_is_shared_by_its_tasks_and_the_cpus() -> None:
+    one = estimate.Step(stage="graph", name="x", units=1000.0, tasks=1, threads=False)
+    known = rates(x=Rate(fixed=2.0, unit=0.01))
+    eight = Cluster(nodes=2, cpus=4)
+    assert estimate.seconds(one, eight, known) == pytest.approx(2 + 10)
+    assert estimate.seconds(replace(one, threads=True), eight, known) == pytest.approx(2 + 2.5)
+    tasks = replace(one, tasks=8)
+    assert estimate.seconds(tasks, eight, known) == pytest.approx(2 + 10 / 8)
+    # nine tasks on eight CPUs: two waves, the second nearly empty
+    nine = replace(one, tasks=9)
+    assert estimate.seconds(nine, eight, known) == pytest.approx(4 + 10 / 8 * 16 / 9)
+    assert estimate.seconds(replace(one, name="y"), eight, known) == 0
+
+
+def test_rates_come_back_from_what_two_runs_took() -> None:
+    true = {"catalog": Rate(fixed=1.5, unit=2e-7), "find": Rate(fixed=0.5, unit=3e-9)}
+    cluster = Cluster(nodes=1, cpus=2)
+    halves = []
+    for samples in (6_000, 48_000):
+        h = replace(HABITS, samples=samples, cells=samples // 50)
+        steps = estimate.count(Pool(samples=samples, dimension=512, exact_below=0), h, 1)
+        mine = [step for step in steps if step.name in true]
+        halves.append([(s, estimate.seconds(s, cluster, rates(**true))) for s in mine])
+    found = estimate.fit(halves[0], halves[1], cpus=2)
+    for name, rate in true.items():
+        assert found[name].fixed == pytest.approx(rate.fixed)
+        assert found[name].unit == pytest.approx(rate.unit)
+    with pytest.raises(UsageError, match="larger"):
+        estimate.fit(halves[1], halves[0], cpus=2)
+
+
+def test_more_of_anything_is_never_faster_and_more_nodes_never_slower() -> None:
+    known = every_rate()
+    cluster = Cluster(nodes=2, cpus=8, memory=64_000_000_000)
+    base = estimate.estimate(POOL, cluster, known)
+    for larger in (
+        replace(POOL, samples=20_000_000),
+        replace(POOL, dimension=1024),
+        replace(POOL, k=10),
+    ):
+        found = estimate.estimate(larger, cluster, known)
+        assert found.seconds > base.seconds
+        assert found.disk > base.disk
+    wider = estimate.estimate(POOL, replace(cluster, nodes=8), known)
+    assert wider.seconds < base.seconds
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_counts_are_those_of_a_real_run(tmp_path: Path) -> None:
+    pools.write(tmp_path / "m", pools.make(3000, 16), files=3)
+    words = ["run", "--metadata-dir", str(tmp_path / "m"), "--out-dir", str(tmp_path / "o")]
+    more = ["--exact-below", "0", "--n-neighbors", "3", "--partitions", "4", "--target-recall"]
+    assert main([*words, *more, "0.8"]) == 0
+    stats = json.loads((tmp_path / "o/stats.json").read_text())
+    graph = stats["graph"]
+    h = Habits(
+        samples=3000,
+        cells=graph["nlist"],
+        probes=graph["nprobe"],
+        passes=graph["refinement_passes"],
+        sketch_dim=graph["sketch_dim"],
+        evaluations=graph["evaluations_per_sample"],
+    )
+    pool = Pool(samples=3000, dimension=32, k=3, exact_below=0)
+    steps = {step.name: step for step in estimate.count(pool, h, 4)}
+    # every step of the run is planned, and no other
+    planned = {name for name, step in steps.items() if step.units}
+    assert planned - {"catalog", "select"} >= set(stats["seconds_detail"])
+    assert estimate.parts_of(pool) == stats["catalog"]["parts"]
+    assert estimate.habits_at(h, 3000, 3).cells == pytest.approx(graph["nlist"], rel=0.1)
+    marks = tmp_path / "o/completions/graph"
+    names = ("route", "find", "merge", "finish", "measure")
+    tasks = {name: len(list(marks.glob(f"{name}-0*.json"))) for name in names}
+    assert {name: steps[name].tasks for name in tasks} == tasks
+    # bytes that stay: features and rows of the catalog, the graph
+    features = sum(path.stat().st_size for path in (tmp_path / "o/catalog").glob("*.npy"))
+    assert features == pytest.approx(3000 * 2 * 32, rel=0.05)
+    assert steps["measure"].read == pytest.approx(features, rel=0.05)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_rates_are_measured_on_the_pool_that_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "PILOTS", (500, 2500))
+    monkeypatch.setattr(plan, "_GREEDY_ROWS", 5000)
+    pools.write(tmp_path / "m", pools.make(4000, 16), files=4)
+    saved = str(tmp_path / "rates.json")
+    words = ["plan", "--metadata-dir", str(tmp_path / "m"), "--n-neighbors", "2", "--memory", "4GB"]
+    assert main([*words, "--calibrate", "--rates", saved]) == 0
+    said = capsys.readouterr().out
+    assert "4,000 rows of 32 dimensions in 4 pairs" in said
+    assert "calibrating on 2,500 rows" in said
+    found = plan.read_rates(saved)
+    assert found.dimension == 32
+    assert found.habits.samples == 2500
+    assert {"catalog", "find", "supersteps", "select"} <= set(found.steps)
+    assert all(rate.unit > 0 or rate.fixed >= 0 for rate in found.steps.values())
+    assert main([*words, "--rates", saved, "--json"]) == 0
+    told: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert {stage["name"] for stage in told["stages"]} == {"catalog", "graph", "rank", "select"}
+    assert told["seconds"] == pytest.approx(sum(s["seconds"] for s in told["stages"]))
+
+
+def test_only_valid_rows_of_real_metadata_are_measured(tmp_path: Path) -> None:
+    pool = pools.make(300, 8)
+    pool["img"][::3] = np.nan
+    pools.write(tmp_path / "m", pool, files=3)
+    source = Folder(str(tmp_path / "m"))
+    rows, dimension, names = plan.look_at(source, CatalogConfig())
+    assert (rows, dimension) == (300, 16)
+    features, difficulty = plan.real_rows(source, names, CatalogConfig(), 150)
+    assert features.shape == (150, 16)
+    assert np.isfinite(features).all()
+    assert np.isfinite(difficulty).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ((), "nothing to plan"),
+        (("--samples", "1e6", "--nodes", "0"), "nodes is 0"),
+        (("--samples", "1e6", "--fraction", "2"), "fraction is 2"),
+        (("--samples", "lots"), "lots"),
+        (("--samples", "0.5"), "allowed is a whole number"),
+        (("--samples", "1e8", "--disk", "1GB"), "run directory grows to"),
+        (("--samples", "1e8", "--memory", "2GB", "--cpus", "8"), "a task may use"),
+        (("--samples", "1e10", "--memory", "64GB", "--cpus", "4"), "--nodes"),
+        (("--samples", "1e8", "--partitions", "2"), "--partitions"),
+        (("--samples", "1e6", "--rates", "/nowhere/rates.json"), "/nowhere/rates.json"),
+    ],
+)
+def test_what_cannot_work_is_refused_and_says_what_would(
+    words: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *words]) in (1, 2)
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.count("\n") == 1
+
+
+def test_what_a_refusal_asks_for_is_enough() -> None:
+    known = every_rate()
+    pool = replace(POOL, samples=100_000_000)
+    tight = Cluster(nodes=1, cpus=4, memory=32_000_000_000, partitions=3)
+    (refusal,) = estimate.estimate(pool, tight, known).refusals
+    enough = int(refusal.rpartition("--partitions ")[2])
+    assert not estimate.estimate(pool, replace(tight, partitions=enough), known).refusals
+
+
+def test_embedding_has_no_time_unless_a_rate_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--samples", "1e6", "--shards", "--memory", "64GB"]
+    assert main(words) == 0
+    assert "unknown" in capsys.readouterr().out
+    assert main([*words, "--images-per-second", "500", "--gpus", "2"]) == 0
+    shown = capsys.readouterr().out
+    line = next(line for line in shown.splitlines() if line.startswith("embed"))
+    assert "17 min" in line  # 1e6 / (2 · 500) s
+    assert "unknown" not in line
+
+
+def test_the_bundled_rates_plan_every_step() -> None:
+    known = plan.read_rates()
+    steps = estimate.count(POOL, estimate.habits_at(known.habits, POOL.samples, POOL.k), 10)
+    assert {step.name for step in steps if step.units} <= set(known.steps)
