@@ -32,7 +32,7 @@ class Shortlists:
     exact: F32
     """(q, T) squared distances of the rows, in the order of the lists; inf where padded"""
 
-    def put(self, rows: slice, other: Shortlists, order: I64) -> None:
+    def put(self, rows: I64, other: Shortlists, order: I64) -> None:
         """Overwrite some rows with rows `order` of others."""
         self.lists.numbers[rows] = other.lists.numbers[order]
         self.lists.sqdist[rows] = other.lists.sqdist[order]

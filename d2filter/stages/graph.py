@@ -17,7 +17,7 @@ from d2filter.errors import RecallError
 from d2filter.formats import catalog
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import digest
-from d2filter.stages import index, neighbors, route
+from d2filter.stages import index, metrics, neighbors, route
 from d2filter.stages.index import CENTROIDS
 from d2filter.stages.runner import Runner
 from d2filter.stages.worker import Task, checksums_of
@@ -57,6 +57,7 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
     found, edges, judged = steps.search(laid["sizes"], width, passes, trained["nlist"], partitions)
     entries = sum(figures["entries"] for figures in routed)
     every = sum(figures["edges"] for figures in edges)
+    metrics.set_recall(k, judged["recall"])
     return {
         "k": k,
         "nlist": trained["nlist"],
@@ -184,7 +185,7 @@ class _Steps:
 
         every: Figures = {"parts": self._parts, "partitions": partitions, "width": width}
         found = each("find", neighbors.find, lambda n: {**every, "nlist": nlist})
-        each("merge", neighbors.merge, lambda n: every)
+        each("merge", neighbors.merge, lambda n: {"partitions": partitions, "width": width})
         stem = "merged"
         if passes:
             each(

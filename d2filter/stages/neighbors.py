@@ -1,8 +1,8 @@
 """Partitions → graph/: search by cell, merge at home, refine, measure (DESIGN §4.4–4.7).
 
 index/lists-00000.*       shortlists of a partition's own rows: number, list, near, exact
-index/found-00000.*       shortlists that a partition found for rows of others, by catalog part and
-                          home partition; start (parts, P + 1)
+index/found-00000.*       shortlists that a partition found for rows of others, by home partition;
+                          start (P + 1,): whoever merges them reads one piece of each
 index/merged-00000.*      lists after what other partitions found came home: number, list, sqdist
 index/refined-00000.*     the same after the refinement pass
 index/truth-00000.*       exact lists of the measured samples within one catalog part
@@ -19,14 +19,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import backend, knn, refine, search, shortlist
+from d2filter.algorithm import backend, features, knn, refine, search, shortlist
 from d2filter.algorithm.lists import Lists, merge_inplace
 from d2filter.algorithm.shortlist import Shortlists
 from d2filter.formats import catalog, graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import Rows, read_array, read_columns, write_columns
 from d2filter.stages.index import MEASURE, assigned_rows, read_sketch
-from d2filter.stages.route import Entries, count_entries, graph_ids, read_entries, read_probed
+from d2filter.stages.route import (
+    Entries,
+    count_entries,
+    graph_ids,
+    read_entries,
+    read_homes,
+    read_probed,
+)
 from d2filter.stages.worker import Report, assigned_cpus
 
 I64 = npt.NDArray[np.int64]
@@ -59,27 +66,29 @@ def find(
         )  # fmt: skip
 
     _write_short(index, f"lists-{number:05d}", own.number, search_for(own, sketches, report))
-    visits = sum(count_entries(out, part, number, visitors=True) for part in range(parts))
+    # (parts, P): what each part sends here from each home; where each piece goes follows from it
+    homes_of = [read_homes(out, part, number) for part in range(parts)]
+    counts = np.array([np.bincount(home, minlength=partitions) for home in homes_of], np.int64)
+    del homes_of
+    start = np.concatenate([[0], np.cumsum(counts.sum(axis=0))])
+    free = start[:-1] + np.cumsum(counts, axis=0) - counts
+    visits = int(start[-1])
     found = shortlist.empty(visits, places)
     numbers = np.empty(visits, np.int64)
-    start = np.zeros((parts, partitions + 1), np.int64)
-    begin = 0
     for part in range(parts):
         entries = read_entries(out, part, number, visitors=True)
         theirs = search_for(entries, sketch.apply(entries.rows), lambda done: None)
         order = np.argsort(entries.home, kind="stable")
-        some = slice(begin, begin + order.size)
-        found.put(some, theirs, order)
-        numbers[some] = entries.number[order]
-        start[part] = begin + np.searchsorted(entries.home[order], np.arange(partitions + 1))
-        begin += order.size
+        rows = np.repeat(free[part], counts[part]) + features.inside_runs(counts[part])
+        found.put(rows, theirs, order)
+        numbers[rows] = entries.number[order]
         del entries, theirs  # or two parts are held while the next one is read
     _write_short(index, f"found-{number:05d}", numbers, found, start=start)
     return {"rows": int(own.number.size), "visits": visits}
 
 
 def merge(
-    *, report: Report, out: Folder, number: int, parts: int, partitions: int, width: int
+    *, report: Report, out: Folder, number: int, partitions: int, width: int
 ) -> dict[str, Any]:
     """Task: the lists of a partition's own rows, from everywhere they were compared."""
     index = out.sub("index")
@@ -90,12 +99,11 @@ def merge(
             continue
         stem = f"found-{other:05d}"
         start = read_array(index, f"{stem}.start.npy")
-        for part in range(parts):
-            some = slice(int(start[part, number]), int(start[part, number + 1]))
-            if some.start < some.stop:
-                visitors, theirs = _read_short(index, stem, some)
-                at = np.searchsorted(numbers, visitors)
-                shortlist.merge_inplace(short, at, theirs, visitors, total)
+        visitors, theirs = _read_short(
+            index, stem, slice(int(start[number]), int(start[number + 1]))
+        )
+        at = np.searchsorted(numbers, visitors)
+        shortlist.merge_inplace(short, at, theirs, visitors, total)
     _write_lists(
         index, f"merged-{number:05d}", numbers, shortlist.settle(short, numbers, width, total)
     )

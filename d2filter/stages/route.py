@@ -121,6 +121,14 @@ def read_probed(out: Folder, part: int, number: int) -> I32:
     return read_columns(index, stem, "probed", rows=some)["probed"]
 
 
+def read_homes(out: Folder, part: int, number: int) -> I32:
+    """The home partitions of the rows of one catalog part that visit partition `number`."""
+    index = out.sub("index")
+    stem = f"routed-{part:05d}"
+    some = _slice(index, stem, number, visitors=True)
+    return read_columns(index, stem, "home", rows=some)["home"]
+
+
 def count_entries(out: Folder, part: int, number: int, *, visitors: bool) -> int:
     """How many `read_entries` would return."""
     some = _slice(out.sub("index"), f"routed-{part:05d}", number, visitors=visitors)

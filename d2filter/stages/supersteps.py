@@ -23,6 +23,7 @@ from d2filter.formats import graph, logs
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import mapped, read_array, read_columns, write_columns
 from d2filter.formats.tables import first_line
+from d2filter.stages import metrics
 from d2filter.stages.late import WORK, Settled, late_rows
 from d2filter.stages.runner import Runner, progress_bar
 from d2filter.stages.worker import Report, assigned_cpus, peak_rss_bytes
@@ -54,7 +55,12 @@ def run(
         needs["memory"] = min(made["memory"], runner.resources()[2])
     driver = _Driver(ray, numbers, needs, (out, parts, made))
     try:
-        figures = driver.run(lambda live: bar.update(total - live - bar.n))
+
+        def show(live: int) -> None:
+            bar.update(total - live - bar.n)
+            metrics.set_share_final(1 - live / total)
+
+        figures = driver.run(show)
     finally:
         driver.close()
         bar.close()

@@ -1,0 +1,48 @@
+"""Figures of a running run at Ray's Prometheus endpoint, beside Ray's own.
+
+ray_d2filter_samples_total{stage}   counter: samples that went through a stage's tasks, so that
+                                    rate() is samples a second
+ray_d2filter_recall{k}              gauge: measured recall@k of the graph
+ray_d2filter_share_final            gauge: share of the ranking's samples whose score is final
+
+Each process tells Ray of its own; nothing is told, and nothing costs, where Ray does not run.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+
+def count_samples(stage: str, done: int) -> None:
+    """`done` more samples went through a task of a stage."""
+    counter = _metric("Counter", "d2filter_samples", "Samples that went through", "stage")
+    if counter is not None and done > 0:
+        counter.inc(done, tags={"stage": stage})
+
+
+def set_recall(k: int, recall: float) -> None:
+    """The graph's lists of k have this recall."""
+    gauge = _metric("Gauge", "d2filter_recall", "Measured recall of the graph", "k")
+    if gauge is not None:
+        gauge.set(recall, tags={"k": str(k)})
+
+
+def set_share_final(share: float) -> None:
+    """So much of the ranking has its final score."""
+    gauge = _metric("Gauge", "d2filter_share_final", "Share of samples with a final score")
+    if gauge is not None:
+        gauge.set(share)
+
+
+def _metric(kind: str, name: str, says: str, *tags: str) -> Any:
+    import ray
+
+    return _made(kind, name, says, tags) if ray.is_initialized() else None
+
+
+@functools.cache
+def _made(kind: str, name: str, says: str, tags: tuple[str, ...]) -> Any:
+    from ray.util import metrics
+
+    return getattr(metrics, kind)(name, description=says, tag_keys=tags)
