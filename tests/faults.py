@@ -32,7 +32,7 @@ catalog._GROUP_BYTES, catalog._PART_BYTES, supersteps._SAVE_SECONDS = 1, 150_000
 _ENTER = "\nfrom d2filter.cli import entry\nentry()\n"
 
 _STORE_BYTES = 80_000_000
-_QUICK_DEATH = {  # a raylet without a pulse is given up after some seconds, not a minute
+QUICK_DEATH = {  # a raylet without a pulse is given up after some seconds, not a minute
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 500,
     "health_check_timeout_ms": 1000,
@@ -131,7 +131,7 @@ class Machines:
                 include_dashboard=False,
                 no_monitor=True,
                 include_log_monitor=False,
-                _system_config=_QUICK_DEATH,
+                _system_config=QUICK_DEATH,
             )
             self._workers = [self._add() for _ in range(self._nodes)]
             self._cluster.wait_for_nodes()
@@ -164,8 +164,8 @@ class Machines:
         """Pids of worker processes that run a task or are an actor, ascending."""
         nodes = self._workers if node is None else [self._workers[node]]
         raylets = {_pid(node, "raylet") for node in nodes}
-        found = [pid for pid, parent in _parents().items() if parent in raylets]
-        return sorted(pid for pid in found if _works(_title(pid)))
+        found = [pid for pid, parent in parents().items() if parent in raylets]
+        return sorted(pid for pid in found if works(title_of(pid)))
 
     def lose(self, pick: int) -> str | None:
         """Kill a raylet that has work, and add a node in its place. Returns a title of its work;
@@ -182,7 +182,7 @@ class Machines:
             number = (pick + turn) % self._nodes
             working = self.at_work(number)
             if working:
-                title = _title(working[0])
+                title = title_of(working[0])
                 end(self._workers[number])
                 with self._apart():
                     self._workers[number] = self._add()
@@ -195,7 +195,7 @@ class Machines:
 
     def _halt(self, node: Any) -> None:
         raylet = _pid(node, "raylet")
-        pids = [raylet, *(pid for pid, parent in _parents().items() if parent == raylet)]
+        pids = [raylet, *(pid for pid, parent in parents().items() if parent == raylet)]
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
@@ -210,7 +210,7 @@ class Machines:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
         for node, pids in absent:
-            _wait(lambda pids=pids: not any(_works(_title(pid)) for pid in pids), "a lost node")
+            wait_for(lambda pids=pids: not any(works(title_of(pid)) for pid in pids), "a lost node")
             self._cluster.remove_node(node, allow_graceful=False)
 
     def behead(self) -> None:
@@ -245,7 +245,7 @@ class Machines:
     def wait_until_idle(self) -> None:
         """Until what a dead driver or a node given up had begun is over; every node is there."""
         self._resume()
-        _wait(lambda: not self.at_work(), "a worker")
+        wait_for(lambda: not self.at_work(), "a worker")
         self._cluster.wait_for_nodes()
 
 
@@ -363,7 +363,7 @@ class Command:
         pids = self.machines.at_work()
         for turn in range(len(pids)):
             pid = pids[(fault.pick + turn) % len(pids)]
-            title = _title(pid)
+            title = title_of(pid)
             if _killed_while(wanted, pid):
                 return title
         return None
@@ -384,12 +384,14 @@ class Command:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """Content of all files of a run by name; logs are left out, and what holds seconds is empty."""
+    """Content of all files of a run by name; logs are left out, and what holds seconds, or where
+    the run lies, is empty.
+    """
     found = {}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
         if path.is_file() and not name.startswith("logs/"):
-            timed = name == "stats.json" or name.startswith("completions/")
+            timed = name in ("stats.json", "report.html") or name.startswith("completions/")
             found[name] = b"" if timed else path.read_bytes()
     return found
 
@@ -406,7 +408,7 @@ def _below(folder: Path) -> Iterator[Path]:
             yield Path(place, name)
 
 
-def _wait(over: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+def wait_for(over: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not over():
         if time.monotonic() > end:
@@ -426,15 +428,15 @@ def _killed_while(wanted: Callable[[int], bool], pid: int) -> bool:
 
 
 def _runs_task(pid: int) -> bool:
-    title = _title(pid)
-    return _works(title) and "_Actor" not in title
+    title = title_of(pid)
+    return works(title) and "_Actor" not in title
 
 
 def _is_actor(pid: int) -> bool:
-    return "_Actor" in _title(pid)
+    return "_Actor" in title_of(pid)
 
 
-def _works(title: str) -> bool:
+def works(title: str) -> bool:
     return title.startswith("ray::") and title not in _NO_TASK
 
 
@@ -442,7 +444,7 @@ def _pid(node: Any, kind: str) -> int:
     return int(node.all_processes[kind][0].process.pid)
 
 
-def _title(pid: int) -> str:
+def title_of(pid: int) -> str:
     """The command line of a process, where Ray writes what it does; empty when it is gone."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
@@ -450,7 +452,7 @@ def _title(pid: int) -> str:
         return ""
 
 
-def _parents() -> dict[int, int]:
+def parents() -> dict[int, int]:
     """Parent of every process."""
     found = {}
     for entry in os.listdir("/proc"):

@@ -53,8 +53,8 @@ class Clip:
 
 
 @lru_cache(maxsize=1)
-def load(model: str, pretrained: str, precision: str) -> Clip:
-    """Load once a process, on a GPU when this process sees one, else on the CPU.
+def load(model: str, pretrained: str, precision: str, on_gpu: bool = False) -> Clip:
+    """Load once a process. on_gpu: on the GPU of this process, if torch sees one there.
 
     Raises InputError, in one line, for an unknown model or weights that cannot be had.
     """
@@ -71,7 +71,7 @@ def load(model: str, pretrained: str, precision: str) -> Clip:
             f'open_clip knows no model {model!r}: `python -c "import open_clip; '
             'print(open_clip.list_models())"` lists them'
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
     try:
         with warnings.catch_warnings():
             # open_clip warns of quick-GELU mismatches and of its own defaults
@@ -89,6 +89,23 @@ def load(model: str, pretrained: str, precision: str) -> Clip:
     network.eval()
     dtype = open_clip.get_input_dtype(precision)
     return Clip(network, transform, tokenize, device, dtype)
+
+
+def rehearse(model: Clip, batch_size: int) -> None:
+    """One forward pass of an empty batch of that many: what it needs is then known.
+
+    Raises InputError, in one line, when the batch does not fit into the GPU's memory.
+    """
+    import torch
+    from PIL import Image
+
+    try:
+        model.encode([model.transform(Image.new("RGB", (64, 64)))], [""], batch_size)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"batch-size {batch_size} does not fit into the memory of the GPU: halve it, or use "
+            "--precision pure_fp16 or pure_bf16"
+        ) from error
 
 
 def use_threads(count: int) -> None:

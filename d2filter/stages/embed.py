@@ -16,16 +16,18 @@ from typing import Any
 import numpy as np
 
 from d2filter.config import EmbedConfig
-from d2filter.errors import InputError
+from d2filter.errors import InputError, UsageError
 from d2filter.formats import ledger, metadata, webdataset
 from d2filter.formats.paths import Checksums, Folder
 from d2filter.formats.runstate import Plan
 from d2filter.models import clip
 from d2filter.stages.runner import Runner
-from d2filter.stages.worker import Report, Task, assigned_cpus, checksums_of
+from d2filter.stages.worker import Report, Task, assigned_cpus, assigned_gpu, checksums_of
 
 _LONGEST_RATIO = 1000  # the transform scales the short side up: 1 × 60,000 would take gigabytes
 _LARGE_PIXELS = 1 << 24  # of such pictures one at a time is decoded, or threads would add up
+_PICTURE_BYTES = 1 << 20  # of a file, more than most
+_TENSOR_BYTES = 3 * 336 * 336 * 4  # of the largest common input
 _AHEAD_BYTES = 512 << 20  # of encoded pictures that wait for a thread
 # a context is some 77 tokens, and the time of tokenizers is quadratic in the length of a word
 _LONGEST_CAPTION = 4096
@@ -42,10 +44,8 @@ def build(
 
     A shard that an earlier attempt embedded in the same way, and that did not change, is kept.
     """
-    # once, before all shards would find out one by one that the model cannot be had
-    checking = Task(name="model", run=check_model, arguments={"config": config})
     fingerprint = plan.fingerprint
-    runner.map("embed-model", [checking], fingerprint=fingerprint, label="model", on_gpu=True)
+    rehearsed = _rehearse(runner, config, fingerprint)
     tasks = [
         Task(
             name=shard.name,
@@ -55,7 +55,11 @@ def build(
         )
         for shard, part in zip(shards, plan.inputs, strict=True)
     ]
-    done = runner.map("embed", tasks, fingerprint=fingerprint, label="embed", on_gpu=True)
+    done = runner.map(
+        "embed", tasks, fingerprint=fingerprint, label="embed", share_node=True,
+        on_gpu=rehearsed["device"] == "cuda",
+        memory=rehearsed["peak_rss_bytes"] + _beside_the_model(config.batch_size),
+    )  # fmt: skip
     reasons = sum((Counter(figures["reasons"]) for figures in done), Counter())
     read = sum(figures["read"] for figures in done)
     lost = [figures["lost"] for figures in done if figures["lost"]]
@@ -76,17 +80,48 @@ def build(
     }
 
 
+def _rehearse(runner: Runner, config: EmbedConfig, fingerprint: str) -> dict[str, Any]:
+    """Figures of `check_model` where shards will be embedded: once, before all of them would find
+    out one by one that the model cannot be had. Raises UsageError when it must run on GPUs and
+    torch sees none there.
+    """
+    kind = "gpu" if runner.uses_gpus() else "cpu"
+    task = Task(name=f"model-{kind}", run=check_model, arguments={"config": config})
+    (figures,) = runner.map(
+        "embed-model", [task], fingerprint=fingerprint, label="model", on_gpu=True
+    )
+    if runner.device == "cuda" and figures["device"] != "cuda":
+        raise UsageError(
+            "device is cuda, and torch sees none on a node that Ray counts a GPU of: install a "
+            "torch with CUDA there, or take --device auto"
+        )
+    return figures
+
+
 def check_model(*, report: Report, config: EmbedConfig) -> dict[str, Any]:
-    """Task: load the model where shards will be embedded; the worker keeps it."""
-    model = clip.load(config.model, config.pretrained, config.precision)
+    """Task: load the model where shards will be embedded, and run one batch; the worker keeps it.
+    Its peak of memory is what a task needs beside its pictures.
+    """
+    model = _load(config)
+    clip.use_threads(assigned_cpus())
+    clip.rehearse(model, config.batch_size)
     return {"device": model.device}
+
+
+def _beside_the_model(batch_size: int) -> int:
+    """Bytes of pictures that are decoded ahead: two batches, as files and then as tensors."""
+    return min(2 * batch_size * _PICTURE_BYTES, _AHEAD_BYTES) + 2 * batch_size * _TENSOR_BYTES
+
+
+def _load(config: EmbedConfig) -> clip.Clip:
+    return clip.load(config.model, config.pretrained, config.precision, assigned_gpu())
 
 
 def embed_shard(
     *, report: Report, out: Folder, shard: webdataset.Shard, config: EmbedConfig
 ) -> dict[str, Any]:
     """Task: decode and embed one shard, write its pair and its ledger part."""
-    model = clip.load(config.model, config.pretrained, config.precision)
+    model = _load(config)
     cpus = assigned_cpus()
     clip.use_threads(cpus)
     rows: list[dict[str, Any]] = []

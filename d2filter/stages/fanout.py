@@ -3,6 +3,9 @@
 A worker that is killed, that runs out of memory, or whose node is lost costs an attempt; the task
 is tried again after a pause that doubles. An error of the task itself is final at once: it would
 come again. Neither stops the other tasks. Ray's own retries are off, for they know no pause.
+
+Tasks that ask for a GPU are done by processes that keep theirs, and with it what is loaded there,
+from task to task: see `hands`.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from d2filter.errors import StageError, StorageError
 from d2filter.formats import logs
 from d2filter.formats.paths import Folder
 from d2filter.formats.tables import first_line
+from d2filter.stages import shared
+from d2filter.stages.hands import Hands
 from d2filter.stages.worker import Outcome, Task, execute
 
 Needs = dict[str, float]
@@ -41,8 +46,11 @@ class FanOut:
         fingerprint: str,
         needs: Callable[[], Needs],
         bar: Any,
+        word: str = "",
     ) -> None:
-        """needs: what each task asks of the cluster as it is now; bar: for progress."""
+        """needs: what each task asks of the cluster as it is now; bar: for progress; word: what
+        must be in the run directory where a task runs, see `shared`.
+        """
         self._ray = ray
         self._folder = folder
         self._stage = stage
@@ -50,8 +58,10 @@ class FanOut:
         self._needs = needs
         self._asked = needs()
         self._bar = bar
+        self._word = word
         self._counter = None if bar.disable else _start_counter(ray)
         self._remote = ray.remote(_execute_remotely)
+        self._hands = Hands(ray, _execute_remotely)
         self._waiting: deque[Task] = deque()
         self._later: list[tuple[float, str, Task]] = []
         self._running: dict[Any, Task] = {}
@@ -77,6 +87,7 @@ class FanOut:
                 "run the same command again when it does, what is done stays"
             ) from error
         finally:
+            self._hands.close()
             if self._counter is not None:
                 with contextlib.suppress(self._ray.exceptions.RayError):
                     self._ray.kill(self._counter)
@@ -85,13 +96,17 @@ class FanOut:
     def _submit(self) -> None:
         while self._later and self._later[0][0] <= time.monotonic():
             self._waiting.append(heapq.heappop(self._later)[2])
-        while self._waiting and len(self._running) < _IN_FLIGHT:
+        by_hand = self._asked.get("num_gpus", 0) > 0
+        free = _IN_FLIGHT - len(self._running)
+        if by_hand:
+            free = self._hands.free(self._asked, len(self._waiting), more=len(self._later))
+        call = self._remote.options(max_retries=0, **self._asked).remote
+        for _ in range(min(free, len(self._waiting))):
             task = self._waiting.popleft()
+            arguments = (self._folder, self._stage, task, self._fingerprint, self._counter)
             attempt = self._attempts[task.name] + 1
-            reference = self._remote.options(max_retries=0, **self._asked).remote(
-                self._folder, self._stage, task, self._fingerprint, self._counter, attempt
-            )
-            self._running[reference] = task
+            begin = self._hands.begin if by_hand else call
+            self._running[begin(*arguments, attempt, self._word)] = task
 
     def _finished(self) -> list[Outcome]:
         if not self._running:
@@ -109,7 +124,9 @@ class FanOut:
         what = f"{self._stage} task {task.name}"
         try:
             outcome: Outcome = self._ray.get(reference)
+            self._hands.done(reference)
         except errors.RayTaskError as error:
+            self._hands.done(reference)
             # not even begun: a worker that cannot import what the driver can
             cause = getattr(error, "cause", None) or error
             return Outcome(
@@ -117,6 +134,7 @@ class FanOut:
                 error=StageError(f"{what}: {type(cause).__name__}: {first_line(cause)}"),
             )
         except errors.RayError as error:
+            self._hands.drop(reference)
             self._attempts[task.name] += 1
             tried, reason = self._attempts[task.name], first_line(error)
             if tried >= ATTEMPTS:
@@ -161,9 +179,11 @@ class FanOut:
         if self._placeable():
             if self._asked != before:
                 for reference, task in self._running.items():
-                    self._ray.cancel(reference)
+                    if not self._hands.drop(reference):
+                        self._ray.cancel(reference)
                     self._waiting.append(task)
                 self._running.clear()
+                self._hands.close()
             return
         if self._without_place is None:
             self._without_place = now
@@ -218,8 +238,17 @@ def _start_counter(ray: Any) -> Any:
 
 
 def _execute_remotely(
-    folder: Folder, stage: str, task: Task, fingerprint: str, counter: Any, attempt: int
+    folder: Folder,
+    stage: str,
+    task: Task,
+    fingerprint: str,
+    counter: Any,
+    attempt: int,
+    word: str,
 ) -> Outcome:
+    blind = shared.missing(folder, word)
+    if blind is not None:
+        return Outcome(name=task.name, error=blind)
     held = 0
     last = time.monotonic()
 

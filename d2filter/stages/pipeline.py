@@ -36,7 +36,7 @@ class Pipeline:
         self.state = RunState(self.out)
         self._say = say
         self._plans = Plans(config, self.state)
-        self._runner = Runner(self.out, config.address, show_progress)
+        self._runner = Runner(self.out, config.address, show_progress, config.device)
 
     def run(self, command: str, then: Callable[[], object] = lambda: None) -> dict[str, Any]:
         """Run the stages of `command`, and `then` what looks at them; returns stats.json.

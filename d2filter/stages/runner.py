@@ -17,9 +17,15 @@ from tqdm import tqdm
 from d2filter.errors import StageError, StorageError, UsageError
 from d2filter.formats import logs
 from d2filter.formats.paths import Folder, read_jsons
+from d2filter.stages import shared
 from d2filter.stages.fanout import FanOut, Needs
 from d2filter.stages.worker import Outcome, Task, execute, marker
 
+# a machine that loses its power closes no connection: Ray waits for seven minutes otherwise
+_KEEPALIVE = {
+    "RAY_grpc_client_keepalive_time_ms": "20000",
+    "RAY_grpc_client_keepalive_timeout_ms": "20000",
+}
 _OBJECT_STORE_BYTES = 200_000_000  # figures and counters only: samples travel through files
 
 
@@ -31,7 +37,11 @@ class Runner:
     address: str = ""
     show_progress: bool | None = None
     """None: only on a terminal"""
+    device: str = "auto"
+    """auto: GPUs where the cluster has any; cpu: none; cuda: wait for them"""
     _owns_ray: bool = field(default=False, init=False)
+    _word: str | None = field(default=None, init=False)
+    """what every node must see in the run directory; None: not looked at yet, empty: no need"""
 
     def map(
         self,
@@ -49,8 +59,8 @@ class Runner:
         """Figures of all tasks, in their order; those that a former run published are not run.
 
         label: what the progress bar shows. total: samples expected, when known. share_node:
-        fewer tasks than CPUs get the others' too. on_gpu:
-        each task gets a GPU where the cluster has any, and else shares the node. memory: bytes that
+        fewer tasks than CPUs get the others' too. on_gpu: each task gets a GPU, where `uses_gpus`,
+        and its share of the CPUs beside it; else it shares the node. memory: bytes that
         each task asks Ray for, so that no node starts more of them than it can hold; 0 for none.
         cpus: that each task takes at least; less than 1 for those that wait for disks.
         Raises the task's own error when all failures are the same, StageError otherwise.
@@ -65,16 +75,19 @@ class Runner:
             ray = self.ray()
 
             def needs() -> Needs:
-                gpus = 1 if on_gpu and ray.cluster_resources().get("GPU", 0) >= 1 else 0
-                share = cpus
-                if (on_gpu or share_node) and not gpus:
-                    share = max(1, _largest_node(ray) // len(waiting))
-                asked: Needs = {"num_cpus": share, "num_gpus": gpus}
+                nodes = _alive(ray)
+                asked: Needs = {"num_cpus": cpus, "num_gpus": 0}
+                if on_gpu and self.uses_gpus():
+                    asked = {"num_cpus": _cpus_beside_gpu(nodes), "num_gpus": 1}
+                elif on_gpu or share_node:
+                    asked["num_cpus"] = _cpus_of_task(nodes, len(waiting), memory)
                 return {**asked, "memory": min(memory, _node_bytes(ray))} if memory else asked
 
             bar = progress_bar(label, total, self.show_progress)
             try:
-                outcomes = FanOut(ray, self.folder, stage, fingerprint, needs, bar).run(waiting)
+                outcomes = FanOut(
+                    ray, self.folder, stage, fingerprint, needs, bar, self._word or ""
+                ).run(waiting)
             finally:
                 bar.close()
             results.update(self._figures(stage, outcomes))
@@ -91,22 +104,32 @@ class Runner:
         outcome = execute(self.folder, stage, task, fingerprint, lambda done: None)
         return self._figures(stage, [outcome])[task.name]
 
+    def uses_gpus(self) -> bool:
+        """Whether tasks for GPUs ask for them. Raises UsageError when they must, and Ray runs on
+        this machine only, which has none: a cluster may bring a node that has.
+        """
+        ray = self.ray()
+        there = any(_count(node, "GPU") for node in _alive(ray))
+        if self.device == "cuda" and not there and self._owns_ray and not self._cluster():
+            raise UsageError(
+                "device is cuda, and Ray finds no GPU on this machine: --device auto, or --address "
+                "of a cluster with GPUs"
+            )
+        return self.device == "cuda" or (there and self.device == "auto")
+
     def resources(self) -> tuple[int, int, int]:
         """CPUs of the largest node, number of nodes, and the least memory of a node in bytes."""
         ray = self.ray()
-        alive = [node for node in ray.nodes() if node["Alive"]]
-        return _largest_node(ray), len(alive), _node_bytes(ray)
+        return _largest_node(ray), len(_alive(ray)), _node_bytes(ray)
 
     def processes(self, most: int, memory: int) -> int:
         """How many processes of one CPU can run at once, at least one and at most `most`. memory:
         bytes that each needs, 0 for unknown.
         """
         places = 0
-        for node in self.ray().nodes():
-            if node["Alive"]:
-                cpus = int(node["Resources"].get("CPU", 0))
-                there = int(node["Resources"].get("memory", 0))
-                places += min(cpus, there // memory) if memory else cpus
+        for node in _alive(self.ray()):
+            cpus = _count(node, "CPU")
+            places += min(cpus, _count(node, "memory") // memory) if memory else cpus
         return max(1, min(most, places))
 
     def close(self) -> None:
@@ -150,15 +173,32 @@ class Runner:
         return {o.name: o.figures for o in outcomes if o.figures is not None}
 
     def ray(self) -> Any:
-        """The ray module, connected to the cluster, or to one started in this process."""
+        """The ray module, connected to the cluster, or to one started in this process.
+
+        Raises UsageError when there is no cluster at the address, and when its nodes do not share
+        the run directory.
+        """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
 
-        if ray.is_initialized():
-            return ray
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        if not ray.is_initialized():
+            self._start(ray)
+        if self._word is None:
+            # one node may become several where it was joined
+            joined = (self._owns_ray and bool(self._cluster())) or len(_alive(ray)) > 1
+            word = shared.leave_word(self.folder) if joined else ""
+            shared.ask_nodes(ray, self.folder, word)
+            self._word = word
+        return ray
+
+    def _cluster(self) -> str:
+        """Address of the cluster to join; empty for none."""
         # a submitted job finds its cluster in RAY_ADDRESS; else never join one by accident
-        address = self.address or os.environ.get("RAY_ADDRESS", "")
+        return self.address or os.environ.get("RAY_ADDRESS", "")
+
+    def _start(self, ray: Any) -> None:
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        address = self._cluster()
         if not address:
             options.update(
                 address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES
@@ -166,9 +206,11 @@ class Runner:
         try:
             if address:
                 _knock(address)
+                for name, value in _KEEPALIVE.items():
+                    os.environ.setdefault(name, value)
                 options.update(address=address)
             ray.init(**options)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             text = (str(error).strip() or type(error).__name__).splitlines()[0]
             if not address:
                 raise StageError(f"Ray does not start on this machine: {text}") from error
@@ -176,7 +218,6 @@ class Runner:
                 f"no Ray cluster answers at {address} (--address or RAY_ADDRESS): {text}"
             ) from error
         self._owns_ray = True
-        return ray
 
 
 def _knock(address: str) -> None:
@@ -199,13 +240,36 @@ def progress_bar(label: str, total: int | None, show: bool | None) -> Any:
     )
 
 
+def _alive(ray: Any) -> list[dict[str, Any]]:
+    """What Ray knows of the nodes that are alive."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _count(node: dict[str, Any], resource: str) -> int:
+    return int(node["Resources"].get(resource, 0))
+
+
 def _largest_node(ray: Any) -> int:
     """CPUs of the largest node that is alive."""
-    cpus = (int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-    return max(1, max(cpus, default=1))
+    return max([1, *(_count(node, "CPU") for node in _alive(ray))])
 
 
 def _node_bytes(ray: Any) -> int:
     """Memory that Ray hands out on the smallest node that is alive, in bytes."""
-    held = (int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"])
-    return min(held, default=0)
+    return min((_count(node, "memory") for node in _alive(ray)), default=0)
+
+
+def _cpus_of_task(nodes: Sequence[dict[str, Any]], tasks: int, memory: int) -> int:
+    """So many that the largest node is busy with as many of them as there are, or as it has memory
+    for.
+    """
+    nothing: dict[str, Any] = {"Resources": {}}
+    largest = max(nodes, key=lambda node: _count(node, "CPU"), default=nothing)
+    at_once = min(tasks, _count(largest, "memory") // memory) if memory else tasks
+    return max(1, _count(largest, "CPU") // max(1, at_once))
+
+
+def _cpus_beside_gpu(nodes: Sequence[dict[str, Any]]) -> int:
+    """So many that every node can use all of its GPUs at once."""
+    shares = [_count(n, "CPU") // _count(n, "GPU") for n in nodes if _count(n, "GPU")]
+    return max(1, min(shares, default=1))

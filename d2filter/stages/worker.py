@@ -18,6 +18,7 @@ from typing import Any
 from d2filter.errors import D2FilterError, StageError, StorageError
 from d2filter.formats import logs
 from d2filter.formats.paths import Checksums, Folder
+from d2filter.stages import metrics
 
 Report = Callable[[int], None]
 
@@ -58,6 +59,7 @@ def execute(
     def count(done: int) -> None:
         nonlocal samples
         samples += done
+        metrics.count_samples(stage, done)
         report(done)
 
     _give_back_memory()
@@ -111,13 +113,23 @@ def _known(error: Exception, what: str, log: str) -> D2FilterError:
 
 def assigned_cpus() -> int:
     """CPUs that Ray gave the running task; outside of a task those of this machine."""
+    return max(1, int(_assigned().get("CPU", os.cpu_count() or 1)))
+
+
+def assigned_gpu() -> bool:
+    """Whether Ray gave the running task a GPU."""
+    return _assigned().get("GPU", 0) > 0
+
+
+def _assigned() -> dict[str, float]:
+    """What Ray gave the running task; nothing outside of a task."""
     import ray
 
-    assigned: dict[str, float] = {}
-    if ray.is_initialized():
-        context: Any = ray.get_runtime_context()
-        assigned = context.get_assigned_resources()
-    return max(1, int(assigned.get("CPU", os.cpu_count() or 1)))
+    if not ray.is_initialized():
+        return {}
+    context: Any = ray.get_runtime_context()
+    assigned: dict[str, float] = context.get_assigned_resources()
+    return assigned
 
 
 def _give_back_memory() -> None:

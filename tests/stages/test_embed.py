@@ -14,6 +14,10 @@ import pytest
 import shards as made
 from PIL import Image
 
+from d2filter.config import EmbedConfig
+from d2filter.errors import UsageError
+from d2filter.formats.paths import Folder
+from d2filter.formats.runstate import Plan
 from d2filter.formats.webdataset import LostTail, Sample
 from d2filter.models.clip import Clip
 from d2filter.stages import embed
@@ -94,3 +98,55 @@ def test_sizes_that_a_json_tells_must_be_sensible() -> None:
     assert [embed._size(told, 7) for told in (640, "640", 0, -1, True, 2**31, 6.5, None)] == [
         640, 7, 7, 7, 7, 7, 7, 7
     ]  # fmt: skip
+
+
+class Rehearsed:
+    """A runner that notes what is asked of it; the rehearsal took 3 GB on some device."""
+
+    def __init__(self, device: str, found: str) -> None:
+        self.device = device
+        self._found = found
+        self.asked: dict[str, Any] = {}
+
+    def uses_gpus(self) -> bool:
+        return self.device != "cpu"
+
+    def map(self, stage: str, tasks: list[Any], **options: Any) -> list[dict[str, Any]]:
+        self.asked[stage] = options
+        figures = {"device": self._found, "peak_rss_bytes": 3_000_000_000}
+        return [{**figures, "read": 1, "reasons": {}, "lost": ""} for _ in tasks]
+
+
+def build(runner: Any, batch_size: int) -> None:
+    config = EmbedConfig(shards=("s",), batch_size=batch_size)
+    one = shard()
+    plan = Plan(stage="embed", options={}, upstream="", inputs=(one.info,))
+    embed.build(runner, Folder("memory://embed/o"), [one], config, plan)
+
+
+@pytest.mark.parametrize(
+    ("device", "found", "on_gpu"),
+    [("auto", "cuda", True), ("auto", "cpu", False), ("cpu", "cpu", False), ("cuda", "cuda", True)],
+)
+def test_shards_run_where_the_rehearsal_ran_and_ask_for_the_memory_that_it_took(
+    device: str, found: str, on_gpu: bool
+) -> None:
+    """A GPU that torch cannot use is left to others, and the CPUs are shared."""
+    runner = Rehearsed(device, found)
+    build(runner, 64)
+    asked = runner.asked["embed"]
+    assert (asked["on_gpu"], asked["share_node"]) == (on_gpu, True)
+    assert runner.asked["embed-model"]["on_gpu"]
+    # two batches of files of 1 MB, and of tensors of 336 × 336
+    assert asked["memory"] == 3_000_000_000 + 128 * (2**20 + 3 * 336 * 336 * 4)
+    build(runner, 100_000)
+    assert (
+        runner.asked["embed"]["memory"] < 3_000_000_000 + (512 << 20) + 200_000 * 3 * 336 * 337 * 4
+    )
+
+
+def test_a_torch_without_cuda_is_told_to_those_who_must_have_it() -> None:
+    runner = Rehearsed("cuda", "cpu")
+    with pytest.raises(UsageError, match="device is cuda, and torch sees none on a node"):
+        build(runner, 64)
+    assert "embed" not in runner.asked

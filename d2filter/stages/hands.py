@@ -1,0 +1,110 @@
+"""Processes that keep their GPU from task to task: one process, one model for each.
+
+Ray's own workers may be given another GPU with each task, which a process that has used one cannot
+move to; and if it ended after each task, a model would be loaded for each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from d2filter.errors import StageError
+from d2filter.formats.tables import first_line
+
+_COMING = 64  # asked for at once: what is not there yet tells an autoscaler to bring it
+_STILLBORN = 5  # in a row
+
+
+class Hands:
+    """Some processes for the tasks of one fan-out. A task is only given to one that is there, so
+    that none waits for a GPU while others are free.
+    """
+
+    def __init__(self, ray: Any, work: Callable[..., Any]) -> None:
+        """work: what a process does with the arguments of `begin`."""
+        self._ray = ray
+        self._work = work
+        self._coming: dict[Any, Any] = {}
+        self._free: list[Any] = []
+        self._busy: dict[Any, Any] = {}
+        self._stillborn = 0
+
+    def free(self, needs: dict[str, float], waiting: int, more: int = 0) -> int:
+        """How many can take a task now; asks for others while more tasks wait, and lets go of those
+        for which there is none. more: tasks that will wait soon.
+
+        Raises StageError when processes end as soon as they begin.
+        """
+        if self._coming:
+            ready, _ = self._ray.wait(list(self._coming), num_returns=len(self._coming), timeout=0)
+            for ping in ready:
+                self._arrived(ping, self._coming.pop(ping))
+        made = self._ray.remote(_Hand).options(max_restarts=0, **needs)
+        while len(self._coming) < min(waiting - len(self._free), _COMING):
+            hand = made.remote(self._work)
+            self._coming[hand.ping.remote()] = hand
+        for ping in list(self._coming)[max(0, waiting + more - len(self._free)) :]:
+            self._end(self._coming.pop(ping))
+        while len(self._free) > waiting + more:
+            self._end(self._free.pop())
+        return len(self._free)
+
+    def begin(self, *arguments: Any) -> Any:
+        """Give a task to a free one; returns the reference to its result."""
+        hand = self._free.pop()
+        reference = hand.work.remote(*arguments)
+        self._busy[reference] = hand
+        return reference
+
+    def done(self, reference: Any) -> None:
+        """The process of this result is free again. What is not of a process is left alone."""
+        if reference in self._busy:
+            self._free.append(self._busy.pop(reference))
+
+    def drop(self, reference: Any) -> bool:
+        """End the process of this result; whether there is one."""
+        hand = self._busy.pop(reference, None)
+        if hand is not None:
+            self._end(hand)
+        return hand is not None
+
+    def close(self) -> None:
+        """End all of them."""
+        for hand in (*self._coming.values(), *self._free, *self._busy.values()):
+            self._end(hand)
+        self._coming, self._free, self._busy = {}, [], {}
+
+    def _arrived(self, ping: Any, hand: Any) -> None:
+        try:
+            self._ray.get(ping)
+        except self._ray.exceptions.RayError as error:
+            self._end(hand)
+            self._stillborn += 1
+            if self._stillborn >= _STILLBORN:
+                raise StageError(
+                    f"processes for GPUs end as soon as they begin ({first_line(error)}): see "
+                    "Ray's logs on the nodes with GPUs"
+                ) from error
+            return
+        self._stillborn = 0
+        self._free.append(hand)
+
+    def _end(self, hand: Any) -> None:
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            self._ray.kill(hand)
+
+
+class _Hand:
+    """A process with a GPU."""
+
+    def __init__(self, work: Callable[..., Any]) -> None:
+        self._work = work
+
+    def ping(self) -> None:
+        """Answers when the process is there."""
+
+    def work(self, *arguments: Any) -> Any:
+        """A task."""
+        return self._work(*arguments)

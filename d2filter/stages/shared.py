@@ -1,0 +1,91 @@
+"""A run directory must be one folder for all nodes: stages meet through its files.
+
+Where it is a path, the driver leaves a word there that only this run knows. Each node of a cluster
+is asked for it before the first fan-out, and each task looks for it, for nodes may come later.
+Object stores are the same from everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import secrets
+import time
+from typing import Any
+
+from d2filter.errors import D2FilterError, UsageError
+from d2filter.formats.paths import Folder
+
+WORD = "logs/driver-word.json"
+
+_PAUSES = (0.0, 0.2, 0.5, 1.0)  # a network file system may be behind for a moment
+_ANSWER_SECONDS = 60.0
+
+
+def leave_word(folder: Folder) -> str:
+    """Write a new word into a run directory that is a path; returns it, or an empty one."""
+    if folder.local is None:
+        return ""
+    word = secrets.token_hex(8)
+    folder.publish_json(WORD, word)
+    return word
+
+
+def missing(folder: Folder, word: str) -> UsageError | None:
+    """What to say when this process does not find the word there; None when all is well."""
+    if not word:
+        return None
+    for pause in _PAUSES:
+        time.sleep(pause)
+        # what may not be read is not seen either
+        with contextlib.suppress(D2FilterError, OSError):
+            if folder.read_json(WORD) == word:
+                return None
+    return _refusal(folder, [platform.node()])
+
+
+def ask_nodes(ray: Any, folder: Folder, word: str) -> None:
+    """Raise UsageError that names nodes which do not see the run directory of this process.
+
+    A node that does not answer is not waited for without end: its tasks will look themselves.
+    """
+    if not word:
+        return
+    from ray.util import client
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    connected: Any = client.ray.is_connected
+    # a client is on none of the nodes
+    here = None if connected() else ray.get_runtime_context().get_node_id()
+    asked = {}
+    for node in ray.nodes():
+        if node["Alive"] and node["NodeID"] != here:
+            there = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+            look = ray.remote(missing).options(
+                num_cpus=0, max_retries=3, scheduling_strategy=there
+            )  # fmt: skip
+            asked[look.remote(folder, word)] = node["NodeManagerAddress"]
+    if not asked:
+        return
+    answered, late = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)
+    blind = [asked[reference] for reference in answered if _sees_not(ray, reference)]
+    for reference in late:
+        ray.cancel(reference)
+    if blind:
+        raise _refusal(folder, blind)
+
+
+def _sees_not(ray: Any, reference: Any) -> bool:
+    try:
+        return ray.get(reference) is not None
+    except ray.exceptions.RayError:
+        return False  # lost meanwhile, or without d2filter: its tasks will say so
+
+
+def _refusal(folder: Folder, nodes: list[str]) -> UsageError:
+    more = f" and {len(nodes) - 3} more" if len(nodes) > 3 else ""
+    return UsageError(
+        f"run directory {folder.url} is not the same folder on all nodes of the cluster: "
+        f"{', '.join(nodes[:3])}{more} cannot see what was written there; choose an --out-dir on "
+        "storage that all nodes share, at one path, or an object store (s3://…)"
+    )
