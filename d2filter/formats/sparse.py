@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from d2filter.algorithm import uids
 from d2filter.errors import InputError
 from d2filter.formats import tables
 from d2filter.formats.paths import Folder
@@ -47,13 +48,25 @@ class Sparse:
 
     def find(self, hi: int, lo: int) -> int:
         """The row of a uid, −1 where it is missing."""
+        return int(self.find_all(np.array([hi], np.uint64), np.array([lo], np.uint64))[0])
+
+    def find_all(self, hi: uids.U64, lo: uids.U64) -> npt.NDArray[np.int64]:
+        """The rows of some uids, (n,) int64, −1 where one is missing."""
+        found = np.full(hi.size, -1, np.int64)
         for place, (low, high) in enumerate(self._bounds):
-            if low <= hi <= high:
-                held = self._read(place, ("uid_hi", "uid_lo"))
-                at = np.flatnonzero((held["uid_hi"] == hi) & (held["uid_lo"] == lo))
-                if at.size:
-                    return int(self._starts[place] + at[0])
-        return -1
+            maybe = np.flatnonzero((found < 0) & (low <= hi) & (hi <= high))
+            if not maybe.size:
+                continue
+            # every part has a group that a uid may lie in, and one of them has its first half
+            known_hi = self._read(place, ("uid_hi",))["uid_hi"]
+            at = np.searchsorted(known_hi, hi[maybe])  # not beyond: high is there
+            maybe = maybe[known_hi[at] == hi[maybe]]
+            if not maybe.size:
+                continue
+            known_lo = self._read(place, ("uid_lo",))["uid_lo"]
+            at = uids.positions(known_hi, known_lo, hi[maybe], lo[maybe])
+            found[maybe] = np.where(at >= 0, self._starts[place] + at, -1)
+        return found
 
     def rows(
         self, numbers: npt.NDArray[np.int64], columns: Sequence[str]

@@ -11,10 +11,10 @@ OUT/.d2filter/     completions, logs and, until it is done, work/: index-*.parqu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +24,12 @@ import pyarrow.parquet as pq
 from d2filter.algorithm import uids
 from d2filter.errors import InputError, RunStateError, TooManyBadError, UsageError
 from d2filter.formats import subset as subset_format
-from d2filter.formats import tables, tarwriter, webdataset
+from d2filter.formats import tables, tarindex, tarwriter, webdataset
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import FileInfo, Folder
 from d2filter.formats.rows import read_array, read_columns, write_columns
 from d2filter.formats.runstate import digest
+from d2filter.stages import fill
 from d2filter.stages.runner import Runner
 from d2filter.stages.worker import Report, Task
 
@@ -41,17 +42,10 @@ _WORK = "work"
 _SUBSET = "subset.npy"
 _SHARDS = "shards.json"
 _CPUS_A_WRITER = 0.5  # it waits for the disk half of the time
-_MOST_OPEN = 64  # input shards at once in a task that writes
-
-_SCHEMA = pa.schema(
-    [
-        ("uid_hi", pa.uint64()),
-        ("uid_lo", pa.uint64()),
-        ("extensions", pa.list_(pa.string())),
-        ("offsets", pa.list_(pa.int64())),
-        ("sizes", pa.list_(pa.int64())),
-    ]
-)
+# most input shards of a task that finds, and their bytes where it has several; some web servers
+# tell no sizes
+_SHARDS_A_TASK = 64
+_BYTES_A_TASK = 128 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,19 +83,22 @@ def reshard(
     _publish_subset(state, subset)
     listed = [[s.url, s.name, s.info.name, s.info.size, s.info.version] for s in shards]
     state.publish_json(f"{_WORK}/{_SHARDS}", listed)
+    bounds = _bounds(shards)
     finding = [
         Task(
-            name=f"find-{number:06d}",
+            name=f"find-{first:06d}-{after:06d}",
             run=find,
-            arguments={"state": state, "shard": shard, "number": number},
+            arguments={
+                "state": state, "shards": shards[first:after], "first": first, "number": number,
+            },
         )
-        for number, shard in enumerate(shards)
-    ]
+        for number, (first, after) in enumerate(itertools.pairwise(bounds))
+    ]  # fmt: skip
     found = runner.map("reshard", finding, fingerprint=fingerprint, label="find")
     ordering = Task(
         name="order",
         run=order,
-        arguments={"state": state, "inputs": len(shards), "config": config},
+        arguments={"state": state, "indexes": len(finding), "config": config},
     )
     ordered = runner.here("reshard", ordering, fingerprint=fingerprint, skip=True)
     writing = [
@@ -122,7 +119,7 @@ def reshard(
         "first_missing": ordered["first_missing"],
         "repeated": ordered["repeated"],
         "bytes": sum(f["bytes"] for f in written),
-        "lost_shards": [f["lost"] for f in found if f["lost"]],
+        "lost_shards": [lost for f in found for lost in f["lost"]],
     }
     finishing = Task(
         name="finish",
@@ -189,48 +186,69 @@ def _read_shards(work: Folder) -> list[webdataset.Shard]:
     ]
 
 
-def find(*, report: Report, state: Folder, shard: webdataset.Shard, number: int) -> Figures:
-    """Task: where the members of kept samples lie in one shard. Figures: kept, lost."""
+def _bounds(shards: Sequence[webdataset.Shard]) -> list[int]:
+    """Where the shards of one task end and those of the next begin: small ones go together."""
+    bounds, held = [0], 0
+    for number, shard in enumerate(shards):
+        held += max(shard.info.size, _BYTES_A_TASK // _SHARDS_A_TASK)
+        if held > _BYTES_A_TASK and number > bounds[-1]:
+            bounds.append(number)
+            held = shard.info.size
+    return [*bounds, len(shards)]
+
+
+def find(
+    *, report: Report, state: Folder, shards: Sequence[webdataset.Shard], first: int, number: int
+) -> Figures:
+    """Task: where the members of kept samples lie in some shards, of which `first` is the number of
+    the first, and `number` that of their index. Figures: kept, lost.
+    """
     work = state.sub(_WORK)
     # a map, where the disk is local: all tasks of a node share its pages
     pairs = subset_format.pairs(read_array(work, _SUBSET))
-    kept: list[tuple[int, int, list[str], list[int], list[int]]] = []
-    lost = ""
-    try:
-        for text, members in webdataset.locate_samples(shard):
-            a, b = uid_format.from_hex(text)
-            if uids.occurrences(pairs, np.uint64(a), np.uint64(b)):
-                places = list(members.values())
-                kept.append(
-                    (a, b, list(members), [m.offset for m in places], [m.size for m in places])
-                )
-            report(1)
-    except webdataset.LostTail as error:
-        lost = f"{shard.url}: {error}"
-    columns = list(zip(*kept, strict=True)) or [()] * len(_SCHEMA)
+    kept: list[tuple[int, int, int, list[str], list[int], list[int]]] = []
+    lost = []
+    for place, shard in enumerate(shards, first):
+        found: list[tuple[int, int, dict[str, tarindex.Member]]] = []
+        try:
+            for text, members in webdataset.locate_samples(shard):
+                found.append((*uid_format.from_hex(text), members))
+                report(1)
+        except webdataset.LostTail as error:
+            lost.append(f"{shard.url}: {error}")
+        hi, lo = (np.array([one[n] for one in found], np.uint64) for n in range(2))
+        # of a repeated one the first is found; a loop in numba takes a worker a second to load
+        wanted = uids.positions(pairs[:, 0], pairs[:, 1], hi, lo) >= 0
+        for n in np.flatnonzero(wanted).tolist():
+            a, b, members = found[n]
+            offsets = [member.offset for member in members.values()]
+            sizes = [member.size for member in members.values()]
+            kept.append((place, a, b, list(members), offsets, sizes))
+    columns = list(zip(*kept, strict=True)) or [()] * len(fill.INDEX)
     table = pa.table(
-        [pa.array(c, kind.type) for c, kind in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA
+        [pa.array(c, kind.type) for c, kind in zip(columns, fill.INDEX, strict=True)],
+        schema=fill.INDEX,
     )
-    with work.publish(_index(number)) as path:
+    with work.publish(fill.index_name(number)) as path:
         pq.write_table(table, path, compression="zstd")
     return {"kept": len(kept), "lost": lost}
 
 
-def order(*, report: Report, state: Folder, inputs: int, config: ReshardConfig) -> Figures:
+def order(*, report: Report, state: Folder, indexes: int, config: ReshardConfig) -> Figures:
     """Task of the driver: which sample comes where. Memory: some 60 bytes a kept sample."""
     work = state.sub(_WORK)
     parts = []
-    for number in range(inputs):
-        table = tables.read_table(work, _index(number), ["uid_hi", "uid_lo"])
+    for number in range(indexes):
+        table = tables.read_table(work, fill.index_name(number), ["uid_hi", "uid_lo"])
         rows = np.arange(table.num_rows, dtype=np.int64)
         own = np.full(rows.size, number, np.int64)
         parts.append((table.column(0).to_numpy(), table.column(1).to_numpy(), own, rows))
-    hi, lo, shard, row = (np.concatenate(c) for c in zip(*parts, strict=True))
+    hi, lo, index, row = (np.concatenate(c) for c in zip(*parts, strict=True))
     # a stable sort: of a sample that comes again the first one stays
     by_uid = uids.ascending(hi, lo)
     again = uids.repeats(hi[by_uid], lo[by_uid])
     first = np.sort(by_uid[~again])
-    hi, lo, shard, row = hi[first], lo[first], shard[first], row[first]
+    hi, lo, index, row = hi[first], lo[first], index[first], row[first]
     asked = subset_format.read(work, _SUBSET)
     copies, missing, first_missing = _copies(asked["f0"], asked["f1"], hi, lo)
     place = np.repeat(np.arange(hi.size), copies)
@@ -245,7 +263,7 @@ def order(*, report: Report, state: Folder, inputs: int, config: ReshardConfig) 
         turn = slice(number * config.shard_size, (number + 1) * config.shard_size)
         some = place[turn]
         write_columns(
-            work, f"order-{number:06d}", shard=shard[some], row=row[some], copy=copy[turn],
+            work, f"order-{number:06d}", index=index[some], row=row[some], copy=copy[turn],
             hi=hi[some], lo=lo[some],
         )  # fmt: skip
     report(place.size)
@@ -274,72 +292,10 @@ def _copies(asked_hi: U64, asked_lo: U64, hi: U64, lo: U64) -> tuple[I64, int, s
 
 
 def write(*, report: Report, out: Folder, number: int) -> Figures:
-    """Task: one new shard. Memory: its part of the order, the indexes of the input shards that it
-    takes from, one member.
-    """
+    """Task: one new shard."""
     work = out.sub(STATE).sub(_WORK)
-    shards = _read_shards(work)
-    own = read_columns(work, f"order-{number:06d}", "shard", "row", "copy")
-    size = 0
-
-    def members() -> Iterator[tarwriter.Content]:
-        nonlocal size
-        with ExitStack() as stack:
-            held = _Inputs(work, shards, own["shard"], own["row"], stack)
-            for shard, row, copy in zip(*(own[n].tolist() for n in own), strict=True):
-                for name, content in held.sample(shard, row, copy):
-                    size += len(content)
-                    yield tarwriter.Content(name, content)
-                report(1)
-
-    tarwriter.publish_shard(out, number, members(), int(own["row"].size))
-    return {"bytes": size}
-
-
-class _Inputs:
-    """Members of some samples of many input shards."""
-
-    def __init__(
-        self, work: Folder, shards: Sequence[webdataset.Shard], wanted: I64, rows: I64, stack: Any
-    ) -> None:
-        self._shards = shards
-        self._stack = stack
-        self._open: dict[int, tuple[ExitStack, IO[bytes]]] = {}
-        self._tables = {}
-        self._place = {}
-        for shard in np.unique(wanted).tolist():
-            mine = np.unique(rows[wanted == shard])
-            table = tables.read_table(work, _index(shard))
-            self._tables[shard] = table.take(pa.array(mine)).to_pylist()
-            self._place[shard] = {row: n for n, row in enumerate(mine.tolist())}
-
-    def sample(self, shard: int, row: int, copy: int) -> Iterator[tuple[str, bytes]]:
-        """(name, content) of each member, in the order of the input."""
-        entry = self._tables[shard][self._place[shard][row]]
-        key = f"{entry['uid_hi']:016x}{entry['uid_lo']:016x}-{copy}"
-        stream = self._stream(shard)
-        for extension, offset, size in zip(
-            entry["extensions"], entry["offsets"], entry["sizes"], strict=True
-        ):
-            stream.seek(offset)
-            content = stream.read(size)
-            if len(content) != size:
-                raise InputError(
-                    f"{self._shards[shard].url} changed while it was read: fetch it again, and "
-                    "begin with an empty --out-dir"
-                )
-            yield f"{key}.{extension}", content
-
-    def _stream(self, shard: int) -> IO[bytes]:
-        if shard not in self._open:
-            if len(self._open) >= _MOST_OPEN:
-                oldest = next(iter(self._open))
-                self._open.pop(oldest)[0].close()
-            mine = self._stack.enter_context(ExitStack())
-            parent, _, name = self._shards[shard].url.rpartition("/")
-            reading = Folder(parent or ".").reading(name, self._shards[shard].info)
-            self._open[shard] = (mine, mine.enter_context(reading))
-        return self._open[shard][1]
+    own = read_columns(work, f"order-{number:06d}", "index", "row", "copy")
+    return {"bytes": fill.fill(out, number, work, _read_shards(work), own, report)}
 
 
 def finish(
@@ -382,7 +338,3 @@ def finish(
         },
     )
     return {}
-
-
-def _index(number: int) -> str:
-    return f"index-{number:06d}.parquet"

@@ -22,6 +22,8 @@ from d2filter.formats.runstate import RunState
 from d2filter.formats.sparse import Sparse
 
 I64 = npt.NDArray[np.int64]
+Columns = dict[str, Any]
+List = tuple[I64, npt.NDArray[np.float32]]  # neighbors and squared distances
 
 _RANKED = ("uid_hi", "uid_lo", "difficulty", "forward", "final", "rank", "suppressed_by")
 
@@ -85,11 +87,13 @@ def explain(folder: Folder, uids_hex: Sequence[str]) -> list[Explained | NotRank
         if not uid_format.is_uid(text):
             raise UsageError(f"{text!r} is no uid: give 32 lowercase hex digits")
     run = _Run(folder)
-    found: list[Explained | NotRanked] = []
-    for text in uids_hex:
-        row = run.ranking.find(*uid_format.from_hex(text))
-        found.append(run.explained(row) if row >= 0 else run.left_out(text))
-    return found
+    pairs = np.array([uid_format.from_hex(text) for text in uids_hex], np.uint64).reshape(-1, 2)
+    rows = run.ranking.find_all(pairs[:, 0], pairs[:, 1])
+    ranked = iter(run.explained(rows[rows >= 0]))
+    return [
+        next(ranked) if row >= 0 else run.left_out(text)
+        for text, row in zip(uids_hex, rows.tolist(), strict=True)
+    ]
 
 
 class _Run:
@@ -107,20 +111,38 @@ class _Run:
         self.ranking = Sparse(folder.sub("ranking"))
         self._graph = Sparse(folder.sub("graph"))
 
-    def explained(self, row: int) -> Explained:
-        own = self.ranking.rows(np.array([row]), _RANKED)
-        listed = self._graph.rows(np.array([row]), ("neighbors", "sqdist"))
-        neighbors, sqdist = self._list(listed, 0)
-        suppressor = int(own["suppressed_by"][0])
-        ids = np.append(neighbors, suppressor if suppressor >= 0 else row)
-        others = self.ranking.rows(ids, _RANKED)
+    def explained(self, rows: I64) -> list[Explained]:
+        """Of some rows of the ranking; each row group is read once for all of them."""
+        if not rows.size:
+            return []
+        suppressors = self.ranking.rows(rows, ("suppressed_by",))["suppressed_by"]
+        # the edge that took most from a sample stands in its own list or in the suppressor's
+        sources = np.union1d(rows, suppressors[suppressors >= 0])
+        listed = self._graph.rows(sources, ("neighbors", "sqdist"))
+        lists = {int(i): self._list(listed, at) for at, i in enumerate(sources)}
+        ids = np.unique(np.concatenate([sources, *(lists[row][0] for row in rows.tolist())]))
+        known = self.ranking.rows(ids, _RANKED)
+        out = []
+        for row, suppressor in zip(rows.tolist(), suppressors.tolist(), strict=True):
+            others = np.append(lists[row][0], suppressor if suppressor >= 0 else row)
+            own_at, others_at = np.searchsorted(ids, row), np.searchsorted(ids, others)
+            own = {name: values[own_at][None] for name, values in known.items()}
+            about = {name: values[others_at] for name, values in known.items()}
+            out.append(self._explained(row, suppressor, own, about, lists))
+        return out
+
+    def _explained(
+        self, row: int, suppressor: int, own: Columns, others: Columns, lists: dict[int, List]
+    ) -> Explained:
+        """own: of the row itself; others: of its neighbors and, last, of its suppressor."""
+        neighbors, sqdist = lists[row]
         hexes = uid_format.to_hex(others["uid_hi"], others["uid_lo"])
         kept = self._kept(others)
         d2 = self._options.method == "d2"
         late = own["forward"] == messages.FLOOR
         gave = self._given(others, neighbors.size, sqdist) if d2 else np.zeros(neighbors.size)
         (own_kept,) = self._kept(own)
-        strongest = self._taken(row, suppressor, own, others) if suppressor >= 0 else 0.0
+        strongest = self._taken(row, suppressor, others, lists) if suppressor >= 0 else 0.0
         return Explained(
             uid=uid_format.to_hex(own["uid_hi"], own["uid_lo"])[0],
             difficulty=float(own["difficulty"][0]),
@@ -159,7 +181,7 @@ class _Run:
             f"{text} is no sample of {self._folder.url}: neither ranked nor in {ledger.BAD_SAMPLES}"
         )
 
-    def _list(self, listed: dict[str, Any], at: int) -> tuple[I64, npt.NDArray[np.float32]]:
+    def _list(self, listed: Columns, at: int) -> List:
         """The neighbors that count, without paddings."""
         k = self._options.n_neighbors
         neighbors, sqdist = listed["neighbors"][at, :k], listed["sqdist"][at, :k]
@@ -171,34 +193,31 @@ class _Run:
             return np.full(difficulty.size, np.nan)
         return messages.normalized(difficulty, *self._range)
 
-    def _given(self, others: dict[str, Any], count: int, sqdist: Any) -> npt.NDArray[np.float64]:
+    def _given(self, others: Columns, count: int, sqdist: Any) -> npt.NDArray[np.float64]:
         """w·s' of each neighbor, which is what the forward pass adds up."""
         weights = self._scheme.forward_weights(sqdist).astype(np.float64)
         scores = self._normalized(others["difficulty"][:count])
         # what ranks after everything else sends nothing
         return np.where(others["forward"][:count] == messages.FLOOR, 0.0, weights * scores)
 
-    def _taken(
-        self, row: int, suppressor: int, own: dict[str, Any], others: dict[str, Any]
-    ) -> float:
+    def _taken(self, row: int, suppressor: int, others: Columns, lists: dict[int, List]) -> float:
         """The message of the strongest suppressor, over the edge that it came by."""
-        listed = self._graph.rows(np.array([suppressor, row]), ("neighbors", "sqdist"))
-        for at, goal in ((0, row), (1, suppressor)):
-            neighbors, sqdist = self._list(listed, at)
+        for source, goal in ((suppressor, row), (row, suppressor)):
+            neighbors, sqdist = lists[source]
             here = np.flatnonzero(neighbors == goal)
             if here.size:
                 weight = self._scheme.reverse_weights(sqdist[here[:1]])
                 return _unit(np.rint(float(weight[0]) * float(others["final"][-1])))
         return 0.0
 
-    def _kept(self, rows: dict[str, Any]) -> list[bool | None]:
+    def _kept(self, rows: Columns) -> list[bool | None]:
         if self._select is None:
             return [None] * len(rows["rank"])
         raw = budget.raw_scores(rows["difficulty"].astype(np.float32), self._kept_first)
         size, least = self._select["stats"]["budget"], self._select["options"]["min_score"]
         return [bool(k) for k in budget.kept_mask(rows["rank"], raw, size, least)]
 
-    def _because(self, own: dict[str, Any], kept: bool | None, late: bool) -> str:
+    def _because(self, own: Columns, kept: bool | None, late: bool) -> str:
         rank, total = int(own["rank"][0]) + 1, self.ranking.total
         place = f"rank {rank:,} of {total:,} (top {rank / total:.1%})"
         if late:

@@ -158,6 +158,25 @@ def test_it_goes_on_where_it_was_interrupted_and_returns_at_once_when_done(
     assert snapshot(out) == snapshot(tmp_path / "whole")
 
 
+def test_small_shards_are_searched_together_and_nothing_else_changes(
+    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "s.npy", chosen(pool))
+    words = ("reshard", "--shards", pool, "--subset", tmp_path / "s.npy", "--shard-size", 9)
+    sizes = [path.stat().st_size for path in sorted(pool.glob("*.tar"))]
+    done = {}
+    for name, most in (("alone", 1), ("by two", sizes[0] + sizes[1]), ("all", sum(sizes))):
+        monkeypatch.setattr(stage, "_BYTES_A_TASK", most)
+        assert run(*words, "--shuffle", 7, "--out-dir", tmp_path / name) == 0
+        marks = tmp_path / name / ".d2filter/completions/reshard"
+        done[name] = sorted(path.stem for path in marks.glob("find-*"))
+    assert done["alone"] == [f"find-{n:06d}-{n + 1:06d}" for n in range(4)]
+    assert done["all"] == ["find-000000-000004"]
+    assert len(done["by two"]) < 4
+    assert snapshot(tmp_path / "alone") == snapshot(tmp_path / "by two")
+    assert snapshot(tmp_path / "alone") == snapshot(tmp_path / "all")
+
+
 def test_contradictions_are_named(
     pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -298,6 +298,116 @@ def test_headers_that_claim_anything_do_no_harm(tmp_path: Path, times: int) -> N
     holds(times, 250, HEADERS, check)
 
 
+# ---- headers that are read without tarfile ----
+
+NUMBERS = st.one_of(
+    st.tuples(
+        st.sampled_from([b"%07o\0", b"%07o ", b"%06o \0", b"%7o\0", b"%o", b" %o\0x"]),
+        st.integers(0, 8**6 - 1),
+    ).map(lambda case: case[0] % case[1]),
+    st.sampled_from([b"", b"\0" * 8, b" " * 8, b"0o7", b"+7", b"-7", b"1_0", b"\x80\0\1", b"\xff"]),
+    st.sampled_from([b"8", b"0000008\0", b"7 7", b"abc", b"0000\xff00\0", b"000000:\0"]),
+)
+NAMES = st.one_of(
+    st.sampled_from([b"a.jpg", b"a.json", b"d/a.txt", b"a.txt/", b"", b"a\0b.jpg", b"x" * 100]),
+    st.binary(max_size=110),
+)
+USUAL = {"name": b"a.jpg", "size": b"%011o\0" % 700, "type": b"0", "sum": b"%06o\0 ", "off": 0}
+OTHERS = {
+    "name": NAMES,
+    "size": st.one_of(st.integers(0, 1500).map(lambda n: b"%011o\0" % n), NUMBERS),
+    "type": st.sampled_from([b"\0", b"1", b"5", b"7", b"L", b"x", b"g", b"S"]),
+    "sum": st.sampled_from(
+        [b"%06o \0", b"%07o\0", b"%7o ", b"%o", b"\0%o", b"0%05o\0 ", b"%06o\0\0", b"%06o\x000"]
+    ),
+    "off": st.sampled_from(["signed", 1, -256, 65521, -65521]),
+    **dict.fromkeys(("mode", "owner", "group", "time", "major", "minor"), NUMBERS),
+    "link": NAMES,
+    "magic": st.sampled_from([b"ustar\x0000", b"ustar  \0", b"\0" * 8, b"\xff" * 8]),
+    "user": st.binary(max_size=40),
+    "prefix": NAMES,
+    "tail": st.binary(max_size=12),
+}
+SPELLED = st.lists(
+    st.sampled_from(list(OTHERS)).flatmap(lambda name: st.tuples(st.just(name), OTHERS[name])),
+    max_size=3,
+).map(lambda changes: {**USUAL, **dict(changes)})
+FIELDS = {
+    "name": (0, 100), "mode": (100, 8), "owner": (108, 8), "group": (116, 8), "size": (124, 12),
+    "time": (136, 12), "type": (156, 1), "link": (157, 100), "magic": (257, 8), "user": (265, 32),
+    "major": (329, 8), "minor": (337, 8), "prefix": (345, 155), "tail": (500, 12),
+}  # fmt: skip
+
+
+def spelled(case: dict[str, Any]) -> bytes:
+    """A header whose fields are spelled in ways that some program may have."""
+    out = bytearray(tarfile.TarInfo().tobuf())
+    for field, (begin, length) in FIELDS.items():
+        if field in case:
+            out[begin : begin + length] = case[field][:length].ljust(length, b"\0")
+    rest = bytes(out[:148] + out[156:])
+    total = 256 + sum(rest)
+    if case["off"] == "signed":
+        total -= 256 * sum(byte > 127 for byte in rest)
+    else:
+        total = max(0, total + case["off"])
+    out[148:156] = (case["sum"] % max(0, total))[:8].ljust(8, b"\0")
+    return bytes(out)
+
+
+ARCHIVES = st.one_of(
+    st.lists(st.tuples(SPELLED, st.binary(max_size=600)), min_size=1, max_size=6).map(
+        lambda many: b"".join(spelled(c) + b + b"\0" * (-len(b) % 512) for c, b in many)
+    ),
+    HEADERS.map(lambda many: b"".join(map(raw_member, many))),
+    st.tuples(
+        st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]), st.permutations(range(12))
+    ).map(lambda case: shard_bytes(shard_members(case[1]), case[0])),
+)
+
+
+@often
+def test_headers_read_here_say_what_tarfile_reads_in_them(times: int) -> None:
+    images = webdataset.IMAGE_SUFFIXES
+
+    def check(case: tuple[bytes, list[Any], bool]) -> None:
+        archive, operations, damaged = case
+        # after a sound member: tarfile itself reads the first one
+        content = header_of_a_sound_member() + archive + b"\0" * 1024
+        if damaged:
+            content = mutated(content, operations, at_end=False)
+        told = tarindex.read(io.BytesIO(content), images)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(tarindex, "_plain_file", lambda *_: None)
+            assert told == tarindex.read(io.BytesIO(content), images)
+
+    holds(times, 250, st.tuples(ARCHIVES, OPERATIONS, st.booleans()), check)
+
+
+def header_of_a_sound_member() -> bytes:
+    return tarfile.TarInfo("begin.txt").tobuf()
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_plain_headers_are_read_without_tarfile(form: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the first, and that of the end."""
+    content = shard_bytes([(f"{i:03d}.jpg", b"x" * i) for i in range(100)], form)
+    parsed_by_tarfile = []
+    plain = tarfile.TarInfo.frombuf.__func__  # type: ignore[attr-defined]
+
+    def counted(cls: type, *arguments: Any) -> Any:
+        parsed_by_tarfile.append(arguments)
+        return plain(cls, *arguments)
+
+    monkeypatch.setattr(tarfile.TarInfo, "frombuf", classmethod(counted))
+    keys, broken = tarindex.read(io.BytesIO(content), ("jpg",))
+    assert not broken
+    assert [(key.name, key.members["jpg"].size) for key in keys] == [
+        (f"{i:03d}", i) for i in range(100)
+    ]
+    assert len(parsed_by_tarfile) == 2
+
+
 JSON_VALUES = st.recursive(
     st.one_of(
         st.none(),

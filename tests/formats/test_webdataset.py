@@ -279,6 +279,20 @@ def test_links_and_devices_are_no_samples(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("last", ["folder", "a.jpg", "link"])
+def test_a_shard_that_ends_in_what_is_no_sample_is_whole(tmp_path: Path, last: str) -> None:
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as stream:
+        for name, content in made.members("a", 1):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            stream.addfile(info, io.BytesIO(content))
+        info = tarfile.TarInfo(last)
+        info.type = tarfile.SYMTYPE if last == "link" else tarfile.DIRTYPE
+        stream.addfile(info)
+    assert [(s.key, s.reason) for s in read(path)] == [("a", "")]
+
+
 def test_a_sparse_member_is_not_taken_for_its_content(tmp_path: Path) -> None:
     records = {"GNU.sparse.map": "0,1,9,1", "GNU.sparse.size": "100"}
     path = tmp_path / "0.tar"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,42 @@ def test_only_what_holds_the_rows_is_read(run: Path, monkeypatch: pytest.MonkeyP
     assert reads == sorted(set(reads))
     assert parts.find(int(whole["uid_hi"][123]), int(whole["uid_lo"][123])) == 123
     assert parts.find(1, 1) == -1
+
+
+def test_many_samples_are_told_of_as_one_by_one_and_no_part_is_read_twice_for_it(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder(str(run))
+    r = columns(run)
+    hexes = uid_format.to_hex(r["uid_hi"], r["uid_lo"])
+    asked = [hexes[row] for row in (390, 5, 200, 5, 77, 0)]
+    alone = [one for uid in asked for one in explain.explain(folder, [uid])]
+    assert [one.uid for one in alone] == asked
+    reads: Counter[tuple[str, int, tuple[str, ...]]] = Counter()
+    plain = sparse.Sparse._read
+
+    def counted(self: sparse.Sparse, place: int, names: Any) -> Any:
+        reads[self._folder.url, place, tuple(names)] += 1
+        return plain(self, place, names)
+
+    monkeypatch.setattr(sparse.Sparse, "_read", counted)
+    assert explain.explain(folder, asked) == alone
+    assert len(reads) > 3
+    assert max(reads.values()) == 1
+    assert explain.explain(folder, []) == []
+
+
+def test_uids_that_share_their_first_half_are_told_apart(tmp_path: Path) -> None:
+    halves = [(1, 5), (7, 2), (7, 9), (8, 0)], [(2, 1), (7, 3), (7, 4)]
+    for number, pairs in enumerate(halves):
+        hi, lo = np.array(pairs, np.uint64).T
+        zeros = np.zeros(hi.size, np.int64)
+        part = ranking.RankingPart(
+            uid_hi=hi, uid_lo=lo, difficulty=zeros.astype(np.float32), forward=zeros, final=zeros,
+            rank=zeros, suppressed_by=zeros,
+        )  # fmt: skip
+        ranking.publish_part(Folder(str(tmp_path)), number, part)
+    parts = sparse.Sparse(Folder(str(tmp_path)))
+    every = [pair for pairs in halves for pair in pairs]
+    assert [parts.find(hi, lo) for hi, lo in every] == list(range(7))
+    assert [parts.find(hi, lo) for hi, lo in [(7, 1), (7, 8), (7, 10), (0, 5), (9, 0)]] == [-1] * 5

@@ -1,0 +1,126 @@
+"""New shards on an object store: what is asked of it, and that failures change nothing.
+
+The tasks run in this process, for it is the server that counts.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import shards as made
+from flaky_proxy import FlakyProxy
+
+from d2filter.formats import remote, webdataset
+from d2filter.formats.paths import Folder
+from d2filter.stages import reshard as stage
+
+s3fs = pytest.importorskip("s3fs")
+moto = pytest.importorskip("moto.server")
+
+SHARDS = 4
+SAMPLES = 30  # a shard
+PICTURE = 40_000  # bytes
+CONFIG = stage.ReshardConfig(shard_size=25, shuffle=3)
+
+
+def nothing(done: int) -> None:
+    """Progress that nobody looks at."""
+
+
+@pytest.fixture(scope="module")
+def proxy() -> Iterator[FlakyProxy]:
+    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    with (
+        FlakyProxy(f"http://127.0.0.1:{server.get_host_and_port()[1]}", seed=2) as flaky,
+        pytest.MonkeyPatch.context() as patched,
+    ):
+        patched.setenv("AWS_ENDPOINT_URL", flaky.url)
+        patched.setenv("AWS_ACCESS_KEY_ID", "test")
+        patched.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patched.setenv("AWS_MAX_ATTEMPTS", "1")
+        s3fs.S3FileSystem(use_listings_cache=False).mkdir("pool")
+        yield flaky
+        s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pool")
+    rng = np.random.default_rng(0)
+    for number in range(SHARDS):
+        files = []
+        for i in range(SAMPLES):
+            told = json.dumps({"uid": f"{number:016x}{i:016x}"}).encode()
+            files += [(f"{i}.jpg", rng.bytes(PICTURE)), (f"{i}.txt", b"x"), (f"{i}.json", told)]
+        made.write(folder / f"{number}.tar", files)
+    return folder
+
+
+def prepared(shards: list[webdataset.Shard], out: Folder) -> dict[str, Any]:
+    """All but the writing, of every second sample."""
+    pairs = [(number, i) for number in range(SHARDS) for i in range(0, SAMPLES, 2)]
+    state = out.sub(stage.STATE)
+    stage._publish_subset(state, np.array(pairs, np.dtype("u8,u8")))
+    listed = [[s.url, s.name, s.info.name, s.info.size, s.info.version] for s in shards]
+    state.publish_json("work/shards.json", listed)
+    for number, shard in enumerate(shards):
+        stage.find(report=nothing, state=state, shards=[shard], first=number, number=number)
+    return stage.order(report=nothing, state=state, indexes=SHARDS, config=CONFIG)
+
+
+def written(out: Folder, count: int) -> list[bytes]:
+    for number in range(count):
+        stage.write(report=nothing, out=out, number=number)
+    contents = []
+    for number in range(count):
+        with out.reading(f"{number:08d}.tar") as stream:
+            contents.append(stream.read())
+    return contents
+
+
+def test_only_what_is_kept_is_asked_for_and_a_failing_server_changes_nothing(
+    pool: Path, proxy: FlakyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = webdataset.list_shards([str(pool)])
+    here = Folder(str(tmp_path))
+    count = prepared(local, here)["shards"]
+    assert count == 3
+    expected = written(here, count)
+    for path in pool.glob("*.tar"):
+        s3fs.S3FileSystem().put_file(str(path), f"pool/in/{path.name}")
+    shards = webdataset.list_shards(["s3://pool/in"])
+    out = Folder("s3://pool/out")
+    assert prepared(shards, out)["shards"] == count
+    asked: list[tuple[str, int]] = []
+    plain = remote.RangeReader._fetch
+    lock = threading.Lock()
+
+    def counted(self: remote.RangeReader, start: int, end: int) -> Any:
+        with lock:
+            asked.append((self._path, end - start))
+        return plain(self, start, end)
+
+    monkeypatch.setattr(remote.RangeReader, "_fetch", counted)
+    monkeypatch.setattr("d2filter.formats.tarwriter._APART_ELSEWHERE", 1100)
+    for number in range(count):
+        stage.write(report=nothing, out=out, number=number)
+    ranges = [size for path, size in asked if path.startswith("pool/in/")]
+    # at one go a picture, its caption and its json, with the headers between them
+    most = PICTURE + 2048 + 1024
+    assert len(ranges) == SHARDS * SAMPLES / 2
+    assert PICTURE < min(ranges) <= max(ranges) <= most
+    proxy.rate = 0.2
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    try:
+        assert written(out, count) == expected
+    finally:
+        proxy.rate = 0
+    assert proxy.faults["cut"] > 0, proxy.faults
