@@ -98,9 +98,12 @@ def _plain(value: Any) -> Any:
         return value.url
     if isinstance(value, Mapping):
         return told(value) if len(value) <= _LONGEST else None
-    if isinstance(value, list | tuple) and all(isinstance(v, str | int | float) for v in value):
+    if isinstance(value, list | tuple):
+        first = [_plain(one) for one in value[:_LONGEST]]
+        if any(not isinstance(one, str | int | float) for one in first):
+            return None
         more = [f"and {len(value) - _LONGEST} more"] if len(value) > _LONGEST else []
-        return [*value[:_LONGEST], *more]
+        return [*first, *more]
     return None
 
 
