@@ -34,6 +34,7 @@ SAMPLED = 1024  # keys of a partition that choose the splitters
 
 _SAVE_SECONDS = 120.0  # between snapshots
 _RESTARTS = 10  # of one actor
+_LOOK_SECONDS = 5.0  # between looks at the cluster
 _PLACE_SECONDS = 600.0  # that a cluster has to start all of them
 
 
@@ -53,7 +54,9 @@ def run(
     needs = {"num_cpus": 1}
     if made["memory"]:
         needs["memory"] = min(made["memory"], runner.resources()[2])
-    driver = _Driver(ray, numbers, needs, (out, parts, made))
+    driver = _Driver(
+        ray, numbers, needs, (out, parts, made), lambda: runner.processes(parts, made["memory"])
+    )
     try:
 
         def show(live: int) -> None:
@@ -80,8 +83,14 @@ class _Driver:
     """Calls the actors, carries references between them, replaces the dead."""
 
     def __init__(
-        self, ray: Any, numbers: list[list[int]], needs: Figures, arguments: tuple[Any, ...]
+        self,
+        ray: Any,
+        numbers: list[list[int]],
+        needs: Figures,
+        arguments: tuple[Any, ...],
+        places: Callable[[], int],
     ) -> None:
+        """places: how many processes the cluster has room for now."""
         self._ray = ray
         self._remote = ray.remote(_Actor)
         self._numbers = numbers
@@ -93,14 +102,37 @@ class _Driver:
         self._restarts = [0] * len(numbers)
         self._figures: Figures = {"rounds": 0, "bytes": 0, "peak_rss_bytes": 0}
         self._saved = time.monotonic()
-        # all must be there at once: what cannot be placed would be waited for without end
-        pings = [actor.ping.remote() for actor in self._actors]
-        there, _ = ray.wait(pings, num_returns=len(pings), timeout=_PLACE_SECONDS)
-        if len(there) < len(pings):
-            raise StageError(
-                f"rank: {len(pings)} processes are needed at once, the cluster started "
-                f"{len(there)} in {_PLACE_SECONDS:.0f} s: free its CPUs and run again"
+        self._gather(places)
+
+    def _gather(self, places: Callable[[], int]) -> None:
+        """Wait until all actors are there. Raises StageError: what cannot be placed would be waited
+        for without end.
+        """
+        waiting = {actor.ping.remote(): a for a, actor in enumerate(self._actors)}
+        moved: set[int] = set()
+        until = time.monotonic() + _PLACE_SECONDS
+        while waiting:
+            there, late = self._ray.wait(
+                list(waiting), num_returns=len(waiting), timeout=_LOOK_SECONDS
             )
+            for ping in there:
+                del waiting[ping]
+            if late and places() < len(self._actors):
+                # a node was lost since they were counted: go on without a CPU, as `_replace` does
+                for ping in late:
+                    a = waiting[ping]
+                    if a not in moved:
+                        del waiting[ping]
+                        moved.add(a)
+                        self._ray.kill(self._actors[a])
+                        self._actors[a] = self._new(self._numbers[a], {"num_cpus": 0})
+                        waiting[self._actors[a].ping.remote()] = a
+            elif late and time.monotonic() > until:
+                raise StageError(
+                    f"rank: {len(self._actors)} processes are needed at once, the cluster started "
+                    f"{len(self._actors) - len(late)} in {_PLACE_SECONDS:.0f} s: free its CPUs and "
+                    "run again"
+                )
 
     def run(self, report: Callable[[int], None]) -> Figures:
         """Until all scores are final and written."""

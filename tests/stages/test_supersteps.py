@@ -93,3 +93,44 @@ def test_scores_that_are_not_final_are_never_written(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="3 scores of partition 0 are not final"):
         actor.finish()
     assert not np.any([p.name.startswith("scores") for p in tmp_path.rglob("*")])
+
+
+class Slow(Ray):
+    """Actors with a CPU of their own find no place but for the first."""
+
+    def __init__(self) -> None:
+        self.killed: list[Any] = []
+
+    def wait(self, pings: list[Answer], num_returns: int, timeout: float) -> Any:
+        late = [ping for ping in pings if ping.value == "no place"]
+        return [ping for ping in pings if ping not in late], late
+
+    def kill(self, actor: Any) -> None:
+        self.killed.append(actor)
+
+
+def gathering(places: int) -> tuple[Any, Slow]:
+    driver, cluster = supersteps._Driver.__new__(supersteps._Driver), Slow()
+    driver._ray = cluster
+    driver._numbers = [[0], [1]]
+    calls: list[str] = []
+    driver._actors = [Actor("first", calls, 0), Actor("second", calls, 0, ping="no place")]
+    driver._new = lambda numbers, needs: Actor(f"{numbers} with {needs}", calls, 0)  # type: ignore[method-assign]
+    driver._gather(lambda: places)
+    return driver, cluster
+
+
+def test_where_a_node_is_lost_before_its_actor_starts_the_others_make_room() -> None:
+    driver, cluster = gathering(places=1)
+    first, second = driver._actors
+    assert len(cluster.killed) == 1
+    assert second not in cluster.killed
+    assert first not in cluster.killed
+
+
+def test_a_cluster_that_is_busy_is_waited_for_and_then_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supersteps, "_PLACE_SECONDS", 0.1)
+    with pytest.raises(StageError, match="2 processes are needed at once, the cluster started 1"):
+        gathering(places=2)
