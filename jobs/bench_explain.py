@@ -41,6 +41,9 @@ BOUND = 2.0  # seconds
 Row = tuple[str, list[float], list[float], list[float]]
 
 
+_MANY = "ten samples at once"
+
+
 def main() -> None:
     """Draw, rank, ask, report."""
     parser = argparse.ArgumentParser(description="Time explain.")
@@ -55,7 +58,7 @@ def main() -> None:
         folder = Path(name)
         make(folder, n, arguments.neighbors, parts)
         asked = places(folder, n)
-        asked["ten samples at once"] = some(folder, 10)
+        asked[_MANY] = some(folder, 10)
         rows = [measure(folder, place, uids_hex) for place, uids_hex in asked.items()]
         size = sum(p.stat().st_size for p in folder.rglob("*.parquet"))
     command = f"jobs.bench_explain --samples {n} --neighbors {arguments.neighbors} --parts {parts}"
@@ -198,9 +201,17 @@ def _report(command: str, size: int, rows: Sequence[Row]) -> list[str]:
     for place, *kinds in rows:
         cells = [f"{statistics.median(v):.2f} (≤ {max(v):.2f})" for v in kinds]
         lines.append(f"| {place} | " + " | ".join(cells) + " |")
-    worst = max(max(hot + cold) for _, hot, cold, _ in rows)  # of a machine that others use too
-    met = "met" if worst <= BOUND else "missed"
-    lines += ["", f"Aim: at most {BOUND:g} s; {met}, the slowest of all commands took {worst:.2f}."]
+    # the largest of all turns, of a machine that others use too
+    worst = {
+        many: max(max(h + c) for p, h, c, _ in rows if (p == _MANY) is many)
+        for many in (False, True)
+    }
+    met = "met" if worst[False] <= BOUND else "missed"
+    lines += [
+        "",
+        f"Aim: at most {BOUND:g} s for a sample; {met}, the slowest command took "
+        f"{worst[False]:.2f}, and {worst[True]:.2f} for {_MANY}.",
+    ]
     return lines
 
 
