@@ -434,15 +434,17 @@ def fit(small: Sequence[tuple[Step, float]], large: Sequence[tuple[Step, float]]
     Raises UsageError when the pools are of one size.
     """
     before = {step.name: (step, taken) for step, taken in small}
+    # the first step is of all rows, whatever the others do
+    if large[0][0].units <= before[large[0][0].name][0].units:
+        raise UsageError("the second pool of a calibration must be larger than the first")
     rates = {}
     for step, taken in large:
-        earlier, first = before[step.name]
         if step.units == 0:
             continue
+        # a pool so small that all is compared with all has other steps, and more work in some
+        earlier, first = before.get(step.name, (step, taken))
         more = step.units - earlier.units
-        if more < 0:
-            raise UsageError("the second pool of a calibration must be larger than the first")
-        unit = max(0.0, taken - first) / more if more else 0.0
+        unit = max(0.0, taken - first) / more if more > 0 else taken / step.units
         if not unit:  # too little to be seen beside what starts it
             unit = 0.1 * taken / step.units
         fixed = max(0.0, taken - unit * step.units)

@@ -62,6 +62,22 @@ def test_rates_come_back_from_what_two_runs_took() -> None:
         estimate.fit(halves[1], halves[0], cpus=2)
 
 
+def test_a_first_run_that_compared_all_with_all_does_not_spoil_the_rates() -> None:
+    cluster = Cluster(nodes=1, cpus=2)
+    exact = replace(HABITS, samples=6_000, cells=1, probes=1, passes=0, evaluations=6_000.0)
+    cells = replace(HABITS, samples=48_000, cells=960)
+    halves = []
+    for h in (exact, cells):
+        steps = estimate.count(Pool(samples=h.samples, dimension=512, exact_below=0), h, 1)
+        halves.append([(s, estimate.seconds(s, cluster, every_rate())) for s in steps if s.units])
+    small = [(s, t) for s, t in halves[0] if s.name != "refine"]
+    found = estimate.fit(small, halves[1], cpus=2)
+    assert set(found) == {step.name for step, _ in halves[1]}
+    for step, taken in halves[1]:
+        again = estimate.seconds(step, cluster, rates(**found))
+        assert again == pytest.approx(taken)
+
+
 def test_more_of_anything_is_never_faster_and_more_nodes_never_slower() -> None:
     known = every_rate()
     cluster = Cluster(nodes=2, cpus=8, memory=64_000_000_000)
