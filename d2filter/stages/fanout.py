@@ -26,6 +26,7 @@ from d2filter.stages.hands import Hands
 from d2filter.stages.worker import Outcome, Task, execute
 
 Needs = dict[str, float]
+Then = Callable[[Outcome], Sequence[Task]]
 
 ATTEMPTS = 5
 _FIRST_PAUSE = 1.0  # seconds; 15 in all before the last attempt
@@ -33,6 +34,7 @@ _REPORT_SECONDS = 0.25
 _LOOK_SECONDS = 5.0  # between looks at the cluster
 _PLACE_SECONDS = 600.0  # that a cluster has to bring nodes back
 _IN_FLIGHT = 1024  # tasks that Ray knows of at once: it slows down with many
+_AHEAD = 2  # times those that can run: what is in flight where later tasks go before waiting ones
 
 
 class FanOut:
@@ -68,12 +70,15 @@ class FanOut:
         self._attempts: Counter[str] = Counter()
         self._looked = time.monotonic()
         self._without_place: float | None = None
+        self._then: Then | None = None
 
-    def run(self, tasks: Sequence[Task]) -> list[Outcome]:
-        """All outcomes, in the order in which they came. Raises StageError when the cluster is gone
-        or has no node that could take a task.
+    def run(self, tasks: Sequence[Task], then: Then | None = None) -> list[Outcome]:
+        """All outcomes, in the order in which they came. then: more tasks that a finished one makes
+        possible; they go before those that wait. Raises StageError when the cluster is gone or has
+        no node that could take a task.
         """
         self._waiting.extend(tasks)
+        self._then = then
         outcomes: list[Outcome] = []
         try:
             while self._waiting or self._later or self._running:
@@ -97,7 +102,7 @@ class FanOut:
         while self._later and self._later[0][0] <= time.monotonic():
             self._waiting.append(heapq.heappop(self._later)[2])
         by_hand = self._asked.get("num_gpus", 0) > 0
-        free = _IN_FLIGHT - len(self._running)
+        free = self._most_in_flight() - len(self._running)
         if by_hand:
             free = self._hands.free(self._asked, len(self._waiting), more=len(self._later))
         call = self._remote.options(max_retries=0, **self._asked).remote
@@ -108,14 +113,29 @@ class FanOut:
             begin = self._hands.begin if by_hand else call
             self._running[begin(*arguments, attempt, self._word)] = task
 
+    def _most_in_flight(self) -> int:
+        if self._then is None:
+            return _IN_FLIGHT
+        # Ray begins them in the order in which it hears of them
+        cpus = self._ray.cluster_resources().get("CPU", 1)
+        return max(1, min(_IN_FLIGHT, int(_AHEAD * cpus / self._asked.get("num_cpus", 1))))
+
     def _finished(self) -> list[Outcome]:
         if not self._running:
             time.sleep(_REPORT_SECONDS)
             return []
         running = list(self._running)
-        ready, _ = self._ray.wait(running, num_returns=len(running), timeout=_REPORT_SECONDS)
-        outcomes = [self._outcome(reference) for reference in ready]
-        return [outcome for outcome in outcomes if outcome is not None]
+        # as many as there are in this time; where few are in flight, each makes room
+        some = len(running) if self._then is None else 1
+        ready, left = self._ray.wait(running, num_returns=some, timeout=_REPORT_SECONDS)
+        if self._then is not None and left:
+            ready += self._ray.wait(left, num_returns=len(left), timeout=0)[0]
+        found = [self._outcome(reference) for reference in ready]
+        outcomes = [outcome for outcome in found if outcome is not None]
+        if self._then is not None:
+            more = [task for outcome in outcomes for task in self._then(outcome)]
+            self._waiting.extendleft(reversed(more))
+        return outcomes
 
     def _outcome(self, reference: Any) -> Outcome | None:
         """What came of a task, or None when it is tried again."""

@@ -18,6 +18,7 @@ import pyarrow as pa
 from d2filter.errors import InputError
 from d2filter.formats import tables, tarwriter, webdataset
 from d2filter.formats.paths import Folder
+from d2filter.stages.placing import Rows
 from d2filter.stages.worker import Report
 
 I64 = npt.NDArray[np.int64]
@@ -47,18 +48,18 @@ def fill(
     number: int,
     work: Folder,
     shards: Sequence[webdataset.Shard],
-    own: dict[str, I64],
+    rows: Rows,
     report: Report,
 ) -> int:
     """Write shard `number` of a folder; returns the bytes of its members.
 
-    work: folder of the indexes. shards: all input shards. own: (n,) index, row in it and copy of
-    each sample, in their order. Memory: some 2 kB a sample, and a few pieces of input of 8 MB.
+    work: folder of the indexes. shards: all input shards. rows: its samples. Memory: some 4 kB a
+    sample, and a few pieces of input of 2 or 8 MB.
     Raises InputError when an input shard is not what it was when its index was made.
     """
     with ThreadPoolExecutor(_REQUESTS) as pool:
-        entries = _entries(work, own, pool)
-        members, places = _lay_out(entries, own["copy"])
+        entries = _entries(work, rows, pool)
+        members, places = _lay_out(entries, rows.copy)
         samples = Counter(entry["shard"] for entry in entries)
         # a disk is kept busy by the other tasks; a server answers many requests as fast as one
         on_disk = all(shards[shard].place[0].local is not None for shard in samples)
@@ -74,17 +75,17 @@ def fill(
     return sum(member.size for member in members)
 
 
-def _entries(work: Folder, own: dict[str, I64], pool: Executor) -> list[dict[str, Any]]:
+def _entries(work: Folder, rows: Rows, pool: Executor) -> list[dict[str, Any]]:
     """What the indexes tell of the samples of a new shard, in its order."""
-    indexes = np.unique(own["index"]).tolist()
-    where = {index: np.flatnonzero(own["index"] == index) for index in indexes}
+    indexes = np.unique(rows.index).tolist()
+    where = {index: np.flatnonzero(rows.index == index) for index in indexes}
 
     def read(index: int) -> list[dict[str, Any]]:
         table = tables.read_table(work, index_name(index))
-        found: list[dict[str, Any]] = table.take(pa.array(own["row"][where[index]])).to_pylist()
+        found: list[dict[str, Any]] = table.take(pa.array(rows.row[where[index]])).to_pylist()
         return found
 
-    entries: list[dict[str, Any]] = [{}] * own["row"].size
+    entries: list[dict[str, Any]] = [{}] * rows.row.size
     for index, found in zip(indexes, pool.map(read, indexes), strict=True):
         for at, entry in zip(where[index].tolist(), found, strict=True):
             entries[at] = entry

@@ -1,11 +1,12 @@
 """Shards + subset → new shards of the kept samples, byte by byte (DESIGN §6).
 
-find (by input shard) → order → write (by output shard) → finish. Nothing is decoded. The first pass
-reads headers and json members and notes where the members of kept samples lie; the second copies
-these ranges. Names and contents follow from the input, the subset, shard size and seed, never from
-the number of workers. A sample that the shards hold twice is taken where it stands first.
+find (by input shard) → write (by output shard) → finish. Nothing is decoded. The first pass reads
+headers and json members and notes where the members of kept samples lie; the second copies these
+ranges, into each new shard as soon as `placing` knows what belongs there. Names and contents follow
+from the input, the subset, shard size and seed, never from the number of workers. A sample that the
+shards hold twice is taken where it stands first.
 
-OUT/.d2filter/     completions, logs and, until it is done, work/: index-*.parquet, order-*.npy
+OUT/.d2filter/     completions, logs and, until it is done, work/: index-*.parquet
 """
 
 from __future__ import annotations
@@ -27,21 +28,20 @@ from d2filter.formats import subset as subset_format
 from d2filter.formats import tables, tarindex, tarwriter, webdataset
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import FileInfo, Folder
-from d2filter.formats.rows import read_array, read_columns, write_columns
+from d2filter.formats.rows import read_array
 from d2filter.formats.runstate import digest
 from d2filter.stages import fill
+from d2filter.stages.placing import Placing, Rows
 from d2filter.stages.runner import Runner
-from d2filter.stages.worker import Report, Task
+from d2filter.stages.worker import Report, Task, marker
 
-I64 = npt.NDArray[np.int64]
-U64 = npt.NDArray[np.uint64]
 Figures = dict[str, Any]
 
 STATE = ".d2filter"
 _WORK = "work"
 _SUBSET = "subset.npy"
 _SHARDS = "shards.json"
-_CPUS_A_WRITER = 0.5  # it waits for the disk half of the time
+_CPUS_A_TASK = 0.5  # it waits for the disk half of the time
 # most input shards of a task that finds, and their bytes where it has several; some web servers
 # tell no sizes
 _SHARDS_A_TASK = 64
@@ -83,53 +83,9 @@ def reshard(
     _publish_subset(state, subset)
     listed = [[s.url, s.name, s.info.name, s.info.size, s.info.version] for s in shards]
     state.publish_json(f"{_WORK}/{_SHARDS}", listed)
-    bounds = _bounds(shards)
-    finding = [
-        Task(
-            name=f"find-{first:06d}-{after:06d}",
-            run=find,
-            arguments={
-                "state": state, "shards": shards[first:after], "first": first, "number": number,
-            },
-        )
-        for number, (first, after) in enumerate(itertools.pairwise(bounds))
-    ]  # fmt: skip
-    found = runner.map("reshard", finding, fingerprint=fingerprint, label="find")
-    ordering = Task(
-        name="order",
-        run=order,
-        arguments={"state": state, "indexes": len(finding), "config": config},
-    )
-    ordered = runner.here("reshard", ordering, fingerprint=fingerprint, skip=True)
-    writing = [
-        Task(
-            name=f"write-{number:06d}",
-            run=write,
-            arguments={"out": out, "number": number},
-        )
-        for number in range(ordered["shards"])
-    ]
-    written = runner.map(
-        "reshard", writing, fingerprint=fingerprint, label="write", total=ordered["samples"],
-        cpus=_CPUS_A_WRITER,
-    )  # fmt: skip
-    figures = {
-        "samples": ordered["samples"],
-        "missing": ordered["missing"],
-        "first_missing": ordered["first_missing"],
-        "repeated": ordered["repeated"],
-        "bytes": sum(f["bytes"] for f in written),
-        "lost_shards": [lost for f in found for lost in f["lost"]],
-    }
-    finishing = Task(
-        name="finish",
-        run=finish,
-        arguments={
-            "out": out, "shards": ordered["shards"], "config": config, "figures": figures,
-            "inputs": len(shards),
-        },
-    )  # fmt: skip
-    runner.here("reshard", finishing, fingerprint=fingerprint, skip=True)
+    figures: Figures | None = state.read_json(marker("reshard", "finish"))
+    if figures is None or figures["fingerprint"] != fingerprint:
+        figures = _make(runner, out, shards, subset, config, fingerprint)
     state.remove(_WORK)
     share = figures["missing"] / max(1, len(subset))
     if share > config.max_missing:
@@ -141,6 +97,84 @@ def reshard(
             + f": give all shards, or raise --max-missing from {config.max_missing}"
         )
     return figures
+
+
+def _make(
+    runner: Runner,
+    out: Folder,
+    shards: Sequence[webdataset.Shard],
+    subset: npt.NDArray[np.void],
+    config: ReshardConfig,
+    fingerprint: str,
+) -> Figures:
+    """Search the inputs, and write each new shard once it is known what comes into it."""
+    state = out.sub(STATE)
+    work = state.sub(_WORK)
+    _publish_subset(state, subset)
+    listed = [[s.url, s.name, s.info.name, s.info.size, s.info.version] for s in shards]
+    work.publish_json(_SHARDS, listed)
+    finding = [
+        Task(
+            name=f"find-{first:06d}-{after:06d}",
+            run=find,
+            arguments={
+                "state": state, "shards": shards[first:after], "first": first, "number": number,
+            },
+        )
+        for number, (first, after) in enumerate(itertools.pairwise(_bounds(shards)))
+    ]  # fmt: skip
+    number_of = {task.name: number for number, task in enumerate(finding)}
+    placing = Placing(subset, shard_size=config.shard_size, shuffle=config.shuffle)
+    numbers = itertools.count()
+    searched: set[int] = set()
+    placed = 0
+
+    def then(name: str, figures: Figures) -> list[Task]:
+        """What can be written after a search: indexes are placed in their order."""
+        nonlocal placed
+        if name not in number_of:
+            return []
+        searched.add(number_of[name])
+        settled = []
+        while placed in searched:
+            table = tables.read_table(work, fill.index_name(placed), ["uid_hi", "uid_lo"])
+            settled += placing.add(*(column.to_numpy() for column in table.columns))
+            placed += 1
+            if placed == len(finding):
+                settled += placing.close()
+        return [
+            Task(
+                name=f"write-{number:06d}",
+                run=write,
+                arguments={"out": out, "number": number, "rows": rows},
+            )
+            for rows, number in zip(settled, numbers, strict=False)
+        ]
+
+    # a sample of the subset counts when it is found, and when it is written
+    done = runner.map(
+        "reshard", finding, fingerprint=fingerprint, label="reshard", total=2 * len(subset),
+        cpus=_CPUS_A_TASK, then=then,
+    )  # fmt: skip
+    found, written = done[: len(finding)], done[len(finding) :]
+    finishing = Task(
+        name="finish",
+        run=finish,
+        arguments={
+            "out": out,
+            "ids": placing.ids,
+            "config": config,
+            "inputs": len(shards),
+            "figures": {
+                "missing": placing.missing,
+                "first_missing": placing.first_missing,
+                "repeated": placing.repeated,
+                "bytes": sum(one["bytes"] for one in written),
+                "lost_shards": [lost for one in found for lost in one["lost"]],
+            },
+        },
+    )
+    return runner.here("reshard", finishing, fingerprint=fingerprint)
 
 
 def _begin(
@@ -213,7 +247,6 @@ def find(
         try:
             for text, members in webdataset.locate_samples(shard):
                 found.append((*uid_format.from_hex(text), members))
-                report(1)
         except webdataset.LostTail as error:
             lost.append(f"{shard.url}: {error}")
         hi, lo = (np.array([one[n] for one in found], np.uint64) for n in range(2))
@@ -224,6 +257,7 @@ def find(
             offsets = [member.offset for member in members.values()]
             sizes = [member.size for member in members.values()]
             kept.append((place, a, b, list(members), offsets, sizes))
+        report(int(np.count_nonzero(wanted)))
     columns = list(zip(*kept, strict=True)) or [()] * len(fill.INDEX)
     table = pa.table(
         [pa.array(c, kind.type) for c, kind in zip(columns, fill.INDEX, strict=True)],
@@ -234,107 +268,40 @@ def find(
     return {"kept": len(kept), "lost": lost}
 
 
-def order(*, report: Report, state: Folder, indexes: int, config: ReshardConfig) -> Figures:
-    """Task of the driver: which sample comes where. Memory: some 60 bytes a kept sample."""
-    work = state.sub(_WORK)
-    parts = []
-    for number in range(indexes):
-        table = tables.read_table(work, fill.index_name(number), ["uid_hi", "uid_lo"])
-        rows = np.arange(table.num_rows, dtype=np.int64)
-        own = np.full(rows.size, number, np.int64)
-        parts.append((table.column(0).to_numpy(), table.column(1).to_numpy(), own, rows))
-    hi, lo, index, row = (np.concatenate(c) for c in zip(*parts, strict=True))
-    # a stable sort: of a sample that comes again the first one stays
-    by_uid = uids.ascending(hi, lo)
-    again = uids.repeats(hi[by_uid], lo[by_uid])
-    first = np.sort(by_uid[~again])
-    hi, lo, index, row = hi[first], lo[first], index[first], row[first]
-    asked = subset_format.read(work, _SUBSET)
-    copies, missing, first_missing = _copies(asked["f0"], asked["f1"], hi, lo)
-    place = np.repeat(np.arange(hi.size), copies)
-    copy = np.arange(place.size) - np.repeat(np.cumsum(copies) - copies, copies)
-    if config.shuffle is not None:
-        salted = {"salt": uids.SALT_SHUFFLE, "seed": config.shuffle}
-        key = uids.hashed(hi[place], lo[place] + copy.astype(np.uint64), **salted)
-        mixed = np.lexsort((copy, lo[place], hi[place], key))
-        place, copy = place[mixed], copy[mixed]
-    count = -(-place.size // config.shard_size)
-    for number in range(count):
-        turn = slice(number * config.shard_size, (number + 1) * config.shard_size)
-        some = place[turn]
-        write_columns(
-            work, f"order-{number:06d}", index=index[some], row=row[some], copy=copy[turn],
-            hi=hi[some], lo=lo[some],
-        )  # fmt: skip
-    report(place.size)
-    return {
-        "samples": int(place.size),
-        "shards": int(count),
-        "missing": missing,
-        "first_missing": first_missing,
-        "repeated": int(again.sum()),
-    }
-
-
-def _copies(asked_hi: U64, asked_lo: U64, hi: U64, lo: U64) -> tuple[I64, int, str]:
-    """How often each distinct found uid is asked for, how many asked for were not found, and the
-    first of those.
-    """
-    begins = np.flatnonzero(~uids.repeats(asked_hi, asked_lo))
-    times = np.diff(np.append(begins, asked_hi.size))
-    distinct_hi, distinct_lo = asked_hi[begins], asked_lo[begins]
-    at = uids.positions(distinct_hi, distinct_lo, hi, lo)
-    there = np.zeros(begins.size, np.bool_)
-    there[at] = True
-    gone = np.flatnonzero(~there)
-    first = uid_format.to_hex(distinct_hi[gone[:1]], distinct_lo[gone[:1]])
-    return times[at], int(times[gone].sum()), first[0] if first else ""
-
-
-def write(*, report: Report, out: Folder, number: int) -> Figures:
+def write(*, report: Report, out: Folder, number: int, rows: Rows) -> Figures:
     """Task: one new shard."""
     work = out.sub(STATE).sub(_WORK)
-    own = read_columns(work, f"order-{number:06d}", "index", "row", "copy")
-    return {"bytes": fill.fill(out, number, work, _read_shards(work), own, report)}
+    return {"bytes": fill.fill(out, number, work, _read_shards(work), rows, report)}
 
 
 def finish(
     *,
     report: Report,
     out: Folder,
-    shards: int,
+    ids: Sequence[npt.NDArray[np.void]],
     config: ReshardConfig,
     figures: Figures,
     inputs: int,
 ) -> Figures:
     """Task of the driver: what trainers read beside the shards."""
-    work = out.sub(STATE).sub(_WORK)
-    sizes = {}
-    ids = []
-    for number in range(shards):
-        own = read_columns(work, f"order-{number:06d}", "hi", "lo")
-        sizes[tarwriter.shard_name(number)] = own["hi"].size
-        some = np.empty(own["hi"].size, subset_format.DTYPE)
-        some["f0"], some["f1"] = own["hi"], own["lo"]
-        ids.append(some)
-    told = sum(out.read_json(f"{n:08d}_stats.json")["successes"] for n in range(shards))
-    if told != figures["samples"]:
-        raise InputError(
-            f"{out.url}: the shards hold {told} samples, {figures['samples']} were to be written"
-        )
-    every = np.concatenate([np.empty(0, subset_format.DTYPE), *ids])
+    samples = sum(len(own) for own in ids)
+    told = sum(out.read_json(f"{n:08d}_stats.json")["successes"] for n in range(len(ids)))
+    if told != samples:
+        raise InputError(f"{out.url}: the shards hold {told} samples, {samples} were to be written")
     with out.publish("sample_ids.npy") as path, path.open("wb") as stream:
-        np.save(stream, every)
+        np.save(stream, np.concatenate([np.empty(0, subset_format.DTYPE), *ids]))
+    sizes = {tarwriter.shard_name(number): len(own) for number, own in enumerate(ids)}
     out.publish_json("sizes.json", sizes)
     out.publish_json(
         "meta.json",
         {
-            "output_shard_count": shards,
+            "output_shard_count": len(ids),
             "output_shard_format": tarwriter.SHARD_FORMAT,
             "output_shard_size": config.shard_size,
             "shuffle": config.shuffle,
             "input_shard_count": inputs,
-            **{n: figures[n] for n in ("samples", "missing", "repeated", "bytes")},
+            "samples": samples,
+            **{n: figures[n] for n in ("missing", "repeated", "bytes")},
         },
     )
-    return {}
+    return {**figures, "samples": samples}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ _KEEPALIVE = {
     "RAY_grpc_client_keepalive_time_ms": "20000",
     "RAY_grpc_client_keepalive_timeout_ms": "20000",
 }
+Follow = Callable[[str, dict[str, Any]], Sequence[Task]]
 _OBJECT_STORE_BYTES = 200_000_000  # figures and counters only: samples travel through files
 
 
@@ -55,6 +56,7 @@ class Runner:
         on_gpu: bool = False,
         memory: int = 0,
         cpus: float = 1,
+        then: Follow | None = None,
     ) -> list[dict[str, Any]]:
         """Figures of all tasks, in their order; those that a former run published are not run.
 
@@ -62,11 +64,36 @@ class Runner:
         fewer tasks than CPUs get the others' too. on_gpu: each task gets a GPU, where `uses_gpus`,
         and its share of the CPUs beside it; else it shares the node. memory: bytes that
         each task asks Ray for, so that no node starts more of them than it can hold; 0 for none.
-        cpus: that each task takes at least; less than 1 for those that wait for disks.
+        cpus: that each task takes at least; less than 1 for those that wait for disks. then: asked
+        with name and figures of each task that is done, in the order in which they come, for tasks
+        that can begin now; they go before those that wait, and their figures come last, in the
+        order in which `then` told of them.
         Raises the task's own error when all failures are the same, StageError otherwise.
         """
-        results = self._done_before(stage, tasks, fingerprint)
-        waiting = [task for task in tasks if task.name not in results]
+        # one listing: to ask for each of many markers on an object store takes as long as a stage
+        there = set(self.folder.sub(f"completions/{stage}").names(".json"))
+        every = list(tasks)
+        results = self._done_before(stage, there, tasks, fingerprint)
+
+        def following(name: str, figures: dict[str, Any]) -> list[Task]:
+            more = list(then(name, figures)) if then is not None else []
+            every.extend(more)
+            known = self._done_before(stage, there, more, fingerprint)
+            results.update(known)
+            return [
+                fresh
+                for task in more
+                for fresh in (
+                    following(task.name, known[task.name]) if task.name in known else [task]
+                )
+            ]
+
+        def after(outcome: Outcome) -> list[Task]:
+            return [] if outcome.figures is None else following(outcome.name, outcome.figures)
+
+        left = [task for task in tasks if task.name not in results]
+        done = [task.name for task in tasks if task.name in results]
+        waiting = [fresh for name in done for fresh in following(name, results[name])] + left
         logs.append(
             self.folder, logs.DRIVER, "tasks", stage=stage, label=label, tasks=len(tasks),
             left=len(waiting), total=total,
@@ -87,11 +114,11 @@ class Runner:
             try:
                 outcomes = FanOut(
                     ray, self.folder, stage, fingerprint, needs, bar, self._word or ""
-                ).run(waiting)
+                ).run(waiting, after if then is not None else None)
             finally:
                 bar.close()
             results.update(self._figures(stage, outcomes))
-        return [results[task.name] for task in tasks]
+        return [results[task.name] for task in every]
 
     def here(
         self, stage: str, task: Task, *, fingerprint: str, skip: bool = False
@@ -141,11 +168,11 @@ class Runner:
             self._owns_ray = False
 
     def _done_before(
-        self, stage: str, tasks: Sequence[Task], fingerprint: str
+        self, stage: str, there: Container[str], tasks: Sequence[Task], fingerprint: str
     ) -> dict[str, dict[str, Any]]:
-        """Figures of the tasks that were published with the same fingerprint."""
-        # one listing: to ask for each of many markers on an object store takes as long as a stage
-        there = set(self.folder.sub(f"completions/{stage}").names(".json"))
+        """Figures of the tasks that were published with the same fingerprint. there: all markers
+        of the stage.
+        """
         names = {f"{task.name}.json": task for task in tasks if f"{task.name}.json" in there}
         records = read_jsons(self.folder.sub(f"completions/{stage}"), list(names))
         return {

@@ -19,6 +19,7 @@ from flaky_proxy import FlakyProxy
 from d2filter.formats import remote, webdataset
 from d2filter.formats.paths import Folder
 from d2filter.stages import reshard as stage
+from d2filter.stages.placing import Placing, Rows
 
 s3fs = pytest.importorskip("s3fs")
 moto = pytest.importorskip("moto.server")
@@ -26,7 +27,6 @@ moto = pytest.importorskip("moto.server")
 SHARDS = 4
 SAMPLES = 30  # a shard
 PICTURE = 40_000  # bytes
-CONFIG = stage.ReshardConfig(shard_size=25, shuffle=3)
 
 
 def nothing(done: int) -> None:
@@ -64,23 +64,27 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def prepared(shards: list[webdataset.Shard], out: Folder) -> dict[str, Any]:
-    """All but the writing, of every second sample."""
+def prepared(shards: list[webdataset.Shard], out: Folder) -> list[Rows]:
+    """All but the writing, of every second sample: what the new shards are made of."""
     pairs = [(number, i) for number in range(SHARDS) for i in range(0, SAMPLES, 2)]
+    subset = np.array(pairs, np.dtype("u8,u8"))
     state = out.sub(stage.STATE)
-    stage._publish_subset(state, np.array(pairs, np.dtype("u8,u8")))
+    stage._publish_subset(state, subset)
     listed = [[s.url, s.name, s.info.name, s.info.size, s.info.version] for s in shards]
     state.publish_json("work/shards.json", listed)
+    placing = Placing(subset, shard_size=25, shuffle=3)
     for number, shard in enumerate(shards):
         stage.find(report=nothing, state=state, shards=[shard], first=number, number=number)
-    return stage.order(report=nothing, state=state, indexes=SHARDS, config=CONFIG)
+        own = np.array([pair for pair in pairs if pair[0] == number], np.uint64)
+        placing.add(own[:, 0], own[:, 1])
+    return placing.close()
 
 
-def written(out: Folder, count: int) -> list[bytes]:
-    for number in range(count):
-        stage.write(report=nothing, out=out, number=number)
+def written(out: Folder, new: list[Rows]) -> list[bytes]:
+    for number, rows in enumerate(new):
+        stage.write(report=nothing, out=out, number=number, rows=rows)
     contents = []
-    for number in range(count):
+    for number in range(len(new)):
         with out.reading(f"{number:08d}.tar") as stream:
             contents.append(stream.read())
     return contents
@@ -91,14 +95,14 @@ def test_only_what_is_kept_is_asked_for_and_a_failing_server_changes_nothing(
 ) -> None:
     local = webdataset.list_shards([str(pool)])
     here = Folder(str(tmp_path))
-    count = prepared(local, here)["shards"]
-    assert count == 3
-    expected = written(here, count)
+    new = prepared(local, here)
+    assert len(new) == 3
+    expected = written(here, new)
     for path in pool.glob("*.tar"):
         s3fs.S3FileSystem().put_file(str(path), f"pool/in/{path.name}")
     shards = webdataset.list_shards(["s3://pool/in"])
     out = Folder("s3://pool/out")
-    assert prepared(shards, out)["shards"] == count
+    new = prepared(shards, out)
     asked: list[tuple[str, int]] = []
     plain = remote.RangeReader._fetch
     lock = threading.Lock()
@@ -110,8 +114,8 @@ def test_only_what_is_kept_is_asked_for_and_a_failing_server_changes_nothing(
 
     monkeypatch.setattr(remote.RangeReader, "_fetch", counted)
     monkeypatch.setattr("d2filter.formats.tarwriter._APART_ELSEWHERE", 1100)
-    for number in range(count):
-        stage.write(report=nothing, out=out, number=number)
+    for number, rows in enumerate(new):
+        stage.write(report=nothing, out=out, number=number, rows=rows)
     ranges = [size for path, size in asked if path.startswith("pool/in/")]
     # at one go a picture, its caption and its json, with the headers between them
     most = PICTURE + 2048 + 1024
@@ -120,7 +124,7 @@ def test_only_what_is_kept_is_asked_for_and_a_failing_server_changes_nothing(
     proxy.rate = 0.2
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     try:
-        assert written(out, count) == expected
+        assert written(out, new) == expected
     finally:
         proxy.rate = 0
     assert proxy.faults["cut"] > 0, proxy.faults

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import tarfile
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import shards as made
@@ -70,14 +73,19 @@ class Counted(io.BytesIO):
         self.ranges.append((begin, self.tell()))
         return content
 
+    def readinto(self, buffer: Any, /) -> int:
+        content = self.read(min(len(buffer), 333))  # systems give less than is asked for
+        buffer[: len(content)] = content
+        return len(content)
+
 
 SOURCE = bytes(i * 7 % 251 for i in range(4000))
 PIECES = st.tuples(st.integers(0, 3400), st.one_of(st.integers(0, 60), st.integers(0, 600)))
 
 
-@given(st.lists(PIECES, min_size=1, max_size=12), st.randoms())
+@given(st.lists(PIECES, min_size=1, max_size=12), st.randoms(), st.booleans())
 def test_members_are_copied_whatever_lies_between_them(
-    pieces: list[tuple[int, int]], order: object
+    pieces: list[tuple[int, int]], order: object, on_disk: bool
 ) -> None:
     """Also those that overlap, and those that are larger than what is read at one go."""
     files = [(f"{n}.bin", SOURCE[at : at + size]) for n, (at, size) in enumerate(pieces)]
@@ -85,14 +93,17 @@ def test_members_are_copied_whatever_lies_between_them(
     places = [tarwriter.Place(at, number) for number, (at, _) in enumerate(pieces)]
     order.shuffle(places)  # type: ignore[attr-defined]
     run, apart = 500, 100
-    out, source = io.BytesIO(), Counted(SOURCE)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(tarwriter, "_RUN", run)
-        patched.setattr(tarwriter, "_APART_ON_DISK", apart)
-        writer = tarwriter.Writer(out, members)
-        writer.copy(source, places, on_disk=True)
+    source = Counted(SOURCE)
+    with pytest.MonkeyPatch.context() as patched, tempfile.TemporaryFile() as out:
+        for name in ("_RUN", "_RUN_ON_DISK"):
+            patched.setattr(tarwriter, name, run)
+        for name in ("_APART_ELSEWHERE", "_APART_ON_DISK"):
+            patched.setattr(tarwriter, name, apart)
+        patched.setattr(tarwriter, "_PIECES", 7)
+        writer = tarwriter.Writer(out.fileno(), members)
+        writer.copy(source, places, on_disk=on_disk)
         writer.finish()
-    assert out.getvalue() == made.tar(files)
+        assert out.read() == made.tar(files)
     assert all(end - begin <= run for begin, end in source.ranges)
     asked = {byte for at, size in pieces for byte in range(at, at + size)}
     near = {byte + d for byte in (at + size for at, size in pieces) for d in range(apart + 1)}
@@ -105,11 +116,26 @@ def test_neighbors_are_read_at_one_go_and_others_apart() -> None:
     at = [3_000_000, 0, 1000, 3_000_200]
     places = [tarwriter.Place(offset, number) for number, offset in enumerate(at)]
     source = Counted(bytes(4_000_000))
-    tarwriter.Writer(io.BytesIO(), members).copy(source, places, on_disk=True)
+    with tempfile.TemporaryFile() as out:
+        tarwriter.Writer(out.fileno(), members).copy(source, places, on_disk=False)
     assert source.ranges == [(0, 1100), (3_000_000, 3_000_300)]
 
 
-def test_a_source_that_ends_too_soon_is_an_error() -> None:
-    writer = tarwriter.Writer(io.BytesIO(), [tarwriter.Member("a.bin", 100)])
-    with pytest.raises(EOFError):
-        writer.copy(io.BytesIO(b"x" * 199), [tarwriter.Place(100, 0)], on_disk=False)
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_source_that_ends_too_soon_is_an_error(on_disk: bool) -> None:
+    with tempfile.TemporaryFile() as out:
+        writer = tarwriter.Writer(out.fileno(), [tarwriter.Member("a.bin", 100)])
+        with pytest.raises(EOFError):
+            writer.copy(io.BytesIO(b"x" * 199), [tarwriter.Place(100, 0)], on_disk=on_disk)
+
+
+def test_what_the_system_writes_only_in_part_is_written_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = os.pwritev
+
+    def some(file: int, pieces: list[bytes], at: int) -> int:
+        return whole(file, [b"".join(pieces)[:700]], at)
+
+    monkeypatch.setattr(os, "pwritev", some)
+    assert published(tmp_path, FILES, [2, 3, 0, 1]) == made.tar(FILES)

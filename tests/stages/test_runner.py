@@ -82,6 +82,47 @@ def test_one_failure_does_not_stop_the_others_and_is_not_retried(out: Folder) ->
     assert not out.exists("completions/s/x.json")
 
 
+def test_tasks_that_others_make_possible_run_before_those_that_wait(
+    out: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the first ones calls for another, which calls for a third."""
+    monkeypatch.setattr(fanout, "_AHEAD", 0)  # one at a time
+    told: list[str] = []
+
+    def then(name: str, figures: dict[str, Any]) -> list[Task]:
+        assert figures["name"] == name
+        told.append(name)
+        return tasks(out, write, f"{name}x") if len(name) < 3 else []
+
+    def names() -> list[str]:
+        found = Runner(out).map(
+            "s", tasks(out, write, "a", "b"), fingerprint="1", label="x", then=then
+        )
+        return [figures["name"] for figures in found]
+
+    expected = ["a", "b", "ax", "axx", "bx", "bxx"]
+    assert names() == expected
+    assert told == ["a", "ax", "axx", "b", "bx", "bxx"]
+    # a rerun that finds some of them done asks for the others only
+    (Path(out.url) / "completions/s/bx.json").unlink()
+    made = {name: os.stat(f"{out.url}/{name}.txt").st_mtime_ns for name in expected}
+    told.clear()
+    assert sorted(names()) == sorted(expected)
+    assert sorted(told) == sorted(expected)
+    again = {name: os.stat(f"{out.url}/{name}.txt").st_mtime_ns for name in expected}
+    assert [name for name in expected if made[name] != again[name]] == ["bx"]
+
+
+def test_what_a_failed_task_would_make_possible_is_not_run(out: Folder) -> None:
+    def then(name: str, figures: dict[str, Any]) -> list[Task]:
+        return tasks(out, write, f"{name}x") if len(name) < 2 else []
+
+    first = [*tasks(out, refuse, "a"), *tasks(out, write, "b")]
+    with pytest.raises(InputError, match="a is broken"):
+        Runner(out).map("s", first, fingerprint="1", label="x", then=then)
+    assert sorted(p.stem for p in Path(out.url).glob("*.txt")) == ["b", "bx"]
+
+
 def test_several_failures_are_all_named(out: Folder) -> None:
     mixed = [*tasks(out, refuse, "p", "q"), *tasks(out, write, "y")]
     with pytest.raises(StageError, match=r"2 tasks failed, 1 are done.*p is broken; q is broken"):

@@ -1,0 +1,131 @@
+"""Which sample of `reshard` comes where, told shard by shard as the inputs are searched.
+
+Without a shuffle a new shard is settled once the inputs up to its last sample are searched, so it
+is written while others still are. A shuffle must know them all.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.algorithm import uids
+from d2filter.formats import uid as uid_format
+from d2filter.formats.subset import DTYPE
+
+I64 = npt.NDArray[np.int64]
+_COLUMNS = ("index", "row", "copy", "hi", "lo")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Samples of a new shard, in its order; all (n,)."""
+
+    index: I64
+    """number of the index that knows the sample"""
+    row: I64
+    """in that index"""
+    copy: I64
+    """0 for the first of a uid, 1 for its first repetition, …"""
+    hi: uids.U64
+    lo: uids.U64
+
+
+class Placing:
+    """Takes what each index holds, in order, and lays out one new shard after the other.
+
+    A uid that the subset repeats comes as often, side by side; one that the indexes repeat is taken
+    where it stands first. Memory: 25 bytes a uid of the subset and 40 a found sample.
+    """
+
+    def __init__(
+        self, subset: npt.NDArray[np.void], *, shard_size: int, shuffle: int | None
+    ) -> None:
+        """subset: (n,) of (u8, u8), ascending. shuffle: seed, None for the order of the indexes."""
+        hi, lo = subset["f0"], subset["f1"]
+        begins = np.flatnonzero(~uids.repeats(hi, lo))
+        self._hi, self._lo = np.ascontiguousarray(hi[begins]), np.ascontiguousarray(lo[begins])
+        self._times = np.diff(np.append(begins, hi.size))
+        self._there = np.zeros(begins.size, np.bool_)
+        self._size = shard_size
+        self._seed = shuffle
+        self._indexes = 0
+        self._held: list[Rows] = []  # found, and not yet in a shard
+        self._waiting = 0
+        self._ids: list[npt.NDArray[np.void]] = []
+        self.repeated = 0
+        """samples that were left out, for they stood elsewhere before"""
+
+    def add(self, hi: uids.U64, lo: uids.U64) -> list[Rows]:
+        """The new shards that are settled by the next index, with samples hi, lo (m,) of the
+        subset.
+        """
+        at = uids.positions(self._hi, self._lo, hi, lo)
+        _, first = np.unique(at, return_index=True)
+        new = np.sort(first[~self._there[at[first]]])
+        self._there[at[new]] = True
+        self.repeated += hi.size - new.size
+        times = self._times[at[new]]
+        row = np.repeat(new, times)
+        copy = np.arange(row.size) - np.repeat(np.cumsum(times) - times, times)
+        index = np.full(row.size, self._indexes, np.int64)
+        self._indexes += 1
+        self._held.append(Rows(index=index, row=row, copy=copy, hi=hi[row], lo=lo[row]))
+        self._waiting += row.size
+        whole = 0 if self._seed is not None else self._waiting // self._size
+        return self._cut(whole * self._size)
+
+    def close(self) -> list[Rows]:
+        """The new shards that are left, after the last index."""
+        if self._seed is not None and self._held:
+            self._held = [_shuffled(_joined(self._held), self._seed)]
+        return self._cut(self._waiting)
+
+    def _cut(self, samples: int) -> list[Rows]:
+        if not samples:
+            return []
+        held = _joined(self._held)
+        bounds = [*range(0, samples, self._size), samples]
+        cut = [_slice(held, slice(a, b)) for a, b in itertools.pairwise(bounds)]
+        self._held = [_slice(held, slice(samples, None))]
+        self._waiting -= samples
+        for rows in cut:
+            own = np.empty(rows.hi.size, DTYPE)
+            own["f0"], own["f1"] = rows.hi, rows.lo
+            self._ids.append(own)
+        return cut
+
+    @property
+    def ids(self) -> list[npt.NDArray[np.void]]:
+        """Uids of each new shard in its order, (n,) of (u8, u8)."""
+        return self._ids
+
+    @property
+    def missing(self) -> int:
+        """How many of the subset were in no index so far, each repetition counted."""
+        return int(self._times[~self._there].sum())
+
+    @property
+    def first_missing(self) -> str:
+        """The least uid of those, empty for none."""
+        gone = np.flatnonzero(~self._there)[:1]
+        return "".join(uid_format.to_hex(self._hi[gone], self._lo[gone]))
+
+
+def _joined(parts: Sequence[Rows]) -> Rows:
+    return Rows(**{n: np.concatenate([getattr(part, n) for part in parts]) for n in _COLUMNS})
+
+
+def _slice(rows: Rows, some: slice | I64) -> Rows:
+    return Rows(**{name: getattr(rows, name)[some].copy() for name in _COLUMNS})
+
+
+def _shuffled(rows: Rows, seed: int) -> Rows:
+    """By a hash of uid and repetition: the order that the samples had before leaves no trace."""
+    own = rows.lo + rows.copy.astype(np.uint64)
+    key = uids.hashed(rows.hi, own, salt=uids.SALT_SHUFFLE, seed=seed)
+    return _slice(rows, np.lexsort((rows.copy, rows.lo, rows.hi, key)))
