@@ -134,20 +134,24 @@ def make_pool(rows: F16, hi: uids.U64, lo: uids.U64) -> Pool:
     return Pool(rows=rows, hi=hi, lo=lo)
 
 
-def train(pool: Pool, k: int, *, exact_below: int = 16384, seed: int = 0) -> Trained:
+def train(
+    pool: Pool, k: int, *, exact_below: int = 16384, seed: int = 0, least_axes: int = 0
+) -> Trained:
     """Sketches and cells from rows chosen by uid hash; one cell for at most `exact_below` rows."""
     count = count_to_train(len(pool.rows), k, exact_below)
     size = cells.TRAINING_ROWS_A_CELL * count if count > 1 else 1
     chosen = uids.hash_sample(pool.hi, pool.lo, size, salt=uids.SALT_TRAIN, seed=seed)
-    return train_on(pool.rows[chosen], count)
+    return train_on(pool.rows[chosen], count, least_axes)
 
 
-def train_on(sample: F16, count: int) -> Trained:
-    """Sketches and `count` cells from chosen rows (m, d); one cell holds everything."""
+def train_on(sample: F16, count: int, least_axes: int = 0) -> Trained:
+    """Sketches and `count` cells from chosen rows (m, d); one cell holds everything. least_axes: of
+    a sketch, see `sketch.train`.
+    """
     if count == 1:
         trained = sketch.none(sample.shape[1])
         return Trained(sketch=trained, cells=cells.from_centroids(sample[:1]))
-    trained = sketch.train(sample)
+    trained = sketch.train(sample, least_axes)
     return Trained(sketch=trained, cells=cells.train(trained.apply(sample), count))
 
 
@@ -187,6 +191,16 @@ def pays(choice: calibrate.Choice, total: int, nlist: int) -> bool:
     return not dear and (choice.reached or total > EXACT_UP_TO)
 
 
+def choose(
+    held: calibrate.Searcher, trained: Trained, rows: F16, queries: I64, k: int, target: float
+) -> calibrate.Choice:
+    """How to search a pool in cells. rows: (q, d) of the calibration sample; queries: (q,) numbers
+    of it.
+    """
+    probed = cells.assign(trained.sketch.apply(rows), trained.cells, cells.MOST_PROBES)
+    return calibrate.choose(held, rows, queries, probed, k, target)
+
+
 def build(
     pool: Pool,
     k: int,
@@ -205,9 +219,12 @@ def build(
         queries = uids.hash_sample(
             pool.hi, pool.lo, calibrate.QUERIES, salt=uids.SALT_CALIBRATE, seed=seed
         )
-        rows = pool.rows[queries]
-        most = cells.assign(trained.sketch.apply(rows), trained.cells, cells.MOST_PROBES)
-        choice = calibrate.choose(held, rows, queries, most, k, target_recall)
+        choice = choose(held, trained, pool.rows[queries], queries, k, target_recall)
+        while not choice.reached and not trained.sketch.identity:
+            least = sketch.wider(trained.sketch.axes.shape[1])
+            trained = train(pool, k, exact_below=exact_below, seed=seed, least_axes=least)
+            held = in_cells(pool, trained)
+            choice = choose(held, trained, pool.rows[queries], queries, k, target_recall)
         if not pays(choice, total, trained.cells.count):
             trained = train_on(pool.rows[:1], 1)
             held = in_cells(pool, trained)

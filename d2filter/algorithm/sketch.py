@@ -98,17 +98,24 @@ def none(dim: int) -> Sketch:
     return Sketch(mean=np.zeros(dim, np.float32), axes=np.zeros((dim, 0), np.float32), grid=1.0)
 
 
-def train(sample: F16) -> Sketch:
+def wider(axes: int) -> int:
+    """The least axes to ask for where so many lost too many neighbors of the whole pool."""
+    return 4 * axes
+
+
+def train(sample: F16, least: int = 0) -> Sketch:
     """As few axes as find 98% of the five nearest of 400 rows of the sample by shortlist.
 
-    sample: (m, d), in an order independent of files. The identity where half the dimensions do not
-    suffice, or there are too few rows or dimensions for a projection to pay.
+    sample: (m, d), in an order independent of files. least: fewer axes than these are not tried: a
+    sample is thinner than its pool, and where neighbors differ by no axis in particular it takes
+    its few near rows for all there are. The identity where half the dimensions do not suffice, or
+    there are too few rows or dimensions for a projection to pay.
     """
     sample = np.ascontiguousarray(sample[:: max(1, -(-len(sample) // _LOOKED_AT))])
     m, dim = sample.shape
     most = dim // 2 // _STEP * _STEP
     typical = float(np.sqrt(np.median(features.squared_norms(sample)))) if m else 0.0
-    if most < _STEP or m < 4 * dim or typical <= 0:
+    if most < max(_STEP, least) or m < 4 * dim or typical <= 0:
         return none(dim)
     grid = _GRID / 2.0 ** float(np.ceil(np.log2(typical)))
     bits = sample.view(np.uint16)
@@ -127,13 +134,13 @@ def train(sample: F16) -> Sketch:
     largest = Sketch(
         mean=mean.astype(np.float32), axes=np.rint(axes * _AXIS).astype(np.float32), grid=grid
     )
-    number = _fewest_axes(sample, largest.apply(sample))
+    number = _fewest_axes(sample, largest.apply(sample), least)
     if not number:
         return none(dim)
     return Sketch(mean=largest.mean, axes=np.ascontiguousarray(largest.axes[:, :number]), grid=grid)
 
 
-def _fewest_axes(sample: F16, sketches: F16) -> int:
+def _fewest_axes(sample: F16, sketches: F16, least: int) -> int:
     """Columns of the sketches that are enough, 0 when all of them are not."""
     numbers = np.arange(len(sample), dtype=np.int64)
     judged = numbers[:: -(-numbers.size // _JUDGED)]
@@ -145,7 +152,7 @@ def _fewest_axes(sample: F16, sketches: F16) -> int:
         found = search.search_all(some, numbers, some[judged], judged, SHORTLIST // 2, total)
         return bool(truth.share_in(found.numbers).mean() >= _ENOUGH)
 
-    low, high = 1, sketches.shape[1] // _STEP
+    low, high = max(1, -(-least // _STEP)), sketches.shape[1] // _STEP
     if not enough(high):
         return 0
     while low < high:

@@ -39,7 +39,9 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
     """
     steps = _Steps(runner, out, config, fingerprint)
     k = config.graph.n_neighbors
-    trained, choice = steps.choose(exact=False)
+    trained, choice = steps.choose()
+    while not choice["reached"] and not steps.whole_rows(trained):
+        trained, choice = steps.choose(least_axes=sketch.wider(trained["sketch_dim"]))
     if not choice["pays"]:
         trained, choice = steps.choose(exact=True)
     probes, passes = choice["probes"], choice["passes"]
@@ -101,21 +103,28 @@ class _Steps:
         self.peak = 0
         self._memory = config.memory_per_worker
 
-    def choose(self, *, exact: bool) -> tuple[Figures, Figures]:
-        """Train, assign, calibrate. exact: one cell, whatever the calibration found."""
-        kind = "exact" if exact else "cells"
-        trained = self._alone(
-            "train", index.train, {"config": self._config.graph, "exact": exact}, kind
-        )
+    def choose(self, *, exact: bool = False, least_axes: int = 0) -> tuple[Figures, Figures]:
+        """Train, assign, calibrate. exact: one cell, whatever the calibration found. least_axes: of
+        a sketch, where shorter ones missed the target.
+        """
+        kind = "exact" if exact else f"cells-axes-{least_axes}" if least_axes else "cells"
+        asked = {"config": self._config.graph, "exact": exact, "least_axes": least_axes}
+        trained = self._alone("train", index.train, asked, kind)
         self._assign(kind, cells.STORED_PROBES)
         if trained["nlist"] == 1:
             return trained, {**asdict(knn.exact_choice(self.total)), "pays": True}
         choice = self._alone(
-            "choose", index.choose, {"config": self._config.graph, "parts": self._parts}
-        )
-        if choice["probes"] > cells.STORED_PROBES and choice["pays"]:
+            "choose", index.choose, {"config": self._config.graph, "parts": self._parts},
+            kind if least_axes else "",
+        )  # fmt: skip
+        taken = choice["pays"] and (choice["reached"] or self.whole_rows(trained))
+        if choice["probes"] > cells.STORED_PROBES and taken:
             self._assign(f"{kind}-{choice['probes']}", choice["probes"])
         return trained, choice
+
+    def whole_rows(self, trained: Figures) -> bool:
+        """Whether rows are searched as they are, and not by shorter sketches."""
+        return bool(2 * trained["sketch_dim"] == self._row_bytes)
 
     def _assign(self, kind: str, probes: int) -> None:
         names = [f"assign-{kind}-{part:05d}" for part in range(self._parts)]

@@ -36,7 +36,9 @@ CALIBRATE, MEASURE = "calibrate", "measure"
 _BLOCK = 65536
 
 
-def train(*, report: Report, out: Folder, config: GraphConfig, exact: bool) -> dict[str, Any]:
+def train(
+    *, report: Report, out: Folder, config: GraphConfig, exact: bool, least_axes: int
+) -> dict[str, Any]:
     """Task: choose samples by uid hash, train sketches and centroids. Figures: nlist, sketch_dim.
 
     Memory: the training sample, 16 rows a cell; one part's uids.
@@ -54,7 +56,7 @@ def train(*, report: Report, out: Folder, config: GraphConfig, exact: bool) -> d
     index = out.sub("index")
     for stem, salt in ((CALIBRATE, uids.SALT_CALIBRATE), (MEASURE, uids.SALT_MEASURE)):
         write_columns(index, stem, number=chosen[salt], rows=layout.gather(chosen[salt]))
-    trained = knn.train_on(layout.gather(chosen[uids.SALT_TRAIN]), count)
+    trained = knn.train_on(layout.gather(chosen[uids.SALT_TRAIN]), count, least_axes)
     to_sketch = trained.sketch
     write_columns(
         index, "sketch", mean=to_sketch.mean, axes=to_sketch.axes, grid=np.array([to_sketch.grid])
@@ -87,15 +89,9 @@ def choose(*, report: Report, out: Folder, config: GraphConfig, parts: int) -> d
     backend.use_threads(assigned_cpus())
     trained = read_trained(out)
     pool = Streamed(out, parts, trained)
-    queries = read_columns(out.sub("index"), CALIBRATE, "number", "rows")
-    rows = queries["rows"]
-    choice = calibrate.choose(
-        pool,
-        rows,
-        queries["number"],
-        cells.assign(trained.sketch.apply(rows), trained.cells, cells.MOST_PROBES),
-        config.n_neighbors,
-        config.target_recall,
+    sample = read_columns(out.sub("index"), CALIBRATE, "number", "rows")
+    choice = knn.choose(
+        pool, trained, sample["rows"], sample["number"], config.n_neighbors, config.target_recall
     )
     return {**asdict(choice), "pays": knn.pays(choice, pool.total, trained.cells.count)}
 

@@ -164,13 +164,43 @@ def test_calibration_counts_what_shortlists_lose(monkeypatch: pytest.MonkeyPatch
     rows = drawn(20_000, 128, decay=0.5)
     hi = np.arange(20_000, dtype=np.uint64)
     pool = knn.make_pool(rows, hi, np.zeros_like(hi))
-    monkeypatch.setattr(knn, "EXACT_UP_TO", 1000)
-    graph, index = knn.build(pool, 5, target_recall=0.99, exact_below=10)
-    assert index.trained.sketch.axes.shape[1] == 32
+    trained = knn.train(pool, 5, exact_below=10)
+    assert trained.sketch.axes.shape[1] == 32
+    held = knn.in_cells(pool, trained, probes=64)
+    queries = np.arange(0, 20_000, 50)
+    choice = knn.choose(held, trained, rows[queries], queries, 5, 0.99)
+    graph = knn.build_graph(held, 5, choice)
     real = knn.exact_neighbors(pool, np.arange(20_000), 5).share_in(graph.neighbors).mean()
-    assert abs(index.choice.predicted - real) < 0.03
+    assert abs(choice.predicted - real) < 0.03
     assert real < 0.97
-    assert not index.choice.reached
+    assert not choice.reached
+    # so longer sketches are tried
+    graph, index = knn.build(pool, 5, target_recall=0.99, exact_below=10)
+    assert index.choice.reached
+    assert index.trained.cells.count > 1
+    assert knn.measure_recall(pool, graph).value >= 0.99
+
+
+def test_a_sample_that_is_thinner_than_its_pool_does_not_cost_the_recall(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Groups without a shape of their own: of each the sample has so few that any axes find them.
+
+    Thirty-two axes were taken here, and half the neighbors lost.
+    """
+    rng = np.random.default_rng(0)
+    centers = rng.normal(size=(300, 128))
+    rows = features.fix(
+        [centers[rng.integers(0, 300, 60_000)] + 0.8 * rng.normal(size=(60_000, 128))]
+    )
+    hi = np.arange(60_000, dtype=np.uint64)
+    pool = knn.make_pool(rows, hi, np.zeros_like(hi))
+    monkeypatch.setattr(sketch, "_LOOKED_AT", 4000)
+    assert knn.train(pool, 5).sketch.axes.shape[1] == 32
+    graph, index = knn.build(pool, 5, target_recall=0.95)
+    assert index.choice.reached
+    assert index.trained.cells.count > 1
+    assert knn.measure_recall(pool, graph).value >= 0.94
 
 
 def test_carried_values_move_with_their_places() -> None:
