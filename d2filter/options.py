@@ -468,6 +468,10 @@ def plan(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpus", type=int, default=0, help="of a node")
     group.add_argument("--memory", type=_bytes, default=16_000_000_000, help="of a node: 512GB")
     group.add_argument("--disk", type=_bytes, default=0, help="room for the run directory: 40TB")
+    group.add_argument(
+        "--storage-rate", type=_bytes, default=0, metavar="SIZE",
+        help="that a node reads and writes in a second: 2GB (default: storage keeps up)",
+    )  # fmt: skip
     group.add_argument("--partitions", type=_partitions, default=0, help="auto, or a number")
     memory(parser)
     group = parser.add_argument_group("rates")

@@ -87,8 +87,15 @@ def positions(hi: U64, lo: U64, wanted_hi: U64, wanted_lo: U64) -> I64:
 
 
 @numba.njit(cache=True, nogil=True)
-def occurrences(pairs, hi, lo):  # type: ignore[no-untyped-def]
-    """How often a uid, two np.uint64, stands in ascending (n, 2) uint64 pairs of hi and lo."""
+def occurrences(pairs, digits):  # type: ignore[no-untyped-def]
+    """How often a uid, 32 lowercase hex digits as bytes, stands in ascending (n, 2) uint64 pairs of
+    hi and lo. Digits are read here: Python takes as long for them as for all the rest.
+    """
+    hi, lo = np.uint64(0), np.uint64(0)
+    for i in range(16):
+        a, b = digits[i], digits[16 + i]
+        hi = (hi << np.uint64(4)) | np.uint64(a - 48 if a < 58 else a - 87)
+        lo = (lo << np.uint64(4)) | np.uint64(b - 48 if b < 58 else b - 87)
     low, high = 0, pairs.shape[0]
     while low < high:
         middle = (low + high) // 2

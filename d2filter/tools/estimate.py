@@ -64,6 +64,8 @@ class Cluster:
     """bytes of a node"""
     disk: int = 0
     """bytes that the run directory may take; 0: not told"""
+    storage: int = 0
+    """bytes a second that a node reads and writes; 0: as many as are asked for"""
     memory_per_worker: int = 0
     """bytes that a task may use; 0: the node's share"""
     partitions: int = 0
@@ -141,7 +143,7 @@ class Stage:
     written: float
     flops: float
     slowest: str
-    """the step that takes longest"""
+    """the step that takes longest, and whether it waits for storage"""
     alone: float = 0.0
     """seconds in which one task works and other nodes wait"""
 
@@ -296,6 +298,8 @@ def estimate(pool: Pool, cluster: Cluster, rates: Rates) -> Estimate:
         taken = {step.name: seconds(step, cluster, rates) for step in mine}
         idle = sum(taken[step.name] for step in mine if step.tasks == 1)
         rest = rates.steps.get(f"{name}_rest", Rate(fixed=0.0, unit=0.0)).fixed
+        slowest = max(mine, key=lambda step: taken[step.name])
+        waits = 0 < taken[slowest.name] <= stored(slowest, cluster)
         stages.append(
             Stage(
                 name=name,
@@ -304,7 +308,7 @@ def estimate(pool: Pool, cluster: Cluster, rates: Rates) -> Estimate:
                 read=sum(step.read for step in mine),
                 written=sum(step.written for step in mine),
                 flops=sum(step.flops for step in mine),
-                slowest=max(taken, key=lambda step: taken[step]),
+                slowest=slowest.name + (" (storage)" if waits else ""),
                 alone=idle if cluster.nodes > 1 else 0.0,
             )
         )
@@ -323,7 +327,22 @@ def estimate(pool: Pool, cluster: Cluster, rates: Rates) -> Estimate:
 
 
 def seconds(step: Step, cluster: Cluster, rates: Rates) -> float:
-    """Wall seconds of a step: its tasks in as many waves as the CPUs need."""
+    """Wall seconds of a step: its tasks in as many waves as the CPUs need, or its bytes where
+    storage is slower.
+    """
+    return max(_computed(step, cluster, rates), stored(step, cluster))
+
+
+def stored(step: Step, cluster: Cluster) -> float:
+    """Wall seconds in which the nodes that are at it read and write a step's bytes; 0 for storage
+    that keeps up.
+    """
+    if not cluster.storage:
+        return 0.0
+    return (step.read + step.written) / (cluster.storage * min(cluster.nodes, step.tasks))
+
+
+def _computed(step: Step, cluster: Cluster, rates: Rates) -> float:
     rate = rates.steps.get(step.name)
     if rate is None:
         return 0.0
@@ -375,14 +394,21 @@ def _memory(stage: str, pool: Pool, h: Habits, partitions: int) -> float:
 def _embed(pool: Pool, cluster: Cluster, rates: Rates) -> Stage:
     places = cluster.nodes * (cluster.gpus or 1)
     known = rates.images > 0
-    return Stage(
-        name="embed",
-        seconds=pool.samples / (rates.images * places) if known else None,
-        memory=4e9,
+    step = Step(
+        stage="embed", name="embed", units=0.0, tasks=pool.samples, threads=False,
         read=float(pool.samples) * pool.image_bytes,
         written=pool.samples * (2.0 * pool.dimension + _META),
+    )  # fmt: skip
+    bound = stored(step, cluster)
+    computed = pool.samples / (rates.images * places) if known else 0.0
+    return Stage(
+        name="embed",
+        seconds=max(computed, bound) if known else None,
+        memory=4e9,
+        read=step.read,
+        written=step.written,
         flops=0.0,
-        slowest="embed",
+        slowest="embed (storage)" if known and bound > computed else "embed",
     )
 
 
@@ -403,7 +429,7 @@ def _judged(found: Estimate, pool: Pool, cluster: Cluster, h: Habits) -> Estimat
             f"a partition of {pool.samples / found.partitions:,.0f} samples takes "
             f"{_gb(graph.memory)}, a task may use {_gb(found.task_memory)}: --partitions {enough}"
         )
-    ranking = pool.samples * (_STATE + _EDGE_MAPPED) + found.partitions * 0
+    ranking = pool.samples * (_STATE + _EDGE_MAPPED)
     if pool.samples * _STATE > 0.8 * cluster.nodes * cluster.memory:
         least = math.ceil(pool.samples * _STATE / (0.8 * cluster.memory))
         refusals.append(

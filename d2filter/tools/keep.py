@@ -95,8 +95,7 @@ class Keep:
     def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         pairs = self._pairs
         for sample in samples:
-            hi, lo = uid_format.from_hex(uid_of(sample))
-            count = uids.occurrences(pairs, np.uint64(hi), np.uint64(lo))
+            count = uids.occurrences(pairs, uid_of(sample).encode())
             if count:
                 yield sample
                 for _ in range(count - 1):

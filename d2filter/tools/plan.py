@@ -81,6 +81,7 @@ def asked(arguments: argparse.Namespace, say: Say) -> tuple[Pool, Cluster, Rates
         gpus=arguments.gpus,
         memory=arguments.memory,
         disk=arguments.disk,
+        storage=arguments.storage_rate,
         memory_per_worker=arguments.memory_per_worker,
         partitions=arguments.partitions,
     )
@@ -292,7 +293,8 @@ def lines(found: Estimate, pool: Pool, cluster: Cluster, rates: Rates) -> list[s
     out += [f"cannot work: {text}" for text in found.refusals]
     out.append(
         f"predicted from rates of {rates.machine}, rows of {rates.dimension}; taken for granted: "
-        f"CPUs like these, storage that keeps up, {rates.habits.probes} of {rates.habits.cells:,} "
+        f"CPUs like these, {'' if cluster.storage else 'storage that keeps up (--storage-rate), '}"
+        f"{rates.habits.probes} of {rates.habits.cells:,} "
         f"cells probed for {rates.habits.samples:,} samples"
     )
     if any(stage.seconds is None for stage in found.stages):

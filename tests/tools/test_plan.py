@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,32 @@ def test_work_of_a_step_is_shared_by_its_tasks_and_the_cpus() -> None:
     nine = replace(one, tasks=9)
     assert estimate.seconds(nine, eight, known) == pytest.approx(4 + 10 / 8 * 16 / 9)
     assert estimate.seconds(replace(one, name="y"), eight, known) == 0
+
+
+def test_a_step_takes_as_long_as_storage_needs_where_that_is_slower() -> None:
+    step = estimate.Step(
+        stage="graph", name="x", units=1000.0, tasks=3, threads=False, read=6e9, written=2e9
+    )
+    known = rates(x=Rate(fixed=0.0, unit=0.003))
+    four = Cluster(nodes=4, cpus=4)
+    assert estimate.seconds(step, four, known) == pytest.approx(1)
+    # three tasks keep the storage of three nodes busy
+    assert estimate.seconds(step, replace(four, storage=10**9), known) == pytest.approx(8 / 3)
+    assert estimate.seconds(step, replace(four, storage=10**10), known) == pytest.approx(1)
+
+
+def test_what_waits_for_storage_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--samples", "128e6", "--nodes", "4", "--cpus", "32", "--memory", "256GB"]
+    words += ["--shards", "--images-per-second", "1000"]
+    assert main(words) == 0
+    quick = capsys.readouterr().out
+    assert "(storage)" not in quick
+    assert "storage that keeps up (--storage-rate)" in quick
+    assert main([*words, "--storage-rate", "50MB"]) == 0
+    slow = capsys.readouterr().out
+    assert re.search(r"^graph .*\(storage\)", slow, re.MULTILINE)
+    assert "embed (storage)" in slow
+    assert "keeps up" not in slow
 
 
 def test_rates_come_back_from_what_two_runs_took() -> None:
