@@ -269,7 +269,8 @@ def _moved(model: clip.Clip, pictures: list[bytes]) -> dict[str, tuple[float, fl
     """How far `draft` moves embeddings: mean and least cosine to the plain ones."""
 
     def embedded(tensors: list[Any]) -> Any:
-        rows = model.encode(tensors, [""] * len(tensors), len(tensors))[0].astype(np.float64)
+        batch = model.prepare(tensors, [""] * len(tensors), len(tensors))
+        rows = model.encode(batch)[0].astype(np.float64)
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)  # float16 had rounded them
 
     side = _side(model)

@@ -6,7 +6,7 @@ import hashlib
 import io
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -109,8 +109,10 @@ def check_model(*, report: Report, config: EmbedConfig) -> dict[str, Any]:
 
 
 def _beside_the_model(batch_size: int) -> int:
-    """Bytes of pictures that are decoded ahead: two batches, as files and then as tensors."""
-    return min(2 * batch_size * _PICTURE_BYTES, _AHEAD_BYTES) + 2 * batch_size * _TENSOR_BYTES
+    """Bytes of pictures that are decoded ahead: two batches, as files and then as tensors, and
+    three that the model has or is to have.
+    """
+    return min(2 * batch_size * _PICTURE_BYTES, _AHEAD_BYTES) + 5 * batch_size * _TENSOR_BYTES
 
 
 def _load(config: EmbedConfig) -> clip.Clip:
@@ -131,35 +133,42 @@ def embed_shard(
     batch: list[_Ready] = []
     lost = ""
 
-    def flush() -> None:
-        image, text = model.encode(
-            [ready.tensor for ready in batch],
-            [_tokenizable(ready.sample.caption) for ready in batch],
-            config.batch_size,
-        )
+    def keep(embedded: Future[tuple[clip.F16, clip.F16]]) -> None:
+        image, text = embedded.result()
         images.append(image)
         texts.append(text)
-        rows.extend(_row(ready, shard) for ready in batch)
-        report(len(batch))
-        batch.clear()
+        report(len(image))
 
-    try:
-        # decoding releases the interpreter lock and waits for no device: two threads a CPU
-        with warnings.catch_warnings(), ThreadPoolExecutor(max(4, 2 * cpus), "decode") as pool:
-            # once for all threads: a large picture is not hostile, and PIL warns of palettes
-            warnings.simplefilter("ignore")
-            for item in _decoded(pool, webdataset.read_samples(shard), model, config.batch_size):
-                if isinstance(item, _Ready):
-                    batch.append(item)
-                else:
-                    entries.append(_entry(item, shard))
-                    report(1)
-                if len(batch) == config.batch_size:
-                    flush()
-    except webdataset.LostTail as error:
-        lost = f"{shard.url}: {error}"
-    if batch:
-        flush()
+    # the model runs beside this thread, which makes the next batch ready meanwhile
+    with ThreadPoolExecutor(1, "model") as runs:
+        line = _Line(runs, keep)
+
+        def flush() -> None:
+            tensors = [ready.tensor for ready in batch]
+            captions = [_tokenizable(ready.sample.caption) for ready in batch]
+            rows.extend(_row(ready, shard) for ready in batch)
+            batch.clear()
+            line.add(model.encode, model.prepare(tensors, captions, config.batch_size))
+
+        try:
+            # decoding releases the interpreter lock and waits for no device: two threads a CPU
+            with warnings.catch_warnings(), ThreadPoolExecutor(max(4, 2 * cpus), "decode") as pool:
+                # once for all threads: a large picture is not hostile, and PIL warns of palettes
+                warnings.simplefilter("ignore")
+                samples = webdataset.read_samples(shard)
+                for item in _decoded(pool, samples, model, config.batch_size):
+                    if isinstance(item, _Ready):
+                        batch.append(item)
+                    else:
+                        entries.append(_entry(item, shard))
+                        report(1)
+                    if len(batch) == config.batch_size:
+                        flush()
+        except webdataset.LostTail as error:
+            lost = f"{shard.url}: {error}"
+        if batch:
+            flush()
+        line.finish()
     folder = out.sub("metadata")
     sums: Checksums = {}
     if not rows:
@@ -184,6 +193,26 @@ def embed_shard(
         "url": shard.url,
         "checksums": sums,
     }
+
+
+class _Line:
+    """Calls that wait for one thread: their results come in order, and at most two wait."""
+
+    def __init__(self, runs: ThreadPoolExecutor, keep: Callable[[Future[Any]], None]) -> None:
+        self._runs = runs
+        self._keep = keep
+        self._waiting: deque[Future[Any]] = deque()
+
+    def add(self, run: Callable[[Any], Any], argument: Any) -> None:
+        """Raises what an earlier call raised."""
+        while len(self._waiting) > 1:
+            self._keep(self._waiting.popleft())
+        self._waiting.append(self._runs.submit(run, argument))
+
+    def finish(self) -> None:
+        """Wait for all of them."""
+        while self._waiting:
+            self._keep(self._waiting.popleft())
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,10 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import shards as made
 from PIL import Image
@@ -18,7 +20,7 @@ from d2filter.config import EmbedConfig
 from d2filter.errors import UsageError
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import Plan
-from d2filter.formats.webdataset import LostTail, Sample
+from d2filter.formats.webdataset import LostTail, Sample, list_shards
 from d2filter.models.clip import Clip
 from d2filter.stages import embed
 
@@ -52,6 +54,71 @@ def test_encoded_pictures_wait_within_bounds(
             done.append(item.key if isinstance(item, Sample) else item.sample.key)
     assert done == [str(i) for i in range(60)]
     assert most == ahead
+
+
+def test_the_next_batch_is_made_ready_while_the_model_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no more than two wait: the model is slower than what comes before it."""
+    from d2filter.models import clip
+
+    files: list[tuple[str, bytes]] = []
+    for i in range(21):
+        files += made.members(f"{i:03d}", i)
+    made.write(tmp_path / "0.tar", files)
+    (shard,) = list_shards([str(tmp_path / "0.tar")])
+    config = EmbedConfig(shards=(str(tmp_path),), batch_size=4)
+    model = embed._load(config)
+    plain, prepare = model.encode, model.prepare
+    ready, done, ahead = threading.Semaphore(0), 0, []
+
+    def slow(self: Any, batch: clip.Batch) -> Any:
+        nonlocal done
+        if done < 5:  # of six
+            assert ready.acquire(timeout=20), "the batch after this one is not made ready"
+        result = plain(batch)
+        done += 1
+        return result
+
+    def noted(self: Any, *arguments: Any) -> clip.Batch:
+        batch = prepare(*arguments)
+        ahead.append(len(ahead) - done)
+        if len(ahead) > 1:
+            ready.release()
+        return batch
+
+    monkeypatch.setattr(clip.Clip, "encode", slow)
+    monkeypatch.setattr(clip.Clip, "prepare", noted)
+    out = Folder(str(tmp_path / "o"))
+    embed.embed_shard(report=lambda done: None, out=out, shard=shard, config=config)
+    monkeypatch.undo()
+    assert len(ahead) == 6
+    assert max(ahead) <= 3
+    again = Folder(str(tmp_path / "p"))
+    embed.embed_shard(report=lambda done: None, out=again, shard=shard, config=config)
+    with (
+        np.load(tmp_path / "o/metadata/0.npz") as one,
+        np.load(tmp_path / "p/metadata/0.npz") as two,
+    ):
+        assert all((one[name] == two[name]).all() for name in two.files)
+
+
+def test_a_model_that_fails_ends_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from d2filter.models import clip
+
+    made.write(tmp_path / "0.tar", made.members("a", 1) + made.members("b", 2))
+    (shard,) = list_shards([str(tmp_path / "0.tar")])
+
+    def fail(self: Any, batch: clip.Batch) -> Any:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(clip.Clip, "encode", fail)
+    config = EmbedConfig(shards=(str(tmp_path),), batch_size=1)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        embed.embed_shard(
+            report=lambda done: None, out=Folder(str(tmp_path / "o")), shard=shard, config=config
+        )
+    assert not (tmp_path / "o/metadata").exists()
 
 
 def test_large_pictures_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,11 +204,11 @@ def test_shards_run_where_the_rehearsal_ran_and_ask_for_the_memory_that_it_took(
     asked = runner.asked["embed"]
     assert (asked["on_gpu"], asked["share_node"]) == (on_gpu, True)
     assert runner.asked["embed-model"]["on_gpu"]
-    # two batches of files of 1 MB, and of tensors of 336 × 336
-    assert asked["memory"] == 3_000_000_000 + 128 * (2**20 + 3 * 336 * 336 * 4)
+    # two batches of files of 1 MB, and five of tensors of 336 × 336
+    assert asked["memory"] == 3_000_000_000 + 128 * 2**20 + 5 * 64 * 3 * 336 * 336 * 4
     build(runner, 100_000)
     assert (
-        runner.asked["embed"]["memory"] < 3_000_000_000 + (512 << 20) + 200_000 * 3 * 336 * 337 * 4
+        runner.asked["embed"]["memory"] < 3_000_000_000 + (512 << 20) + 500_000 * 3 * 336 * 337 * 4
     )
 
 

@@ -207,7 +207,7 @@ def test_a_model_is_on_the_gpu_only_where_the_task_has_one(monkeypatch: pytest.M
 def test_a_batch_too_large_for_the_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    def encode(self: Any, images: Any, captions: Any, pad_to: int) -> Any:
+    def encode(self: Any, batch: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(clip.Clip, "encode", encode)
