@@ -86,17 +86,56 @@ def positions(hi: U64, lo: U64, wanted_hi: U64, wanted_lo: U64) -> I64:
     return found
 
 
+_BUCKET_ROWS = 256  # on average: two pages of memory
+_BUCKET_BITS = 20
+
+
+def buckets(pairs: U64) -> tuple[I64, int]:
+    """Where ascending (n, 2) pairs of hi and lo begin for each value of the first bits of hi:
+    (2^bits + 1,) int64, and 64 − bits. A search among millions then stays within few pages.
+    """
+    bits = min(_BUCKET_BITS, max(1, (len(pairs) // _BUCKET_ROWS).bit_length()))
+    return _bucket_starts(pairs, bits), 64 - bits
+
+
+@numba.njit(cache=True)
+def _bucket_starts(pairs, bits):  # type: ignore[no-untyped-def]  # compiled by numba
+    starts = np.full(2**bits + 1, pairs.shape[0], np.int64)
+    low = 0
+    for b in range(2**bits):
+        first = np.uint64(b) << np.uint64(64 - bits)
+        high = pairs.shape[0]
+        while low < high:
+            middle = (low + high) // 2
+            if pairs[middle, 0] < first:
+                low = middle + 1
+            else:
+                high = middle
+        starts[b] = low
+    return starts
+
+
 @numba.njit(cache=True, nogil=True)
-def occurrences(pairs, digits):  # type: ignore[no-untyped-def]
+def occurrences(pairs, starts, shift, digits):  # type: ignore[no-untyped-def]
     """How often a uid, 32 lowercase hex digits as bytes, stands in ascending (n, 2) uint64 pairs of
-    hi and lo. Digits are read here: Python takes as long for them as for all the rest.
+    hi and lo; −1 for what are no such digits. starts, shift: their `buckets`. Digits are read here:
+    Python takes as long for them as for all the rest.
     """
     hi, lo = np.uint64(0), np.uint64(0)
-    for i in range(16):
-        a, b = digits[i], digits[16 + i]
-        hi = (hi << np.uint64(4)) | np.uint64(a - 48 if a < 58 else a - 87)
-        lo = (lo << np.uint64(4)) | np.uint64(b - 48 if b < 58 else b - 87)
-    low, high = 0, pairs.shape[0]
+    if len(digits) != 32:
+        return -1
+    for i in range(32):
+        c = digits[i]
+        if 48 <= c <= 57:
+            digit = c - 48
+        elif 97 <= c <= 102:
+            digit = c - 87
+        else:
+            return -1
+        hi = (hi << np.uint64(4)) | (lo >> np.uint64(60))
+        lo = (lo << np.uint64(4)) | np.uint64(digit)
+    bucket = np.int64(hi >> np.uint64(shift))
+    low, high = starts[bucket], starts[bucket + 1]
     while low < high:
         middle = (low + high) // 2
         a = pairs[middle, 0]

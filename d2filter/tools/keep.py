@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
@@ -31,7 +30,10 @@ from d2filter.formats.rows import mapped
 
 Subset = npt.NDArray[np.void]
 
-_UID = re.compile(rb'"uid"\s*:\s*"([0-9a-f]{32})"')
+_KEY = b'"uid"'
+_MARK = b'"uid": "'  # as json.dumps writes it
+_MARK_TO_END = len(_MARK) + 32
+_BACKSLASH = 92
 
 
 def load_subset(subset: str | os.PathLike[str] | Subset) -> Subset:
@@ -89,17 +91,25 @@ class Keep:
     """See `keep`. Picklable: workers of a DataLoader that are forked share the memory map."""
 
     def __init__(self, subset: Subset, sizes: dict[str, int]) -> None:
-        self._pairs = _shared(subset_format.pairs(subset))
         self._sizes = sizes
+        self._hold(subset_format.pairs(subset))
+
+    def _hold(self, pairs: npt.NDArray[np.uint64]) -> None:
+        self._pairs = _shared(pairs)
+        starts, self._shift = uids.buckets(self._pairs)
+        self._starts = _shared(starts)
 
     def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        pairs = self._pairs
+        pairs, starts, shift = self._pairs, self._starts, self._shift
         for sample in samples:
-            count = uids.occurrences(pairs, uid_of(sample).encode())
+            digits = _plain_uid(sample.get("json"))
+            count = -1 if digits is None else uids.occurrences(pairs, starts, shift, digits)
+            if count < 0:
+                count = uids.occurrences(pairs, starts, shift, uid_of(sample).encode())
             if count:
                 yield sample
-                for _ in range(count - 1):
-                    yield dict(sample)
+                if count > 1:
+                    yield from (dict(sample) for _ in range(count - 1))
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -108,8 +118,8 @@ class Keep:
         return {"pairs": np.array(self._pairs), "sizes": self._sizes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._pairs = _shared(state["pairs"])
         self._sizes = state["sizes"]
+        self._hold(state["pairs"])
 
     def expected(self, urls: Iterable[str]) -> dict[str, int]:
         """How many samples come out of each shard: for epoch lengths.
@@ -134,11 +144,6 @@ def uid_of(sample: dict[str, Any]) -> str:
     """
     meta = sample.get("json")
     if isinstance(meta, bytes | bytearray):
-        # of an object without others inside, this is its key and no other; a third of the time
-        if meta[:1] == b"{" and meta.count(b"{") == 1 and meta.count(b'"uid"') == 1:
-            plain = _UID.search(meta)
-            if plain is not None:
-                return plain[1].decode()
         try:
             meta = json.loads(meta)
         except ValueError:
@@ -159,11 +164,33 @@ def uid_of(sample: dict[str, Any]) -> str:
     return uid_format.content_uid(image, caption)
 
 
-def _shared(pairs: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def _plain_uid(meta: object) -> bytes | None:
+    """What stands as uid in a json written as most are, without parsing it; None where one must.
+
+    In an object without others inside, this is its key and no other. Ten times as fast as parsing,
+    and nothing else that is done with a sample takes as long.
+    """
+    if type(meta) is not bytes:
+        return None
+    at = meta.find(_MARK)
+    end = at + _MARK_TO_END
+    if (
+        at < 1
+        or meta[end : end + 1] != b'"'
+        or meta[at - 1] == _BACKSLASH
+        or meta[:1] != b"{"
+        or meta.count(b"{") != 1
+        or meta.count(_KEY) != 1
+    ):
+        return None
+    return meta[end - 32 : end]
+
+
+def _shared(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The same in a file: forked workers share its pages. Compiled code is called faster with a
     plain array than with a map.
     """
-    return mapped(pairs).view(np.ndarray)
+    return mapped(array).view(np.ndarray)
 
 
 def _place(subset: str | os.PathLike[str]) -> tuple[Folder, str]:

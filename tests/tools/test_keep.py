@@ -121,6 +121,19 @@ def test_the_uid_of_any_json_is_that_of_its_top(meta: Any, indent: int | None) -
     told = meta.get("uid") if isinstance(meta, dict) else None
     expected = told if told == "0a" * 16 else uid.content_uid(b"a picture", "a caption")
     assert keep.uid_of(sample) == expected
+    mine = np.array([uid.from_hex(expected)], U)
+    assert list(d2filter.keep(mine)([sample])) == [sample]
+    others = np.array([uid.from_hex(u) for u in ("0a" * 16, "0b" * 16) if u != expected], U)
+    assert list(d2filter.keep(others)([sample])) == []
+
+
+@pytest.mark.parametrize("told", ["0A" * 16, "0a" * 15, "0a" * 17, "0a" * 15 + "0g", "é" * 16])
+def test_what_is_no_uid_is_not_taken_for_one(told: str) -> None:
+    content = json.dumps({"uid": told}, ensure_ascii=False).encode()
+    sample = {"json": content, "jpg": b"a picture", "txt": b"a caption"}
+    assert keep.uid_of(sample) == uid.content_uid(b"a picture", "a caption")
+    mine = np.array([uid.from_hex(keep.uid_of(sample))], U)
+    assert list(d2filter.keep(mine)([sample])) == [sample]
 
 
 def test_what_is_no_subset(tmp_path: Path) -> None:
@@ -136,12 +149,17 @@ def test_what_is_no_subset(tmp_path: Path) -> None:
 HALVES = st.integers(0, 2**64 - 1) | st.integers(0, 3)
 
 
-@given(st.lists(st.tuples(HALVES, HALVES)))
-def test_occurrences_are_those_of_a_list(held: list[tuple[int, int]]) -> None:
+@given(st.lists(st.tuples(HALVES, HALVES)), st.sampled_from([1, 3, 256]))
+def test_occurrences_are_those_of_a_list(held: list[tuple[int, int]], rows: int) -> None:
     pairs = np.array(sorted(held), np.uint64).reshape(-1, 2)
-    for hi, lo in [*held, (0, 0), (2, 2), (3, 2**64 - 1)]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(uids, "_BUCKET_ROWS", rows)
+        starts, shift = uids.buckets(pairs)
+    for hi, lo in [*held, (0, 0), (2, 2), (3, 2**64 - 1), (2**64 - 1, 2**64 - 1)]:
         digits = f"{hi:016x}{lo:016x}".encode()
-        assert uids.occurrences(pairs, digits) == held.count((hi, lo))
+        assert uids.occurrences(pairs, starts, shift, digits) == held.count((hi, lo))
+        for other in (digits[1:], digits + b"0", digits[:-1] + b"g", digits[:-1] + b"/", b""):
+            assert uids.occurrences(pairs, starts, shift, other) == -1
 
 
 def test_the_examples_in_the_docstrings() -> None:
