@@ -7,13 +7,13 @@ seconds: the clock cannot change the graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import refine
+from d2filter.algorithm import cells, refine
 from d2filter.algorithm.lists import Lists
 from d2filter.algorithm.sketch import Sketch
 
@@ -29,6 +29,7 @@ REFINED_LISTS = 11  # places beyond k of the lists that are refined
 
 # measured costs: a distance by product has those of so many dimensions besides its own, and one to
 # a row fetched from anywhere, with the search for it, costs about as much as so many of a product
+_HARDER = 4  # times as much, at every further try
 _OVERHEAD = 256
 _FETCHED = 4
 _Z = 1.96
@@ -88,6 +89,34 @@ class Choice:
     """expected cost a row: as many distances of whole rows by products"""
     reached: bool
     """whether the lower end of the sample's 95% interval is at the target"""
+    short_of: str = ""
+    """why it was missed: "cells", most probed of which do not hold the neighbors, or "axes", for
+    shortlists by sketch lose them"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How cells and sketches are made, where the least of both missed the target."""
+
+    looked_under: int = cells.PARENTS_LOOKED_UNDER
+    """parents under which a row chooses among cells"""
+    least_axes: int = 0
+    """of a sketch"""
+
+
+def harder(effort: Effort, choice: Choice, *, axes: int, parents: int) -> Effort | None:
+    """What to try where `choice` missed the target; None where it did not, or nothing is left.
+
+    axes: of the sketches that it was made with, 0 for whole rows. parents: of the cells. Where
+    groups of rows lie as far from each other as any, parents cut through them; and where neighbors
+    differ by no axis in particular, a sample, thinner than its pool, takes its few near rows for
+    all there are, and too few axes for enough.
+    """
+    if choice.reached:
+        return None
+    if choice.short_of == "cells" and effort.looked_under < parents:
+        return replace(effort, looked_under=_HARDER * effort.looked_under)
+    return replace(effort, least_axes=_HARDER * axes) if axes else None
 
 
 def choose(
@@ -114,8 +143,8 @@ def choose(
     fewer = _steps(bound, _REFINED if reaches else (*_REFINED, 1.0), most)
 
     def request(p: int, width: int) -> Request:
-        cells = np.ascontiguousarray(probed[:, :p])
-        return Request(queries=queries, numbers=numbers, probed=cells, k=width)
+        searched = np.ascontiguousarray(probed[:, :p])
+        return Request(queries=queries, numbers=numbers, probed=searched, k=width)
 
     asked = [request(p, k) for p in tried] + [request(p, k + REFINED_LISTS) for p in fewer]
     found = pool.find(asked)
@@ -158,6 +187,7 @@ def _plain(
         predicted=float(held[p - 1].mean()) - loss,
         evaluations=float(cost[p - 1]),
         reached=reached,
+        short_of="" if reached else "cells" if _lower(held[-1]) < target else "axes",
     )
 
 

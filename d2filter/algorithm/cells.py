@@ -9,7 +9,7 @@ cell.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numba
 import numpy as np
@@ -46,6 +46,8 @@ class Cells:
     """(parents, d)"""
     parent: I32
     """(nlist,) parent of each cell"""
+    looked_under: int = PARENTS_LOOKED_UNDER
+    """parents under which a row chooses among cells: its nearest"""
 
     @property
     def count(self) -> int:
@@ -58,7 +60,7 @@ def cell_count(rows: int, k: int) -> int:
     return int(max(1, min(np.ceil(4.0 * np.sqrt(rows)), rows // max(32, 4 * (k + 1)), _MOST_CELLS)))
 
 
-def train(sample: F16, count: int) -> Cells:
+def train(sample: F16, count: int, looked_under: int = PARENTS_LOOKED_UNDER) -> Cells:
     """k-means on two levels over (m, d) float16 rows, in an order independent of files.
 
     √count / 2 parents first; then the rows of each parent make its share of the cells. Copies in
@@ -85,7 +87,7 @@ def train(sample: F16, count: int) -> Cells:
     for _ in range(_COMMON_ITERATIONS):
         home = assign(sample, cells, 1)[:, 0]
         cells = from_centroids(_update(sample, home, cells.centroids, _level(sample)), parents)
-    return cells
+    return replace(cells, looked_under=looked_under)
 
 
 def from_centroids(centroids: F16, parents: F16 | None = None) -> Cells:
@@ -114,7 +116,7 @@ def assign(rows: F16, cells: Cells, probes: int, *, progress: Progress = lambda 
     for begin in range(0, len(rows), _BLOCK):
         # a copy, of a memory map too: compiled code is made anew for read-only arrays
         block = np.array(rows[begin : begin + _BLOCK])
-        looked = _nearest(block, cells.parents, PARENTS_LOOKED_UNDER)
+        looked = _nearest(block, cells.parents, cells.looked_under)
         found = search(
             under, block, _before_all(block), looked, probes, cells.count + 1,
             over_fetch=_OVER_FETCH,

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2filter.algorithm import calibrate, cells, refine, search, shortlist, sketch, uids
+from d2filter.algorithm.calibrate import Effort
 from d2filter.algorithm.lists import Lists
 from d2filter.algorithm.sketch import Sketch
 
@@ -26,6 +27,7 @@ Progress = Callable[[int], None]
 MEASURE_QUERIES = 3000
 EXACT_UP_TO = 200_000  # rows of a pool that is compared all with all when cells miss the target
 
+LEAST = Effort()
 _EXACT_SHARE = 0.5  # cells that cost more than this share of comparing all with all are not used
 
 
@@ -46,6 +48,11 @@ class Trained:
     sketch: Sketch
     cells: cells.Cells
     """of sketches"""
+
+    def harder(self, effort: Effort, choice: calibrate.Choice) -> Effort | None:
+        """What to try where these, made with `effort`, missed the target; else None."""
+        axes, parents = self.sketch.axes.shape[1], len(self.cells.parents)
+        return calibrate.harder(effort, choice, axes=axes, parents=parents)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,24 +142,24 @@ def make_pool(rows: F16, hi: uids.U64, lo: uids.U64) -> Pool:
 
 
 def train(
-    pool: Pool, k: int, *, exact_below: int = 16384, seed: int = 0, least_axes: int = 0
+    pool: Pool, k: int, *, exact_below: int = 16384, seed: int = 0, effort: Effort = LEAST
 ) -> Trained:
     """Sketches and cells from rows chosen by uid hash; one cell for at most `exact_below` rows."""
     count = count_to_train(len(pool.rows), k, exact_below)
     size = cells.TRAINING_ROWS_A_CELL * count if count > 1 else 1
     chosen = uids.hash_sample(pool.hi, pool.lo, size, salt=uids.SALT_TRAIN, seed=seed)
-    return train_on(pool.rows[chosen], count, least_axes)
+    return train_on(pool.rows[chosen], count, effort)
 
 
-def train_on(sample: F16, count: int, least_axes: int = 0) -> Trained:
-    """Sketches and `count` cells from chosen rows (m, d); one cell holds everything. least_axes: of
-    a sketch, see `sketch.train`.
-    """
+def train_on(sample: F16, count: int, effort: Effort = LEAST) -> Trained:
+    """Sketches and `count` cells from chosen rows (m, d); one cell holds everything."""
     if count == 1:
         trained = sketch.none(sample.shape[1])
         return Trained(sketch=trained, cells=cells.from_centroids(sample[:1]))
-    trained = sketch.train(sample, least_axes)
-    return Trained(sketch=trained, cells=cells.train(trained.apply(sample), count))
+    trained = sketch.train(sample, effort.least_axes)
+    return Trained(
+        sketch=trained, cells=cells.train(trained.apply(sample), count, effort.looked_under)
+    )
 
 
 def count_to_train(total: int, k: int, exact_below: int) -> int:
@@ -220,11 +227,12 @@ def build(
             pool.hi, pool.lo, calibrate.QUERIES, salt=uids.SALT_CALIBRATE, seed=seed
         )
         choice = choose(held, trained, pool.rows[queries], queries, k, target_recall)
-        while not choice.reached and not trained.sketch.identity:
-            least = sketch.wider(trained.sketch.axes.shape[1])
-            trained = train(pool, k, exact_below=exact_below, seed=seed, least_axes=least)
+        effort = trained.harder(LEAST, choice)
+        while effort is not None:
+            trained = train(pool, k, exact_below=exact_below, seed=seed, effort=effort)
             held = in_cells(pool, trained)
             choice = choose(held, trained, pool.rows[queries], queries, k, target_recall)
+            effort = trained.harder(effort, choice)
         if not pays(choice, total, trained.cells.count):
             trained = train_on(pool.rows[:1], 1)
             held = in_cells(pool, trained)

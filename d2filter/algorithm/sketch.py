@@ -98,18 +98,12 @@ def none(dim: int) -> Sketch:
     return Sketch(mean=np.zeros(dim, np.float32), axes=np.zeros((dim, 0), np.float32), grid=1.0)
 
 
-def wider(axes: int) -> int:
-    """The least axes to ask for where so many lost too many neighbors of the whole pool."""
-    return 4 * axes
-
-
 def train(sample: F16, least: int = 0) -> Sketch:
     """As few axes as find 98% of the five nearest of 400 rows of the sample by shortlist.
 
-    sample: (m, d), in an order independent of files. least: fewer axes than these are not tried: a
-    sample is thinner than its pool, and where neighbors differ by no axis in particular it takes
-    its few near rows for all there are. The identity where half the dimensions do not suffice, or
-    there are too few rows or dimensions for a projection to pay.
+    sample: (m, d), in an order independent of files. least: fewer axes than these are not tried.
+    The identity where half the dimensions do not suffice, or there are too few rows or dimensions
+    for a projection to pay.
     """
     sample = np.ascontiguousarray(sample[:: max(1, -(-len(sample) // _LOOKED_AT))])
     m, dim = sample.shape

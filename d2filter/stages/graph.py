@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
-from d2filter.algorithm import backend, cells, knn, sketch
+from d2filter.algorithm import backend, calibrate, cells, knn, sketch
+from d2filter.algorithm.calibrate import Effort
 from d2filter.config import RunConfig
 from d2filter.errors import RecallError
 from d2filter.formats import catalog
@@ -28,6 +29,7 @@ _PROCESS_BYTES = 450_000_000  # a worker with its libraries loaded, before it ho
 _SHARE_OF_MEMORY = 0.5  # of what is left: products, arrow buffers and copies need the rest
 _PRODUCTS = ("train", "assign", "choose", "find", "measure")  # steps that a GPU makes shorter
 _AFTER_LAYOUT = ("route-", "find-", "merge-", "refine-", "finish-", "judge")
+_CHOICE = tuple(field.name for field in fields(calibrate.Choice))
 _KEPT = (CENTROIDS, "cells.parquet", "classes.json")
 
 
@@ -39,11 +41,11 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
     """
     steps = _Steps(runner, out, config, fingerprint)
     k = config.graph.n_neighbors
-    trained, choice = steps.choose()
-    while not choice["reached"] and not steps.whole_rows(trained):
-        trained, choice = steps.choose(least_axes=sketch.wider(trained["sketch_dim"]))
+    trained, choice, more = steps.choose(knn.LEAST)
+    while more is not None:
+        trained, choice, more = steps.choose(more)
     if not choice["pays"]:
-        trained, choice = steps.choose(exact=True)
+        trained, choice = steps.compare_all()
     probes, passes = choice["probes"], choice["passes"]
     target = config.graph.target_recall
     if choice["predicted"] < target and not config.best_effort:
@@ -103,28 +105,32 @@ class _Steps:
         self.peak = 0
         self._memory = config.memory_per_worker
 
-    def choose(self, *, exact: bool = False, least_axes: int = 0) -> tuple[Figures, Figures]:
-        """Train, assign, calibrate. exact: one cell, whatever the calibration found. least_axes: of
-        a sketch, where shorter ones missed the target.
-        """
-        kind = "exact" if exact else f"cells-axes-{least_axes}" if least_axes else "cells"
-        asked = {"config": self._config.graph, "exact": exact, "least_axes": least_axes}
+    def choose(self, effort: Effort) -> tuple[Figures, Figures, Effort | None]:
+        """Train, assign, calibrate; with what to try next where the target was missed."""
+        first = effort == knn.LEAST
+        kind = "cells" if first else f"cells-{effort.looked_under}-{effort.least_axes}"
+        trained = self._train(kind, exact=False, effort=effort)
+        if trained["nlist"] == 1:
+            return trained, {**asdict(knn.exact_choice(self.total)), "pays": True}, None
+        asked = {"config": self._config.graph, "parts": self._parts}
+        figures = self._alone("choose", index.choose, asked, "" if first else kind)
+        choice = calibrate.Choice(**{name: figures[name] for name in _CHOICE})
+        told = {name: trained[name] for name in ("axes", "parents")}
+        more = calibrate.harder(effort, choice, **told)
+        if choice.probes > cells.STORED_PROBES and figures["pays"] and more is None:
+            self._assign(f"{kind}-{choice.probes}", choice.probes)
+        return trained, figures, more
+
+    def compare_all(self) -> tuple[Figures, Figures]:
+        """One cell, whatever the calibration found."""
+        trained = self._train("exact", exact=True, effort=knn.LEAST)
+        return trained, {**asdict(knn.exact_choice(self.total)), "pays": True}
+
+    def _train(self, kind: str, *, exact: bool, effort: Effort) -> Figures:
+        asked = {"config": self._config.graph, "exact": exact, "effort": effort}
         trained = self._alone("train", index.train, asked, kind)
         self._assign(kind, cells.STORED_PROBES)
-        if trained["nlist"] == 1:
-            return trained, {**asdict(knn.exact_choice(self.total)), "pays": True}
-        choice = self._alone(
-            "choose", index.choose, {"config": self._config.graph, "parts": self._parts},
-            kind if least_axes else "",
-        )  # fmt: skip
-        taken = choice["pays"] and (choice["reached"] or self.whole_rows(trained))
-        if choice["probes"] > cells.STORED_PROBES and taken:
-            self._assign(f"{kind}-{choice['probes']}", choice["probes"])
-        return trained, choice
-
-    def whole_rows(self, trained: Figures) -> bool:
-        """Whether rows are searched as they are, and not by shorter sketches."""
-        return bool(2 * trained["sketch_dim"] == self._row_bytes)
+        return trained
 
     def _assign(self, kind: str, probes: int) -> None:
         names = [f"assign-{kind}-{part:05d}" for part in range(self._parts)]

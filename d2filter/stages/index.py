@@ -1,6 +1,7 @@
 """Catalog → index/: sketches, centroids, the cells of every row, how to search (DESIGN §4.1–4.3).
 
-index/centroids.npy            (nlist, d') float16; parents.npy, parent.npy: the level above
+index/centroids.npy            (nlist, d') float16; parents.npy, parent.npy, looked_under.npy: the
+                               level above, and how many of it a row looks under
 index/sketch.*                 the projection: mean (d,), axes (d, d') and grid
 index/calibrate.*, measure.*   hash-chosen samples: numbers and features
 index/assigned-00000.npy       (rows, p) int32, by catalog part: cells that each row probes
@@ -37,9 +38,10 @@ _BLOCK = 65536
 
 
 def train(
-    *, report: Report, out: Folder, config: GraphConfig, exact: bool, least_axes: int
+    *, report: Report, out: Folder, config: GraphConfig, exact: bool, effort: calibrate.Effort
 ) -> dict[str, Any]:
-    """Task: choose samples by uid hash, train sketches and centroids. Figures: nlist, sketch_dim.
+    """Task: choose samples by uid hash, train sketches and centroids. Figures: nlist, sketch_dim,
+    axes (0 where rows are their own sketches), parents.
 
     Memory: the training sample, 16 rows a cell; one part's uids.
     """
@@ -56,15 +58,21 @@ def train(
     index = out.sub("index")
     for stem, salt in ((CALIBRATE, uids.SALT_CALIBRATE), (MEASURE, uids.SALT_MEASURE)):
         write_columns(index, stem, number=chosen[salt], rows=layout.gather(chosen[salt]))
-    trained = knn.train_on(layout.gather(chosen[uids.SALT_TRAIN]), count, least_axes)
+    trained = knn.train_on(layout.gather(chosen[uids.SALT_TRAIN]), count, effort)
     to_sketch = trained.sketch
     write_columns(
         index, "sketch", mean=to_sketch.mean, axes=to_sketch.axes, grid=np.array([to_sketch.grid])
     )
     write_array(index, "parents.npy", trained.cells.parents)
     write_array(index, "parent.npy", trained.cells.parent)
+    write_array(index, "looked_under.npy", np.array([trained.cells.looked_under]))
     write_array(index, CENTROIDS, trained.cells.centroids)
-    return {"nlist": trained.cells.count, "sketch_dim": trained.cells.centroids.shape[1]}
+    return {
+        "nlist": trained.cells.count,
+        "sketch_dim": trained.cells.centroids.shape[1],
+        "axes": to_sketch.axes.shape[1],
+        "parents": len(trained.cells.parents),
+    }
 
 
 def assign(*, report: Report, out: Folder, part: int, probes: int) -> dict[str, Any]:
@@ -103,6 +111,7 @@ def read_trained(out: Folder) -> knn.Trained:
         centroids=np.array(read_array(index, CENTROIDS)),
         parents=np.array(read_array(index, "parents.npy")),
         parent=np.array(read_array(index, "parent.npy")),
+        looked_under=int(read_array(index, "looked_under.npy")[0]),
     )
     return knn.Trained(sketch=read_sketch(out), cells=found)
 

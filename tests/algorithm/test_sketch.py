@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2filter.algorithm import backend, features, knn, lists, search, shortlist, sketch
+from d2filter.algorithm import backend, calibrate, features, knn, lists, search, shortlist, sketch
 
 
 def drawn(n: int, dim: int, *, seed: int = 0, decay: float = 1.0) -> np.ndarray:
@@ -174,6 +174,7 @@ def test_calibration_counts_what_shortlists_lose(monkeypatch: pytest.MonkeyPatch
     assert abs(choice.predicted - real) < 0.03
     assert real < 0.97
     assert not choice.reached
+    assert knn.choose(held, trained, rows[queries], queries, 5, 0.97).short_of == "axes"
     # so longer sketches are tried
     graph, index = knn.build(pool, 5, target_recall=0.99, exact_below=10)
     assert index.choice.reached
@@ -201,6 +202,45 @@ def test_a_sample_that_is_thinner_than_its_pool_does_not_cost_the_recall(
     assert index.choice.reached
     assert index.trained.cells.count > 1
     assert knn.measure_recall(pool, graph).value >= 0.94
+
+
+def test_groups_that_parents_cut_through_are_looked_for_under_more_of_them() -> None:
+    """All groups lie as far from each other: no parent has those of a row, and eight not all."""
+    rng = np.random.default_rng(1)
+    centers = rng.normal(size=(500, 96))
+    rows = features.fix(
+        [centers[rng.integers(0, 500, 60_000)] + 1.1 * rng.normal(size=(60_000, 96))]
+    )
+    hi = np.arange(60_000, dtype=np.uint64)
+    pool = knn.make_pool(rows, hi, np.zeros_like(hi))
+    trained = knn.train(pool, 5)
+    held = knn.in_cells(pool, trained)
+    queries = np.arange(0, 60_000, 150)
+    choice = knn.choose(held, trained, rows[queries], queries, 5, 0.97)
+    assert (choice.reached, choice.short_of) == (False, "cells")
+    graph, index = knn.build(pool, 5, target_recall=0.97)
+    assert index.trained.cells.count > 1
+    assert index.trained.cells.looked_under == 32
+    assert knn.measure_recall(pool, graph).value >= 0.965
+
+
+def test_what_is_tried_after_a_miss_comes_to_an_end() -> None:
+    def miss(short_of: str) -> calibrate.Choice:
+        return calibrate.Choice(
+            probes=64, passes=0, predicted=0.5, evaluations=1.0, reached=False, short_of=short_of
+        )
+
+    first = calibrate.Effort()
+    more = calibrate.harder(first, miss("cells"), axes=64, parents=24)
+    assert more == calibrate.Effort(looked_under=32)
+    assert more is not None
+    longer = calibrate.harder(more, miss("cells"), axes=64, parents=24)
+    assert longer == calibrate.Effort(looked_under=32, least_axes=256)
+    assert calibrate.harder(first, miss("axes"), axes=64, parents=24) == calibrate.Effort(
+        least_axes=256
+    )
+    assert calibrate.harder(more, miss("cells"), axes=0, parents=24) is None
+    assert calibrate.harder(first, miss("axes"), axes=0, parents=24) is None
 
 
 def test_carried_values_move_with_their_places() -> None:
