@@ -104,15 +104,17 @@ class Effort:
     """of a sketch"""
 
 
-def harder(effort: Effort, choice: Choice, *, axes: int, parents: int) -> Effort | None:
-    """What to try where `choice` missed the target; None where it did not, or nothing is left.
+def harder(
+    effort: Effort, choice: Choice, target: float, *, axes: int, parents: int
+) -> Effort | None:
+    """What to try where `choice` is to miss the target; None where it is not, or nothing is left.
 
     axes: of the sketches that it was made with, 0 for whole rows. parents: of the cells. Where
     groups of rows lie as far from each other as any, parents cut through them; and where neighbors
     differ by no axis in particular, a sample, thinner than its pool, takes its few near rows for
     all there are, and too few axes for enough.
     """
-    if choice.reached:
+    if choice.predicted >= target:
         return None
     if choice.short_of == "cells" and effort.looked_under < parents:
         return replace(effort, looked_under=_HARDER * effort.looked_under)

@@ -49,10 +49,10 @@ class Trained:
     cells: cells.Cells
     """of sketches"""
 
-    def harder(self, effort: Effort, choice: calibrate.Choice) -> Effort | None:
-        """What to try where these, made with `effort`, missed the target; else None."""
+    def harder(self, effort: Effort, choice: calibrate.Choice, target: float) -> Effort | None:
+        """What to try where these, made with `effort`, are to miss the target; else None."""
         axes, parents = self.sketch.axes.shape[1], len(self.cells.parents)
-        return calibrate.harder(effort, choice, axes=axes, parents=parents)
+        return calibrate.harder(effort, choice, target, axes=axes, parents=parents)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +219,7 @@ def build(
 ) -> tuple[Graph, Index]:
     """The graph with the recall that is asked for, and how it was searched."""
     total = len(pool.rows)
-    trained = train(pool, k, exact_below=exact_below, seed=seed)
+    trained = train(pool, k, exact_below=exact_below, seed=seed, effort=LEAST)
     held = in_cells(pool, trained)
     choice = exact_choice(total)
     if trained.cells.count > 1:
@@ -227,12 +227,12 @@ def build(
             pool.hi, pool.lo, calibrate.QUERIES, salt=uids.SALT_CALIBRATE, seed=seed
         )
         choice = choose(held, trained, pool.rows[queries], queries, k, target_recall)
-        effort = trained.harder(LEAST, choice)
+        effort = trained.harder(LEAST, choice, target_recall)
         while effort is not None:
             trained = train(pool, k, exact_below=exact_below, seed=seed, effort=effort)
             held = in_cells(pool, trained)
             choice = choose(held, trained, pool.rows[queries], queries, k, target_recall)
-            effort = trained.harder(effort, choice)
+            effort = trained.harder(effort, choice, target_recall)
         if not pays(choice, total, trained.cells.count):
             trained = train_on(pool.rows[:1], 1)
             held = in_cells(pool, trained)

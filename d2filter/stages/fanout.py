@@ -100,7 +100,8 @@ class FanOut:
 
     def _submit(self) -> None:
         while self._later and self._later[0][0] <= time.monotonic():
-            self._waiting.append(heapq.heappop(self._later)[2])
+            # others may wait for what it makes possible
+            self._waiting.appendleft(heapq.heappop(self._later)[2])
         by_hand = self._asked.get("num_gpus", 0) > 0
         free = self._most_in_flight() - len(self._running)
         if by_hand:

@@ -21,7 +21,7 @@ from d2filter.formats.paths import Folder
 from d2filter.stages.placing import Rows
 from d2filter.stages.worker import Report
 
-I64 = npt.NDArray[np.int64]
+I32 = npt.NDArray[np.int32]
 
 _REQUESTS = 8  # at once, where input shards do not lie on a disk
 
@@ -93,7 +93,7 @@ def _entries(work: Folder, rows: Rows, pool: Executor) -> list[dict[str, Any]]:
 
 
 def _lay_out(
-    entries: Sequence[dict[str, Any]], copies: I64
+    entries: Sequence[dict[str, Any]], copies: I32
 ) -> tuple[list[tarwriter.Member], dict[int, list[tarwriter.Place]]]:
     """The members of a new shard in their order, and where those of each input shard lie."""
     members: list[tarwriter.Member] = []

@@ -28,6 +28,7 @@ Figures = dict[str, Any]
 _PROCESS_BYTES = 450_000_000  # a worker with its libraries loaded, before it holds a sample
 _SHARE_OF_MEMORY = 0.5  # of what is left: products, arrow buffers and copies need the rest
 _PRODUCTS = ("train", "assign", "choose", "find", "measure")  # steps that a GPU makes shorter
+_CHOOSING = ("train", "assign", "choose")
 _AFTER_LAYOUT = ("route-", "find-", "merge-", "refine-", "finish-", "judge")
 _CHOICE = tuple(field.name for field in fields(calibrate.Choice))
 _KEPT = (CENTROIDS, "cells.parquet", "classes.json")
@@ -104,6 +105,7 @@ class _Steps:
         self.seconds: dict[str, float] = {}
         self.peak = 0
         self._memory = config.memory_per_worker
+        self._made = ""
 
     def choose(self, effort: Effort) -> tuple[Figures, Figures, Effort | None]:
         """Train, assign, calibrate; with what to try next where the target was missed."""
@@ -115,8 +117,10 @@ class _Steps:
         asked = {"config": self._config.graph, "parts": self._parts}
         figures = self._alone("choose", index.choose, asked, "" if first else kind)
         choice = calibrate.Choice(**{name: figures[name] for name in _CHOICE})
+        target = self._config.graph.target_recall
         told = {name: trained[name] for name in ("axes", "parents")}
-        more = calibrate.harder(effort, choice, **told)
+        more = calibrate.harder(effort, choice, target, **told)
+        self._made = kind
         if choice.probes > cells.STORED_PROBES and figures["pays"] and more is None:
             self._assign(f"{kind}-{choice.probes}", choice.probes)
         return trained, figures, more
@@ -124,6 +128,7 @@ class _Steps:
     def compare_all(self) -> tuple[Figures, Figures]:
         """One cell, whatever the calibration found."""
         trained = self._train("exact", exact=True, effort=knn.LEAST)
+        self._made = "exact"
         return trained, {**asdict(knn.exact_choice(self.total)), "pays": True}
 
     def _train(self, kind: str, *, exact: bool, effort: Effort) -> Figures:
@@ -277,5 +282,8 @@ class _Steps:
         return figures
 
     def _print(self, label: str, variant: Any) -> str:
-        """Fingerprint of one step: another number of partitions makes it anew."""
-        return digest([self._fingerprint, label, variant])
+        """Fingerprint of one step: another number of partitions makes it anew, and so do other
+        cells, once they are chosen.
+        """
+        made = "" if label in _CHOOSING else self._made
+        return digest([self._fingerprint, made, label, variant])

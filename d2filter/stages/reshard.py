@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from d2filter import __version__
 from d2filter.algorithm import uids
 from d2filter.errors import InputError, RunStateError, TooManyBadError, UsageError
 from d2filter.formats import subset as subset_format
@@ -35,11 +37,13 @@ from d2filter.stages.placing import Placing, Rows
 from d2filter.stages.runner import Runner
 from d2filter.stages.worker import Report, Task, marker
 
+U64 = npt.NDArray[np.uint64]
 Figures = dict[str, Any]
 
 STATE = ".d2filter"
 _WORK = "work"
 _SUBSET = "subset.npy"
+_READERS = 16  # of indexes
 _SHARDS = "shards.json"
 _CPUS_A_TASK = 0.5  # it waits for the disk half of the time
 # most input shards of a task that finds, and their bytes where it has several; some web servers
@@ -80,9 +84,6 @@ def reshard(
     """
     state = out.sub(STATE)
     fingerprint = _begin(out, state, shards, subset, config)
-    _publish_subset(state, subset)
-    listed = [[s.url, s.name, s.info.name, s.info.size, s.info.version] for s in shards]
-    state.publish_json(f"{_WORK}/{_SHARDS}", listed)
     figures: Figures | None = state.read_json(marker("reshard", "finish"))
     if figures is None or figures["fingerprint"] != fingerprint:
         figures = _make(runner, out, shards, subset, config, fingerprint)
@@ -124,6 +125,11 @@ def _make(
         for number, (first, after) in enumerate(itertools.pairwise(_bounds(shards)))
     ]  # fmt: skip
     number_of = {task.name: number for number, task in enumerate(finding)}
+    indexes = _Indexes(work)
+    # what an earlier attempt has found is needed all at once
+    for name in state.sub("completions/reshard").names(".json"):
+        if name.removesuffix(".json") in number_of:
+            indexes.ask(number_of[name.removesuffix(".json")])
     placing = Placing(subset, shard_size=config.shard_size, shuffle=config.shuffle)
     numbers = itertools.count()
     searched: set[int] = set()
@@ -135,10 +141,10 @@ def _make(
         if name not in number_of:
             return []
         searched.add(number_of[name])
+        indexes.ask(number_of[name])
         settled = []
         while placed in searched:
-            table = tables.read_table(work, fill.index_name(placed), ["uid_hi", "uid_lo"])
-            settled += placing.add(*(column.to_numpy() for column in table.columns))
+            settled += placing.add(*indexes.get(placed))
             placed += 1
             if placed == len(finding):
                 settled += placing.close()
@@ -152,10 +158,11 @@ def _make(
         ]
 
     # a sample of the subset counts when it is found, and when it is written
-    done = runner.map(
-        "reshard", finding, fingerprint=fingerprint, label="reshard", total=2 * len(subset),
-        cpus=_CPUS_A_TASK, then=then,
-    )  # fmt: skip
+    with indexes:
+        done = runner.map(
+            "reshard", finding, fingerprint=fingerprint, label="reshard", total=2 * len(subset),
+            cpus=_CPUS_A_TASK, then=then,
+        )  # fmt: skip
     found, written = done[: len(finding)], done[len(finding) :]
     finishing = Task(
         name="finish",
@@ -177,6 +184,34 @@ def _make(
     return runner.here("reshard", finishing, fingerprint=fingerprint)
 
 
+class _Indexes:
+    """uids that each index holds, read by threads: an object store takes its time for each."""
+
+    def __init__(self, work: Folder) -> None:
+        self._work = work
+        self._pool = ThreadPoolExecutor(_READERS)
+        self._asked: dict[int, Future[list[U64]]] = {}
+
+    def ask(self, number: int) -> None:
+        """Begin to read an index, unless it was asked for."""
+        if number not in self._asked:
+            self._asked[number] = self._pool.submit(self._read, number)
+
+    def get(self, number: int) -> list[U64]:
+        """hi and lo, once."""
+        return self._asked.pop(number).result()
+
+    def _read(self, number: int) -> list[U64]:
+        table = tables.read_table(self._work, fill.index_name(number), ["uid_hi", "uid_lo"])
+        return [column.to_numpy() for column in table.columns]
+
+    def __enter__(self) -> _Indexes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
 def _begin(
     out: Folder,
     state: Folder,
@@ -186,6 +221,7 @@ def _begin(
 ) -> str:
     """The fingerprint of this making; OUT must be empty, or hold the same one."""
     plan = {
+        "d2filter version": __version__,
         "shard_size": config.shard_size,
         "shuffle": config.shuffle,
         "subset": hashlib.blake2b(np.ascontiguousarray(subset).data, digest_size=16).hexdigest(),

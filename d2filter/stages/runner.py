@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from d2filter.errors import StageError, StorageError, UsageError
+from d2filter.errors import D2FilterError, StageError, StorageError, UsageError
 from d2filter.formats import logs
 from d2filter.formats.paths import Folder, read_jsons
 from d2filter.stages import shared
@@ -27,7 +27,7 @@ _KEEPALIVE = {
     "RAY_grpc_client_keepalive_timeout_ms": "20000",
 }
 Follow = Callable[[str, dict[str, Any]], Sequence[Task]]
-_OBJECT_STORE_BYTES = 200_000_000  # figures and counters only: samples travel through files
+_OBJECT_STORE_BYTES = 200_000_000  # arguments, figures, counters: samples travel through files
 
 
 @dataclass(slots=True)
@@ -67,17 +67,22 @@ class Runner:
         cpus: that each task takes at least; less than 1 for those that wait for disks. then: asked
         with name and figures of each task that is done, in the order in which they come, for tasks
         that can begin now; they go before those that wait, and their figures come last, in the
-        order in which `then` told of them.
+        order in which `then` told of them. What it raises is raised when all others are done.
         Raises the task's own error when all failures are the same, StageError otherwise.
         """
         # one listing: to ask for each of many markers on an object store takes as long as a stage
         there = set(self.folder.sub(f"completions/{stage}").names(".json"))
-        every = list(tasks)
+        every = [task.name for task in tasks]
         results = self._done_before(stage, there, tasks, fingerprint)
+        broken: list[D2FilterError] = []
 
         def following(name: str, figures: dict[str, Any]) -> list[Task]:
-            more = list(then(name, figures)) if then is not None else []
-            every.extend(more)
+            try:
+                more = list(then(name, figures)) if then is not None and not broken else []
+            except D2FilterError as error:
+                broken.append(error)  # it must not stop the tasks that run
+                return []
+            every.extend(task.name for task in more)
             known = self._done_before(stage, there, more, fingerprint)
             results.update(known)
             return [
@@ -118,7 +123,9 @@ class Runner:
             finally:
                 bar.close()
             results.update(self._figures(stage, outcomes))
-        return [results[task.name] for task in every]
+        if broken:
+            raise broken[0]
+        return [results[name] for name in every]
 
     def here(
         self, stage: str, task: Task, *, fingerprint: str, skip: bool = False

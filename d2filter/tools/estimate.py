@@ -109,6 +109,8 @@ class Rates:
     """of the rows that they were measured with"""
     steps: dict[str, Rate]
     habits: Habits
+    recall: float = 0.95
+    """target that the habits were measured with"""
     images: float = 0.0
     """embedded a second by one GPU, or by one node's CPUs where there is none; 0: not measured"""
 

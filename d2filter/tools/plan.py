@@ -35,6 +35,7 @@ Rows = tuple[npt.NDArray[np.float16], npt.NDArray[np.float32]]
 
 BUNDLED = Path(__file__).parent / "rates.json"
 _GREEDY_ROWS = 500_000
+_LOWER_TARGETS = (0.8, 0.5)
 PILOTS = (6_000, 48_000)  # rows of the two runs, as far as there are so many
 
 
@@ -158,7 +159,9 @@ def drawn_rows(count: int, dimension: int) -> Rows:
 def calibrate(rows: Rows, k: int, say: Say, target_recall: float = 0.95) -> Rates:
     """Rates of this machine: the whole line on a few rows and on all of them, files to files.
 
-    Ray is started here unless it runs, and its start is counted as the catalog's.
+    Ray is started here unless it runs, and its start is counted as the catalog's. Of a pool whose
+    neighbors lie in small groups a sample has so few that cells miss the target; a lower one then
+    tells what cells cost. Raises InputError where none does.
     """
     import ray
 
@@ -176,10 +179,21 @@ def calibrate(rows: Rows, k: int, say: Say, target_recall: float = 0.95) -> Rate
         for size in (few, few, len(rows[0])):
             say(f"calibrating on {size:,} rows of {rows[0].shape[1]} dimensions")
             measured.append(_run((rows[0][:size], rows[1][:size]), k, target_recall))
+        for lower in _LOWER_TARGETS:
+            if measured[-1]["graph"]["nlist"] > 1:
+                break
+            say(f"cells miss a recall of {target_recall} on so few rows: measuring at {lower}")
+            target_recall = lower
+            measured[-1] = _run(rows, k, target_recall)
     finally:
         if mine:
             ray.shutdown()
-    found = _rates(rows, k, measured[1:], start)
+    if measured[-1]["graph"]["nlist"] == 1:
+        raise InputError(
+            f"no cells find neighbors among {len(rows[0]):,} rows of this pool: plan without "
+            "--calibrate, and expect a graph that compares all with all"
+        )
+    found = replace(_rates(rows, k, measured[1:], start), recall=target_recall)
     greedy = Rate(fixed=found.steps["supersteps"].fixed, unit=_greedy(k))
     return replace(found, steps={**found.steps, "supersteps": greedy})
 
@@ -297,6 +311,11 @@ def lines(found: Estimate, pool: Pool, cluster: Cluster, rates: Rates) -> list[s
         f"{rates.habits.probes} of {rates.habits.cells:,} "
         f"cells probed for {rates.habits.samples:,} samples"
     )
+    if rates.recall < config.GraphConfig().target_recall:
+        out.append(
+            f"those find a recall of {rates.recall} only, for the sample was thin: the graph may "
+            "need more"
+        )
     if any(stage.seconds is None for stage in found.stages):
         out.append("embedding is not timed: --images-per-second of one GPU, or of a node without")
     if cluster.gpus:

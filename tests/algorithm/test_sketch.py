@@ -231,16 +231,18 @@ def test_what_is_tried_after_a_miss_comes_to_an_end() -> None:
         )
 
     first = calibrate.Effort()
-    more = calibrate.harder(first, miss("cells"), axes=64, parents=24)
+    more = calibrate.harder(first, miss("cells"), 0.9, axes=64, parents=24)
     assert more == calibrate.Effort(looked_under=32)
     assert more is not None
-    longer = calibrate.harder(more, miss("cells"), axes=64, parents=24)
+    longer = calibrate.harder(more, miss("cells"), 0.9, axes=64, parents=24)
     assert longer == calibrate.Effort(looked_under=32, least_axes=256)
-    assert calibrate.harder(first, miss("axes"), axes=64, parents=24) == calibrate.Effort(
+    assert calibrate.harder(first, miss("axes"), 0.9, axes=64, parents=24) == calibrate.Effort(
         least_axes=256
     )
-    assert calibrate.harder(more, miss("cells"), axes=0, parents=24) is None
-    assert calibrate.harder(first, miss("axes"), axes=0, parents=24) is None
+    assert calibrate.harder(more, miss("cells"), 0.9, axes=0, parents=24) is None
+    assert calibrate.harder(first, miss("axes"), 0.9, axes=0, parents=24) is None
+    # near enough: a run goes on with it, as its own measure may reach what was asked for
+    assert calibrate.harder(first, miss("axes"), 0.5, axes=64, parents=24) is None
 
 
 def test_carried_values_move_with_their_places() -> None:

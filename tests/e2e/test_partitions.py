@@ -18,7 +18,7 @@ import pytest
 
 from d2filter import cli
 from d2filter.algorithm import calibrate, features, knn, uids
-from d2filter.formats import graph
+from d2filter.formats import catalog, graph
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
 from d2filter.stages import catalog as catalog_stage
@@ -117,9 +117,10 @@ def test_refinement_is_the_same_in_partitions(
     original = graph_stage._Steps.choose
     passes = 0
 
-    def chosen(steps: Any, *, exact: bool) -> Any:
-        trained, choice = original(steps, exact=exact)
-        return trained, {**choice, "probes": 2, "passes": passes, "pays": True, "predicted": 1.0}
+    def chosen(steps: Any, effort: Any) -> Any:
+        trained, choice, _ = original(steps, effort)
+        mine = {**choice, "probes": 2, "passes": passes, "pays": True, "predicted": 1.0}
+        return trained, mine, None
 
     monkeypatch.setattr(graph_stage._Steps, "choose", chosen)
     plain = tmp_path / "plain"
@@ -146,15 +147,66 @@ def test_refinement_is_the_same_in_partitions(
     assert found["recall"] == knn.measure_recall(pool, built).value
 
 
+def test_harder_tries_leave_no_trace_of_the_easier_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows look under one parent first, then under four, where that misses the target."""
+    monkeypatch.setattr(knn, "LEAST", calibrate.Effort(looked_under=1))
+    rng = np.random.default_rng(1)
+    n = 10_000
+    centers = rng.normal(size=(100, 64))
+    rows = (centers[rng.integers(0, 100, n)] + rng.normal(size=(n, 64))).astype(np.float16)
+    groups = {"uid": [rng.bytes(16).hex() for _ in range(n)], "img": rows, "txt": rows}
+    metadata = pools.write(tmp_path / "m", groups, files=3)
+    words = ("graph", "--metadata-dir", metadata, "--feature-type", "image", *GRAPH)
+    words += ("--target-recall", "0.97", "--out-dir")
+    assert run(*words, tmp_path / "one", "--partitions", 1) == 0
+    marks = {path.stem for path in (tmp_path / "one/completions/graph").glob("train-*")}
+    assert {"train-cells", "train-cells-4-0"} <= marks
+    # another one is interrupted between the tries
+    out = tmp_path / "three"
+    original = graph_stage._Steps._assign
+
+    def cut_off(steps: Any, kind: str, probes: int) -> None:
+        if kind != "cells":
+            raise KeyboardInterrupt
+        original(steps, kind, probes)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(graph_stage._Steps, "_assign", cut_off)
+        assert run(*words, out, "--partitions", 3) == 130
+    assert run(*words, out, "--partitions", 3) == 0
+    assert same_graph(tmp_path / "one", out)
+    found = stats(out)["graph"]
+    assert found["nlist"] > 1
+    assert found["recall"] >= 0.96
+    # and in memory
+    whole = graph.read(Folder(str(out)).sub("graph"))
+    order = uids.ascending(whole.hi, whole.lo)
+    samples = catalog_rows(out)
+    built, index = knn.build(
+        knn.make_pool(samples, whole.hi[order], whole.lo[order]), 4, target_recall=0.97,
+        exact_below=100,
+    )  # fmt: skip
+    assert index.trained.cells.looked_under > 1
+    assert np.array_equal(built.neighbors, lists(out)[1])
+
+
+def catalog_rows(out: Path) -> np.ndarray:
+    """Features in the order of their uids."""
+    layout = catalog.layout(Folder(str(out)).sub("catalog"))
+    return layout.gather(np.arange(layout.total))
+
+
 def test_a_target_out_of_reach_is_said_before_the_long_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     metadata = pools.write(tmp_path / "m", pools.make(6000, 24), files=2)
     original = graph_stage._Steps.choose
 
-    def short(steps: Any, *, exact: bool) -> Any:
-        trained, choice = original(steps, exact=exact)
-        return trained, {**choice, "predicted": 0.5}
+    def short(steps: Any, effort: Any) -> Any:
+        trained, choice, _ = original(steps, effort)
+        return trained, {**choice, "predicted": 0.5}, None
 
     monkeypatch.setattr(graph_stage._Steps, "choose", short)
     words = ("graph", "--metadata-dir", metadata, "--out-dir", tmp_path / "o", *GRAPH)

@@ -14,6 +14,7 @@ import shards as made
 import webdataset as wds
 
 from d2filter.cli import main
+from d2filter.errors import StorageError
 from d2filter.formats import webdataset
 from d2filter.formats.paths import Folder
 from d2filter.formats.uid import from_hex
@@ -156,6 +157,71 @@ def test_it_goes_on_where_it_was_interrupted_and_returns_at_once_when_done(
     assert not (state / "work").exists()
     assert run(*words, "--out-dir", out) == 0
     assert snapshot(out) == snapshot(tmp_path / "whole")
+
+
+def test_what_was_written_while_a_search_failed_is_not_written_again(
+    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "s.npy", chosen(pool))
+    words = ("reshard", "--shards", pool, "--subset", tmp_path / "s.npy", "--shard-size", 5)
+    monkeypatch.setattr(stage, "_BYTES_A_TASK", 1)
+    assert run(*words, "--out-dir", tmp_path / "whole") == 0
+    out = tmp_path / "o"
+
+    def find(*, first: int, **arguments: Any) -> Any:
+        from d2filter.errors import InputError
+        from d2filter.stages import reshard
+
+        if first == 2:
+            raise InputError("the third shard is out of reach")
+        return reshard.find(first=first, **arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "find", find)
+        assert run(*words, "--out-dir", out) == 1
+    assert "the third shard is out of reach" in capsys.readouterr().err
+    # what the first two inputs hold was settled, and written
+    early = sorted(path.name for path in out.glob("*.tar"))
+    assert len(early) == 2
+    before = [(out / name).stat().st_mtime_ns for name in early]
+    assert run(*words, "--out-dir", out) == 0
+    assert snapshot(out) == snapshot(tmp_path / "whole")
+    assert [(out / name).stat().st_mtime_ns for name in early] == before
+
+
+def test_an_index_that_cannot_be_read_stops_no_other_task(
+    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "s.npy", chosen(pool))
+    words = ("reshard", "--shards", pool, "--subset", tmp_path / "s.npy", "--shard-size", 5)
+    monkeypatch.setattr(stage, "_BYTES_A_TASK", 1)
+    plain = stage._Indexes._read
+
+    def unread(indexes: Any, number: int) -> Any:
+        if number == 1:
+            raise StorageError("the store does not answer")
+        return plain(indexes, number)
+
+    out = tmp_path / "o"
+    with monkeypatch.context() as patched:
+        patched.setattr(stage._Indexes, "_read", unread)
+        assert run(*words, "--out-dir", out) == 1
+    assert "the store does not answer" in capsys.readouterr().err
+    marks = {path.stem for path in (out / ".d2filter/completions/reshard").glob("*.json")}
+    assert {f"find-{n:06d}-{n + 1:06d}" for n in range(4)} <= marks
+    assert run(*words, "--out-dir", out) == 0
+
+
+def test_a_folder_of_another_version_is_not_continued(
+    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "s.npy", chosen(pool))
+    words = ("reshard", "--shards", pool, "--subset", tmp_path / "s.npy", "--out-dir")
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "__version__", "0.0.1")
+        assert run(*words, tmp_path / "o") == 0
+    assert run(*words, tmp_path / "o") == 1
+    assert "holds shards of another d2filter version: use another" in capsys.readouterr().err
 
 
 def test_small_shards_are_searched_together_and_nothing_else_changes(

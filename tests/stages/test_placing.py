@@ -42,17 +42,19 @@ def test_every_shard_is_settled_as_soon_as_it_can_be(
         assert len(settled) == (0 if seed is not None else len(expected) // size)
     settled += placing.close()
     got = [
-        list(zip(*(c.tolist() for c in (s.index, s.row, s.copy, s.hi, s.lo)), strict=True))
-        for s in settled
+        [
+            (*place, *uid)
+            for *place, uid in zip(
+                s.index.tolist(), s.row.tolist(), s.copy.tolist(), own.tolist(), strict=True
+            )
+        ]
+        for s, own in zip(settled, placing.ids, strict=True)
     ]
     flat = [sample for shard in got for sample in shard]
     assert sorted(flat) == sorted(expected)
     if seed is None:
         assert flat == expected
     assert [len(shard) for shard in got[:-1]] == [size] * (len(got) - 1)
-    assert [[tuple(uid) for uid in own.tolist()] for own in placing.ids] == [
-        [sample[3:] for sample in shard] for shard in got
-    ]
     gone = sorted(uid for uid in asked if uid not in seen)
     assert placing.missing == len(gone)
     assert placing.first_missing == (f"{gone[0][0]:016x}{gone[0][1]:016x}" if gone else "")
