@@ -279,7 +279,7 @@ def _rows_of(folder: Folder, name: str, catalog: config.CatalogConfig) -> Rows:
 
 def lines(found: Estimate, pool: Pool, cluster: Cluster, rates: Rates) -> list[str]:
     """For people."""
-    where = f"{cluster.nodes} × ({cluster.cpus} CPUs, {_bytes(cluster.memory)})"
+    where = f"{cluster.nodes} × ({cluster.cpus} CPUs, {amount(cluster.memory)})"
     out = [
         f"{pool.samples:,} samples of {pool.dimension} dimensions, k={pool.k}, on {where}:",
         f"{found.parts:,} catalog parts, {found.cells:,} cells, {found.partitions:,} partitions "
@@ -293,13 +293,13 @@ def lines(found: Estimate, pool: Pool, cluster: Cluster, rates: Rates) -> list[s
         products = f"{stage.flops / 1e12:,.0f} TFLOP" if stage.flops >= 1e12 else ""
         waits = f", {duration(stage.alone)} on one node" if stage.alone >= 60 else ""
         out.append(
-            f"{stage.name:<9}{taken:>10}{_bytes(stage.read):>10}{_bytes(stage.written):>10}"
-            f"{_bytes(stage.memory):>11}{products:>12}  {stage.slowest}{waits}"
+            f"{stage.name:<9}{taken:>10}{amount(stage.read):>10}{amount(stage.written):>10}"
+            f"{amount(stage.memory):>11}{products:>12}  {stage.slowest}{waits}"
         )
     out += [
         f"{'all':<9}{duration(found.seconds):>10}",
         "",
-        f"run directory: up to {_bytes(found.disk)}; between partitions: {_bytes(found.routed)}",
+        f"run directory: up to {amount(found.disk)}; between partitions: {amount(found.routed)}",
     ]
     timed = [stage for stage in found.stages if stage.seconds is not None]
     longest = max(timed, key=lambda stage: stage.seconds or 0.0)
@@ -335,7 +335,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
-def _bytes(size: float) -> str:
+def amount(size: float) -> str:
+    """Bytes in the unit that suits."""
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
         if size >= unit:
             return f"{size / unit:,.1f} {name}"

@@ -239,3 +239,30 @@ def test_the_bundled_rates_plan_every_step() -> None:
     known = plan.read_rates()
     steps = estimate.count(POOL, estimate.habits_at(known.habits, POOL.samples, POOL.k), 10)
     assert {step.name for step in steps if step.units} <= set(known.steps)
+
+
+README = Path(__file__).parents[2] / "README.md"
+TABLE = re.compile(r"^\| (small|medium|large|xlarge) \|.*$", re.MULTILINE)
+
+
+def predicted_row(name: str, samples: int, nodes: int) -> str:
+    """A line of the README's table."""
+    cluster = Cluster(nodes=nodes, cpus=32, memory=256 * 10**9, storage=2 * 10**9)
+    found = estimate.estimate(Pool(samples=samples, dimension=1536), cluster, plan.read_rates())
+    assert not found.refusals
+    graph = next(stage for stage in found.stages if stage.name == "graph")
+    largest = max(stage.memory for stage in found.stages)
+    cells = (
+        name, f"{samples / 1e6:,g}M", str(nodes), plan.duration(found.seconds),
+        plan.duration(graph.seconds or 0.0), graph.slowest, plan.amount(largest),
+        plan.amount(found.disk), plan.amount(found.routed),
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def test_the_table_of_the_readme_is_what_plan_predicts() -> None:
+    pools_ = {"small": 1, "medium": 4, "large": 32, "xlarge": 256}
+    rows = [
+        predicted_row(n, 12_800_000 * 10**i, nodes) for i, (n, nodes) in enumerate(pools_.items())
+    ]
+    assert [line[0] for line in TABLE.finditer(README.read_text("utf-8"))] == rows
