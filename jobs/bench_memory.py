@@ -35,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         metadata, out = Path(folder) / "metadata", Path(folder) / "out"
-        _write(metadata, arguments.rows)
+        write(metadata, arguments.rows)
         words = ["graph", "--metadata-dir", str(metadata), "--out-dir", str(out)]
         words += ["--feature-type", "image", "--n-neighbors", "5"]
         words += ["--memory-per-worker", arguments.memory]
@@ -77,8 +77,9 @@ def main() -> None:
     print("\n".join(lines))
 
 
-def _write(folder: Path, rows: int) -> None:
-    folder.mkdir()
+def write(folder: Path, rows: int) -> None:
+    """Metadata of drawn images: `draw` of knn_methods.py, with scores."""
+    folder.mkdir(parents=True)
     features = draw(rows, DIM)
     rng = np.random.default_rng(1)
     for number, start in enumerate(range(0, rows, ROWS_A_FILE)):

@@ -16,19 +16,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from d2filter import config
 from d2filter.formats.paths import Folder
 from d2filter.tools import estimate, plan
-from jobs import bench_run
+from jobs import bench_knn, bench_memory
 from jobs.bench import made_by
 
 SIZES = (300_000, 1_000_000)
 K = 5
-DECAY = 0.5  # of the spread from axis to axis
 LONG = 10.0  # seconds from which on a stage is judged
 WITHIN = 1.5
 
@@ -46,8 +44,7 @@ def main() -> None:
     for size in arguments.sizes:
         root = Path(arguments.out) / str(size)
         shutil.rmtree(root, ignore_errors=True)
-        pool = replace(bench_run.PoolConfig(), samples=size, decay=DECAY)
-        bench_run.make(root / "metadata", pool)
+        bench_memory.write(root / "metadata", size)
         found, rates = _predict(root / "metadata", arguments.memory)
         stats = _run(root)
         rows += _compare(size, found, stats)
@@ -61,7 +58,7 @@ def main() -> None:
 
 def _predict(folder: Path, memory: str) -> tuple[estimate.Estimate, estimate.Rates]:
     source = Folder(str(folder))
-    catalog = config.CatalogConfig()
+    catalog = config.CatalogConfig(feature_type="image")
     samples, dimension, names = plan.look_at(source, catalog)
     rows = plan.real_rows(source, names, catalog, plan.PILOTS[1])
     rates = plan.calibrate(rows, K, print)
@@ -77,7 +74,8 @@ def _run(root: Path) -> dict[str, Any]:
     subprocess.run(
         [
             sys.executable, "-m", "d2filter", "run", "--metadata-dir", str(root / "metadata"),
-            "--out-dir", str(root / "run"), "--n-neighbors", str(K), "--no-report",
+            "--out-dir", str(root / "run"), "--n-neighbors", str(K), "--feature-type",
+            "image", "--no-report",
         ],
         check=False,  # a dirty pool may exit with 3; without stats.json the next line fails
     )  # fmt: skip
@@ -110,12 +108,11 @@ def _report(rows: Sequence[str], arguments: argparse.Namespace) -> str:
         [
             "# What `plan` predicts, beside what runs take",
             "",
-            f"{made_by(f'jobs.bench_plan --sizes {sizes}')} Pools as in bench_run.md: 2 × "
-            f"{bench_run.PoolConfig().dimension} float16 in {bench_run.PoolConfig().files} files, "
-            f"some of it dirty, with a spread that falls by the power {DECAY} from axis to axis; "
-            f"k={K}. Rates from {plan.PILOTS[0]:,} and {plan.PILOTS[1]:,} rows "
-            f"of the same pool. Ratios, predicted to measured, for stages of {LONG:.0f} s and "
-            f"more; asked for are {1 / WITHIN:.2f} to {WITHIN}.",
+            f"{made_by(f'jobs.bench_plan --sizes {sizes}')} Pools as in bench_memory.md: "
+            f"{bench_knn.DIM} float16 in clusters of heavy-tailed size, 10% near-copies; k={K}. "
+            f"Rates from {plan.PILOTS[0]:,} and {plan.PILOTS[1]:,} rows of the same pool. Ratios, "
+            f"predicted to measured, for stages of {LONG:.0f} s and more; asked for are "
+            f"{1 / WITHIN:.2f} to {WITHIN}.",
             "",
             "| samples | stage | predicted, s | measured, s | ratio | predicted, GB | measured, GB "
             "| ratio |",

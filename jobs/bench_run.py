@@ -35,8 +35,6 @@ class PoolConfig:
     dimension: int = 256
     """of each of the two embeddings"""
     files: int = 40
-    decay: float = 0.0
-    """axis number to this negative power is the spread along it, as in learned embeddings"""
     seed: int = 7
 
 
@@ -68,12 +66,11 @@ def make(folder: Path, pool: PoolConfig) -> None:
     """Write the metadata."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(pool.seed)
-    axes = np.arange(1, pool.dimension + 1, dtype=np.float32) ** -pool.decay
-    centers = rng.normal(size=(pool.samples // 150, pool.dimension)).astype(np.float32) * axes
+    centers = rng.normal(size=(pool.samples // 150, pool.dimension)).astype(np.float32)
     rows = pool.samples // pool.files
     before: list[str] = []
     for number in range(pool.files):
-        noise = rng.normal(size=(2, rows, pool.dimension)).astype(np.float32) * axes
+        noise = rng.normal(size=(2, rows, pool.dimension)).astype(np.float32)
         image = centers[rng.integers(0, len(centers), rows)] + 0.8 * noise[0]
         text = image + 0.9 * noise[1]
         copied, source = rng.random(rows) < 0.1, rng.integers(0, rows, rows)

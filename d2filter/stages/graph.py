@@ -1,6 +1,6 @@
 """Catalog → index/ and graph/: the order of the tasks, and what each may use (DESIGN §4).
 
-train → assign (by catalog part) → choose → lay out → route (by part) → find, merge, improve, finish
+train → assign, choose (by catalog part) → lay out → route (by part) → find, merge, improve, finish
 (by partition) and measure (by part) → judge. Every task publishes its output; a rerun skips it.
 """
 
@@ -18,7 +18,7 @@ from d2filter.errors import RecallError
 from d2filter.formats import catalog
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import digest
-from d2filter.stages import index, metrics, neighbors, route
+from d2filter.stages import choosing, index, metrics, neighbors, route
 from d2filter.stages.index import CENTROIDS
 from d2filter.stages.runner import Runner
 from d2filter.stages.worker import Task, checksums_of
@@ -109,13 +109,13 @@ class _Steps:
 
     def choose(self, effort: Effort) -> tuple[Figures, Figures, Effort | None]:
         """Train, assign, calibrate; with what to try next where the target was missed."""
-        first = effort == knn.LEAST
-        kind = "cells" if first else f"cells-{effort.looked_under}-{effort.least_axes}"
+        kind = f"cells-{effort.looked_under}-{effort.least_axes}"
+        if effort == knn.LEAST:
+            kind = "cells"
         trained = self._train(kind, exact=False, effort=effort)
         if trained["nlist"] == 1:
             return trained, {**asdict(knn.exact_choice(self.total)), "pays": True}, None
-        asked = {"config": self._config.graph, "parts": self._parts}
-        figures = self._alone("choose", index.choose, asked, "" if first else kind)
+        figures = self._calibrate(kind)
         choice = calibrate.Choice(**{name: figures[name] for name in _CHOICE})
         target = self._config.graph.target_recall
         told = {name: trained[name] for name in ("axes", "parents")}
@@ -124,6 +124,22 @@ class _Steps:
         if choice.probes > cells.STORED_PROBES and figures["pays"] and more is None:
             self._assign(f"{kind}-{choice.probes}", choice.probes)
         return trained, figures, more
+
+    def _calibrate(self, kind: str) -> Figures:
+        """Figures of the choice: the driver decides, and every catalog part is asked."""
+
+        def each(turn: str, run: Any, arguments: Figures) -> None:
+            names = [f"choose-{kind}-{turn}-{part:05d}" for part in range(self._parts)]
+            own = [{**arguments, "part": part} for part in range(self._parts)]
+            self._map("choose", run, names, own, None, variant=f"{kind}-{turn}")
+
+        asked = {
+            "out": self._out, "config": self._config.graph, "parts": self._parts, "kind": kind,
+            "each": each,
+        }  # fmt: skip
+        task = Task(name=f"choose-{kind}", run=choosing.choose, arguments=asked)
+        made = self._print("choose", kind)
+        return self._runner.here("graph", task, fingerprint=made, skip=True)
 
     def compare_all(self) -> tuple[Figures, Figures]:
         """One cell, whatever the calibration found."""

@@ -12,15 +12,12 @@ All but centroids.npy and cells.parquet is removed when the graph is done.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import backend, calibrate, cells, knn, search, shortlist, uids
-from d2filter.algorithm.lists import Lists, merge_inplace
+from d2filter.algorithm import backend, calibrate, cells, knn, uids
 from d2filter.algorithm.sketch import Sketch
 from d2filter.config import GraphConfig
 from d2filter.formats import catalog
@@ -92,18 +89,6 @@ def assign(*, report: Report, out: Folder, part: int, probes: int) -> dict[str, 
     return {}
 
 
-def choose(*, report: Report, out: Folder, config: GraphConfig, parts: int) -> dict[str, Any]:
-    """Task: how many cells to probe, and whether to refine. Memory: one part at a time."""
-    backend.use_threads(assigned_cpus())
-    trained = read_trained(out)
-    pool = Streamed(out, parts, trained)
-    sample = read_columns(out.sub("index"), CALIBRATE, "number", "rows")
-    choice = knn.choose(
-        pool, trained, sample["rows"], sample["number"], config.n_neighbors, config.target_recall
-    )
-    return {**asdict(choice), "pays": knn.pays(choice, pool.total, trained.cells.count)}
-
-
 def read_trained(out: Folder) -> knn.Trained:
     """Sketches and cells; copies, for compiled code is made anew for read-only arrays."""
     index = out.sub("index")
@@ -131,75 +116,6 @@ def read_counts(out: Folder, parts: int) -> I64:
 def assigned_rows(out: Folder, layout: Rows) -> Rows:
     """The cells that each sample probes."""
     return Rows(folder=out.sub("index"), name="assigned", starts=layout.starts)
-
-
-@dataclass
-class Streamed:
-    """The whole catalog, one part in memory at a time (calibrate.Searcher)."""
-
-    out: Folder
-    parts: int
-    trained: knn.Trained
-
-    def __post_init__(self) -> None:
-        self._layout = catalog.layout(self.out.sub("catalog"))
-        self._assigned = assigned_rows(self.out, self._layout)
-        self.sketch = self.trained.sketch
-        self.total = self._layout.total
-        self.sizes: I64 = read_counts(self.out, self.parts).sum(axis=0)
-        self._held: dict[int, tuple[F16, I64, search.Members]] = {}
-
-    def truth(self, queries: F16, numbers: I64, k: int) -> Lists:
-        """Exact lists over the whole pool, merged over the parts."""
-        found = Lists.empty(len(queries), k)
-        everyone = np.arange(len(queries), dtype=np.int64)
-        for part in range(self.parts):
-            rows, own, _ = self._part(part)
-            theirs = search.search_all(rows, own, queries, numbers, k, self.total)
-            merge_inplace(found, everyone, theirs, numbers, self.total)
-            del rows, own  # or two parts are held while the next one is read
-        return found
-
-    def find(self, requests: Sequence[calibrate.Request]) -> list[Lists]:
-        """Lists as the search of these cells finds them, merged over the parts."""
-        asked = [(r, self.sketch.places(r.k), self.sketch.apply(r.queries)) for r in requests]
-        found = [shortlist.empty(len(r.queries), places) for r, places, _ in asked]
-        for part in range(self.parts):
-            rows, own, members = self._part(part)
-            for (r, places, sketches), short in zip(asked, found, strict=True):
-                theirs = shortlist.find(
-                    members, rows, own, sketches, r.queries, r.numbers, r.probed, places,
-                    self.total,
-                )  # fmt: skip
-                everyone = np.arange(len(r.queries), dtype=np.int64)
-                shortlist.merge_inplace(short, everyone, theirs, r.numbers, self.total)
-            del rows, own, members
-        return [
-            shortlist.settle(short, r.numbers, r.k, self.total)
-            for r, short in zip(requests, found, strict=True)
-        ]
-
-    def rows(self, numbers: I64) -> F16:
-        """Their features."""
-        return self._layout.gather(numbers)
-
-    def probed(self, numbers: I64) -> I32:
-        """The cells that they probe."""
-        return self._assigned.gather(numbers)
-
-    def _part(self, part: int) -> tuple[F16, I64, search.Members]:
-        """Rows and numbers of a catalog part, and its sketches in cells."""
-        if part not in self._held:
-            self._held.clear()
-            start = self._layout.starts[part]
-            rows = self._layout.read(part)
-            numbers = start + np.arange(len(rows), dtype=np.int64)
-            home = np.array(self._assigned.part(part)[:, 0])
-            members = search.make_members(
-                self.sketch.apply(rows), numbers, home, self.trained.cells.count
-            )
-            self._held[part] = rows, numbers, members
-        return self._held[part]
 
 
 def sample_by_hash(layout: Rows, sizes: dict[int, int], seed: int) -> dict[int, I64]:

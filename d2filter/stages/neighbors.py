@@ -65,7 +65,7 @@ def find(
             places, layout.total, progress=progress,
         )  # fmt: skip
 
-    _write_short(index, f"lists-{number:05d}", own.number, search_for(own, sketches, report))
+    write_short(index, f"lists-{number:05d}", own.number, search_for(own, sketches, report))
     # (parts, P): what each part sends here from each home; where each piece goes follows from it
     homes_of = [read_homes(out, part, number) for part in range(parts)]
     counts = np.array([np.bincount(home, minlength=partitions) for home in homes_of], np.int64)
@@ -83,7 +83,7 @@ def find(
         found.put(rows, theirs, order)
         numbers[rows] = entries.number[order]
         del entries, theirs  # or two parts are held while the next one is read
-    _write_short(index, f"found-{number:05d}", numbers, found, start=start)
+    write_short(index, f"found-{number:05d}", numbers, found, start=start)
     return {"rows": int(own.number.size), "visits": visits}
 
 
@@ -93,18 +93,18 @@ def merge(
     """Task: the lists of a partition's own rows, from everywhere they were compared."""
     index = out.sub("index")
     total = catalog.layout(out.sub("catalog")).total
-    numbers, short = _read_short(index, f"lists-{number:05d}")
+    numbers, short = read_short(index, f"lists-{number:05d}")
     for other in range(partitions):
         if other == number:
             continue
         stem = f"found-{other:05d}"
         start = read_array(index, f"{stem}.start.npy")
-        visitors, theirs = _read_short(
+        visitors, theirs = read_short(
             index, stem, slice(int(start[number]), int(start[number + 1]))
         )
         at = np.searchsorted(numbers, visitors)
         shortlist.merge_inplace(short, at, theirs, visitors, total)
-    _write_lists(
+    write_lists(
         index, f"merged-{number:05d}", numbers, shortlist.settle(short, numbers, width, total)
     )
     report(numbers.size)
@@ -124,7 +124,7 @@ def improve(
     assigned, ids = assigned_rows(out, layout), graph_ids(out, layout)
     starts = (0, *np.cumsum(sizes).tolist())
     lists_of = Rows(folder=index, name="merged", starts=starts, column="list")
-    numbers, own = _read_lists(index, f"merged-{number:05d}")
+    numbers, own = read_lists(index, f"merged-{number:05d}")
     probed = _probed(out, number, parts)
     after = Lists.empty(numbers.size, k)
     # rows of one cell ask for the same others
@@ -151,7 +151,7 @@ def improve(
         after.numbers[some], after.sqdist[some] = better.numbers, better.sqdist
         measured += found.size
         report(some.size)
-    _write_lists(index, f"refined-{number:05d}", numbers, after)
+    write_lists(index, f"refined-{number:05d}", numbers, after)
     return {"measured": measured}
 
 
@@ -163,7 +163,7 @@ def finish(
     first, rows: the graph ids of this partition.
     """
     layout = catalog.layout(out.sub("catalog"))
-    numbers, lists = _read_lists(out.sub("index"), f"{stem}-{number:05d}")
+    numbers, lists = read_lists(out.sub("index"), f"{stem}-{number:05d}")
     neighbors = np.ascontiguousarray(lists.numbers[:, :k])
     there = neighbors >= 0
     graph_id = np.full(neighbors.shape, -1, np.int64)
@@ -194,7 +194,7 @@ def measure(*, report: Report, out: Folder, part: int, k: int) -> dict[str, Any]
     rows = layout.read(part)
     numbers = layout.starts[part] + np.arange(len(rows), dtype=np.int64)
     found = search.search_all(rows, numbers, queries["rows"], queries["number"], k, layout.total)
-    _write_lists(out.sub("index"), f"truth-{part:05d}", queries["number"], found)
+    write_lists(out.sub("index"), f"truth-{part:05d}", queries["number"], found)
     report(len(rows))
     return {}
 
@@ -209,11 +209,11 @@ def judge(
     truth = Lists.empty(numbers.size, k)
     everyone = np.arange(numbers.size, dtype=np.int64)
     for part in range(parts):
-        _, theirs = _read_lists(index, f"truth-{part:05d}")
+        _, theirs = read_lists(index, f"truth-{part:05d}")
         merge_inplace(truth, everyone, theirs, numbers, layout.total)
     found = np.full((numbers.size, k), -1, np.int64)
     for number in range(partitions):
-        named, lists = _read_lists(index, f"{stem}-{number:05d}")
+        named, lists = read_lists(index, f"{stem}-{number:05d}")
         if named.size:
             at = np.minimum(np.searchsorted(named, numbers), named.size - 1)
             here = np.flatnonzero(named[at] == numbers)
@@ -250,26 +250,30 @@ def _probed(out: Folder, number: int, parts: int) -> npt.NDArray[np.int32]:
     return np.concatenate([read_probed(out, part, number) for part in range(parts)])
 
 
-def _write_short(
+def write_short(
     index: Folder, stem: str, numbers: I64, short: Shortlists, **more: npt.NDArray[Any]
 ) -> None:
+    """Publish shortlists of some samples."""
     write_columns(
         index, stem, number=numbers, list=short.lists.numbers, near=short.lists.sqdist,
         exact=short.exact, **more,
     )  # fmt: skip
 
 
-def _read_short(index: Folder, stem: str, rows: slice | None = None) -> tuple[I64, Shortlists]:
+def read_short(index: Folder, stem: str, rows: slice | None = None) -> tuple[I64, Shortlists]:
+    """Numbers and shortlists of all samples, or of a range."""
     held = read_columns(index, stem, "number", "list", "near", "exact", rows=rows)
     lists = Lists(numbers=held["list"], sqdist=held["near"])
     return held["number"], Shortlists(lists=lists, exact=held["exact"])
 
 
-def _write_lists(index: Folder, stem: str, numbers: I64, lists: Lists) -> None:
+def write_lists(index: Folder, stem: str, numbers: I64, lists: Lists) -> None:
+    """Publish lists of some samples."""
     write_columns(index, stem, number=numbers, list=lists.numbers, sqdist=lists.sqdist)
 
 
-def _read_lists(index: Folder, stem: str) -> tuple[I64, Lists]:
+def read_lists(index: Folder, stem: str) -> tuple[I64, Lists]:
+    """Numbers and lists."""
     held = read_columns(index, stem, "number", "list", "sqdist")
     return held["number"], Lists(numbers=held["list"], sqdist=held["sqdist"])
 
