@@ -22,8 +22,9 @@ from typing import Any
 from d2filter import config
 from d2filter.formats.paths import Folder
 from d2filter.tools import estimate, plan
-from jobs import bench_knn, bench_memory
+from jobs import bench_memory
 from jobs.bench import made_by
+from jobs.knn_methods import DIM
 
 SIZES = (300_000, 1_000_000)
 K = 5
@@ -109,7 +110,7 @@ def _report(rows: Sequence[str], arguments: argparse.Namespace) -> str:
             "# What `plan` predicts, beside what runs take",
             "",
             f"{made_by(f'jobs.bench_plan --sizes {sizes}')} Pools as in bench_memory.md: "
-            f"{bench_knn.DIM} float16 in clusters of heavy-tailed size, 10% near-copies; k={K}. "
+            f"{DIM} float16 in clusters of heavy-tailed size, 10% near-copies; k={K}. "
             f"Rates from {plan.PILOTS[0]:,} and {plan.PILOTS[1]:,} rows of the same pool. Ratios, "
             f"predicted to measured, for stages of {LONG:.0f} s and more; asked for are "
             f"{1 / WITHIN:.2f} to {WITHIN}.",

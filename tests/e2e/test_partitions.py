@@ -163,7 +163,8 @@ def test_harder_tries_leave_no_trace_of_the_easier_ones(
     assert run(*words, tmp_path / "one", "--partitions", 1) == 0
     marks = {path.stem for path in (tmp_path / "one/completions/graph").glob("train-*")}
     assert {"train-cells", "train-cells-4-0"} <= marks
-    # another one is interrupted between the tries
+    # another one, of several parts, is interrupted between the tries
+    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 300_000)
     out = tmp_path / "three"
     original = graph_stage._Steps._assign
 
@@ -177,6 +178,7 @@ def test_harder_tries_leave_no_trace_of_the_easier_ones(
         assert run(*words, out, "--partitions", 3) == 130
     assert run(*words, out, "--partitions", 3) == 0
     assert same_graph(tmp_path / "one", out)
+    assert stats(out)["catalog"]["parts"] > 3
     found = stats(out)["graph"]
     assert found["nlist"] > 1
     assert found["recall"] >= 0.96
