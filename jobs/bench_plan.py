@@ -62,7 +62,7 @@ def _predict(folder: Path, memory: str) -> tuple[estimate.Estimate, estimate.Rat
     catalog = config.CatalogConfig(feature_type="image")
     samples, dimension, names = plan.look_at(source, catalog)
     rows = plan.real_rows(source, names, catalog, plan.PILOTS[1])
-    rates = plan.calibrate(rows, K, print)
+    rates = plan.calibrate(rows, K, print, growth=plan.THIN)
     pool = estimate.Pool(samples=samples, dimension=dimension, k=K)
     cluster = estimate.Cluster(nodes=1, cpus=os.cpu_count() or 1, memory=config.parse_bytes(memory))
     found = estimate.estimate(pool, cluster, rates)

@@ -88,6 +88,8 @@ class Habits:
     sketch_dim: int
     evaluations: float
     """cost a row: as many distances of whole rows by products"""
+    growth: float = 0.5
+    """power of the pool's size by which that cost grows"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,9 +177,12 @@ class Estimate:
 
 
 def habits_at(habits: Habits, samples: int, k: int) -> Habits:
-    """The same pool with more samples: cells grow, and with them what a probe costs."""
+    """The same pool with more samples: cells grow, and with them what a probe costs. As many are
+    probed, unless the habits are those of a sample of the pool: it is thinner, and takes more.
+    """
     count = cells.cell_count(samples, k)
-    grown = (samples / count) / (habits.samples / habits.cells)
+    # cells hold √n rows: of a growth by the root, this is what it is
+    grown = ((samples / count) / (habits.samples / habits.cells)) ** (habits.growth / 0.5)
     return Habits(
         samples=samples,
         cells=count,
@@ -185,6 +190,7 @@ def habits_at(habits: Habits, samples: int, k: int) -> Habits:
         passes=habits.passes,
         sketch_dim=habits.sketch_dim,
         evaluations=habits.evaluations * grown,
+        growth=habits.growth,
     )
 
 

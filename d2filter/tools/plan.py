@@ -35,6 +35,9 @@ Rows = tuple[npt.NDArray[np.float16], npt.NDArray[np.float32]]
 
 BUNDLED = Path(__file__).parent / "rates.json"
 _GREEDY_ROWS = 500_000
+# growth of what a row costs, from a sample to its pool: .2 to .4 from 48,000 rows to 300,000 and a
+# million (jobs/bench_plan.py), where pools that grow by new groups have the root
+THIN = 1 / 3
 _LOWER_TARGETS = (0.8, 0.5)
 PILOTS = (6_000, 48_000)  # rows of the two runs, as far as there are so many
 
@@ -64,7 +67,7 @@ def asked(arguments: argparse.Namespace, say: Say) -> tuple[Pool, Cluster, Rates
     if arguments.calibrate:
         most = PILOTS[1]
         rows_ = real_rows(folder, names, catalog, most) if names else drawn_rows(most, dimension)
-        rates = calibrate(rows_, arguments.n_neighbors, say)
+        rates = calibrate(rows_, arguments.n_neighbors, say, growth=THIN if names else 0.5)
         if arguments.rates:
             write_rates(absolute(arguments.rates), rates)
     else:
@@ -156,12 +159,14 @@ def drawn_rows(count: int, dimension: int) -> Rows:
     return rows.astype(np.float16), rng.random(count).astype(np.float32)
 
 
-def calibrate(rows: Rows, k: int, say: Say, target_recall: float = 0.95) -> Rates:
+def calibrate(
+    rows: Rows, k: int, say: Say, target_recall: float = 0.95, growth: float = 0.5
+) -> Rates:
     """Rates of this machine: the whole line on a few rows and on all of them, files to files.
 
     Ray is started here unless it runs, and its start is counted as the catalog's. Of a pool whose
     neighbors lie in small groups a sample has so few that cells miss the target; a lower one then
-    tells what cells cost. Raises InputError where none does.
+    tells what cells cost. growth: see `Habits`. Raises InputError where none does.
     """
     import ray
 
@@ -193,7 +198,8 @@ def calibrate(rows: Rows, k: int, say: Say, target_recall: float = 0.95) -> Rate
             f"no cells find neighbors among {len(rows[0]):,} rows of this pool: plan without "
             "--calibrate, and expect a graph that compares all with all"
         )
-    found = replace(_rates(rows, k, measured[1:], start), recall=target_recall)
+    found = _rates(rows, k, measured[1:], start)
+    found = replace(found, recall=target_recall, habits=replace(found.habits, growth=growth))
     greedy = Rate(fixed=found.steps["supersteps"].fixed, unit=_greedy(k))
     return replace(found, steps={**found.steps, "supersteps": greedy})
 

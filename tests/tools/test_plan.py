@@ -46,6 +46,14 @@ def test_work_of_a_step_is_shared_by_its_tasks_and_the_cpus() -> None:
     assert estimate.seconds(replace(one, name="y"), eight, known) == 0
 
 
+def test_a_row_costs_more_in_a_larger_pool_by_the_growth_that_was_told() -> None:
+    root = estimate.habits_at(HABITS, 5_000_000, 5)
+    third = estimate.habits_at(replace(HABITS, growth=1 / 3), 5_000_000, 5)
+    assert root.evaluations / HABITS.evaluations == pytest.approx(10, rel=0.05)
+    assert third.evaluations / HABITS.evaluations == pytest.approx(10 ** (2 / 3), rel=0.05)
+    assert (root.cells, root.probes) == (third.cells, third.probes)
+
+
 def test_a_step_takes_as_long_as_storage_needs_where_that_is_slower() -> None:
     step = estimate.Step(
         stage="graph", name="x", units=1000.0, tasks=3, threads=False, read=6e9, written=2e9
