@@ -44,6 +44,8 @@ class EmbedConfig:
     """open_clip precision"""
     batch_size: int = 64
     """images in one forward pass; part of the fingerprint, a shape can change the last bits"""
+    fast_decode: bool = False
+    """large JPEGs are decoded at a half, quarter or eighth, at least twice the model's input"""
     arch: str = ""
     """NAME in NAME_img, NAME_txt, clip_NAME_similarity_score; empty: from the model's name"""
 

@@ -112,6 +112,10 @@ def shards(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--precision", default="fp32", help=", ".join(config.PRECISIONS))
     group.add_argument("--batch-size", type=int, default=64, help="images in a forward pass")
     group.add_argument(
+        "--fast-decode", action="store_true",
+        help="decode large JPEGs at a part of their size, at least twice the model's input",
+    )  # fmt: skip
+    group.add_argument(
         "--device",
         choices=config.DEVICES,
         default="auto",

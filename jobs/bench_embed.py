@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from d2filter.tools import scenes
 from jobs.bench import made_by
 
 DECODE, TRANSFORM, BARE, WHOLE = "decode", "decode + transform", "bare model", "end to end"
+FAST = "end to end, --fast-decode"
 # `draft` lets the JPEG decoder give 1/2, 1/4 or 1/8 of the size, at least so many times the input
 DRAFTS = {"the same, draft ≥ 2 ×": 2, "the same, draft ≥ 1 ×": 1}
 # (side of the grid in pixels, gray levels): what a lens and a sensor leave beside the drawn shapes
@@ -81,13 +82,15 @@ class Timing:
         """Median images a second."""
         return self.samples / statistics.median(self.seconds[part])
 
-    def share(self, others: Sequence[str], slowest: bool = False) -> list[float]:
+    def share(
+        self, others: Sequence[str], slowest: bool = False, whole: str = WHOLE
+    ) -> list[float]:
         """End to end as a share of what `others` allow, one value a turn: of their sum, as on the
         same processors, or of the slowest of them, as on processors of their own.
         """
         limit = max if slowest else sum
         theirs = zip(*(self.seconds[part] for part in others), strict=True)
-        return [limit(t) / own for t, own in zip(theirs, self.seconds[WHOLE], strict=True)]
+        return [limit(t) / own for t, own in zip(theirs, self.seconds[whole], strict=True)]
 
 
 def main() -> None:
@@ -220,7 +223,9 @@ def _parts(
         runs[name] = by_threads(partial(_drafted, model, times * side))
     runs[BARE] = _bare(model, model.model, pictures, captions, config.batch_size)
     out = Folder(str(root / "out"))
+    fast = replace(config, fast_decode=True)
     runs[WHOLE] = lambda: embed.embed_shard(report=_nobody, out=out, shard=shard, config=config)
+    runs[FAST] = lambda: embed.embed_shard(report=_nobody, out=out, shard=shard, config=fast)
     return runs
 
 
@@ -372,11 +377,13 @@ def _report(
                 lines.append(f"| {kind} | {part} | {t.rate(part):,.1f} | {cpu:.1f} |")
         lines += ["", "| picture | end to end by the bare model | by the slower of transform and "]
         lines[-1] += "model | by both, one after the other | in CPU time, by the bare model |"
-        lines.append("|---|---|---|---|---|")
+        lines[-1] += " the same with --fast-decode, by the bare model |"
+        lines.append("|---|---|---|---|---|---|")
         for t in timings:
             both = [TRANSFORM, BARE]
             spent = [b / w for b, w in zip(t.cpu[BARE], t.cpu[WHOLE], strict=True)]
-            cells = [t.share([BARE]), t.share(both, slowest=True), t.share(both), spent]
+            fast = t.share([BARE], whole=FAST)
+            cells = [t.share([BARE]), t.share(both, slowest=True), t.share(both), spent, fast]
             lines.append(f"| {t.size[0]} × {t.size[1]} | {' | '.join(map(_shares, cells))} |")
         lines += ["", "| picture | JPEG `draft` | cosine to the plain embedding, mean | least |"]
         lines.append("|---|---|---|---|")

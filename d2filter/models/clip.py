@@ -41,6 +41,12 @@ class Clip:
     device: str
     dtype: Any
 
+    @property
+    def side(self) -> int:
+        """Pixels of the model's input: the shorter side."""
+        size = self.model.visual.image_size
+        return int(min(size) if isinstance(size, tuple | list) else size)
+
     def prepare(self, images: Sequence[Any], captions: Sequence[str], pad_to: int) -> Batch:
         """n transformed images and n captions as a batch of `pad_to` rows, so that every forward
         pass has one shape: other shapes choose other kernels, whose last bits differ.

@@ -26,6 +26,7 @@ from d2filter.stages.worker import Report, Task, assigned_cpus, assigned_gpu, ch
 
 _LONGEST_RATIO = 1000  # the transform scales the short side up: 1 × 60,000 would take gigabytes
 _LARGE_PIXELS = 1 << 24  # of such pictures one at a time is decoded, or threads would add up
+_DRAFT_TIMES = 2  # cosines to plain embeddings of 0.9999 and more (jobs/bench_embed.py)
 _PICTURE_BYTES = 1 << 20  # of a file, more than most
 _TENSOR_BYTES = 3 * 336 * 336 * 4  # of the largest common input
 _AHEAD_BYTES = 512 << 20  # of encoded pictures that wait for a thread
@@ -156,7 +157,8 @@ def embed_shard(
                 # once for all threads: a large picture is not hostile, and PIL warns of palettes
                 warnings.simplefilter("ignore")
                 samples = webdataset.read_samples(shard)
-                for item in _decoded(pool, samples, model, config.batch_size):
+                side = _DRAFT_TIMES * model.side if config.fast_decode else 0
+                for item in _decoded(pool, samples, model, config.batch_size, side):
                     if isinstance(item, _Ready):
                         batch.append(item)
                     else:
@@ -232,8 +234,10 @@ def _decoded(
     samples: Iterator[webdataset.Sample],
     model: clip.Clip,
     batch_size: int,
+    side: int = 0,
 ) -> Iterator[_Ready | webdataset.Sample]:
-    """Samples in order, decoded ahead by at most two batches; unusable ones as they are.
+    """Samples in order, decoded ahead by at most two batches; unusable ones as they are. side: that
+    JPEGs must keep when they are decoded at a part of their size; 0 for all of it.
 
     The samples before a LostTail are handed out before it is raised.
     """
@@ -244,7 +248,7 @@ def _decoded(
     try:
         for sample in samples:
             size = len(sample.image)
-            waiting.append((size, pool.submit(_decode, sample, model, one_large)))
+            waiting.append((size, pool.submit(_decode, sample, model, one_large, side)))
             ahead += size
             while len(waiting) > 2 * batch_size or ahead > _AHEAD_BYTES:
                 size, future = waiting.popleft()
@@ -259,7 +263,7 @@ def _decoded(
 
 
 def _decode(
-    sample: webdataset.Sample, model: clip.Clip, one_large: Lock
+    sample: webdataset.Sample, model: clip.Clip, one_large: Lock, side: int
 ) -> _Ready | webdataset.Sample:
     """The first frame, as open_clip's own transform sees it: it does not turn by EXIF."""
     from PIL import Image
@@ -271,6 +275,10 @@ def _decode(
             width, height = picture.size
             if max(width, height) > _LONGEST_RATIO * min(width, height):
                 raise ValueError(f"{width} × {height} is longer than {_LONGEST_RATIO} : 1")
+            shorter = min(width, height)
+            if shorter > side > 0:
+                # the least of its own sizes that holds this one; of JPEGs alone
+                picture.draft(None, (width * side // shorter, height * side // shorter))
             with one_large if width * height > _LARGE_PIXELS else nullcontext():
                 tensor = model.transform(_eight_bit(picture))
         sha256 = hashlib.sha256(sample.image).hexdigest()

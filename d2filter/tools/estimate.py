@@ -20,6 +20,8 @@ _META = 150  # of a row of metadata beside its embeddings: uid, url, caption, sc
 _ROW = 60  # of a catalog row beside its features
 _PROCESS = 250_000_000  # a worker before it holds a sample
 _SEARCHING = 450_000_000  # the same with compiled search and products
+_RANKING = 730_000_000  # the same with the ranking's code, which holds parquet too
+_SELECTING = 400_000_000  # the driver, which selects
 _PART = 512_000_000  # of features in a catalog part, at most
 _GROUP = 128_000_000  # of metadata that a task reads
 _BLOCK_ROWS = 65536  # that are wide (float32) at a time
@@ -395,8 +397,8 @@ def _memory(stage: str, pool: Pool, h: Habits, partitions: int) -> float:
         block = 4.0 * min(n, _BLOCK_ROWS) * pool.dimension
         return _SEARCHING + block + 1.1 * n / partitions * _graph_row(pool, h)
     if stage == "rank":
-        return _SEARCHING + n / partitions * (_STATE + _EDGE_MAPPED + 20.0 * pool.k)
-    return _PROCESS + pool.fraction * n * _KEPT + 60.0 * n / partitions
+        return _RANKING + n / partitions * (_STATE + _EDGE_MAPPED + 20.0 * pool.k)
+    return _SELECTING + pool.fraction * n * _KEPT + 60.0 * n / partitions
 
 
 def _embed(pool: Pool, cluster: Cluster, rates: Rates) -> Stage:
@@ -450,7 +452,7 @@ def _judged(found: Estimate, pool: Pool, cluster: Cluster, h: Habits) -> Estimat
             f"the run directory grows to {_gb(found.disk)}, there are {_gb(cluster.disk)}: "
             f"--disk {_gb(1.1 * found.disk)}"
         )
-    subset = _PROCESS + pool.fraction * pool.samples * _KEPT
+    subset = _SELECTING + pool.fraction * pool.samples * _KEPT
     if subset > cluster.memory:
         refusals.append(f"select holds {_gb(subset)} in one task, a node has {_gb(cluster.memory)}")
     return Estimate(

@@ -25,10 +25,12 @@ from d2filter.models.clip import Clip
 from d2filter.stages import embed
 
 
-def decoded(samples: Iterator[Sample], transform: Any = lambda picture: 0) -> Iterator[Any]:
+def decoded(
+    samples: Iterator[Sample], transform: Any = lambda picture: 0, side: int = 0
+) -> Iterator[Any]:
     model = Clip(model=None, transform=transform, tokenize=str, device="cpu", dtype=None)  # type: ignore[arg-type]
     with ThreadPoolExecutor(4) as pool:
-        yield from embed._decoded(pool, samples, model, 8)
+        yield from embed._decoded(pool, samples, model, 8, side)
 
 
 @pytest.mark.parametrize(("bound", "ahead"), [(1 << 30, 17), (10_000, 9)])
@@ -101,6 +103,44 @@ def test_the_next_batch_is_made_ready_while_the_model_runs(
         np.load(tmp_path / "p/metadata/0.npz") as two,
     ):
         assert all((one[name] == two[name]).all() for name in two.files)
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "seen"),
+    [
+        ((1600, 1200), "JPEG", (800, 600)),  # 400 is between a quarter and a half
+        ((1200, 1600), "JPEG", (600, 800)),
+        ((900, 390), "JPEG", (900, 390)),
+        ((1600, 1200), "PNG", (1600, 1200)),
+    ],
+)
+def test_fast_decoding_keeps_the_side_that_was_asked_for(
+    size: tuple[int, int], kind: str, seen: tuple[int, int]
+) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", size, "red").save(stream, kind)
+    sample = Sample(key="a", image=stream.getvalue(), caption="x")
+    got: list[Any] = []
+    (ready,) = decoded(iter([sample]), lambda picture: got.append(picture.size), side=400)
+    assert got == [seen]
+    assert (ready.width, ready.height) == size
+
+
+def test_fast_decoding_leaves_embeddings_near_and_is_another_making(tmp_path: Path) -> None:
+    picture = Image.open(io.BytesIO(made.picture(3))).convert("RGB").resize((900, 700))
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG")
+    made.write(tmp_path / "0.tar", [("a.jpg", stream.getvalue()), ("a.txt", b"a red star")])
+    (shard,) = list_shards([str(tmp_path / "0.tar")])
+    rows = []
+    for fast in (False, True):
+        config = EmbedConfig(shards=(str(tmp_path),), batch_size=1, fast_decode=fast)
+        out = Folder(str(tmp_path / f"o{fast}"))
+        embed.embed_shard(report=lambda done: None, out=out, shard=shard, config=config)
+        with np.load(tmp_path / f"o{fast}/metadata/0.npz") as arrays:
+            rows.append(arrays["tiny_img"][0].astype(np.float64))
+    assert (rows[0] != rows[1]).any()
+    assert rows[0] @ rows[1] > 0.999
 
 
 def test_a_model_that_fails_ends_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
