@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,9 @@ from d2filter.formats.tables import first_line
 
 I64 = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
+
+_READERS = 16
+_ROWS_A_RANGE = 512  # rows that are read for nothing rather than asking once more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,17 +59,35 @@ class Rows:
         """Rows of the given samples, in any order."""
         bounds = np.asarray(self.starts)
         part = np.searchsorted(bounds, numbers, side="right") - 1
-        out: Array | None = None
-        for p in np.unique(part).tolist():
+        first = np.array(self.part(0)[:0]) if self.folder.local else self.read_few(0, numbers[:0])
+        out = np.empty((numbers.size, *first.shape[1:]), first.dtype)
+
+        def fill(p: int, read: Callable[[int, I64], Array]) -> None:
             where = np.flatnonzero(part == p)
-            rows = self.part(p)
-            if out is None:
-                out = np.empty((numbers.size, *rows.shape[1:]), rows.dtype)
-            out[where] = rows[numbers[where] - bounds[p]]
-        if out is None:
-            sample = self.part(0)
-            return np.empty((0, *sample.shape[1:]), sample.dtype)
+            out[where] = read(p, numbers[where] - bounds[p])
+
+        places, count = np.unique(part, return_counts=True)
+        few = count * _ROWS_A_RANGE <= bounds[places + 1] - bounds[places]
+        few &= self.folder.local is None
+        with ThreadPoolExecutor(_READERS) as pool:
+            list(pool.map(lambda p: fill(p, self.read_few), places[few].tolist()))
+        for p in places[~few].tolist():  # one in memory at a time
+            fill(p, lambda p, rows: self.part(p)[rows])
         return out
+
+    def read_few(self, number: int, rows: I64) -> Array:
+        """Some rows of one part, each asked for by itself: for those that lie far apart."""
+        name = self._file(number)
+        with _reported(self.folder, name), self.folder.reading(name) as stream:
+            shape, kind = _header(stream)
+            begin = stream.tell()
+            out = np.empty((rows.size, *shape[1:]), kind)
+            # a buffer would read ahead, by megabytes
+            raw = getattr(stream, "raw", stream)
+            for at, row in enumerate(rows.tolist()):
+                raw.seek(begin + row * out[:1].nbytes)
+                _fill(raw, out[at : at + 1])
+            return out
 
 
 def read_array(folder: Folder, name: str) -> Array:
@@ -84,26 +106,36 @@ def read_range(folder: Folder, name: str, rows: slice | None = None) -> Array:
     Raises InputError for a broken file.
     """
     with _reported(folder, name), folder.reading(name) as stream:
-        version = np.lib.format.read_magic(stream)
-        header = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )
-        shape, _, kind = header(stream)
+        shape, kind = _header(stream)
         begin, end, _ = (rows or slice(None)).indices(shape[0])
         out = np.empty((max(0, end - begin), *shape[1:]), kind)
-        if kind.hasobject:
-            raise ValueError("it holds Python objects")
         if out.size:
             stream.seek(begin * (out.nbytes // len(out)), os.SEEK_CUR)
-        left = out.reshape(-1).view(np.uint8).data
-        while left:
-            got = stream.readinto(left)  # type: ignore[attr-defined]  # files and fsspec's have it
-            if not got:
-                raise ValueError(f"{left.nbytes} bytes are missing at its end")
-            left = left[got:]
+        _fill(stream, out)
         return out
+
+
+def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of a .npy file, which is then read up to its values."""
+    version = np.lib.format.read_magic(stream)
+    header = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
+    shape, _, kind = header(stream)
+    if kind.hasobject:
+        raise ValueError("it holds Python objects")
+    return shape, kind
+
+
+def _fill(stream: IO[bytes], out: Array) -> None:
+    left = out.reshape(-1).view(np.uint8).data
+    while left:
+        got = stream.readinto(left)  # type: ignore[attr-defined]  # files and fsspec's have it
+        if not got:
+            raise ValueError(f"{left.nbytes} bytes are missing at its end")
+        left = left[got:]
 
 
 @contextmanager

@@ -300,11 +300,11 @@ class RunState:
 
     def _difference(self, record: dict[str, Any], plan: Plan) -> str:
         """What differs between a finished stage and a plan; "" when only times of files do."""
+        if record["d2filter"] != d2filter.__version__:
+            return f"it was made by d2filter {record['d2filter']}, this is {d2filter.__version__}"
         changed = _changed(record["options"], plan.options)
         if changed:
             return changed
-        if record["d2filter"] != d2filter.__version__:
-            return f"it was made by d2filter {record['d2filter']}, this is {d2filter.__version__}"
         if record["upstream"] != plan.upstream:
             return "the stage before it was made anew"
         return differing_input(record, plan.inputs, plan.content_of)

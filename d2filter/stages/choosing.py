@@ -1,6 +1,7 @@
 """How to search a pool: the calibration, with a task for each catalog part (DESIGN §4.7).
 
 The driver asks, and every part answers for its own rows; their lists merge to those of the pool.
+The driver makes no products.
 
 index/asked-KIND-TURN-00.*       queries of one request: numbers, features, cells to search
 index/answer-KIND-TURN-00-00000.*   what a part has found for it
@@ -8,7 +9,9 @@ index/answer-KIND-TURN-00-00000.*   what a part has found for it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -21,7 +24,7 @@ from d2filter.config import GraphConfig
 from d2filter.formats import catalog
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_columns, write_columns
-from d2filter.stages.index import CALIBRATE, assigned_rows, read_counts, read_trained
+from d2filter.stages.index import CALIBRATE, assigned_rows, each_count, read_trained
 from d2filter.stages.neighbors import read_lists, read_short, write_lists, write_short
 from d2filter.stages.worker import Report, assigned_cpus
 
@@ -29,6 +32,7 @@ F16 = npt.NDArray[np.float16]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 Figures = dict[str, Any]
+_READERS = 16  # of answers, which may lie on an object store
 Each = Callable[[str, Callable[..., Figures], Figures], object]
 """(turn, task, arguments): runs the task for every catalog part"""
 
@@ -38,9 +42,9 @@ def choose(
 ) -> Figures:
     """Task of the driver: how many cells to probe, and whether to refine. kind: of the cells."""
     pool = Spread(out, parts, read_trained(out), kind, each)
-    sample = read_columns(out.sub("index"), CALIBRATE, "number", "rows")
-    choice = knn.choose(
-        pool, pool.trained, sample["rows"], sample["number"], config.n_neighbors,
+    sample = read_columns(out.sub("index"), CALIBRATE, "number", "rows", "probed")
+    choice = calibrate.choose(
+        pool, sample["rows"], sample["number"], sample["probed"], config.n_neighbors,
         config.target_recall,
     )  # fmt: skip
     return {**asdict(choice), "pays": knn.pays(choice, pool.total, pool.trained.cells.count)}
@@ -61,7 +65,7 @@ class Spread:
         self._layout = catalog.layout(out.sub("catalog"))
         self._assigned = assigned_rows(out, self._layout)
         self.total = self._layout.total
-        self.sizes: I64 = read_counts(out, parts).sum(axis=0)
+        self.sizes: I64 = sum(each_count(out, parts), np.zeros(trained.cells.count, np.int64))
         self._turns = 0
 
     def truth(self, queries: F16, numbers: I64, k: int) -> Lists:
@@ -70,8 +74,7 @@ class Spread:
         self._each(turn, exact_lists, {"stem": self._named(turn), "k": k})
         found = Lists.empty(len(queries), k)
         everyone = np.arange(len(queries), dtype=np.int64)
-        for part in range(self._parts):
-            _, theirs = read_lists(self._out.sub("index"), _answer(self._named(turn), 0, part))
+        for _, theirs in self._answers(read_lists, turn, 0):
             merge_inplace(found, everyone, theirs, numbers, self.total)
         return found
 
@@ -84,9 +87,7 @@ class Spread:
         for number, r in enumerate(requests):
             short = shortlist.empty(len(r.queries), places[number])
             everyone = np.arange(len(r.queries), dtype=np.int64)
-            for part in range(self._parts):
-                stem = _answer(self._named(turn), number, part)
-                _, theirs = read_short(self._out.sub("index"), stem)
+            for _, theirs in self._answers(read_short, turn, number):
                 shortlist.merge_inplace(short, everyone, theirs, r.numbers, self.total)
             out.append(shortlist.settle(short, r.numbers, r.k, self.total))
         return out
@@ -98,6 +99,17 @@ class Spread:
     def probed(self, numbers: I64) -> I32:
         """The cells that they probe."""
         return self._assigned.gather(numbers)
+
+    def _answers(self, read: Callable[[Folder, str], Any], turn: str, number: int) -> Iterator[Any]:
+        """What the parts have found for a request, in their order; some are read ahead."""
+        stems = deque(_answer(self._named(turn), number, part) for part in range(self._parts))
+        index = self._out.sub("index")
+        with ThreadPoolExecutor(_READERS) as pool:
+            ahead: deque[Future[Any]] = deque()
+            while stems or ahead:
+                while stems and len(ahead) < 2 * _READERS:
+                    ahead.append(pool.submit(read, index, stems.popleft()))
+                yield ahead.popleft().result()
 
     def _ask(self, requests: Sequence[tuple[F16, I64, I32]]) -> str:
         turn = f"{self._turns:02d}"

@@ -26,7 +26,7 @@ from d2filter.stages.worker import Report, Task, assigned_cpus, assigned_gpu, ch
 
 _LONGEST_RATIO = 1000  # the transform scales the short side up: 1 × 60,000 would take gigabytes
 _LARGE_PIXELS = 1 << 24  # of such pictures one at a time is decoded, or threads would add up
-_DRAFT_TIMES = 2  # cosines to plain embeddings of 0.9999 and more (jobs/bench_embed.py)
+_DRAFT_TIMES = 2  # cosines to plain embeddings of 0.9999 on average (jobs/bench_embed.py)
 _PICTURE_BYTES = 1 << 20  # of a file, more than most
 _TENSOR_BYTES = 3 * 336 * 336 * 4  # of the largest common input
 _AHEAD_BYTES = 512 << 20  # of encoded pictures that wait for a thread

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -30,6 +31,7 @@ _SHARE_OF_MEMORY = 0.5  # of what is left: products, arrow buffers and copies ne
 _PRODUCTS = ("train", "assign", "choose", "find", "measure")  # steps that a GPU makes shorter
 _CHOOSING = ("train", "assign", "choose")
 _AFTER_LAYOUT = ("route-", "find-", "merge-", "refine-", "finish-", "judge")
+_REMOVERS = 16
 _CHOICE = tuple(field.name for field in fields(calibrate.Choice))
 _KEPT = (CENTROIDS, "cells.parquet", "classes.json")
 
@@ -85,9 +87,9 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
 def tidy(out: Folder) -> None:
     """Remove what only the making of a graph needs. After the stage is recorded as done."""
     index = out.sub("index")
-    for name in index.names():
-        if name not in _KEPT:
-            index.remove(name)
+    names = [name for name in index.names() if name not in _KEPT]
+    with ThreadPoolExecutor(_REMOVERS) as pool:  # an object store takes its time for each
+        list(pool.map(index.remove, names))
 
 
 class _Steps:
@@ -139,7 +141,12 @@ class _Steps:
         }  # fmt: skip
         task = Task(name=f"choose-{kind}", run=choosing.choose, arguments=asked)
         made = self._print("choose", kind)
-        return self._runner.here("graph", task, fingerprint=made, skip=True)
+        before = self.seconds.get("choose", 0.0)
+        figures = self._runner.here("graph", task, fingerprint=made, skip=True)
+        # with what the driver did, and on a rerun too
+        self.seconds["choose"] = round(before + figures["seconds"], 3)
+        self.peak = max(self.peak, figures["peak_rss_bytes"])
+        return figures
 
     def compare_all(self) -> tuple[Figures, Figures]:
         """One cell, whatever the calibration found."""

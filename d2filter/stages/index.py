@@ -3,7 +3,8 @@
 index/centroids.npy            (nlist, d') float16; parents.npy, parent.npy, looked_under.npy: the
                                level above, and how many of it a row looks under
 index/sketch.*                 the projection: mean (d,), axes (d, d') and grid
-index/calibrate.*, measure.*   hash-chosen samples: numbers and features
+index/calibrate.*, measure.*   hash-chosen samples: numbers and features; calibrate.probed.npy: the
+                               cells that may be searched for them
 index/assigned-00000.npy       (rows, p) int32, by catalog part: cells that each row probes
 index/counts-00000.npy         (nlist,) int64 rows of each cell in that part
 
@@ -12,6 +13,7 @@ All but centroids.npy and cells.parquet is removed when the graph is done.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -60,6 +62,11 @@ def train(
     write_columns(
         index, "sketch", mean=to_sketch.mean, axes=to_sketch.axes, grid=np.array([to_sketch.grid])
     )
+    if count > 1:
+        # the driver, which calibrates, makes no products: Ray has lent it no GPU
+        asked = trained.sketch.apply(layout.gather(chosen[uids.SALT_CALIBRATE]))
+        probed = cells.assign(asked, trained.cells, cells.MOST_PROBES)
+        write_array(index, f"{CALIBRATE}.probed.npy", probed)
     write_array(index, "parents.npy", trained.cells.parents)
     write_array(index, "parent.npy", trained.cells.parent)
     write_array(index, "looked_under.npy", np.array([trained.cells.looked_under]))
@@ -109,8 +116,13 @@ def read_sketch(out: Folder) -> Sketch:
 
 def read_counts(out: Folder, parts: int) -> I64:
     """(parts, nlist) rows of each cell in each catalog part."""
-    index = out.sub("index")
-    return np.stack([read_array(index, f"counts-{part:05d}.npy") for part in range(parts)])
+    return np.stack(list(each_count(out, parts)))
+
+
+def each_count(out: Folder, parts: int) -> Iterator[I64]:
+    """(nlist,) rows of each cell in one catalog part after the other."""
+    for part in range(parts):
+        yield read_array(out.sub("index"), f"counts-{part:05d}.npy")
 
 
 def assigned_rows(out: Folder, layout: Rows) -> Rows:

@@ -125,11 +125,8 @@ def _make(
         for number, (first, after) in enumerate(itertools.pairwise(_bounds(shards)))
     ]  # fmt: skip
     number_of = {task.name: number for number, task in enumerate(finding)}
-    indexes = _Indexes(work)
-    # what an earlier attempt has found is needed all at once
-    for name in state.sub("completions/reshard").names(".json"):
-        if name.removesuffix(".json") in number_of:
-            indexes.ask(number_of[name.removesuffix(".json")])
+    there = {name.removesuffix(".json") for name in state.sub("completions/reshard").names()}
+    indexes = _Indexes(work, {number_of[name] for name in there & number_of.keys()})
     placing = Placing(subset, shard_size=config.shard_size, shuffle=config.shuffle)
     numbers = itertools.count()
     searched: set[int] = set()
@@ -141,7 +138,6 @@ def _make(
         if name not in number_of:
             return []
         searched.add(number_of[name])
-        indexes.ask(number_of[name])
         settled = []
         while placed in searched:
             settled += placing.add(*indexes.get(placed))
@@ -185,21 +181,22 @@ def _make(
 
 
 class _Indexes:
-    """uids that each index holds, read by threads: an object store takes its time for each."""
+    """uids that each index holds, in order. Those of an earlier attempt are needed all at once:
+    some are read ahead, for an object store takes its time for each.
+    """
 
-    def __init__(self, work: Folder) -> None:
+    def __init__(self, work: Folder, there: set[int]) -> None:
         self._work = work
+        self._there = there
         self._pool = ThreadPoolExecutor(_READERS)
-        self._asked: dict[int, Future[list[U64]]] = {}
-
-    def ask(self, number: int) -> None:
-        """Begin to read an index, unless it was asked for."""
-        if number not in self._asked:
-            self._asked[number] = self._pool.submit(self._read, number)
+        self._ahead: dict[int, Future[list[U64]]] = {}
 
     def get(self, number: int) -> list[U64]:
         """hi and lo, once."""
-        return self._asked.pop(number).result()
+        for one in (number, *range(number + 1, number + 2 * _READERS)):
+            if one not in self._ahead and (one == number or one in self._there):
+                self._ahead[one] = self._pool.submit(self._read, one)
+        return self._ahead.pop(number).result()
 
     def _read(self, number: int) -> list[U64]:
         table = tables.read_table(self._work, fill.index_name(number), ["uid_hi", "uid_lo"])

@@ -45,12 +45,15 @@ def lay_out(*, report: Report, out: Folder, parts: int, partitions: int) -> dict
     """Task of the driver: cells → partitions. Removes what another layout has left."""
     index = out.sub("index")
     centroids = np.array(read_array(index, CENTROIDS))
-    laid = partition.lay_out(centroids, read_counts(out, parts), partitions)
+    counts = read_counts(out, parts)
+    laid = partition.lay_out(centroids, counts, partitions)
     for name in index.names():
         if name.startswith(_OF_A_LAYOUT):
             index.remove(name)
     out.remove("graph")
     write_array(index, "partition.npy", laid.partition)
+    write_array(index, "begin.npy", _begins(counts, laid))
+    write_array(index, "sizes.npy", counts.sum(axis=0))
     table = pa.table({"cell": laid.cell, "partition": laid.owner, "rows": laid.rows})
     with index.publish("cells.parquet") as path:
         pq.write_table(table, path)
@@ -63,8 +66,10 @@ def route(
     """Task: send the rows of one catalog part on. Figures: entries, home rows by partition."""
     index = out.sub("index")
     layout = catalog.layout(out.sub("catalog"))
-    counts = read_counts(out, parts)
-    home_of = read_array(index, "partition.npy")
+    # of the tables by part only its own row: all of them have gigabytes in large pools
+    mine = slice(part, part + 1)
+    home_of, begin = (read_range(index, f"{n}.npy", mine) for n in ("partition", "begin"))
+    sizes = read_range(index, "sizes.npy")
     table = read_layout(index)
     laid = partition.Layout(
         partition=home_of,
@@ -74,9 +79,9 @@ def route(
         partitions=partitions,
     )
     assigned = np.array(assigned_rows(out, layout).part(part)[:, :probes])
-    home = home_of[part][assigned[:, 0]]
-    probed = cells.every_cell_where_short(assigned, counts.sum(axis=0), min(k, layout.total - 1))
-    row, goal = partition.destinations(probed, home, *laid.owners_of(counts.shape[1]))
+    home = home_of[0][assigned[:, 0]]
+    probed = cells.every_cell_where_short(assigned, sizes, min(k, layout.total - 1))
+    row, goal = partition.destinations(probed, home, *laid.owners_of(sizes.size))
     group = 2 * goal.astype(np.int64) + (home[row] != goal)
     start, order = features.bucketed(group, 2 * partitions)
     row = row[order]
@@ -89,7 +94,7 @@ def route(
         home=home[row],
         probed=probed[row],
     )
-    write_array(index, f"ids-{part:05d}.npy", _graph_ids(home, home_of, counts, part, laid))
+    write_array(index, f"ids-{part:05d}.npy", _graph_ids(home, begin[0]))
     report(len(home))
     return {"entries": int(row.size)}
 
@@ -154,18 +159,25 @@ def read_layout(index: Folder) -> dict[str, npt.NDArray[Any]]:
     return {name: np.array(table.column(name).to_numpy()) for name in table.column_names}
 
 
-def _graph_ids(
-    home: I32, home_of: npt.NDArray[Any], counts: I64, part: int, laid: partition.Layout
-) -> I64:
-    """Rows of a partition are numbered by uid; partitions follow one another."""
-    first = np.cumsum(laid.sizes()) - laid.sizes()
-    for before in range(part):
-        first += np.bincount(
-            home_of[before], weights=counts[before], minlength=laid.partitions
-        ).astype(np.int64)
-    start, order = features.bucketed(home, laid.partitions)
+def _begins(counts: I64, laid: partition.Layout) -> I64:
+    """Graph id of the first row that each catalog part has in each partition, (parts, partitions).
+
+    Rows of a partition are numbered by uid, as parts follow each other; partitions follow too.
+    """
+    begin = np.cumsum(laid.sizes()) - laid.sizes()
+    out = np.empty((len(counts), laid.partitions), np.int64)
+    for part, own in enumerate(counts):
+        out[part] = begin
+        here = np.bincount(laid.partition[part], weights=own, minlength=laid.partitions)
+        begin = begin + here.astype(np.int64)
+    return out
+
+
+def _graph_ids(home: I32, begin: I64) -> I64:
+    """Graph ids of the rows of a catalog part. home: (n,) their partitions; begin: (partitions,)"""
+    start, order = features.bucketed(home, begin.size)
     ids = np.empty(home.size, np.int64)
-    ids[order] = first[home[order]] + features.inside_runs(np.diff(start))
+    ids[order] = begin[home[order]] + features.inside_runs(np.diff(start))
     return ids
 
 

@@ -19,7 +19,7 @@ from d2filter.formats import logs
 from d2filter.formats.paths import Folder, read_jsons
 from d2filter.stages import shared
 from d2filter.stages.fanout import FanOut, Needs
-from d2filter.stages.worker import Outcome, Task, execute, marker
+from d2filter.stages.worker import Outcome, Task, execute, in_one_line, marker
 
 # a machine that loses its power closes no connection: Ray waits for seven minutes otherwise
 _KEEPALIVE = {
@@ -79,8 +79,10 @@ class Runner:
         def following(name: str, figures: dict[str, Any]) -> list[Task]:
             try:
                 more = list(then(name, figures)) if then is not None and not broken else []
-            except D2FilterError as error:
-                broken.append(error)  # it must not stop the tasks that run
+            except (D2FilterError, OSError) as error:
+                # it must not stop the tasks that run
+                broken.append(in_one_line(error, f"{stage}, after {name}", ""))
+                self._log_failed(stage, [(name, broken[-1])])
                 return []
             every.extend(task.name for task in more)
             known = self._done_before(stage, there, more, fingerprint)
@@ -191,10 +193,7 @@ class Runner:
     def _figures(self, stage: str, outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
         """Figures by task name. When any task failed: all of them to the log, one line raised."""
         failed = sorted((o for o in outcomes if o.error is not None), key=lambda o: o.name)
-        # where the disk is full the error must still reach the user
-        with contextlib.suppress(OSError, StorageError):
-            told = [{"stage": stage, "task": o.name, "error": str(o.error)} for o in failed]
-            logs.append_all(self.folder, logs.DRIVER, "task failed", told)
+        self._log_failed(stage, [(o.name, o.error) for o in failed])
         if failed and failed[0].error and len({str(o.error) for o in failed}) == 1:
             raise failed[0].error  # one failure, or the same one everywhere
         if failed:
@@ -205,6 +204,12 @@ class Runner:
                 f"kept: {shown}{more} (all in {self.folder.where(logs.DRIVER)})"
             )
         return {o.name: o.figures for o in outcomes if o.figures is not None}
+
+    def _log_failed(self, stage: str, failed: Sequence[tuple[str, Exception | None]]) -> None:
+        # where the disk is full the error must still reach the user
+        with contextlib.suppress(OSError, StorageError):
+            told = [{"stage": stage, "task": name, "error": str(error)} for name, error in failed]
+            logs.append_all(self.folder, logs.DRIVER, "task failed", told)
 
     def ray(self) -> Any:
         """The ray module, connected to the cluster, or to one started in this process.

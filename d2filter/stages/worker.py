@@ -82,13 +82,13 @@ def execute(
         }
         folder.publish_json(marker(stage, task.name), record)
     except Exception as error:
-        known = _known(error, f"{stage} task {task.name}", folder.where(log.name))
+        told = in_one_line(error, f"{stage} task {task.name}", folder.where(log.name))
         # the error itself must reach the user even when the disk that caused it is full
         with contextlib.suppress(OSError, StorageError):
-            whole = {} if error is known else {"traceback": traceback.format_exc()}
-            log.line("failed", error=str(known), **whole)
+            whole = {} if error is told else {"traceback": traceback.format_exc()}
+            log.line("failed", error=str(told), **whole)
             log.close()
-        return Outcome(name=task.name, error=known)
+        return Outcome(name=task.name, error=told)
     return Outcome(name=task.name, figures=record)
 
 
@@ -97,8 +97,8 @@ def checksums_of(figures: Sequence[dict[str, Any]]) -> Checksums:
     return {name: told for one in figures for name, told in one.get("checksums", {}).items()}
 
 
-def _known(error: Exception, what: str, log: str) -> D2FilterError:
-    """One line for anything that a task can raise."""
+def in_one_line(error: Exception, what: str, log: str) -> D2FilterError:
+    """One line for anything that a task can raise. log: where its traceback is, if anywhere."""
     if isinstance(error, D2FilterError):
         return error
     if isinstance(error, OSError):
@@ -108,7 +108,8 @@ def _known(error: Exception, what: str, log: str) -> D2FilterError:
         return StorageError(f"{what}: {reason}{place}")
     # a fault of ours: reported whole, never retried, never silent
     text = (str(error).strip() or "no message").splitlines()[0]
-    return StageError(f"{what}: {type(error).__name__}: {text} (traceback in {log})")
+    where = f" (traceback in {log})" if log else ""
+    return StageError(f"{what}: {type(error).__name__}: {text}{where}")
 
 
 def assigned_cpus() -> int:

@@ -22,6 +22,7 @@ from d2filter.formats import catalog, graph
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
 from d2filter.stages import catalog as catalog_stage
+from d2filter.stages import choosing
 from d2filter.stages import graph as graph_stage
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -173,9 +174,21 @@ def test_harder_tries_leave_no_trace_of_the_easier_ones(
             raise KeyboardInterrupt
         original(steps, kind, probes)
 
+    def cut_off_in_a_turn(pool: Any, requests: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(choosing.Spread, "find", cut_off_in_a_turn)
+        assert run(*words, out, "--partitions", 3) == 130
+    turns = out / "completions/graph"
+    asked = {path.name: path.stat().st_mtime_ns for path in turns.glob("choose-cells-00-*")}
+    assert len(asked) > 3
+    assert not (turns / "choose-cells.json").exists()
     with monkeypatch.context() as patched:
         patched.setattr(graph_stage._Steps, "_assign", cut_off)
         assert run(*words, out, "--partitions", 3) == 130
+    # what was answered was not asked again
+    assert asked == {path.name: path.stat().st_mtime_ns for path in turns.glob("choose-cells-00-*")}
     assert run(*words, out, "--partitions", 3) == 0
     assert same_graph(tmp_path / "one", out)
     assert stats(out)["catalog"]["parts"] > 3

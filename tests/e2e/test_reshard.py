@@ -189,9 +189,13 @@ def test_what_was_written_while_a_search_failed_is_not_written_again(
     assert [(out / name).stat().st_mtime_ns for name in early] == before
 
 
+@pytest.mark.parametrize(
+    "fault", [StorageError("the store does not answer"), OSError(5, "the store does not answer")]
+)
 def test_an_index_that_cannot_be_read_stops_no_other_task(
-    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    fault: Exception,
+) -> None:  # fmt: skip
     np.save(tmp_path / "s.npy", chosen(pool))
     words = ("reshard", "--shards", pool, "--subset", tmp_path / "s.npy", "--shard-size", 5)
     monkeypatch.setattr(stage, "_BYTES_A_TASK", 1)
@@ -199,7 +203,7 @@ def test_an_index_that_cannot_be_read_stops_no_other_task(
 
     def unread(indexes: Any, number: int) -> Any:
         if number == 1:
-            raise StorageError("the store does not answer")
+            raise fault
         return plain(indexes, number)
 
     out = tmp_path / "o"

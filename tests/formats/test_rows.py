@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from d2filter.errors import InputError, StorageError
+from d2filter.formats import rows as rows_module
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import (
     Rows,
@@ -19,13 +20,31 @@ from d2filter.formats.rows import (
 )
 
 
+def test_few_rows_of_a_remote_part_are_asked_for_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder("memory://few/rows")
+    whole = np.arange(4000, dtype=np.int64).reshape(2000, 2)
+    write_array(folder, "x-00000.npy", whole)
+    rows = Rows(folder=folder, name="x", starts=(0, 2000))
+    monkeypatch.setattr(rows_module, "read_range", None)  # what would read all of it
+    assert rows.gather(np.array([1999, 7, 1999])).tolist() == whole[[1999, 7, 1999]].tolist()
+    with folder.publish("x-00000.npy") as path, path.open("wb") as stream:
+        np.save(stream, whole)
+        stream.truncate(2000)
+    with pytest.raises(InputError, match=r"x-00000\.npy .*16 bytes are missing"):
+        rows.gather(np.array([1500]))
+
+
 @pytest.fixture(params=["local", "memory"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
     """A local folder, and one that is only reached through fsspec."""
     return Folder(str(tmp_path) if request.param == "local" else f"memory://{tmp_path.name}/rows")
 
 
-def test_rows_of_any_part_come_in_the_order_asked_for(folder: Folder) -> None:
+@pytest.mark.parametrize("a_range", [1, 2, 512])
+def test_rows_of_any_part_come_in_the_order_asked_for(
+    folder: Folder, a_range: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "_ROWS_A_RANGE", a_range)
     rng = np.random.default_rng(0)
     whole = rng.integers(0, 100, (10, 3)).astype(np.int32)
     starts = (0, 4, 4, 10)
