@@ -252,6 +252,14 @@ def test_logs_tell_where_a_task_ran_on_what_and_what_came_of_it(out: Folder) -> 
     assert (step["label"], step["tasks"], step["left"]) == ("writing", 1, 1)
 
 
+def test_a_driver_has_the_cpus_of_its_machine() -> None:
+    """Ray, which runs here, knows what it gave to tasks only."""
+    from d2filter.stages import worker
+
+    assert worker.assigned_cpus() == (os.cpu_count() or 1)
+    assert not worker.assigned_gpu()
+
+
 def test_progress_shows_counts(out: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     runner = Runner(out, show_progress=True)
     runner.map("s", tasks(out, write, "a", "b"), fingerprint="1", label="reading", total=6)
