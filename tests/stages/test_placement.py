@@ -197,6 +197,7 @@ def test_a_model_is_on_the_gpu_only_where_the_task_has_one(monkeypatch: pytest.M
         raise RuntimeError("enough")
 
     monkeypatch.setattr("open_clip.create_model_and_transforms", create)
+    clip.load.cache_clear()  # other tests of this process have loaded it
     for here, on_gpu in ((True, True), (True, False), (False, True)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda here=here: here)
         with pytest.raises(Exception, match="enough"):
