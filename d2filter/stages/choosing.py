@@ -25,7 +25,7 @@ from d2filter.formats import catalog
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_columns, write_columns
 from d2filter.stages.index import CALIBRATE, assigned_rows, each_count, read_trained
-from d2filter.stages.neighbors import read_lists, read_short, write_lists, write_short
+from d2filter.stages.neighbors import list_exactly, read_lists, read_short, write_short
 from d2filter.stages.worker import Report, assigned_cpus
 
 F16 = npt.NDArray[np.float16]
@@ -34,7 +34,7 @@ I64 = npt.NDArray[np.int64]
 Figures = dict[str, Any]
 _READERS = 16  # of answers, which may lie on an object store
 Each = Callable[[str, Callable[..., Figures], Figures], object]
-"""(turn, task, arguments): runs the task for every catalog part"""
+"""(name of the turn, task, arguments): runs the task for every catalog part"""
 
 
 def choose(
@@ -60,7 +60,7 @@ class Spread:
         self.sketch = trained.sketch
         self._out = out
         self._parts = parts
-        self._stem = kind
+        self._kind = kind
         self._each = each
         self._layout = catalog.layout(out.sub("catalog"))
         self._assigned = assigned_rows(out, self._layout)
@@ -70,24 +70,24 @@ class Spread:
 
     def truth(self, queries: F16, numbers: I64, k: int) -> Lists:
         """Exact lists over the whole pool."""
-        turn = self._ask([(queries, numbers, np.zeros((len(numbers), 0), np.int32))])
-        self._each(turn, exact_lists, {"stem": self._named(turn), "k": k})
+        stem = self._ask([(queries, numbers, np.zeros((len(numbers), 0), np.int32))])
+        self._each(stem, exact_lists, {"stem": stem, "k": k})
         found = Lists.empty(len(queries), k)
         everyone = np.arange(len(queries), dtype=np.int64)
-        for _, theirs in self._answers(read_lists, turn, 0):
+        for _, theirs in self._answers(read_lists, stem, 0):
             merge_inplace(found, everyone, theirs, numbers, self.total)
         return found
 
     def find(self, requests: Sequence[calibrate.Request]) -> list[Lists]:
         """Lists as the search of these cells finds them."""
-        turn = self._ask([(r.queries, r.numbers, r.probed) for r in requests])
+        stem = self._ask([(r.queries, r.numbers, r.probed) for r in requests])
         places = [self.sketch.places(r.k) for r in requests]
-        self._each(turn, short_lists, {"stem": self._named(turn), "places": places})
+        self._each(stem, short_lists, {"stem": stem, "places": places})
         out = []
         for number, r in enumerate(requests):
             short = shortlist.empty(len(r.queries), places[number])
             everyone = np.arange(len(r.queries), dtype=np.int64)
-            for _, theirs in self._answers(read_short, turn, number):
+            for _, theirs in self._answers(read_short, stem, number):
                 shortlist.merge_inplace(short, everyone, theirs, r.numbers, self.total)
             out.append(shortlist.settle(short, r.numbers, r.k, self.total))
         return out
@@ -100,9 +100,9 @@ class Spread:
         """The cells that they probe."""
         return self._assigned.gather(numbers)
 
-    def _answers(self, read: Callable[[Folder, str], Any], turn: str, number: int) -> Iterator[Any]:
+    def _answers(self, read: Callable[[Folder, str], Any], stem: str, number: int) -> Iterator[Any]:
         """What the parts have found for a request, in their order; some are read ahead."""
-        stems = deque(_answer(self._named(turn), number, part) for part in range(self._parts))
+        stems = deque(_answer(stem, number, part) for part in range(self._parts))
         index = self._out.sub("index")
         with ThreadPoolExecutor(_READERS) as pool:
             ahead: deque[Future[Any]] = deque()
@@ -112,27 +112,19 @@ class Spread:
                 yield ahead.popleft().result()
 
     def _ask(self, requests: Sequence[tuple[F16, I64, I32]]) -> str:
-        turn = f"{self._turns:02d}"
+        stem = f"{self._kind}-{self._turns:02d}"
         self._turns += 1
         for number, (queries, numbers, probed) in enumerate(requests):
-            stem = _asked(self._named(turn), number)
-            write_columns(self._out.sub("index"), stem, rows=queries, number=numbers, probed=probed)
-        return turn
-
-    def _named(self, turn: str) -> str:
-        return f"{self._stem}-{turn}"
+            write_columns(
+                self._out.sub("index"), _asked(stem, number), rows=queries, number=numbers,
+                probed=probed,
+            )  # fmt: skip
+        return stem
 
 
 def exact_lists(*, report: Report, out: Folder, part: int, stem: str, k: int) -> Figures:
     """Task: exact lists of the queries over one catalog part. Memory: the part."""
-    backend.use_threads(assigned_cpus())
-    index = out.sub("index")
-    asked = read_columns(index, _asked(stem, 0), "rows", "number")
-    layout = catalog.layout(out.sub("catalog"))
-    rows = layout.read(part)
-    own = layout.starts[part] + np.arange(len(rows), dtype=np.int64)
-    found = search.search_all(rows, own, asked["rows"], asked["number"], k, layout.total)
-    write_lists(index, _answer(stem, 0, part), asked["number"], found)
+    list_exactly(out, part, _asked(stem, 0), _answer(stem, 0, part), k)
     return {}
 
 

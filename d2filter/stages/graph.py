@@ -131,9 +131,9 @@ class _Steps:
         """Figures of the choice: the driver decides, and every catalog part is asked."""
 
         def each(turn: str, run: Any, arguments: Figures) -> None:
-            names = [f"choose-{kind}-{turn}-{part:05d}" for part in range(self._parts)]
+            names = [f"choose-{turn}-{part:05d}" for part in range(self._parts)]
             own = [{**arguments, "part": part} for part in range(self._parts)]
-            self._map("choose", run, names, own, None, variant=f"{kind}-{turn}")
+            self._map("choose", run, names, own, None, variant=turn)
 
         asked = {
             "out": self._out, "config": self._config.graph, "parts": self._parts, "kind": kind,

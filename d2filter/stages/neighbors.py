@@ -188,15 +188,23 @@ def finish(
 
 def measure(*, report: Report, out: Folder, part: int, k: int) -> dict[str, Any]:
     """Task: exact lists of the measured queries within one catalog part."""
+    report(list_exactly(out, part, MEASURE, f"truth-{part:05d}", k))
+    return {}
+
+
+def list_exactly(out: Folder, part: int, asked: str, answer: str, k: int) -> int:
+    """Publish exact lists of some queries over one catalog part; returns its rows.
+
+    asked, answer: stems of the queries and of their lists. Memory: the part.
+    """
     backend.use_threads(assigned_cpus())
     layout = catalog.layout(out.sub("catalog"))
-    queries = read_columns(out.sub("index"), MEASURE, "number", "rows")
+    queries = read_columns(out.sub("index"), asked, "number", "rows")
     rows = layout.read(part)
     numbers = layout.starts[part] + np.arange(len(rows), dtype=np.int64)
     found = search.search_all(rows, numbers, queries["rows"], queries["number"], k, layout.total)
-    write_lists(out.sub("index"), f"truth-{part:05d}", queries["number"], found)
-    report(len(rows))
-    return {}
+    write_lists(out.sub("index"), answer, queries["number"], found)
+    return len(rows)
 
 
 def judge(

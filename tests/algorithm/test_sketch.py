@@ -182,6 +182,16 @@ def test_calibration_counts_what_shortlists_lose(monkeypatch: pytest.MonkeyPatch
     assert knn.measure_recall(pool, graph).value >= 0.99
 
 
+def groups_without_shape(groups: int, dim: int, *, scatter: float, seed: int) -> knn.Pool:
+    """60,000 rows around centers, the same along all axes."""
+    rng = np.random.default_rng(seed)
+    n = 60_000
+    centers = rng.normal(size=(groups, dim))
+    rows = centers[rng.integers(0, groups, n)] + scatter * rng.normal(size=(n, dim))
+    hi = np.arange(n, dtype=np.uint64)
+    return knn.make_pool(features.fix([rows]), hi, np.zeros_like(hi))
+
+
 def test_a_sample_that_is_thinner_than_its_pool_does_not_cost_the_recall(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -189,13 +199,7 @@ def test_a_sample_that_is_thinner_than_its_pool_does_not_cost_the_recall(
 
     Thirty-two axes were taken here, and half the neighbors lost.
     """
-    rng = np.random.default_rng(0)
-    centers = rng.normal(size=(300, 128))
-    rows = features.fix(
-        [centers[rng.integers(0, 300, 60_000)] + 0.8 * rng.normal(size=(60_000, 128))]
-    )
-    hi = np.arange(60_000, dtype=np.uint64)
-    pool = knn.make_pool(rows, hi, np.zeros_like(hi))
+    pool = groups_without_shape(300, 128, scatter=0.8, seed=0)
     monkeypatch.setattr(sketch, "_LOOKED_AT", 4000)
     assert knn.train(pool, 5).sketch.axes.shape[1] == 32
     graph, index = knn.build(pool, 5, target_recall=0.95)
@@ -206,13 +210,8 @@ def test_a_sample_that_is_thinner_than_its_pool_does_not_cost_the_recall(
 
 def test_groups_that_parents_cut_through_are_looked_for_under_more_of_them() -> None:
     """All groups lie as far from each other: no parent has those of a row, and eight not all."""
-    rng = np.random.default_rng(1)
-    centers = rng.normal(size=(500, 96))
-    rows = features.fix(
-        [centers[rng.integers(0, 500, 60_000)] + 1.1 * rng.normal(size=(60_000, 96))]
-    )
-    hi = np.arange(60_000, dtype=np.uint64)
-    pool = knn.make_pool(rows, hi, np.zeros_like(hi))
+    pool = groups_without_shape(500, 96, scatter=1.1, seed=1)
+    rows = pool.rows
     trained = knn.train(pool, 5)
     held = knn.in_cells(pool, trained)
     queries = np.arange(0, 60_000, 150)
