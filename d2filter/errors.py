@@ -6,6 +6,7 @@ D2FilterError                 exit code 1 unless said otherwise
 ├── StorageError              1  a file system that is full, read-only, or does not answer
 ├── DependencyError           1  a package that is not installed
 ├── RunStateError             1  the run directory does not fit what is asked of it
+│   └── LockedError           1  another command writes to the run directory
 ├── StageError                1  tasks of a stage failed; the others were finished first
 ├── VerificationError         1  a finished run breaks one of its invariants
 ├── TooManyBadError           3  more bad samples than --max-bad allows, or lost shards
@@ -43,6 +44,10 @@ class DependencyError(D2FilterError):
 
 class RunStateError(D2FilterError):
     """The run directory does not fit what is asked of it."""
+
+
+class LockedError(RunStateError):
+    """Another command writes to the run directory, or has taken it over."""
 
 
 class StageError(D2FilterError):

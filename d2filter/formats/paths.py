@@ -13,11 +13,12 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,14 +26,18 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 
-from d2filter.errors import DependencyError, InputError, StorageError, UsageError
+from d2filter.errors import DependencyError, InputError, LockedError, StorageError, UsageError
 from d2filter.formats.remote import RANGE, REMEDIES, TEMPORARY, Remote, version_of
 
 Checksums = dict[str, list[int | str]]
 """[size, blake2b-128 in hex] by file name"""
 
+LOCK = "lock.json"
+
 _READERS = 16
 _BLOCK = 1 << 20
+_OWNED = re.compile(rf"{re.escape(TEMPORARY)}([0-9a-f]{{12}})-")
+_FORGOTTEN_SECONDS = 3600.0  # a temporary file of no owner, unchanged for as long, is a leftover
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +51,34 @@ class FileInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Owner:
+    """The right to write below a run directory, while its lock holds this token (see `lock`)."""
+
+    url: str
+    token: str
+
+    def check(self) -> None:
+        """Raise LockedError when another command has taken the run directory over."""
+        held = Folder(self.url).read_json(LOCK)
+        if not isinstance(held, dict) or held.get("token") != self.token:
+            raise LockedError(
+                f"{self.url} was taken over by another command, which goes on with it: this one "
+                "stops, and what it has published stays"
+            )
+
+    @property
+    def mark(self) -> str:
+        """What the names of this owner's temporary files begin with."""
+        return f"{TEMPORARY}{self.token[:12]}-"
+
+
+@dataclass(frozen=True, slots=True)
 class Folder:
     """A directory by URL. Picklable; opens nothing on construction."""
 
     url: str
+    owner: Owner | None = field(default=None, compare=False, repr=False)
+    """whose lock is looked at before anything is published or removed; None: nobody's"""
 
     @property
     def local(self) -> Path | None:
@@ -60,7 +89,15 @@ class Folder:
 
     def sub(self, name: str) -> Folder:
         """A folder inside this one."""
-        return Folder(f"{self.url.rstrip('/')}/{name}")
+        return Folder(f"{self.url.rstrip('/')}/{name}", self.owner)
+
+    def owned_by(self, owner: Owner) -> Folder:
+        """The same folder, written to in the name of an owner."""
+        return Folder(self.url, owner)
+
+    def _check_owner(self) -> None:
+        if self.owner is not None:
+            self.owner.check()
 
     def where(self, name: str) -> str:
         """How messages call a file of this folder."""
@@ -163,13 +200,15 @@ class Folder:
         target = self.local
         if target is not None:
             final = target / name
-            temporary = final.parent / f"{TEMPORARY}{uuid.uuid4().hex}-{final.name}"
+            mark = TEMPORARY if self.owner is None else self.owner.mark
+            temporary = final.parent / f"{mark}{uuid.uuid4().hex}-{final.name}"
             try:
                 with writing(self.where(name), temporary):
                     final.parent.mkdir(parents=True, exist_ok=True)
                     yield temporary
                     _note(checksums, name, temporary)
                     _fsync(temporary)
+                    self._check_owner()
                     os.replace(temporary, final)
                     _fsync(final.parent)
             finally:
@@ -183,6 +222,7 @@ class Folder:
             with writing(f"{self.where(name)}, in {tempfile.gettempdir()} for now,", temporary):
                 yield temporary
                 _note(checksums, name, temporary)
+            self._check_owner()
             fs.put(temporary, f"{root}/{name}")
 
     def publish_json(self, name: str, value: Any) -> None:
@@ -214,6 +254,7 @@ class Folder:
 
     def remove(self, name: str) -> None:
         """Remove a file or a whole folder; missing is fine."""
+        self._check_owner()
         target = self.local
         if target is not None:
             path = target / name
@@ -242,12 +283,28 @@ def read_jsons(folder: Folder, names: Sequence[str]) -> dict[str, Any]:
         return {name: value for name, value in found if value is not None}
 
 
-def remove_leftovers(folder: Folder, name: str) -> None:
-    """Remove temporary files below a local folder: those of writers that were killed."""
+def remove_leftovers(folder: Folder, name: str, *, own: bool = False) -> None:
+    """Remove temporary files below a local folder: those of writers that were killed.
+
+    Those of earlier owners go, for they are dead. Those of the folder's own owner go only with
+    `own`: once none of its tasks runs any more. Others (a report that is being written beside the
+    run) go when nobody has changed them for an hour.
+    """
     root = folder.local
-    if root is not None and (root / name).is_dir():
-        for path in (root / name).rglob(f"{TEMPORARY}*"):
+    if root is None or not (root / name).is_dir():
+        return
+    for path in (root / name).rglob(f"{TEMPORARY}*"):
+        if _is_leftover(path, folder.owner, own):
             path.unlink(missing_ok=True)
+
+
+def _is_leftover(path: Path, owner: Owner | None, own: bool) -> bool:
+    if owner is not None and _OWNED.match(path.name):
+        return own or not path.name.startswith(owner.mark)
+    try:
+        return time.time() - path.stat().st_mtime > _FORGOTTEN_SECONDS
+    except FileNotFoundError:
+        return False  # published meanwhile
 
 
 def absolute(url: str) -> str:
@@ -255,6 +312,14 @@ def absolute(url: str) -> str:
     if "://" in url:
         return url
     return str(Path(url).expanduser().absolute()) if url else url
+
+
+def is_within(inner: Folder, outer: Folder) -> bool:
+    """Whether a folder is another one or lies in it, links followed."""
+    one, other = inner.local, outer.local
+    if one is not None and other is not None:
+        return one.resolve().is_relative_to(other.resolve())
+    return f"{inner.url.rstrip('/')}/".startswith(f"{outer.url.rstrip('/')}/")
 
 
 def filesystem(url: str) -> tuple[Any, str]:

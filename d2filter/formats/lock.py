@@ -1,0 +1,195 @@
+"""A lock on a run directory: one writer at a time, on a local path or an object store.
+
+OUT/lock.json names the owner: host, process, start time, command, and a heartbeat that the owner
+renews. Another command refuses to start while the owner is alive, and takes the lock over when the
+owner is dead. Every file that the owner or its tasks publish is preceded by a look at the lock, so
+that tasks that outlive their driver cannot write over the files of the next owner.
+
+Whether an owner is alive is known at once on its own machine, from the process table. From another
+machine it is watched: an owner whose heartbeat does not change for `stale` seconds is dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from d2filter.errors import InputError, LockedError, StorageError
+from d2filter.formats.paths import LOCK, Folder, Owner, writing
+
+BEAT_SECONDS = 10.0
+STALE_SECONDS = 60.0
+_LOOK_SECONDS = 1.0  # between looks at a heartbeat that is watched
+_SETTLE_SECONDS = 0.5  # object stores: two writers at once see who was last
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """The content of lock.json."""
+
+    token: str
+    """random, new for each command"""
+    command: str
+    host: str
+    pid: int
+    machine: str
+    """boot and process namespace: `pid` means something only where this is the same"""
+    born: str
+    """start time of the process in clock ticks since boot: pids are used again"""
+    since: float
+    """seconds since the epoch when the lock was taken"""
+    beat: int = 0
+    """counts up while the owner is alive"""
+    seen: float = 0.0
+    """seconds since the epoch of the last beat, by the owner's clock"""
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self.since))
+        return f"`d2filter {self.command}` (process {self.pid} on {self.host}, since {since})"
+
+
+def read(folder: Folder) -> Holder | None:
+    """Who holds the lock of a run directory, dead or alive; None for nobody."""
+    try:
+        found = folder.read_json(LOCK)
+        return None if found is None else Holder(**found)
+    except (InputError, TypeError):
+        return None  # no lock of ours: half of one cannot be, it is published whole
+
+
+def alive_here(holder: Holder) -> bool | None:
+    """Whether the owner's process runs; None when it is of another machine or container."""
+    if holder.machine != _machine():
+        return None
+    return _born(holder.pid) == holder.born
+
+
+@contextlib.contextmanager
+def hold(
+    folder: Folder,
+    command: str,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    beat: float = BEAT_SECONDS,
+    stale: float = STALE_SECONDS,
+) -> Iterator[Folder]:
+    """Hold the lock of a run directory; yields the folder with which its owner writes.
+
+    say: gets a line when another owner has to be watched. beat, stale: seconds between heartbeats,
+    and without one until an owner counts as dead. Raises LockedError when another one is alive.
+    """
+    now = time.time()
+    mine = Holder(
+        token=uuid.uuid4().hex, command=command, host=platform.node(), pid=os.getpid(),
+        machine=_machine(), born=_born(os.getpid()), since=now, seen=now,
+    )  # fmt: skip
+    _take(folder, mine, say, stale)
+    ended = threading.Event()
+    heart = threading.Thread(
+        target=_keep_beating, args=(folder, mine, beat, ended), name="run-lock", daemon=True
+    )
+    heart.start()
+    try:
+        yield folder.owned_by(Owner(folder.url, mine.token))
+    finally:
+        ended.set()
+        heart.join()
+        with contextlib.suppress(OSError, StorageError), _alone(folder):
+            if _is(folder, mine):
+                folder.remove(LOCK)
+
+
+def _take(folder: Folder, mine: Holder, say: Callable[[str], None], stale: float) -> None:
+    if folder.local is not None:
+        with writing(folder.url):
+            folder.local.mkdir(parents=True, exist_ok=True)
+    watched: Holder | None = None
+    since = time.monotonic()
+    while True:
+        with _alone(folder):
+            other = read(folder)
+            quiet = other == watched and time.monotonic() - since > stale
+            if other is None or alive_here(other) is False or quiet:
+                folder.publish_json(LOCK, asdict(mine))
+                break
+        if alive_here(other) or (watched is not None and other != watched):
+            raise LockedError(
+                f"{folder.url} is in use by {other}: wait until it is done, or use another "
+                "--out-dir"
+            )
+        if watched is None:
+            watched, since = other, time.monotonic()
+            say(
+                f"{folder.url} was last used by {other}; watching for up to {stale:.0f} s whether "
+                "it is alive"
+            )
+        time.sleep(min(_LOOK_SECONDS, stale / 4))
+    if folder.local is None:
+        time.sleep(_SETTLE_SECONDS)
+        if not _is(folder, mine):
+            raise LockedError(
+                f"{folder.url} was taken at the same time by {read(folder)}: wait until it is "
+                "done, or use another --out-dir"
+            )
+
+
+def _is(folder: Folder, mine: Holder) -> bool:
+    found = read(folder)
+    return found is not None and found.token == mine.token
+
+
+def _keep_beating(folder: Folder, mine: Holder, beat: float, ended: threading.Event) -> None:
+    while not ended.wait(beat):
+        # a storage that is away for a while costs a beat; whoever publishes will notice a loss
+        with contextlib.suppress(OSError, StorageError), _alone(folder):
+            if not _is(folder, mine):
+                return
+            mine = replace(mine, beat=mine.beat + 1, seen=time.time())
+            folder.publish_json(LOCK, asdict(mine))
+
+
+@contextlib.contextmanager
+def _alone(folder: Folder) -> Iterator[None]:
+    """On a local file system one process at a time reads and replaces the lock."""
+    target = folder.local
+    if target is None:
+        yield
+        return
+    handle = os.open(target, os.O_RDONLY)
+    try:
+        # some network file systems have no flock: the heartbeat is all there is then
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _machine() -> str:
+    boot = _text("/proc/sys/kernel/random/boot_id")
+    try:
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{boot} {platform.node()}"
+
+
+def _born(pid: int) -> str:
+    """Start time of a process; empty when there is none, or it is a zombie."""
+    # the name, before the last parenthesis, may hold anything
+    fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return fields[19] if len(fields) > 19 and fields[0] not in ("Z", "X") else ""
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
