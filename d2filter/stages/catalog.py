@@ -23,7 +23,7 @@ from d2filter.errors import InputError
 from d2filter.formats import catalog, contents, ledger, metadata, traininglog
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_columns, write_columns
-from d2filter.formats.runstate import RunState
+from d2filter.formats.runstate import RunState, digest
 from d2filter.stages import score
 from d2filter.stages.runner import Runner
 from d2filter.stages.worker import Report, Task, checksums_of
@@ -52,8 +52,10 @@ def build(
     folder = out.sub("catalog")
     groups = _grouped(pairs, group_bytes)
     parts = 1 + sum(pair.size for pair in pairs) // part_bytes
-    # with other memory another group would go by the same name
-    RunState(out).cut_into("catalog", {"groups": [len(g) for g in groups], "parts": parts})
+    split = {"groups": [len(g) for g in groups], "parts": parts}
+    RunState(out).set_task_split("catalog", split)
+    # with other memory the same task name means another group of files
+    fingerprint = digest([fingerprint, split])
     reading = [
         Task(
             name=f"read-{number:05d}",
@@ -154,7 +156,9 @@ def read_group(
     first: metadata.Rows | None = None
     read = 0
     outside = _outside(out, config)
+    held: dict[str, str] = {}
     for name in names:
+        before = _contents(source, name)
         rows = metadata.read_pair(source, name, config, outside)
         if first is None:
             first = rows
@@ -191,6 +195,13 @@ def read_group(
             group=rows.group,
         )
         parts.append(good.take(np.flatnonzero(rows.reason == 0)) if bad.size else good)
+        for file, content in _contents(source, name).items():
+            if content != before[file]:
+                raise InputError(
+                    f"{source.where(file)} changed while it was read: run the same command again "
+                    "when nothing writes to it any more"
+                )
+        held.update(before)
         read += len(rows.hi)
         report(len(rows.hi))
     samples = catalog.concatenate(parts)
@@ -203,12 +214,13 @@ def read_group(
         "first_file": names[0],
         "has_score": first is not None and first.has_score,
         "marks": marks,
-        "contents": {
-            file: contents.of(source, file)
-            for name in names
-            for file in (f"{name}.parquet", f"{name}.npz")
-        },
+        "contents": held,
     }
+
+
+def _contents(source: Folder, name: str) -> dict[str, str]:
+    """What the two files of a pair hold, in a few digits."""
+    return {file: contents.of(source, file) for file in (f"{name}.parquet", f"{name}.npz")}
 
 
 def score_log(*, report: Report, out: Folder, config: CatalogConfig) -> dict[str, Any]:

@@ -60,15 +60,14 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
     state = RunState(out)
     wanted = config.partitions or (
         # a rerun may find another amount of memory free: what was laid out stays
-        0 if config.memory_per_worker else state.was_cut_into("graph").get("partitions", 0)
+        0 if config.memory_per_worker else state.task_split("graph").get("partitions", 0)
     )
     wanted = wanted or _partitions(runner, layout, config.memory_per_worker)
     home = bins(sizes, min(wanted, len(names)))
     partitions = int(home.max()) + 1
     rows = np.bincount(home, weights=sizes).astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(rows)])
-    # parts of another number would stay beside the new ones
-    state.cut_into("graph", {"partitions": partitions})
+    state.set_task_split("graph", {"partitions": partitions})
     out.publish_json(f"index/{CLASSES}", names)
     with out.publish("index/cells.parquet") as path:
         kinds = np.arange(len(names), dtype=np.int32)
