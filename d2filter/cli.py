@@ -277,12 +277,19 @@ def _run_pipeline(arguments: argparse.Namespace) -> None:
         for line in [*work.preview(arguments.command), "nothing was changed (--dry-run)"]:
             _say(line)
         return
-    with_report = arguments.command == "run" and arguments.report
-    work.run(arguments.command, then=lambda: _write_report(work) if with_report else None)
+
+    wanted = arguments.command == "run" and arguments.report
+    work.run(arguments.command, then=lambda: _renew_report(work, wanted))
+
+
+def _renew_report(work: Pipeline, wanted: bool) -> None:
+    """Write the report where it is wanted, or where there is one, which may show another subset."""
+    if wanted or (work.state.reported() and work.state.done("select")):
+        _write_report(work)
 
 
 def _write_report(work: Pipeline) -> None:
-    """Unless there is one of the same selection."""
+    """Unless there is one of the same selection. One of another that cannot be made anew goes."""
     from d2filter.tools import report
 
     if work.state.has_report(work.state.require("select")["fingerprint"]):
@@ -291,12 +298,14 @@ def _write_report(work: Pipeline) -> None:
     obstacle = report.obstacle(work.out)
     if obstacle:
         _say(f"report    left out: {obstacle}")
+        work.state.drop_report()
         return
     try:
         _say(f"report    {report.report(work.out, say=_say)}")
     except Exception as error:  # the run itself is done, whatever its picture cannot show
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         _whisper(f"d2filter: warning: no report: {text}; `d2filter report OUT` tries again")
+        work.state.drop_report()
 
 
 def _run_report(arguments: argparse.Namespace) -> None:

@@ -1,6 +1,8 @@
 """What a run directory knows of itself: config.json, stats.json, completions/ (DESIGN §6).
 
 completions/<stage>/<task>.json   published last by each task: its result, for a rerun to skip it
+completions/<stage>.started.json  published first: fingerprint and options of what is being made
+completions/<stage>.tasks.json    how the stage is split into tasks, where that may change
 completions/<stage>.json          published when the stage is done: fingerprint, options, figures
 config.json, stats.json           joined from those, for people and for other tools
 """
@@ -22,6 +24,8 @@ from d2filter.formats.paths import FileInfo, Folder, read_jsons, remove_leftover
 
 STAGES = ("embed", "catalog", "graph", "rank", "select")
 REPORT = "report.html"
+# stages whose outputs stay in place while others are made, and are replaced file by file
+_REPLACED = ("select",)
 _REPORTED = "completions/report.json"
 # what each stage writes, for --overwrite; ledger and completions go with it
 _OUTPUTS = {
@@ -74,6 +78,10 @@ class Plan:
         return digest([self.stage, d2filter.__version__, self.options, self.upstream, files])
 
 
+def _split_record(stage: str) -> str:
+    return f"completions/{stage}.tasks.json"
+
+
 def digest(values: object) -> str:
     """Hash of anything that JSON can hold: what fingerprints are made of."""
     text = json.dumps(values, sort_keys=True)
@@ -87,8 +95,12 @@ class RunState:
     folder: Folder
 
     def done(self, stage: str) -> dict[str, Any] | None:
-        """The record of a finished stage, or None."""
+        """The record of a finished stage, or None: of none, or of one that is being replaced."""
         record: dict[str, Any] | None = self.folder.read_json(f"completions/{stage}.json")
+        if record is not None and stage in _REPLACED:
+            begun = self.folder.read_json(f"completions/{stage}.started.json")
+            if begun is not None and begun["fingerprint"] != record["fingerprint"]:
+                return None
         return record
 
     def require(self, stage: str) -> dict[str, Any]:
@@ -116,6 +128,13 @@ class RunState:
             raise self._other_making(plan.stage, difference)
         return True
 
+    def is_selected(self, plan: Plan) -> bool:
+        """Whether the selection is the planned one, and all of its files are there."""
+        record = self.done("select")
+        if record is None or record["fingerprint"] != plan.fingerprint:
+            return False
+        return all(self.folder.exists(name) for name in record["checksums"])
+
     def begun(self, plan: Plan) -> bool:
         """Whether an attempt of this plan was begun and not finished: it would go on."""
         note = self.folder.read_json(f"completions/{plan.stage}.started.json")
@@ -124,7 +143,7 @@ class RunState:
     def tasks_done(self, plan: Plan) -> int:
         """How many tasks of a stage would not be run again."""
         folder = self.folder.sub(f"completions/{plan.stage}")
-        names = [name for name in folder.names(".json") if name != "tasks.json"]
+        names = folder.names(".json")
         if not plan.independent:
             return len(names)
         wanted = {f"{part.name}.json": plan.fingerprint_of(part) for part in plan.inputs}
@@ -154,11 +173,13 @@ class RunState:
         why = ""
         place = f"completions/{plan.stage}.started.json"
         before = self.folder.read_json(place)
+        replaced = plan.stage in _REPLACED
         if before is None or before["fingerprint"] != plan.fingerprint:
-            if before is not None and not plan.independent:
+            if before is not None and not plan.independent and not replaced:
                 changed = _changed(before.get("options", plan.options), plan.options)
                 why = changed or "its input is another"
-            self.make_room(plan)
+            if not replaced:
+                self.make_room(plan)
             note = {"fingerprint": plan.fingerprint, "options": plan.options}
             self.folder.publish_json(place, note)
         for output in ("completions", "ledger", *_OUTPUTS[plan.stage]):
@@ -190,40 +211,47 @@ class RunState:
             if any(there.get(file) != size for file, (size, _) in told.items()):
                 marks.remove(name)
 
-    def cut_into(self, stage: str, tasks: dict[str, Any]) -> None:
-        """Note how a stage is cut into tasks, as JSON. What was made of another cut is removed: its
-        markers would stand for other work.
-        """
-        note = f"completions/{stage}/tasks.json"
-        before = self.folder.read_json(note)
-        if before is not None and before != tasks:
-            # markers go before the files that they stand for
-            for output in (f"completions/{stage}", f"ledger/{stage}", *_OUTPUTS[stage]):
-                self.folder.remove(output)
-        self.folder.publish_json(note, tasks)
+    def set_task_split(self, stage: str, split: dict[str, Any]) -> None:
+        """Record how a stage is split into tasks, as JSON. If the split changed, delete the old
+        outputs: task names would refer to other inputs.
 
-    def was_cut_into(self, stage: str) -> dict[str, Any]:
-        """What `cut_into` noted; empty before."""
-        return self.folder.read_json(f"completions/{stage}/tasks.json") or {}
+        The record changes last: a crash before leaves the old one, so that the same is done again.
+        """
+        before = self.folder.read_json(_split_record(stage))
+        if before is not None and before != split:
+            self._remove_work(stage)
+        self.folder.publish_json(_split_record(stage), split)
+
+    def task_split(self, stage: str) -> dict[str, Any]:
+        """What `set_task_split` recorded; empty before."""
+        return self.folder.read_json(_split_record(stage)) or {}
+
+    def _remove_work(self, stage: str) -> None:
+        """Remove what the tasks of a stage published, markers first: what a marker stands for must
+        be there while it is.
+        """
+        for output in (f"completions/{stage}", f"ledger/{stage}", *_OUTPUTS[stage]):
+            self.folder.remove(output)
 
     def clear_from(self, stage: str) -> None:
-        """Remove a stage and all that follow from it; the records go first. A report stays when
-        only the selection goes: the next may be the same.
-        """
+        """Remove a stage and all that follow from it; the records go first."""
         following = STAGES[STAGES.index(stage) :]
-        if stage != "select":
-            self.drop_report()
+        self.drop_report()
         for name in reversed(following):
             self.folder.remove(f"completions/{name}.json")
             self.folder.remove(f"completions/{name}.started.json")
         for name in following:
-            for output in (f"completions/{name}", f"ledger/{name}", *_OUTPUTS[name]):
-                self.folder.remove(output)
+            self._remove_work(name)
+            self.folder.remove(_split_record(name))
 
     def has_report(self, fingerprint: str) -> bool:
         """Whether there is a report of this selection."""
         note = self.folder.read_json(_REPORTED)
-        return note is not None and note["select"] == fingerprint and self.folder.exists(REPORT)
+        return note is not None and note["select"] == fingerprint and self.reported()
+
+    def reported(self) -> bool:
+        """Whether there is a report of any selection."""
+        return self.folder.exists(REPORT)
 
     def note_report(self, fingerprint: str) -> None:
         """Note of which selection the report is."""

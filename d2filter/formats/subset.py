@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from decimal import Decimal
 from pathlib import PurePosixPath
@@ -19,6 +20,7 @@ from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Checksums, Folder
 
 SUBSET = "subset.npy"
+SIZES = "kept/sizes.json"
 DTYPE = np.dtype("u8,u8")
 _KEPT_ROWS = 1_000_000
 
@@ -107,8 +109,19 @@ def publish_kept(folder: Folder, table: Any) -> Checksums:
         with folder.publish(f"kept/part-{number:05d}.parquet", sums) as path:
             pq.write_table(table.slice(start, _KEPT_ROWS), path, compression="zstd")
     counts = {k: int(count) for k, (_, count) in zip(keys, sizes, strict=True)}
-    folder.publish_json("kept/sizes.json", counts)
+    with folder.publish(SIZES, sums) as path:
+        path.write_text(json.dumps(counts, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return sums
+
+
+def remove_others(folder: Folder, place: str, kept: Checksums) -> None:
+    """Remove the files of a subfolder that are not among `kept`, and the subfolder if it is empty
+    then.
+    """
+    names = folder.sub(place).names()
+    others = [name for name in names if f"{place}/{name}" not in kept]
+    for name in [place] if len(others) == len(names) else [f"{place}/{name}" for name in others]:
+        folder.remove(name)
 
 
 def _count_up_to(hi: uids.U64, lo: uids.U64, part_hi: uids.U64, part_lo: uids.U64) -> int:

@@ -7,7 +7,7 @@ another plan is an error that names what differs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any
@@ -15,10 +15,10 @@ from typing import Any
 import d2filter
 from d2filter.config import RunConfig, SelectConfig
 from d2filter.errors import D2FilterError, RecallError, TooManyBadError
-from d2filter.formats import ledger, logs
+from d2filter.formats import ledger, lock, logs
 from d2filter.formats.paths import Folder, absolute, remove_leftovers
-from d2filter.formats.runstate import REPORT, STAGES, Plan, RunState
-from d2filter.stages.plans import Plans
+from d2filter.formats.runstate import STAGES, Plan, RunState
+from d2filter.stages.plans import Planned, Plans
 from d2filter.stages.runner import Runner
 from d2filter.stages.worker import Task, peak_rss_bytes
 
@@ -32,18 +32,37 @@ class Pipeline:
         self, config: RunConfig, *, say: Say = lambda line: None, show_progress: bool | None = None
     ) -> None:
         self.config = config
-        self.out = Folder(absolute(config.out_dir))
-        self.state = RunState(self.out)
         self._say = say
-        self._plans = Plans(config, self.state)
-        self._runner = Runner(self.out, config.address, show_progress, config.device)
+        self._show_progress = show_progress
+        self._use(Folder(absolute(config.out_dir)))
+
+    def _use(self, out: Folder) -> None:
+        self.out = out
+        self.state = RunState(out)
+        self._plans = Plans(self.config, self.state)
+        self._runner = Runner(out, self.config.address, self._show_progress, self.config.device)
 
     def run(self, command: str, then: Callable[[], object] = lambda: None) -> dict[str, Any]:
         """Run the stages of `command`, and `then` what looks at them; returns stats.json.
 
-        Raises TooManyBadError or RecallError after everything else is finished.
+        Raises LockedError while another command writes to the run directory, and TooManyBadError
+        or RecallError after everything else is finished.
         """
         stages = self._plans.stages(command)
+        # a mistyped input or run directory is refused before anything is created
+        self._plan(stages[0], self._upstream_of(stages[0]))
+        free = self.out
+        with lock.hold(free, command, say=self._say) as owned:
+            self._use(owned)
+            try:
+                stats = self._run_stages(command, stages)
+                then()
+            finally:
+                self._use(free)
+        self._judge(stats, stages)
+        return stats
+
+    def _run_stages(self, command: str, stages: Sequence[str]) -> dict[str, Any]:
         self.state.log(
             "run", command=command, d2filter=d2filter.__version__, **logs.where(),
             stages=list(stages),
@@ -54,11 +73,13 @@ class Pipeline:
         finally:
             self._runner.close()
         self.state.join()  # a run that died while it wrote them is healed here
-        remove_leftovers(self.out, "")  # of workers that were killed while they wrote
+        remove_leftovers(self.out, "", own=True)  # of workers that were killed while they wrote
         stats: dict[str, Any] = self.out.read_json("stats.json")
-        then()
-        self._judge(stats, stages)
         return stats
+
+    def _plan(self, stage: str, upstream: str) -> Planned | None:
+        planned: Planned | None = getattr(self._plans, stage)(upstream)
+        return planned
 
     def preview(self, command: str) -> list[str]:
         """What `run` would do, a line a stage; writes nothing. Raises what it would refuse."""
@@ -67,18 +88,17 @@ class Pipeline:
         stages = self._plans.stages(command)
         upstream = self._upstream_of(stages[0])
         for stage in stages:
-            planned = getattr(self._plans, stage)(upstream)
+            planned = self._plan(stage, upstream)
             if planned is None:
                 lines.append(f"{stage:<9} done before")
                 upstream = self.state.require(stage)["fingerprint"]
                 continue
             plan = planned.plan
             asked = stage in self.config.overwrite
-            if not anew and not asked and stage != "select" and self.state.is_current(plan):
+            if not anew and not asked and self._is_done(plan):
                 lines.append(f"{stage:<9} done before")
                 upstream = self.state.require(stage)["fingerprint"]
                 continue
-            # another budget of the same ranking is no contradiction: select replaces its outputs
             goes_on = not (asked or anew or stage == "select") and self.state.begun(plan)
             done = self.state.tasks_done(plan) if goes_on or plan.independent else 0
             anew |= not goes_on
@@ -164,16 +184,10 @@ class Pipeline:
         from d2filter.stages import select
 
         before = self.state.require("rank")
-        catalog = self.state.require("catalog")["stats"]
-        ranked = catalog["samples"]["ranked"]
-        kept_first = catalog.get("score", {}).get("kept_first", "high")
+        catalog = self.state.require("catalog")
+        ranked = catalog["stats"]["samples"]["ranked"]
         plan = self._plans.select(before["fingerprint"]).plan
-        # another budget of the same ranking is no contradiction: the outputs are replaced
-        if not self.state.has_report(plan.fingerprint):
-            if self.out.exists(REPORT):
-                self._say(f"{REPORT} of another subset is removed: `d2filter report OUT` makes one")
-            self.state.drop_report()
-        self.state.clear_from("select")
+        select.check(self.config.select, ranked)  # before anything is touched
 
         def build() -> dict[str, Any]:
             figures = self._runner.here(
@@ -185,9 +199,9 @@ class Pipeline:
                         "out": self.out,
                         "config": self.config.select,
                         "ranked": ranked,
-                        "kept_first": kept_first,
-                        "method": self.state.require("rank")["options"]["method"],
-                        "arch": self.state.require("catalog")["options"]["arch"],
+                        "kept_first": catalog["stats"].get("score", {}).get("kept_first", "high"),
+                        "method": before["options"]["method"],
+                        "arch": catalog["options"]["arch"],
                     },
                 ),
                 fingerprint=plan.fingerprint,
@@ -201,11 +215,20 @@ class Pipeline:
 
         self._stage(plan, build)
 
+    def _is_done(self, plan: Plan) -> bool:
+        """Whether a stage is done as planned. Raises RunStateError when it is done otherwise, but
+        for a selection: another budget of the same ranking is no contradiction.
+        """
+        if plan.stage == "select":
+            return self.state.is_selected(plan)
+        return self.state.is_current(plan)
+
     def _stage(self, plan: Plan, build: Callable[[], dict[str, Any]]) -> None:
         # only now, when its input was looked at: a mistyped folder must not cost a finished run
         if plan.stage in self.config.overwrite:
-            self.state.make_room(plan)
-        elif self.state.is_current(plan):
+            if plan.stage != "select":  # its files are replaced one by one
+                self.state.clear_from(plan.stage)
+        elif self._is_done(plan):
             self._say(f"{plan.stage:<9} done before")
             return
         why = self.state.begin(plan)
@@ -227,7 +250,7 @@ class Pipeline:
         )
         self._say(f"{plan.stage:<9} {_brief(plan.stage, figures)} ({seconds:.1f} s)")
 
-    def _judge(self, stats: dict[str, Any], stages: tuple[str, ...]) -> None:
+    def _judge(self, stats: dict[str, Any], stages: Sequence[str]) -> None:
         """Raise what a finished command still has to say through its exit code."""
         samples = stats["samples"]
         if "catalog" in stages or "embed" in stages:

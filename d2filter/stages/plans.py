@@ -14,7 +14,7 @@ from d2filter.algorithm import selectors
 from d2filter.config import CatalogConfig, RunConfig, options_of
 from d2filter.errors import UsageError
 from d2filter.formats import contents, graph, metadata, webdataset
-from d2filter.formats.paths import FileInfo, Folder, absolute
+from d2filter.formats.paths import FileInfo, Folder, absolute, is_within
 from d2filter.formats.runstate import Plan, RunState
 
 # commands that chain more than their own stage
@@ -87,6 +87,7 @@ class Plans:
         config = self._config.catalog
         given = self._config.metadata_dir
         source = Folder(absolute(given)) if given else own
+        self._check_apart(source, upstream)
         if source == own and not upstream and self._state.done("catalog") is not None:
             self._state.require_options("catalog", _catalog_options(config))
             self._state.require_inputs("catalog", metadata.outside_files(config))
@@ -119,6 +120,18 @@ class Plans:
             says=f"{len(pairs):,} pairs of metadata files, {_size(files)}" if files else "",
             source=source,
             pairs=tuple(pairs),
+        )
+
+    def _check_apart(self, source: Folder, upstream: str) -> None:
+        """Raise UsageError for metadata in the run directory that `embed` did not write there."""
+        own = self._out.sub("metadata")
+        if not self._config.metadata_dir or not is_within(source, self._out):
+            return
+        if is_within(own, source) and is_within(source, own) and upstream:
+            return
+        raise UsageError(
+            f"metadata-dir {source.url} lies in the run directory {self._out.url}, whose files are "
+            "replaced and removed: give another --out-dir"
         )
 
     def graph(self, upstream: str) -> Planned:

@@ -10,7 +10,7 @@ import numpy as np
 from d2filter.algorithm import budget, uids
 from d2filter.config import SelectConfig
 from d2filter.formats import catalog, ranking, subset
-from d2filter.formats.paths import Folder
+from d2filter.formats.paths import Checksums, Folder
 from d2filter.stages.worker import Report
 
 
@@ -30,8 +30,7 @@ def select(
 
     Memory: 24 bytes a sample of the largest subset and one part of the ranking.
     """
-    size = budget.budget_of(ranked, fraction=config.fraction, budget=config.budget)
-    several = {share: budget.budget_of(ranked, fraction=share) for share in shares(config)}
+    size, several = check(config, ranked)
     most = max(size, *several.values()) if several else size
     kept_hi, kept_lo, kept_rank = [], [], []
     columns = ("uid_hi", "uid_lo", "difficulty", "rank")
@@ -49,9 +48,7 @@ def select(
     hi, lo, rank = np.concatenate(kept_hi), np.concatenate(kept_lo), np.concatenate(kept_rank)
     order = uids.ascending(hi, lo)
     hi, lo, rank = hi[order], lo[order], rank[order]
-    out.remove("kept")
-    out.remove("subsets")
-    sums = {}
+    sums: Checksums = {}
     for share, count in several.items():
         name = subset.named(method, arch, share)
         sums.update(subset.publish(out, hi[rank < count], lo[rank < count], name))
@@ -59,7 +56,18 @@ def select(
     samples = catalog.iter_parts(out.sub("catalog"), with_features=False)
     sums.update(subset.publish_kept(out, subset.kept_table(samples, hi, lo, rank)))
     sums.update(subset.publish(out, hi, lo))
+    # readers may hold what was there before: it goes when its successors are there
+    for place in ("kept", "subsets"):
+        subset.remove_others(out, place, sums)
     return {"budget": size, "kept": len(hi), "pruned": ranked - len(hi), "checksums": sums}
+
+
+def check(config: SelectConfig, ranked: int) -> tuple[int, dict[Decimal, int]]:
+    """Samples to keep of `ranked`: of subset.npy, and of each further share. Raises UsageError for
+    a budget that keeps nothing or more than there is.
+    """
+    size = budget.budget_of(ranked, fraction=config.fraction, budget=config.budget)
+    return size, {share: budget.budget_of(ranked, fraction=share) for share in shares(config)}
 
 
 def shares(config: SelectConfig) -> list[Decimal]:

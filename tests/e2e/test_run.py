@@ -230,13 +230,14 @@ def test_the_same_command_again_does_nothing(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = copy_of(finished, tmp_path)
-    before = (out / "graph/part-00000.parquet").stat().st_mtime_ns
+    outputs = [out / "graph/part-00000.parquet", out / "subset.npy"]
+    before = [path.stat().st_mtime_ns for path in outputs]
     words = ("--metadata-dir", finished / "metadata", "--n-neighbors", 5, "--out-dir", out)
     started = time.monotonic()
     assert run("run", *words) == 0
     assert time.monotonic() - started < 5
-    assert capsys.readouterr().out.count("done before") == 3  # select always replaces
-    assert (out / "graph/part-00000.parquet").stat().st_mtime_ns == before
+    assert capsys.readouterr().out.count("done before") == 4
+    assert [path.stat().st_mtime_ns for path in outputs] == before
 
 
 def test_a_contradiction_names_what_differs(
