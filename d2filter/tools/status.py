@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from d2filter.errors import RunStateError
-from d2filter.formats import logs
+from d2filter.formats import lock, logs
 from d2filter.formats.paths import Folder, read_jsons
 from d2filter.formats.runstate import STAGES, RunState
 
@@ -60,6 +60,10 @@ class Status:
     """UTC time of the last line of the driver's log"""
     samples: dict[str, int]
     lost_shards: tuple[str, ...]
+    writer: str = ""
+    """the command that holds the lock of the run directory"""
+    alive: bool | None = None
+    """whether it runs; None where only its machine could tell"""
 
 
 def read(folder: Folder) -> Status:
@@ -74,6 +78,7 @@ def read(folder: Folder) -> Status:
     stages = tuple(_stage(state, stage, records[stage], events) for stage in shown)
     left = [s for s in stages if s.state != "done"]
     stats = folder.read_json("stats.json") or {}
+    holder = lock.read(folder)
     return Status(
         out=folder.url,
         stages=stages,
@@ -82,6 +87,8 @@ def read(folder: Folder) -> Status:
         last_sign=events[-1]["time"] if events else "",
         samples=stats.get("samples", {}),
         lost_shards=tuple(stats.get("lost_shards", ())),
+        writer=str(holder) if holder else "",
+        alive=lock.alive_here(holder) if holder else False,
     )
 
 
@@ -113,17 +120,23 @@ def lines(status: Status, now: datetime | None = None) -> list[str]:
         out += [f"{s.stage} failed: {text}" for text in s.failed[:_SHOWN]]
         if len(s.failed) > _SHOWN:
             out.append(f"{s.stage}: and {len(s.failed) - _SHOWN} more, in {logs.DRIVER}")
-    if not status.next:
-        out.append("finished")
-    else:
-        if status.error:
-            out.append(f"ended with: {status.error}")
-        since = _since(status.last_sign, now or datetime.now(timezone.utc))
-        out.append(
-            f"next: {status.next}; last line of its log {since} ago. If it does not run any more, "
-            "the same command goes on from here"
-        )
+    if status.error and status.next:
+        out.append(f"ended with: {status.error}")
+    out.append(_ending(status, now or datetime.now(timezone.utc)))
     return out
+
+
+def _ending(status: Status, now: datetime) -> str:
+    """What is going on, and what comes next."""
+    if status.alive:
+        return f"running: {status.writer}"
+    if not status.next:
+        return "finished"
+    since = _since(status.last_sign, now)
+    where = f"next: {status.next}; last line of its log {since} ago"
+    if status.alive is None:
+        return f"{where}, by {status.writer}. If it does not run any more, the same command goes on"
+    return f"{where}. Nothing runs: the same command goes on from here"
 
 
 def _stage(
