@@ -1,0 +1,211 @@
+"""Commands that are killed at each kind of publication and removal: no trace is left.
+
+A point of the run is drawn by seed from all points that the undisturbed commands pass, in the
+driver and in workers; whoever comes to it is killed. The same command is given again until it ends.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import faults
+import numpy as np
+import points
+import pools
+import pytest
+import shards
+
+from d2filter import cli
+
+KILLS = 5  # of one play
+ORDINARY, ALL = 1, 10  # plays of each scenario: 4 × 5 points in every run, and 200 a night
+SIGKILLED = -9
+
+# two files of metadata are read by a task, where it is one by faults.SMALL_TASKS
+OTHER_TASKS = (
+    faults.SMALL_TASKS
+    + """
+catalog._GROUP_BYTES, catalog._PART_BYTES = 60_000, 80_000
+"""
+)
+OPTIONS = ("--n-neighbors", 3, "--exact-below", 100, "--target-recall", 0.9, "--no-report")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """Commands whose end must not depend on when processes die."""
+
+    first: tuple[object, ...]
+    """the command that is under way, or done"""
+    then: tuple[object, ...]
+    """the command that comes after it, with other options"""
+    whole: bool
+    """whether `first` ends before `then` begins; else it is given up at its first kill"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What a scenario comes to when nothing dies."""
+
+    scenario: Scenario
+    files: dict[str, bytes]
+    points: int
+    start: Path | None
+    """a copy of what `first` leaves, where it ends before"""
+
+
+@pytest.fixture(scope="module")
+def killing() -> Iterator[points.Points]:
+    with points.points() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def machines(killing: points.Points) -> Iterator[faults.Machines]:
+    found = faults.Machines()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def scenarios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
+    folder = tmp_path_factory.mktemp("input")
+    pool = pools.make(1500, 16)
+    plain = pools.write(folder / "m", pool, files=5)
+    labels = [f"class {i % 7}" for i in range(1500)]
+    grouped = pools.write(folder / "g", pool, files=2, columns={"label": labels})
+    for number in range(3):
+        content = [
+            m for i in range(40) for m in shards.members(f"{number}{i:04d}", 100 * number + i)
+        ]
+        shards.write(folder / f"s/{number:05d}.tar", content)
+    run = ("run", "--metadata-dir", plain, *OPTIONS)
+    classes = ("run", "--metadata-dir", grouped, "--group-column", "label", *OPTIONS)
+    embed = ("run", "--shards", folder / "s", "--batch-size", 16, "--best-effort", *OPTIONS)
+    return {
+        "another split": Scenario(
+            first=(*run, "--partitions", 4),
+            then=(*run, "--partitions", 2),
+            whole=False,
+        ),
+        "another split of classes": Scenario(
+            first=(*classes, "--partitions", 5), then=(*classes, "--partitions", 2), whole=False
+        ),
+        "anew, another budget": Scenario(
+            first=(*embed, "--partitions", 2),
+            then=(*embed, "--partitions", 2, "--fraction", "0.2,0.1", "--overwrite", "embed"),
+            whole=True,
+        ),
+        "another budget": Scenario(
+            first=(*run, "--partitions", 1, "--fraction", "0.3,0.5"),
+            then=("select", "--fraction", "0.1,0.2"),
+            whole=True,
+        ),
+    }
+
+
+def play(
+    command: faults.Command,
+    once: bool = False,
+    after_a_kill: Callable[[], None] = lambda: None,
+) -> None:
+    """Give a command until it ends by itself; `once`: only until the driver was killed."""
+    for _ in range(4 * KILLS):
+        command.start()
+        code, said = command.wait()
+        if code != SIGKILLED:
+            assert code == 0, said
+            return
+        after_a_kill()
+        if once:
+            return
+    pytest.fail("it never ends")
+
+
+@pytest.fixture(scope="module")
+def known(
+    machines: faults.Machines,
+    killing: points.Points,
+    scenarios: dict[str, Scenario],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Known]:
+    found: dict[str, Known] = {}
+
+    def of(name: str) -> Known:
+        if name not in found:
+            scenario = scenarios[name]
+            folder = tmp_path_factory.mktemp("known")
+            out, start = folder / "o", None
+            killing.watch(out)
+            if scenario.whole:
+                play(faults.Command(machines, scenario.first, out))
+                start = Path(shutil.copytree(out, folder / "start"))
+                killing.watch(out)
+            play(faults.Command(machines, scenario.then, out, before=OTHER_TASKS))
+            assert cli.main(["verify", str(out)]) == 0
+            found[name] = Known(
+                scenario=scenario, files=faults.files(out), points=len(killing.passed()),
+                start=start,
+            )  # fmt: skip
+        return found[name]
+
+    return of
+
+
+def drawn(seed: int, count: int) -> Sequence[int]:
+    """Points of a play, one of each fifth of the undisturbed command: all stages are hit."""
+    rng = np.random.default_rng(seed)
+    bounds = np.linspace(0, count, KILLS + 1).astype(int)
+    return [int(rng.integers(low, max(high, low + 1))) for low, high in pairwise(bounds)]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "seed",
+    [
+        *range(ORDINARY),
+        *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(ORDINARY, ALL)),
+    ],
+)
+@pytest.mark.parametrize(
+    "name",
+    ["another split", "another split of classes", "anew, another budget", "another budget"],
+)
+def test_a_kill_at_any_publication_or_removal_leaves_no_trace(
+    name: str,
+    seed: int,
+    machines: faults.Machines,
+    killing: points.Points,
+    known: Callable[[str], Known],
+    tmp_path: Path,
+) -> None:
+    whole = known(name)
+    scenario, out = whole.scenario, tmp_path / "o"
+    subsets: list[bytes] = []
+
+    def look() -> None:
+        """A subset that was there is never gone, nor half of another."""
+        if whole.start is not None and scenario.then[0] == "select":
+            subsets.append((out / "subset.npy").read_bytes())
+
+    if whole.start is not None:
+        shutil.copytree(whole.start, out)
+        killing.watch(out, drawn(seed, whole.points))
+    else:
+        killing.watch(out, drawn(seed, whole.points))
+        play(faults.Command(machines, scenario.first, out), once=True)
+    play(faults.Command(machines, scenario.then, out, before=OTHER_TASKS), after_a_kill=look)
+    machines.wait_until_idle()
+    found = faults.files(out)
+    assert found.keys() == whole.files.keys()
+    assert [n for n, content in found.items() if content != whole.files[n]] == []
+    assert faults.unpublished(out) == []
+    assert cli.main(["verify", str(out)]) == 0
+    if subsets:
+        assert whole.start is not None
+        old, new = (whole.start / "subset.npy").read_bytes(), whole.files["subset.npy"]
+        assert set(subsets) <= {old, new}
