@@ -276,7 +276,7 @@ def test_a_run_on_s3_is_resumed_and_verified(
     code, out, err = commands.run(*words_of("pool/run"))
     assert code == 0, err
     done = [line.split()[0] for line in out.splitlines() if "done before" in line]
-    assert done == ["catalog", "graph", "rank", "report"]
+    assert done == ["catalog", "graph", "rank", "select", "report"]
     assert before
     assert written() == before
     code, out, err = commands.run("verify", "s3://pool/run/out")
