@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
+import io
+import itertools
+import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from d2filter import __version__, config, options
+from d2filter import __version__, config, options, signals
 from d2filter.errors import D2FilterError, UsageError
 
 if TYPE_CHECKING:
     from d2filter.stages.pipeline import Pipeline
 
 _NOT_IN_A_FILE = ("help", "config", "recipe")
+_BROKEN_PIPE = 128 + signal.SIGPIPE
 
 # heavy packages are imported by the command that needs them: `select` takes about a second
 
@@ -47,28 +55,72 @@ class _Parser(argparse.ArgumentParser):
 
 def entry() -> NoReturn:
     """Console script."""
-    sys.exit(main())
+    program(main)
+
+
+def program(run: Callable[[], int]) -> NoReturn:
+    """End the process with the exit code of `run`. What a terminal's encoding lacks is printed as
+    escapes; a reader of stdout that goes away, as in `| head`, ends the program quietly.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = run()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        code = _BROKEN_PIPE
+    if code == _BROKEN_PIPE:
+        # Python flushes once more at its end
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    try:
-        arguments = parse(sys.argv[1:] if argv is None else argv)
-        arguments.handler(arguments)
-    except D2FilterError as error:
-        print(f"d2filter: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        print(f"d2filter: error: {error.strerror or error}{place}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            "d2filter: interrupted; run the same command again, it keeps what is done",
-            file=sys.stderr,
-        )
-        return 130
+    with signals.raising():
+        try:
+            arguments = parse(sys.argv[1:] if argv is None else argv)
+            arguments.handler(arguments)
+        except KeyboardInterrupt:
+            return _interrupted()
+        except D2FilterError as error:
+            if signals.received():  # what a signal has ended can fail in other ways before
+                return _interrupted()
+            return _failed(str(error), error.exit_code)
+        except BrokenPipeError as error:
+            if _stdout_is_gone():
+                return _BROKEN_PIPE
+            return _failed(str(error), 1)
+        except OSError as error:
+            place = f" ({error.filename})" if error.filename else ""
+            return _failed(f"{error.strerror or error}{place}", 1)
     return 0
+
+
+def _failed(text: str, code: int) -> int:
+    _whisper(f"d2filter: error: {text}")
+    return code
+
+
+def _interrupted() -> int:
+    number = signals.received() or signal.SIGINT
+    by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        _whisper(f"d2filter: interrupted{by}; run the same command again, it keeps what is done")
+    return 128 + number
+
+
+def _stdout_is_gone() -> bool:
+    """Whether nobody reads what this process prints: what could not be written is still held."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -89,7 +141,25 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             _apply_recipe(chosen, known.recipe, known.budget is not None)
         if known.config:
             _apply_config(chosen, known.config)
+    if known.command is not None and chosen is None:
+        nearest = _nearest(known.command, commands)
+        raise UsageError(
+            f"{known.command!r} is no command{nearest}, allowed are {', '.join(commands)}"
+        )
+    # argparse would first name what a misspelled option leaves missing
+    options_of = chosen or parser
+    for word in itertools.takewhile(lambda word: word != "--", words):
+        name = word.partition("=")[0]
+        if re.match("-+[a-z]", name) and name not in options_of._option_string_actions:
+            nearest = _nearest(name, options_of._option_string_actions)
+            options_of.error(f"unrecognized arguments: {name}{nearest}")
     return parser.parse_args(words)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """What a misspelled name was meant to be, for a message; empty when nothing is like it."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def _dashed(word: str) -> str:
@@ -134,7 +204,10 @@ def _apply_config(command: argparse.ArgumentParser, path: str) -> None:
         action = known.get(str(name).replace("-", "_"))
         if action is None or action.dest in _NOT_IN_A_FILE:
             allowed = ", ".join(sorted(d for d in known if d not in _NOT_IN_A_FILE))
-            raise UsageError(f"--config {path}: unknown option {name!r}, allowed are {allowed}")
+            nearest = _nearest(str(name).replace("-", "_"), known)
+            raise UsageError(
+                f"--config {path}: unknown option {name!r}{nearest}, allowed are {allowed}"
+            )
         if value is None:
             continue  # `name:` without a value: not given
         command.set_defaults(**{action.dest: _from_yaml(action, value, f"--config {path}: {name}")})

@@ -74,4 +74,4 @@ def _pairs(given: Sequence[str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.program(main)

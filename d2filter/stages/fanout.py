@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -21,8 +22,9 @@ from d2filter.errors import StageError, StorageError
 from d2filter.formats import logs
 from d2filter.formats.paths import Folder
 from d2filter.formats.tables import first_line
-from d2filter.stages import shared
+from d2filter.stages import shared, sources
 from d2filter.stages.hands import Hands
+from d2filter.stages.progress import tell
 from d2filter.stages.worker import Outcome, Task, execute
 
 Needs = dict[str, float]
@@ -62,8 +64,9 @@ class FanOut:
         self._bar = bar
         self._word = word
         self._counter = None if bar.disable else _start_counter(ray)
-        self._remote = ray.remote(_execute_remotely)
-        self._hands = Hands(ray, _execute_remotely)
+        sources.by_value(ray, Hands.__module__)
+        self._remote = ray.remote(sources.run_task)
+        self._hands = Hands(ray, sources.run_task)
         self._waiting: deque[Task] = deque()
         self._later: list[tuple[float, str, Task]] = []
         self._running: dict[Any, Task] = {}
@@ -109,10 +112,11 @@ class FanOut:
         call = self._remote.options(max_retries=0, **self._asked).remote
         for _ in range(min(free, len(self._waiting))):
             task = self._waiting.popleft()
-            arguments = (self._folder, self._stage, task, self._fingerprint, self._counter)
             attempt = self._attempts[task.name] + 1
+            arguments = (self._folder, self._stage, task, self._fingerprint, attempt, self._word)
+            packed = self._ray.cloudpickle.dumps((_execute_remotely, arguments))
             begin = self._hands.begin if by_hand else call
-            self._running[begin(*arguments, attempt, self._word)] = task
+            self._running[begin(sources.own().digest, packed, self._counter)] = task
 
     def _most_in_flight(self) -> int:
         if self._then is None:
@@ -144,8 +148,10 @@ class FanOut:
         errors = self._ray.exceptions
         what = f"{self._stage} task {task.name}"
         try:
-            outcome: Outcome = self._ray.get(reference)
+            outcome: Outcome | str = self._ray.get(reference)
             self._hands.done(reference)
+            if isinstance(outcome, str):
+                return Outcome(name=task.name, error=sources.different(outcome, sources.own()))
         except errors.RayTaskError as error:
             self._hands.done(reference)
             # not even begun: a worker that cannot import what the driver can
@@ -157,7 +163,7 @@ class FanOut:
         except errors.RayError as error:
             self._hands.drop(reference)
             self._attempts[task.name] += 1
-            tried, reason = self._attempts[task.name], first_line(error)
+            tried, reason = self._attempts[task.name], reason_of(error)
             if tried >= ATTEMPTS:
                 return Outcome(
                     name=task.name,
@@ -168,6 +174,9 @@ class FanOut:
                     ),
                 )
             pause = _FIRST_PAUSE * 2 ** (tried - 1)
+            tell(
+                f"{what} is tried again in {pause:g} s, attempt {tried + 1} of {ATTEMPTS}: {reason}"
+            )
             self._log(
                 "task tried again", task=task.name, attempt=tried + 1, pause=pause, reason=reason
             )
@@ -208,6 +217,10 @@ class FanOut:
             return
         if self._without_place is None:
             self._without_place = now
+            tell(
+                f"{self._stage}: no node of the cluster can take a task ({_named(self._asked)}), "
+                f"waiting up to {_PLACE_SECONDS:.0f} s for one"
+            )
             self._log("waiting for a node", **self._asked)
         elif now - self._without_place > _PLACE_SECONDS:
             raise StageError(
@@ -230,6 +243,18 @@ class FanOut:
             node["Alive"] and all(node["Resources"].get(n, 0) >= v for n, v in wanted.items())
             for node in self._ray.nodes()
         )
+
+
+def reason_of(error: BaseException) -> str:
+    """Why Ray lost a worker, in a line."""
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError" or "running low on memory" in text:
+        found = re.search(r"was ([\d.]+ ?\w+) ?/ ?([\d.]+ ?\w+)", text)
+        used = f", {found[1]} of {found[2]} were in use" if found else ""
+        return f"its worker was killed because its node ran low on memory{used}"
+    if type(error).__name__ == "WorkerCrashedError":
+        return "its worker died; where memory is short, the system kills processes (see dmesg)"
+    return first_line(error)
 
 
 def _named(needs: Needs) -> str:
@@ -263,9 +288,9 @@ def _execute_remotely(
     stage: str,
     task: Task,
     fingerprint: str,
-    counter: Any,
     attempt: int,
     word: str,
+    counter: Any,
 ) -> Outcome:
     blind = shared.missing(folder, word)
     if blind is not None:

@@ -12,13 +12,14 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tqdm import tqdm
-
+from d2filter import signals
 from d2filter.errors import D2FilterError, StageError, StorageError, UsageError
 from d2filter.formats import logs
 from d2filter.formats.paths import Folder, read_jsons
-from d2filter.stages import shared
+from d2filter.formats.tables import first_line
+from d2filter.stages import shared, sources
 from d2filter.stages.fanout import FanOut, Needs
+from d2filter.stages.progress import progress_bar
 from d2filter.stages.worker import Outcome, Task, execute, in_one_line, marker
 
 # a machine that loses its power closes no connection: Ray waits for seven minutes otherwise
@@ -27,6 +28,8 @@ _KEEPALIVE = {
     "RAY_grpc_client_keepalive_timeout_ms": "20000",
 }
 Follow = Callable[[str, dict[str, Any]], Sequence[Task]]
+_SHARED_MEMORY = "/dev/shm"
+_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
 _OBJECT_STORE_BYTES = 200_000_000  # arguments, figures, counters: samples travel through files
 
 
@@ -173,8 +176,9 @@ class Runner:
         if self._owns_ray:
             import ray
 
-            ray.shutdown()
-            self._owns_ray = False
+            with signals.held():
+                ray.shutdown()
+                self._owns_ray = False
 
     def _done_before(
         self, stage: str, there: Container[str], tasks: Sequence[Task], fingerprint: str
@@ -218,7 +222,8 @@ class Runner:
         the run directory.
         """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
+        with signals.held():  # half imported, it fails once more when the process ends
+            import ray
 
         if not ray.is_initialized():
             self._start(ray)
@@ -231,32 +236,77 @@ class Runner:
         return ray
 
     def _cluster(self) -> str:
-        """Address of the cluster to join; empty for none."""
+        """Address of the cluster to join; empty for none. Raises UsageError for a dashboard's."""
         # a submitted job finds its cluster in RAY_ADDRESS; else never join one by accident
-        return self.address or os.environ.get("RAY_ADDRESS", "")
+        address = self.address or os.environ.get("RAY_ADDRESS", "")
+        if address.startswith(("http://", "https://")):
+            raise UsageError(
+                f"{'--address' if self.address else 'RAY_ADDRESS'} is {address}: that is the "
+                "dashboard's address, for `ray job submit`; give the cluster's, such as "
+                "HOST:6379 or ray://HOST:10001, or none to start Ray on this machine"
+            )
+        return address
 
     def _start(self, ray: Any) -> None:
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         address = self._cluster()
-        if not address:
-            options.update(
-                address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES
-            )
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        if not address.startswith("ray://"):  # a client's job is configured by its server
+            options.update(job_config=sources.job_config(ray))
         try:
             if address:
                 _knock(address)
                 for name, value in _KEEPALIVE.items():
                     os.environ.setdefault(name, value)
-                options.update(address=address)
-            ray.init(**options)
-        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-            text = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if not address:
-                raise StageError(f"Ray does not start on this machine: {text}") from error
-            raise UsageError(
-                f"no Ray cluster answers at {address} (--address or RAY_ADDRESS): {text}"
+                with signals.kept():
+                    ray.init(**options, address=address)
+            else:
+                obstacle = _obstacle()
+                if obstacle:
+                    raise StageError(f"Ray cannot start on this machine: {obstacle}")
+                # a Ray that is half started could not be stopped
+                with signals.held(), signals.kept():
+                    ray.init(
+                        **options, address="local", include_dashboard=False,
+                        object_store_memory=_OBJECT_STORE_BYTES,
+                    )  # fmt: skip
+                    self._owns_ray = True
+        except D2FilterError:
+            raise
+        except Exception as error:  # of any kind, a bare Exception too
+            text = first_line(error)
+            if address:
+                raise UsageError(
+                    f"no Ray cluster answers at {address} (--address or RAY_ADDRESS): {text}"
+                ) from error
+            logs_there = os.path.join(_temporary(), "ray/session_latest/logs")
+            raise StageError(
+                f"Ray does not start on this machine: {text} (its logs: {logs_there})"
             ) from error
         self._owns_ray = True
+
+
+def _temporary() -> str:
+    """The folder in which Ray makes those of its sessions."""
+    return os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+
+
+def _obstacle() -> str:
+    """What keeps Ray from starting on this machine, and the remedy; empty for nothing. It would
+    tell most of this after a minute, or by an error that does not name it.
+    """
+    folder = _temporary()
+    instead = "set RAY_TMPDIR to another folder, such as /tmp"
+    if not folder.isascii():
+        return f"its temporary folder {folder} has characters that are not ASCII: {instead}"
+    # Linux takes socket names of up to 107 bytes
+    if len(folder.rstrip("/")) + len(_SOCKET.format(pid=os.getpid())) > 107:
+        return f"the path of its temporary folder is too long for sockets, {folder}: {instead}"
+    if not os.access(_SHARED_MEMORY, os.W_OK):
+        return (
+            f"{_SHARED_MEMORY} cannot be written, where processes share memory: mount a tmpfs "
+            "there (docker and Kubernetes: not among read-only mounts)"
+        )
+    return ""
 
 
 def _knock(address: str) -> None:
@@ -264,19 +314,6 @@ def _knock(address: str) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-
-
-def progress_bar(label: str, total: int | None, show: bool | None) -> Any:
-    """A bar of samples done; show: None for only on a terminal."""
-    disable = None if show is None else not show
-    return tqdm(
-        desc=f"{label:<9}",
-        total=total,
-        unit=" samples",
-        unit_scale=True,
-        dynamic_ncols=True,
-        disable=disable,
-    )
 
 
 def _alive(ray: Any) -> list[dict[str, Any]]:

@@ -23,9 +23,11 @@ from d2filter.formats import graph, logs
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import mapped, read_array, read_columns, write_columns
 from d2filter.formats.tables import first_line
-from d2filter.stages import metrics
+from d2filter.stages import metrics, sources
+from d2filter.stages.fanout import reason_of
 from d2filter.stages.late import WORK, Settled, late_rows
-from d2filter.stages.runner import Runner, progress_bar
+from d2filter.stages.progress import progress_bar, tell
+from d2filter.stages.runner import Runner
 from d2filter.stages.worker import Report, assigned_cpus, peak_rss_bytes
 
 Figures = dict[str, Any]
@@ -72,7 +74,7 @@ def run(
 
 def alone(*, report: Report, out: Folder, made: Figures) -> Figures:
     """Task: rank a graph of one partition. Figures as those of `run`."""
-    actor = _Actor([0], out, 1, made)
+    actor = _Actor([0], out, 1, made, sources.own())
     step = actor.step([])
     actor.finish()
     report(actor.size())
@@ -225,11 +227,12 @@ class _Driver:
                 f"rank: the worker of {self._partitions_of(a)} failed {self._restarts[a]} times: "
                 f"{first_line(error)}; give the ranking more memory or more nodes"
             ) from error
+        tell(f"rank: the worker of {self._partitions_of(a)} is started again: {reason_of(error)}")
         told = {"partitions": self._partitions_of(a), "restarts": self._restarts[a]}
         with contextlib.suppress(OSError, StorageError):
             logs.append(
                 self._arguments[0], logs.DRIVER, "worker lost", stage="rank", **told,
-                reason=first_line(error),
+                reason=reason_of(error),
             )  # fmt: skip
         for b in gone:
             # without a CPU of its own: where its node was lost there may be none
@@ -245,7 +248,7 @@ class _Driver:
 
     def _new(self, numbers: list[int], needs: Figures) -> Any:
         made = self._remote.options(max_restarts=0, **needs)
-        return made.remote(numbers, *self._arguments)
+        return made.remote(numbers, *self._arguments, sources.own())
 
     def _alive(self, a: int) -> bool:
         try:
@@ -272,7 +275,10 @@ class _Actor:
     advanced just now, the system may need the memory for others.
     """
 
-    def __init__(self, numbers: list[int], out: Folder, parts: int, made: Figures) -> None:
+    def __init__(
+        self, numbers: list[int], out: Folder, parts: int, made: Figures, driver: sources.Sources
+    ) -> None:
+        self._driver = driver
         self._numbers = numbers
         self._out = out
         self._parts = parts
@@ -377,6 +383,7 @@ class _Actor:
 
     def _loaded(self) -> dict[int, share.Share]:
         if not self._shares:
+            sources.require_same(self._driver)
             backend.use_threads(assigned_cpus())
             # all or none: an error while loading must not leave a part of them
             self._shares = {number: self._load(number) for number in self._numbers}

@@ -39,6 +39,8 @@ class StageStatus:
     """tasks that failed in the last attempt, and why"""
     tried_again: int = 0
     """tasks whose worker died, in the last attempt"""
+    retries: tuple[str, ...] = ()
+    """each of them, and why"""
 
     @property
     def rate(self) -> float:
@@ -117,6 +119,8 @@ def lines(status: Status, now: datetime | None = None) -> list[str]:
     for s in status.stages:
         if s.tried_again:
             out.append(f"{s.stage}: {s.tried_again} times a worker died and its task was repeated")
+            # the last ones tell what goes on now
+            out += [f"{s.stage} tried again: {text}" for text in s.retries[-_SHOWN:]]
         out += [f"{s.stage} failed: {text}" for text in s.failed[:_SHOWN]]
         if len(s.failed) > _SHOWN:
             out.append(f"{s.stage}: and {len(s.failed) - _SHOWN} more, in {logs.DRIVER}")
@@ -144,7 +148,12 @@ def _stage(
 ) -> StageStatus:
     mine = _since_started(events, stage)
     failed = tuple(str(e["error"]) for e in mine if e["event"] == "task failed")
-    again = sum(e["event"] in ("task tried again", "worker lost") for e in mine)
+    retries = tuple(
+        f"{e.get('task') or e.get('partitions', '')} at {e['time']}: {e.get('reason', '')}"
+        for e in mine
+        if e["event"] in ("task tried again", "worker lost")
+    )
+    again: dict[str, Any] = {"tried_again": len(retries), "retries": retries}
     marks = state.folder.sub(f"completions/{stage}")
     if record is not None:
         figures = record["stats"].get("samples", {})
@@ -153,7 +162,7 @@ def _stage(
         done = max(1, len(marks.names(".json")))
         return StageStatus(
             stage=stage, state="done", tasks_done=done, samples=samples,
-            seconds=record["seconds"], tried_again=again,
+            seconds=record["seconds"], **again,
         )  # fmt: skip
     steps = [e for e in mine if e["event"] == "tasks"]
     if not mine:
@@ -162,7 +171,7 @@ def _stage(
     ended = any(e["event"] == "stage failed" for e in mine)
     if not steps:
         return StageStatus(
-            stage=stage, state="failed" if ended else "begun", failed=failed, tried_again=again
+            stage=stage, state="failed" if ended else "begun", failed=failed, **again
         )
     # of the step under way those that finished after it began
     step = steps[-1]
@@ -179,7 +188,7 @@ def _stage(
         samples=sum(r.get("samples", 0) for r in fresh),
         seconds=max(_seconds(step["time"], last), 1.0) if fresh else 0.0,
         failed=failed,
-        tried_again=again,
+        **again,
     )
 
 

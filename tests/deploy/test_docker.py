@@ -194,6 +194,14 @@ def test_both_images_are_the_same_apart_from_what_they_install() -> None:
 
 
 @pytest.mark.parametrize("flavor", FLAVORS)
+def test_an_image_has_the_libraries_that_wheels_take_from_the_system(flavor: str) -> None:
+    """numba's OpenMP threads and FAISS load libgomp, which a slim image lacks."""
+    [installed] = [run for run in words(stages(flavor)["image"], "RUN") if "apt-get install" in run]
+    packages = installed.partition("--no-install-recommends")[2].partition("&&")[0].split()
+    assert {"libgomp1", "python3.12", "tini", "wget"} <= set(packages)
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
 def test_an_image_says_its_version(flavor: str) -> None:
     [label] = words(stages(flavor)["image"], "LABEL")
     tag = f"{d2filter.__version__}-{flavor}"

@@ -31,10 +31,11 @@ while [[ $1 == --* ]]; do
     shift
 done
 echo "$*" >> "$STAND_IN/srun.$$"
-for ((i = 0; i < tasks; i++)); do "$@" & done
-trap 'kill $(jobs -p) 2>/dev/null' TERM
-wait
-wait
+for ((i = 0; i < tasks; i++)); do "$@" & pids+=($!); done
+trap 'kill "${pids[@]}" 2>/dev/null' TERM
+code=0
+for pid in "${pids[@]}" "${pids[@]}"; do wait "$pid" || code=$?; done
+exit "$code"
 """
 
 SCONTROL = """#!/bin/bash
@@ -144,6 +145,12 @@ def told(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "told.json").read_text()))
 
 
+def temporary(folder: Path) -> Path:
+    """Ray's temporary folder on each node."""
+    (made, *_) = steps(folder)
+    return Path(made[-1].split()[-1])
+
+
 def test_shellcheck_and_bash_find_nothing() -> None:
     found = subprocess.run(
         [SCRIPTS / "shellcheck", "--shell=bash", SCRIPT], capture_output=True, text=True
@@ -179,7 +186,9 @@ def test_the_job_ends_with_the_code_of_the_run_and_no_node_stays(
     # the run began with all nodes there, and one secret for all
     assert seen["nodes"] == [seen["token"]] * 3
     assert re.fullmatch(r"[0-9a-f]{64}", seen["token"])
-    head, others, *after = steps(tmp_path)
+    made, head, others, *after = steps(tmp_path)
+    assert "--ntasks=3" in made
+    assert made[-1].split()[-2:-1] == ["make-temp"]
     assert {"--nodes=1", "--nodelist=n1"} <= set(head)
     assert {"--nodes=2", "--ntasks=2", "--nodelist=n2,n3"} <= set(others)
     port = re.search(r"--port=(\d+)", head[-1])
@@ -196,9 +205,40 @@ def test_the_words_for_nodes_are_options_of_ray_start(
     start: Start, tmp_path: Path, started_ray: Callable[[list[str]], dict[str, Any]]
 ) -> None:
     start("good").communicate(timeout=60)
-    head, others = (started_ray(step[-1].split()[2:]) for step in steps(tmp_path)[:2])
+    head, others = (started_ray(step[-1].split()[2:]) for step in steps(tmp_path)[1:3])
     assert (head["head"], others["head"]) == (True, False)
     assert (head["block"], head["num_cpus"]) == (True, 1)
+
+
+@pytest.mark.parametrize("taken", ["another user's", "link"])
+def test_the_temporary_folder_is_new_private_and_nobody_can_take_it_before(
+    start: Start, tmp_path: Path, taken: str
+) -> None:
+    job = start("bad")
+    output, _ = job.communicate(timeout=60)
+    folder = temporary(tmp_path)
+    assert re.fullmatch(r"/tmp/ray-\w{10}", str(folder))
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert f"logs stay in {folder}" in output
+    folder.rmdir()
+    # somebody was there first
+    other = tmp_path / "other"
+    other.mkdir()
+    if taken == "link":
+        seize = f"ln -s {other} $1"
+    elif os.geteuid() == 0:
+        seize = "mkdir $1 && chown 65534 $1"
+    else:
+        pytest.skip("gives no folder to another user")
+    executable(tmp_path / "bin/mktemp", f'#!/bin/bash\nset -- {tmp_path}/t\n{seize}\necho "$1"\n')
+    for step in tmp_path.glob("srun.*"):
+        step.unlink()
+    job = start("good")
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 1
+    assert "is not ours" in output
+    assert "d2filter.sbatch: error: no temporary folder" in output
+    assert len(steps(tmp_path)) == 1, "no node was started"
 
 
 def test_one_node_is_enough(start: Start, tmp_path: Path) -> None:
@@ -281,7 +321,7 @@ def test_a_real_ray_comes_up_on_two_nodes_and_goes(
     output, _ = job.communicate(timeout=200)
     assert job.returncode == 4, output
     assert "2 nodes worked, 2 CPUs" in output
-    folder = Path(f"/tmp/ray-{os.getpid()}")
+    folder = temporary(tmp_path)
     left = subprocess.run(["pgrep", "-f", f"{folder}/"], capture_output=True)
     assert left.returncode == 1  # found none
     assert folder.exists()  # with the logs of what failed

@@ -11,7 +11,7 @@ import ray.exceptions
 
 from d2filter.errors import StageError
 from d2filter.formats.paths import Folder
-from d2filter.stages import supersteps
+from d2filter.stages import sources, supersteps
 
 
 class Answer:
@@ -88,7 +88,7 @@ def test_scores_that_are_not_final_are_never_written(tmp_path: Path) -> None:
         def live(self) -> int:
             return 3
 
-    actor = supersteps._Actor([0], Folder(str(tmp_path)), 2, {})
+    actor = supersteps._Actor([0], Folder(str(tmp_path)), 2, {}, sources.own())
     actor._shares = {0: Unfinished()}  # type: ignore[dict-item]
     with pytest.raises(StageError, match="3 scores of partition 0 are not final"):
         actor.finish()

@@ -1,0 +1,49 @@
+"""What a run shows while it goes on: a bar of samples, and lines on what went wrong."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+from tqdm import tqdm
+
+_TICK_SECONDS = 1.0
+
+
+def progress_bar(label: str, total: int | None, show: bool | None) -> Any:
+    """A bar of samples done, whose clock goes on while nothing is done; show: None for only on a
+    terminal.
+    """
+    return _Bar(
+        desc=f"{label:<9}",
+        total=total,
+        unit=" samples",
+        unit_scale=True,
+        dynamic_ncols=True,
+        disable=None if show is None else not show,
+    )
+
+
+def tell(line: str) -> None:
+    """Print a line on stderr, above the bars that are shown."""
+    tqdm.write(f"d2filter: {line}", file=sys.stderr)
+
+
+class _Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
+    def __init__(self, **options: Any) -> None:
+        self._over = threading.Event()
+        super().__init__(**options)
+        if not self.disable:
+            threading.Thread(target=self._tick, daemon=True).start()
+
+    def close(self) -> None:
+        with self.get_lock():
+            self._over.set()
+            super().close()
+
+    def _tick(self) -> None:
+        while not self._over.wait(_TICK_SECONDS):
+            with self.get_lock():
+                if not self._over.is_set():
+                    self.refresh(nolock=True)
