@@ -11,7 +11,7 @@ import re
 # of a chain like simplecache::https://host/file
 _CHAINED = re.compile(r"::(?=[a-z][a-z0-9+.-]*(?:://|::))")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^/?#]*)(.*)", re.DOTALL)
-_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"<>\\]+")
+_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"<>]+")
 _AFTER = "'`,;:.)]}"  # what may follow a URL in a sentence
 # where what stands before the @ is a container and no user
 _CONTAINERS = ("abfs://", "abfss://", "wasb://", "wasbs://", "az://", "adl://")
@@ -57,6 +57,17 @@ def scrubbed(text: str) -> str:
     if "://" not in text:
         return text
     return _IN_TEXT.sub(_in_text, text)
+
+
+def scrubbed_in(value: object) -> object:
+    """What JSON can hold, with every text in it scrubbed."""
+    if isinstance(value, str):
+        return scrubbed(value)
+    if isinstance(value, dict):
+        return {scrubbed_in(name): scrubbed_in(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [scrubbed_in(one) for one in value]
+    return value
 
 
 def _in_text(found: re.Match[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,7 @@ from d2filter.text import redacted
 _LOCAL = ("file", "local")
 _WEB = ("http", "https")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
-_NAME_BYTES = 255  # that file systems allow
-_SUFFIX_BYTES = 16  # for .parquet, .jsonl and the like behind a name
-_DIGITS = 32
+_SUFFIX_BYTES = 16  # of .parquet, .jsonl and the like; file systems bound names
 
 
 def absolute(url: str) -> str:
@@ -65,21 +62,29 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise UsageError(f"{url} is no usable location: {error}") from error
     if not isinstance(fs, LocalFileSystem):
         fs = Remote(fs)
-    head, query = _without_query(str(path)) if protocol in _WEB else (str(path), "")
+    head, query = without_query(str(path))
     return fs, (head.rstrip("/") or "/") + query
+
+
+def without_query(url: str) -> tuple[str, str]:
+    """A URL parted before the ? of its query; only those of web servers have one."""
+    if not is_web(url):
+        return url, ""
+    head, mark, query = url.partition("?")
+    return head, mark + query
 
 
 def inside(root: str, name: str) -> str:
     """The path of a file in a folder. The query of a web folder goes behind the names in it."""
     if not name:
         return root
-    head, query = _without_query(root) if is_web(root) else (root, "")
+    head, query = without_query(root)
     return f"{head.rstrip('/')}/{name}{'' if '?' in name else query}"
 
 
 def parted(url: str) -> tuple[str, str]:
     """The folder that a file lies in, and its name there: with its query, if it has one."""
-    head, query = _without_query(url) if is_web(url) else (url, "")
+    head, query = without_query(url)
     parent, slash, name = head.rpartition("/")
     return parent or slash or ".", name + query
 
@@ -92,22 +97,6 @@ def file_name(url: str) -> str:
     return known.rstrip("/").rpartition("/")[2]
 
 
-def short_name(name: str) -> str:
-    """A name for files that are called after another one: itself, or with a 128-bit hash for its
-    end when it has no room for a suffix of 16 bytes.
-
-    >>> len(short_name("ü" * 120).encode())
-    239
-    """
-    raw = name.encode("utf-8", "surrogateescape")
-    most = _NAME_BYTES - _SUFFIX_BYTES
-    if len(raw) <= most:
-        return name
-    digest = hashlib.blake2b(raw, digest_size=_DIGITS // 2).hexdigest()
-    begin = raw[: most - _DIGITS - 1].decode("utf-8", "ignore")
-    return f"{begin}-{digest}"
-
-
 def temporary_suffix(name: str) -> str:
     """What a temporary file ends in, for those who judge a format by it; "" for a long one."""
     suffix = Path(name).suffix
@@ -116,8 +105,3 @@ def temporary_suffix(name: str) -> str:
 
 def _protocol(url: str) -> str:
     return str(get_protocol(url)) if "://" in url else "file"
-
-
-def _without_query(url: str) -> tuple[str, str]:
-    head, mark, query = url.partition("?")
-    return head, mark + query

@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from d2filter.formats.paths import Folder
-from d2filter.text import printable, redacted, scrubbed
+from d2filter.text import printable, redacted, scrubbed_in
 
 DRIVER = "logs/driver.jsonl"
 _LONGEST = 8  # of lists: what is longer is told by its first ones
@@ -95,9 +95,7 @@ def told(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, str):
-        return scrubbed(value)
-    if isinstance(value, int | float):
+    if isinstance(value, str | int | float):
         return value
     if hasattr(value, "url"):
         return redacted(value.url)
@@ -113,4 +111,5 @@ def _plain(value: Any) -> Any:
 
 
 def _line(event: str, more: Mapping[str, Any]) -> str:
-    return printable(json.dumps({"time": now(), "event": event, **more}, ensure_ascii=False)) + "\n"
+    told = scrubbed_in({"time": now(), "event": event, **more})
+    return printable(json.dumps(told, ensure_ascii=False)) + "\n"

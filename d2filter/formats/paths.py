@@ -28,7 +28,7 @@ from d2filter.formats.addresses import filesystem as filesystem
 from d2filter.formats.addresses import inside
 from d2filter.formats.patience import REMEDIES
 from d2filter.formats.remote import TEMPORARY, Remote, version_of
-from d2filter.text import printable, redacted, scrubbed
+from d2filter.text import printable, redacted, scrubbed_in
 
 Checksums = dict[str, list[int | str]]
 """[size, blake2b-128 in hex] by file name"""
@@ -112,6 +112,11 @@ class Folder:
             return None
         plain = addresses.file_name(path) if addresses.is_web(path) else name
         return FileInfo(plain, int(size or 0), version)
+
+    def infos(self, names: Sequence[str]) -> list[FileInfo | None]:
+        """The same for many files, several at once."""
+        with ThreadPoolExecutor(_READERS) as pool:
+            return list(pool.map(self.info, names))
 
     def _listed(self, suffix: str) -> list[tuple[str, dict[str, Any]]]:
         fs, root = filesystem(self.url)
@@ -230,17 +235,17 @@ class Folder:
 
         What a terminal would obey is escaped.
         """
-        text = json.dumps(value, indent=2, ensure_ascii=False)
+        text = json.dumps(scrubbed_in(value), indent=2, ensure_ascii=False)
         with self.publish(name) as path:
-            path.write_text(printable(scrubbed(text), lines=True) + "\n", "utf-8")
+            path.write_text(printable(text, lines=True) + "\n", "utf-8")
 
     def append(self, name: str, text: str) -> None:
         """Add text to the end of a file, which begins if there is none.
 
-        For logs: URLs in it lose their passwords, it is not fsynced, and elsewhere than on a local
-        disk the file is written anew, so that only one may write to it at a time.
+        For logs: it is not fsynced, and elsewhere than on a local disk the file is written anew,
+        so that only one may write to it at a time.
         """
-        content = scrubbed(text).encode("utf-8", "backslashreplace")
+        content = text.encode("utf-8", "backslashreplace")
         target = self.local
         if target is not None:
             path = target / name

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -15,8 +18,9 @@ from fsspec.registry import known_implementations
 
 from d2filter.errors import InputError, StorageError, UsageError
 from d2filter.formats import braces
-from d2filter.formats.paths import FileInfo, Folder, absolute, filesystem
-from d2filter.formats.remote import version_of
+from d2filter.formats.addresses import file_name, inside, is_web, parted, without_query
+from d2filter.formats.paths import FileInfo, Folder, absolute, filesystem, place_of
+from d2filter.text import redacted
 
 COMPRESSED = tuple(
     f".{name}"
@@ -34,6 +38,9 @@ _LONGEST_NAME = 96
 _MARK_DIGITS = 32  # 128 bits
 _RESERVED = frozenset(("tasks",))  # a file of that name lies beside the markers of the shards
 # file systems that read from another one, behind "::"; the others cannot be chained
+# but between the brackets of a numeric host
+_JOINED = re.compile(r"::(?![0-9a-fA-F:.%]*\])")
+_AHEAD = 64  # names on a web server that are looked up at once
 _OF_ANOTHER = frozenset(("zip", "tar", "libarchive", "reference", "dir", "generic"))
 
 
@@ -49,13 +56,17 @@ class Shard:
     @property
     def place(self) -> tuple[Folder, str]:
         """The folder that it lies in, and the file's name there."""
-        parent, name = split(self.url)
-        return Folder(parent or "."), name
+        return place_of(self.url)
+
+    @property
+    def address(self) -> str:
+        """How the shard is recorded and shown: its URL without passwords and signatures."""
+        return redacted(self.url)
 
     @property
     def compressed(self) -> bool:
         """Whether its name is that of a compressed tar."""
-        return _base(self.url).lower().endswith(COMPRESSED)
+        return file_name(self.url).lower().endswith(COMPRESSED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +104,7 @@ def find_shards(patterns: Sequence[str]) -> Found:
     found: dict[str, FileInfo] = {}
     listing = _Listing()
     for pattern in patterns:
-        for name in _names(pattern):
+        for name in listing.ahead(_names(pattern)):
             matches = listing.matches(name)
             if not matches:
                 raise UsageError(listing.nothing(name))
@@ -102,6 +113,7 @@ def find_shards(patterns: Sequence[str]) -> Found:
     for url in urls:
         if not encodable(url):
             raise InputError(f"shard {clean(url)} has a name that is no UTF-8: rename the file")
+    _require_distinct(urls)
     names = unique_names(urls)
     shards = [Shard(url, found[url], name) for url, name in zip(urls, names, strict=True)]
     return Found(shards, listing.left_out())
@@ -144,13 +156,6 @@ def unique_names(urls: Sequence[str]) -> list[str]:
             marked[i] = True
 
 
-def split(url: str) -> tuple[str, str]:
-    """(folder, file name) of a URL; the query of a signed one belongs to the name."""
-    path, query = _without_query(url)
-    parent, _, name = path.rpartition("/")
-    return parent, name + query
-
-
 def says(left_out: dict[str, int]) -> str:
     """What was left out, for people: `100 .json, 2 folders`; empty for nothing."""
     return ", ".join(f"{count:,} {ending}" for ending, count in left_out.items())
@@ -166,7 +171,7 @@ def _names(pattern: str) -> Iterator[str]:
             yield part
             continue
         fs, path = filesystem(part)
-        if not _is_http(part) and fs.exists(path):
+        if not is_web(part) and fs.exists(path):
             yield part
             continue
         try:
@@ -177,7 +182,7 @@ def _names(pattern: str) -> Iterator[str]:
 
 def _parts(pattern: str) -> list[str]:
     """A pattern split at `::`, but not between a file system and the one that it reads from."""
-    if "::" not in pattern:
+    if _JOINED.search(pattern) is None:
         return [pattern]
     if os.path.lexists(pattern):
         fs, path = filesystem(pattern)
@@ -189,7 +194,7 @@ def _parts(pattern: str) -> list[str]:
         )
     parts: list[str] = []
     chain = ""
-    for part in pattern.split("::"):
+    for part in _JOINED.split(pattern):
         if _reads_from_the_next(part):
             chain += f"{part}::"
             continue
@@ -215,6 +220,29 @@ class _Listing:
     def __init__(self) -> None:
         self._folders: dict[str, dict[str, FileInfo] | None] = {}
         self._left_out: dict[str, Counter[str]] = {}
+        self._known: dict[str, FileInfo | None] = {}
+
+    def ahead(self, names: Iterator[str]) -> Iterator[str]:
+        """The same names. Those on web servers are looked up several at once, after the first one:
+        if that is not there, no other one is asked for.
+        """
+        first = next(names, None)
+        if first is None:
+            return
+        yield first
+        if not is_web(first):
+            yield from names
+            return
+        while batch := list(itertools.islice(names, _AHEAD)):
+            places = [parted(url) for url in batch]
+            self._known.clear()
+            for parent in {parent for parent, _ in places}:
+                own = [name for folder, name in places if folder == parent]
+                # what fails is asked for again, by itself
+                with suppress(StorageError):
+                    infos = Folder(parent).infos(own)
+                    self._known.update(zip((inside(parent, n) for n in own), infos, strict=True))
+            yield from batch
 
     def matches(self, url: str) -> list[tuple[str, FileInfo]]:
         """The shards that a name without braces stands for. Raises InputError for a file that is
@@ -224,15 +252,15 @@ class _Listing:
         if info is not None:
             return [(url, info)]
         fs, path = filesystem(url)
-        # a web server answers for a folder as for a file
-        if not _is_tar(_base(url)) and fs.isdir(path):
+        # a web server may know its folders by the slash alone
+        if without_query(url)[0].endswith("/") and is_web(url):
             return self._in_folder(url)
-        info = _looked_up(url)
+        info = self._known.get(url) or _looked_up(url)
         if info is not None:
             return [(url, info)]
         if fs.isdir(path):
             return self._in_folder(url)
-        if any(c in _without_query(url)[0] for c in "*?["):
+        if any(c in without_query(url)[0] for c in "*?["):
             return self._globbed(url)
         raise InputError(f"shard {clean(url)} does not exist: check --shards")
 
@@ -266,31 +294,33 @@ class _Listing:
 
     def _listed(self, url: str) -> FileInfo | None:
         """A file as the listing of its folder has it; None where that does not help."""
-        parent, name = split(url)
-        if not name or (_is_http(url) and "?" in name):
-            return None  # a signature is for one file
+        parent, name = parted(url)
+        if not name or is_web(url):
+            return None  # listings of web servers tell no sizes, and many have none
         try:
-            info = (self._files(parent or ".") or {}).get(name)
+            return (self._files(parent) or {}).get(name)
         except StorageError:  # folders that may not be listed hold files that may be read
-            self._folders[parent or "."] = info = None
-        # web servers do not tell sizes in listings
-        return info if info is not None and (info.size or not _is_http(url)) else None
+            self._folders[parent] = None
+            return None
 
     def _in_folder(self, url: str) -> list[tuple[str, FileInfo]]:
-        files = self._files(url) or {}
+        files = Folder(url).names() if is_web(url) else list(self._files(url) or {})
         taken = [name for name in files if _is_tar(name)]
         counts = Counter(_ending(name) for name in files if not _is_tar(name))
-        inside = _folders_inside(url)
-        if inside:
-            counts["folders"] = inside
+        folders = _folders_inside(url)
+        if folders:
+            counts["folders"] = folders
         self._left_out[url] = counts
-        found = []
-        for name in taken:
-            address, info = f"{url.rstrip('/')}/{name}", files[name]
-            # web servers do not tell sizes in listings
-            known = _looked_up(address) if _is_http(url) and not info.size else info
-            found.append((address, known or info))
-        return found
+        infos: list[FileInfo | None]
+        if is_web(url):
+            infos = Folder(url).infos(taken)
+        else:
+            infos = [(self._files(url) or {})[name] for name in taken]
+        # a link that leads nowhere is a lost shard
+        return [
+            (inside(url, name), info or FileInfo(name, 0, ""))
+            for name, info in zip(taken, infos, strict=True)
+        ]
 
     def _globbed(self, url: str) -> list[tuple[str, FileInfo]]:
         """Matches that are tars by name, and the tars in folders among them; all files where none
@@ -320,42 +350,32 @@ class _Listing:
 
 def _looked_up(url: str) -> FileInfo | None:
     """A single file; None when there is none of that name."""
-    fs, path = filesystem(url)
-    try:
-        entry = fs.info(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    if entry["type"] == "directory":
-        return None
-    return FileInfo(split(url)[1], int(entry["size"] or 0), version_of(entry))
+    folder, name = place_of(url)
+    return folder.info(name)
+
+
+def _require_distinct(urls: Sequence[str]) -> None:
+    known: dict[str, str] = {}
+    for url in urls:
+        if known.setdefault(redacted(url), url) != url:
+            raise UsageError(
+                f"two shards are {redacted(url)} but for a login or query, which are not recorded: "
+                "name each shard once, or give it another path"
+            )
 
 
 def _folders_inside(url: str) -> int:
-    if _is_http(url):
-        return 0  # their listings hold links, and what these are is not known
     fs, path = filesystem(url)
-    entries = [e for e in fs.ls(path, detail=True) if e["type"] == "directory"]
+    try:
+        entries = [e for e in fs.ls(path, detail=True) if e["type"] == "directory"]
+    except (FileNotFoundError, NotADirectoryError):
+        return 0  # what looked like a folder of a web server
     names = [str(entry["name"]).rstrip("/") for entry in entries]
     return sum(name != path and not name.rpartition("/")[2].startswith(".") for name in names)
 
 
-def _is_http(url: str) -> bool:
-    return url.startswith(("http://", "https://"))
-
-
-def _without_query(url: str) -> tuple[str, str]:
-    if not _is_http(url):
-        return url, ""
-    path, mark, query = url.partition("?")
-    return path, mark + query
-
-
-def _base(url: str) -> str:
-    return PurePosixPath(_without_query(url)[0]).name
-
-
 def _stem(url: str) -> str:
-    base = _base(url)
+    base = file_name(url)
     return base[: -len(".tar")] if base.lower().endswith(".tar") else base
 
 
@@ -379,7 +399,7 @@ def _folded(name: str) -> str:
 
 
 def _marked(base: str, url: str) -> str:
-    mark = hashlib.blake2b(clean(url).encode(), digest_size=_MARK_DIGITS // 2).hexdigest()
+    mark = hashlib.blake2b(clean(redacted(url)).encode(), digest_size=_MARK_DIGITS // 2).hexdigest()
     room = _LONGEST_NAME - _MARK_DIGITS - 1
     start = clean(base).encode()[:room].decode("utf-8", "ignore").lstrip(".")
     return f"{start or 'shard'}-{mark}"

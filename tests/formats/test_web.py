@@ -13,7 +13,7 @@ import pytest
 from webserver import WebServer
 
 from d2filter.errors import DependencyError, InputError, StorageError, UsageError
-from d2filter.formats import contents, patience, remote
+from d2filter.formats import contents, patience, remote, shardlist, webdataset
 from d2filter.formats.paths import Folder, place_of
 
 SIGNED = "X-Amz-Signature=5ec%2Bret%3D&X-Amz-Date=2026%2F11"
@@ -250,3 +250,78 @@ def test_without_aiohttp_the_extra_is_named() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "pip install 'd2filter[http]'" in done.stdout, done.stderr
     assert DependencyError.exit_code == 1
+
+
+def shards_of(*patterns: str) -> list[tuple[str, int]]:
+    return [(shard.name, shard.info.size) for shard in webdataset.list_shards(patterns)]
+
+
+FILES = {f"p/{n}.tar": content(10 * n) for n in range(4)}
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_named_shards_need_no_listing(kind: str, index: int) -> None:
+    with serving(dict(FILES), **{**SERVERS[kind], "index": index}) as web:
+        expected = [(str(n), 10 * n) for n in range(4)]
+        assert shards_of(*(web.url(name) for name in FILES)) == expected
+        assert shards_of(web.url("p/{0..3}.tar")) == expected
+        # a signature may hold what are wildcards elsewhere, and slashes
+        with pytest.raises(InputError, match=r"/p/4\.tar does not exist"):
+            webdataset.list_shards([web.url("p/{0..9}.tar")])
+        assert not any(path.partition("?")[0].endswith("/") for _, path, _ in web.asked)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SERVERS if kind != "signed"])
+def test_a_folder_of_shards_and_its_wildcards_need_an_index(kind: str, index: int) -> None:
+    files = {**FILES, "p/note.txt": b"x", "p/deep/5.tar": b"x"}
+    with serving(files, **{**SERVERS[kind], "index": index}) as web:
+        patterns = [web.url("p"), web.url("p/"), web.url("p/*.tar"), web.url("p/[0-3].tar")]
+        for pattern in patterns:
+            if index == 200:
+                assert shards_of(pattern) == [(str(n), 10 * n) for n in range(4)]
+                continue
+            with pytest.raises((InputError, StorageError, UsageError)) as caught:
+                webdataset.list_shards([pattern])
+            assert len(str(caught.value).splitlines()) == 1
+            if index == 403:
+                assert "the server answers 403 Forbidden" in str(caught.value)
+        if index == 200:
+            found = webdataset.find_shards([web.url("p")])
+            assert found.left_out == {".txt": 1, "folders": 1}
+
+
+def test_shards_named_by_a_query_and_by_a_signature() -> None:
+    query = "token=a/b*[c]&n=1"
+    with serving(dict(FILES), query=query) as web:
+        (shard,) = webdataset.list_shards([web.url("p/1.tar")])
+        assert (shard.name, shard.address) == ("1", f"http://{web.host}/p/1.tar")
+        assert shard.place[0] == Folder(f"http://{web.host}/p")
+        assert webdataset.shard_at(shard.url).info == shard.info
+    with serving({"get": b"x"}) as web:
+        names = [web.url(f"get?file={name}") for name in ("a/0.tar", "b/0.tar", "b/1.tar")]
+        got = webdataset.list_shards(names)
+        assert [shard.address for shard in got] == names
+        assert len({shard.name for shard in got}) == 3
+        assert got[2].name == "1"
+        with pytest.raises(UsageError, match=r"two shards are .*/get but for a login or query"):
+            webdataset.list_shards([web.url("get?id=1"), web.url("get?id=2")])
+
+
+def test_a_shard_signed_anew_is_the_same_shard() -> None:
+    found = []
+    for signature in ("sig=1", "sig=2"):
+        with serving(dict(FILES), query=signature) as web:
+            urls = [web.url("p/1.tar"), web.url("p/1.tar").replace("/p/", "/p//")]
+            names = shardlist.unique_names([url.replace(web.host, "host") for url in urls])
+            found.append((names, webdataset.shard_at(urls[0]).info))
+    assert found[0] == found[1]
+
+
+def test_many_named_shards_are_looked_up_at_once_and_a_missing_first_one_alone() -> None:
+    with serving({f"{n:05d}.tar": b"x" * 9 for n in range(200)}) as web:
+        assert len(shards_of(web.url("{00000..00199}.tar"))) == 200
+        assert len(web.asked) == 200
+        web.asked.clear()
+        with pytest.raises(InputError, match="does not exist"):
+            webdataset.list_shards([web.url("a/{00000..30000000}.tar")])
+        assert len({path for _, path, _ in web.asked}) == 1
