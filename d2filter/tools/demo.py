@@ -238,12 +238,12 @@ def _claim(out: Folder, pairs: int, seed: int) -> None:
 
 def _run_config(out: Folder, first: str, setting: Setting) -> config.RunConfig:
     """The first run embeds; the others read its metadata."""
-    embed = config.EmbedConfig(shards=(out.where("shards"),))
+    embed = config.EmbedConfig(shards=(out.sub("shards").url,))
     chained = setting.name == first
     return config.RunConfig(
-        out_dir=out.where(setting.name),
+        out_dir=out.sub(setting.name).url,
         embed=embed if chained else None,
-        metadata_dir="" if chained else out.where(f"{first}/metadata"),
+        metadata_dir="" if chained else out.sub(f"{first}/metadata").url,
         catalog=config.CatalogConfig(arch=embed.resolved_arch),
         graph=config.GraphConfig(n_neighbors=setting.k),
         rank=config.RankConfig(gamma=setting.gamma),
