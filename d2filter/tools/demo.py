@@ -177,7 +177,8 @@ def demo(
     for text in table(lines):
         say(text)
     written = report.report(out.sub(MEASURED.name))
-    say(f"\nreport:  {written}  (open it in a browser)")
+    say("")
+    say(f"report:  {written}  (open it in a browser)")
     say(f"results: {out.where(MEASURED.name)}  (subset.npy, ranking/, graph/, stats.json)")
     say(f"shards:  {out.where('shards')}   truth: {out.where('truth')}")
     say(f"next:    d2filter select --out-dir {out.where(MEASURED.name)} --fraction 0.3")
@@ -216,7 +217,8 @@ def draw_and_run(
     try:
         runner.map("draw", tasks, fingerprint=f"{pairs}-{seed}", label="draw", total=pairs)
         for setting in settings:
-            say(f"\n{setting.name}: k={setting.k}, gamma={setting.gamma:g}, half kept")
+            say("")
+            say(f"{setting.name}: k={setting.k}, gamma={setting.gamma:g}, half kept")
             run = _run_config(out, settings[0].name, setting)
             Pipeline(run, say=say, show_progress=show_progress).run("run")
     finally:
