@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -414,4 +415,6 @@ def _changed(where: str) -> StorageError:
 
 def version_of(entry: dict[str, Any]) -> str:
     """What a listing tells of a file's content or time; "" when the file system tells nothing."""
-    return str(next((entry[name] for name in _STAMPS if entry.get(name)), ""))
+    stamp = next((entry[name] for name in _STAMPS if entry.get(name)), "")
+    # some tell a time in listings and a date of single files
+    return str(stamp.timestamp() if isinstance(stamp, datetime) else stamp)
