@@ -28,7 +28,7 @@ from d2filter.formats.addresses import filesystem as filesystem
 from d2filter.formats.addresses import inside
 from d2filter.formats.patience import REMEDIES
 from d2filter.formats.remote import TEMPORARY, Remote, version_of
-from d2filter.text import printable, redacted, scrubbed_in
+from d2filter.text import printable, redacted
 
 Checksums = dict[str, list[int | str]]
 """[size, blake2b-128 in hex] by file name"""
@@ -231,11 +231,10 @@ class Folder:
             fs.put(temporary, inside(root, name))
 
     def publish_json(self, name: str, value: Any) -> None:
-        """Publish `value` as indented JSON, keys in the order given; URLs in it without passwords.
-
-        What a terminal would obey is escaped.
+        """Publish `value` as indented JSON, keys in the order given. What a terminal would obey is
+        escaped. Whoever records a URL redacts it: what looks like one may be a name of a class.
         """
-        text = json.dumps(scrubbed_in(value), indent=2, ensure_ascii=False)
+        text = json.dumps(value, indent=2, ensure_ascii=False)
         with self.publish(name) as path:
             path.write_text(printable(text, lines=True) + "\n", "utf-8")
 

@@ -294,7 +294,7 @@ def find(
             for text, members in webdataset.locate_samples(shard):
                 found.append((*uid_format.from_hex(text), members))
         except webdataset.LostTail as error:
-            lost.append(f"{shard.url}: {error}")
+            lost.append(f"{shard.address}: {error}")
         hi, lo = (np.array([one[n] for one in found], np.uint64) for n in range(2))
         # of a repeated one the first is found; a loop in numba takes a worker a second to load
         wanted = uids.positions(pairs[:, 0], pairs[:, 1], hi, lo) >= 0

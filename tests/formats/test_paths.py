@@ -623,3 +623,12 @@ def test_where_nothing_tells_of_a_change_the_content_does(flaky: Folder) -> None
     assert folder.files() != [before]
     put(folder, "a.bin", b"one")
     assert folder.files() == [before]
+
+
+def test_json_is_what_was_published_and_a_terminal_obeys_nothing_in_it(folder: Folder) -> None:
+    value = {"https://me:pw@host/?class=1": ["a\x1b[2J", "\u2028", "\udc80", "l\n", "\x9b", "é"]}
+    folder.publish_json("a.json", value)
+    assert folder.read_json("a.json") == value
+    with folder.reading("a.json") as stream:
+        text = stream.read().decode()
+    assert not {c for c in text if not c.isprintable()} - {"\n"}
