@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from d2filter import __version__, config, options, signals
 from d2filter.errors import D2FilterError, UsageError
+from d2filter.text import printable, scrubbed, scrubbed_in
 
 if TYPE_CHECKING:
     from d2filter.stages.pipeline import Pipeline
@@ -331,11 +332,20 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    """One line of stdout. Data in it holds no secret and commands no terminal."""
+    print(printable(scrubbed(line)), flush=True)
 
 
 def _whisper(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """One line of stderr."""
+    print(printable(scrubbed(line)), file=sys.stderr, flush=True)
+
+
+def _say_json(value: object) -> None:
+    import json
+
+    for line in json.dumps(scrubbed_in(value), indent=2, ensure_ascii=False).split("\n"):
+        _say(line)
 
 
 def _run_pipeline(arguments: argparse.Namespace) -> None:
@@ -425,10 +435,9 @@ def _run_sweep(arguments: argparse.Namespace) -> None:
     rows = sweep.sweep(folder, sweep.grid(arguments.fraction, **given), _say)
     for line in ("", *sweep.table(rows)):
         _say(line)
-    _say(
-        f"\nall measures: {folder.where('sweep/table.csv')}  plot: {folder.where('sweep/plot.png')}"
-        f"\n`d2filter report {folder.url}` shows them beside the rest"
-    )
+    _say("")
+    _say(f"all measures: {folder.where('sweep/table.csv')}  plot: {folder.where('sweep/plot.png')}")
+    _say(f"`d2filter report {folder.url}` shows them beside the rest")
 
 
 def _run_verify(arguments: argparse.Namespace) -> None:
@@ -471,14 +480,12 @@ def _run_reshard(arguments: argparse.Namespace) -> None:
 
 
 def _run_plan(arguments: argparse.Namespace) -> None:
-    import json
-
     from d2filter.tools import estimate, plan
 
     pool, cluster, rates = plan.asked(arguments, _say if not arguments.json else _whisper)
     found = estimate.estimate(pool, cluster, rates)
     if arguments.json:
-        _say(json.dumps(plan.as_json(found), indent=2))
+        _say_json(plan.as_json(found))
     else:
         for line in plan.lines(found, pool, cluster, rates):
             _say(line)
@@ -487,14 +494,12 @@ def _run_plan(arguments: argparse.Namespace) -> None:
 
 
 def _run_explain(arguments: argparse.Namespace) -> None:
-    import json
-
     from d2filter.formats.paths import Folder, absolute
     from d2filter.tools import explain
 
     found = explain.explain(Folder(absolute(arguments.out_dir)), arguments.uids)
     if arguments.json:
-        _say(json.dumps(explain.as_json(found), indent=2, ensure_ascii=False))
+        _say_json(explain.as_json(found))
         return
     for number, one in enumerate(found):
         for line in [*([""] if number else []), *explain.lines(one)]:
@@ -502,14 +507,12 @@ def _run_explain(arguments: argparse.Namespace) -> None:
 
 
 def _run_status(arguments: argparse.Namespace) -> None:
-    import json
-
     from d2filter.formats.paths import Folder, absolute
     from d2filter.tools import status
 
     found = status.read(Folder(absolute(arguments.out_dir)))
     if arguments.json:
-        _say(json.dumps(status.as_json(found), indent=2, ensure_ascii=False))
+        _say_json(status.as_json(found))
         return
     for line in status.lines(found):
         _say(line)

@@ -17,11 +17,18 @@ A message is one line: what is wrong, the value or file, what is allowed, what t
 
 from __future__ import annotations
 
+from d2filter.text import scrubbed
+
 
 class D2FilterError(Exception):
-    """Root of the tree; `exit_code` is what the command line returns."""
+    """Root of the tree; `exit_code` is what the command line returns. URLs in a message lose their
+    passwords and signatures here.
+    """
 
     exit_code = 1
+
+    def __init__(self, *parts: object) -> None:
+        super().__init__(*(scrubbed(part) if isinstance(part, str) else part for part in parts))
 
 
 class UsageError(D2FilterError):

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from d2filter.algorithm import uids
@@ -25,6 +26,7 @@ from d2filter.formats import tables
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Checksums, Folder
 from d2filter.formats.rows import Rows, read_array
+from d2filter.text import redacted
 
 F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
@@ -202,12 +204,21 @@ def _table(samples: Samples) -> Any:
             "uid_hi": samples.hi,
             "uid_lo": samples.lo,
             "difficulty": samples.difficulty,
-            "shard": samples.shard,
+            "shard": _addresses(samples.shard),
             "key": samples.key,
             "group": samples.group,
         },
         schema=_SCHEMA,
     )
+
+
+def _addresses(shards: Any) -> Any:
+    """Shards as they are recorded: metadata of other tools may hold logins and signatures."""
+    if not pc.any(pc.match_substring_regex(shards, "://.*[@?#]")).as_py():
+        return shards
+    coded = shards.dictionary_encode()
+    known = [redacted(url) for url in coded.dictionary.to_pylist()]
+    return pa.array(known, pa.string()).take(coded.indices)
 
 
 def _samples(table: Any, wide: F16) -> Samples:

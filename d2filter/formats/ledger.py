@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from d2filter.formats import tables
 from d2filter.formats.paths import Folder
+from d2filter.text import redacted, scrubbed
 
 BAD_SAMPLES = "bad_samples.parquet"
 _SCHEMA = pa.schema(
@@ -39,10 +40,18 @@ class Entry:
 def publish_entries(folder: Folder, stage: str, task: str, entries: Sequence[Entry]) -> None:
     """Write one task's part; an empty part is written too, so that a rerun replaces an old one."""
     columns = {
-        name: pa.array([getattr(e, name) for e in entries], pa.string()) for name in _SCHEMA.names
+        name: pa.array([_recorded(name, getattr(e, name)) for e in entries], pa.string())
+        for name in _SCHEMA.names
     }
     with folder.publish(f"ledger/{stage}/{task}.parquet") as path:
         pq.write_table(pa.table(columns, schema=_SCHEMA), path)
+
+
+def _recorded(column: str, text: str | None) -> str | None:
+    """Without passwords of URLs."""
+    if text is None or column not in ("shard", "message"):
+        return text
+    return redacted(text) if column == "shard" else scrubbed(text)
 
 
 def collect(folder: Folder, stages: Sequence[str]) -> None:

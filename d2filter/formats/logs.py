@@ -4,7 +4,8 @@ logs/driver.jsonl           the run: stages, fan-outs, tasks tried again, what f
 logs/<stage>/<task>.jsonl   each attempt at a task: where it ran, on what, its figures or its error
 
 Lines are for counting and searching; samples are in the ledger. A line carries `time` (UTC) and
-`event` first.
+`event` first. Characters that end a line for some readers, or that a terminal obeys, are escaped;
+URLs have no passwords.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from d2filter.formats.paths import Folder
+from d2filter.text import printable, redacted, scrubbed_in
 
 DRIVER = "logs/driver.jsonl"
 _LONGEST = 8  # of lists: what is longer is told by its first ones
@@ -44,9 +46,10 @@ def read(folder: Folder, name: str) -> list[dict[str, Any]]:
     if not folder.exists(name):
         return []
     with folder.reading(name) as stream:
-        lines = stream.read().decode("utf-8", "replace").splitlines()
+        lines = stream.read().decode("utf-8", "replace")
     found = []
-    for line in lines:
+    # not splitlines: it takes more than line feeds for the end of a line
+    for line in lines.split("\n"):
         try:
             found.append(json.loads(line))
         except ValueError:
@@ -95,7 +98,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str | int | float):
         return value
     if hasattr(value, "url"):
-        return value.url
+        return redacted(value.url)
     if isinstance(value, Mapping):
         return told(value) if len(value) <= _LONGEST else None
     if isinstance(value, list | tuple):
@@ -108,4 +111,5 @@ def _plain(value: Any) -> Any:
 
 
 def _line(event: str, more: Mapping[str, Any]) -> str:
-    return json.dumps({"time": now(), "event": event, **more}, ensure_ascii=False) + "\n"
+    told = scrubbed_in({"time": now(), "event": event, **more})
+    return printable(json.dumps(told, ensure_ascii=False)) + "\n"

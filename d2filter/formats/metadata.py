@@ -17,7 +17,8 @@ from d2filter.config import CatalogConfig
 from d2filter.errors import InputError
 from d2filter.formats import npz, tables, traininglog
 from d2filter.formats import uid as uid_format
-from d2filter.formats.paths import Checksums, FileInfo, Folder, absolute
+from d2filter.formats.addresses import file_name
+from d2filter.formats.paths import Checksums, FileInfo, Folder, absolute, place_of
 
 # reasons, by code in `Rows.reason`; 0 is a valid row
 REASONS = (
@@ -133,24 +134,21 @@ def outside_files(config: CatalogConfig) -> list[FileInfo]:
     InputError for one that is not there.
     """
     if config.training_log:
-        logged = traininglog.files(config.training_log)[1]
-        return [replace(info, name=f"training-log/{info.name}") for info in logged]
+        place, logged = traininglog.files(config.training_log)
+        return [replace(i, name=f"training-log/{file_name(place.where(i.name))}") for i in logged]
     if not config.score_target:
         return []
-    parent, _, name = absolute(config.score_target).rpartition("/")
-    folder = Folder(parent)
-    suffix = ".npz" if name.endswith(".npz") else ".npy"
-    found = [info for info in folder.files(suffix) if info.name == name] if folder.exists() else []
-    if not found:
+    folder, name = place_of(absolute(config.score_target))
+    info = folder.info(name)
+    if info is None or not info.name.endswith((".npy", ".npz")):
         raise InputError(f"score-target {config.score_target} is no .npy or .npz file")
-    return [replace(info, name=f"score-target/{info.name}") for info in found]
+    return [replace(info, name=f"score-target/{info.name}")]
 
 
 def read_target(url: str, arch: str) -> npt.NDArray[Any]:
     """A target set: .npy (t, d), or the ARCH_img of an .npz. Raises InputError."""
-    parent, _, name = absolute(url).rpartition("/")
-    folder = Folder(parent)
-    if name.endswith(".npz"):
+    folder, name = place_of(absolute(url))
+    if file_name(url).endswith(".npz"):
         return npz.read_arrays(folder, name, [f"{arch}_img"], "")[f"{arch}_img"]
     return npz.read_array(folder, name, f"score-target {url}")
 

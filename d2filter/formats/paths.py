@@ -22,12 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-from fsspec.utils import get_protocol
-
-from d2filter.errors import DependencyError, InputError, LockedError, StorageError, UsageError
-from d2filter.formats.remote import RANGE, REMEDIES, TEMPORARY, Remote, version_of
+from d2filter.errors import InputError, LockedError, StorageError
+from d2filter.formats import addresses
+from d2filter.formats.addresses import absolute as absolute
+from d2filter.formats.addresses import filesystem as filesystem
+from d2filter.formats.addresses import inside
+from d2filter.formats.patience import REMEDIES
+from d2filter.formats.remote import TEMPORARY, Remote, version_of
+from d2filter.text import printable, redacted
 
 Checksums = dict[str, list[int | str]]
 """[size, blake2b-128 in hex] by file name"""
@@ -47,7 +49,7 @@ class FileInfo:
     name: str
     size: int
     version: str
-    """modification time or etag, whichever the file system knows"""
+    """modification time or etag, whichever the file system knows, else a sum of the content"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +85,13 @@ class Folder:
     @property
     def local(self) -> Path | None:
         """The path when the folder is on this machine's file system, else None."""
-        if get_protocol(self.url) in ("file", "local"):
+        if addresses.is_local(self.url):
             return Path(filesystem(self.url)[1])
         return None
 
     def sub(self, name: str) -> Folder:
         """A folder inside this one."""
-        return Folder(f"{self.url.rstrip('/')}/{name}", self.owner)
+        return Folder(inside(self.url, name), self.owner)
 
     def owned_by(self, owner: Owner) -> Folder:
         """The same folder, written to in the name of an owner."""
@@ -100,20 +102,60 @@ class Folder:
             self.owner.check()
 
     def where(self, name: str) -> str:
-        """How messages call a file of this folder."""
-        return f"{self.url.rstrip('/')}/{name}"
+        """How messages call a file of this folder, without passwords."""
+        return redacted(inside(self.url, name))
 
     def exists(self, name: str = "") -> bool:
         """Whether a file or folder of that name is there."""
         fs, root = filesystem(self.url)
-        return bool(fs.exists(f"{root}/{name}" if name else root))
+        return bool(fs.exists(inside(root, name)))
 
     def names(self, suffix: str = "") -> list[str]:
         """Names of the files directly inside, sorted; temporary and hidden ones are left out."""
-        return [info.name for info in self.files(suffix)]
+        return sorted(name for name, _ in self._listed(suffix))
 
     def files(self, suffix: str = "") -> list[FileInfo]:
-        """Files directly inside that end in `suffix`, sorted by name."""
+        """Files directly inside that end in `suffix`, sorted by name. What a listing does not tell
+        of them is looked up file by file.
+        """
+        fs, root = filesystem(self.url)
+
+        def known(found: tuple[str, dict[str, Any]]) -> FileInfo:
+            name, entry = found
+            size, version = entry["size"], version_of(entry)
+            if isinstance(fs, Remote) and (size is None or not version):
+                # a link that leads nowhere is listed too: leaving it out would lose what it names
+                with suppress(FileNotFoundError, IsADirectoryError):
+                    size, version = fs.known(inside(root, name))
+            return FileInfo(name, int(size or 0), version)
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            return sorted(pool.map(known, self._listed(suffix)), key=lambda info: info.name)
+
+    def info(self, name: str) -> FileInfo | None:
+        """One file, looked up without a listing of its folder; None when there is no such file. A
+        query that belongs to its URL is left out of its name.
+        """
+        fs, root = filesystem(self.url)
+        path = inside(root, name)
+        try:
+            entry = fs.info(path)
+            if entry["type"] == "directory":
+                return None
+            size, version = entry["size"], version_of(entry)
+            if isinstance(fs, Remote) and (size is None or not version):
+                size, version = fs.known(path)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+        plain = addresses.file_name(path) if addresses.is_web(path) else name
+        return FileInfo(plain, int(size or 0), version)
+
+    def infos(self, names: Sequence[str]) -> list[FileInfo | None]:
+        """The same for many files, several at once."""
+        with ThreadPoolExecutor(_READERS) as pool:
+            return list(pool.map(self.info, names))
+
+    def _listed(self, suffix: str) -> list[tuple[str, dict[str, Any]]]:
         fs, root = filesystem(self.url)
         try:
             entries = fs.ls(root, detail=True)
@@ -121,11 +163,10 @@ class Folder:
             return []
         found = []
         for entry in entries:
-            name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
-            # links that lead nowhere are listed too: leaving them out would lose what they name
+            name = entry["name"].rstrip("/").rpartition("/")[2]
             if entry["type"] != "directory" and name.endswith(suffix) and name[0] != ".":
-                found.append(FileInfo(name, int(entry["size"] or 0), version_of(entry)))
-        return sorted(found, key=lambda info: info.name)
+                found.append((name, entry))
+        return found
 
     @contextmanager
     def reading(self, name: str, info: FileInfo | None = None) -> Iterator[IO[bytes]]:
@@ -135,24 +176,28 @@ class Folder:
         since. Raises InputError when the file is missing, StorageError when a remote one stays out
         of reach or changes while it is open.
         """
-        try:
+        with self._reported(name):
             opened = self._open(name, info)
+        with opened as stream:
+            yield stream
+
+    @contextmanager
+    def _reported(self, name: str) -> Iterator[None]:
+        try:
+            yield
         except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError(f"{self.where(name)} does not exist") from error
         except IsADirectoryError as error:
             raise InputError(f"{self.where(name)} is a folder, needed is a file") from error
         except PermissionError as error:
             raise InputError(f"{self.where(name)} cannot be read: permission denied") from error
-        with opened as stream:
-            yield stream
 
     def _open(self, name: str, info: FileInfo | None = None) -> AbstractContextManager[IO[bytes]]:
         target = self.local
         if target is not None:
             return (target / name).open("rb")
         fs, root = filesystem(self.url)
-        known = (info.size, info.version) if info is not None else ()
-        remote: AbstractContextManager[IO[bytes]] = fs.reading(f"{root}/{name}", *known)
+        remote: AbstractContextManager[IO[bytes]] = fs.reading(inside(root, name), *_known(info))
         return remote
 
     @contextmanager
@@ -160,16 +205,16 @@ class Folder:
         """The same file, a remote one copied whole to a local disk first: for reading here and
         there. Raises StorageError when TMPDIR has no room for it.
         """
-        with self.reading(name, info) as stream:
-            if self.local is not None:
+        if self.local is not None:
+            with self.reading(name, info) as stream:
                 yield stream
-                return
-            with tempfile.TemporaryFile(prefix="d2filter-") as copy:
-                with writing(f"the copy of {self.where(name)} in {tempfile.gettempdir()}"):
-                    shutil.copyfileobj(stream, copy, RANGE)
-                    copy.seek(0)
-                stream.close()
-                yield copy
+            return
+        fs, root = filesystem(self.url)
+        where = f"the copy of {self.where(name)} in {tempfile.gettempdir()}"
+        with tempfile.TemporaryFile(prefix="d2filter-") as copy:
+            with self._reported(name), writing(where):
+                fs.fetch(inside(root, name), copy, *_known(info))
+            yield copy
 
     def read_json(self, name: str) -> Any:
         """Parsed JSON, or None when the file is missing. Raises InputError when it is no JSON."""
@@ -177,7 +222,7 @@ class Folder:
         try:
             if isinstance(fs, Remote):
                 with suppress(ValueError):
-                    return json.loads(fs.read_small(f"{root}/{name}"))
+                    return json.loads(fs.read_small(inside(root, name)))
             # what is no JSON may have been cut off; this is checked for length
             with self._open(name) as stream:
                 content = stream.read()
@@ -200,8 +245,7 @@ class Folder:
         target = self.local
         if target is not None:
             final = target / name
-            mark = TEMPORARY if self.owner is None else self.owner.mark
-            temporary = final.parent / f"{mark}{uuid.uuid4().hex}-{final.name}"
+            temporary = final.parent / _temporary(final.name, self.owner)
             try:
                 with writing(self.where(name), temporary):
                     final.parent.mkdir(parents=True, exist_ok=True)
@@ -218,17 +262,20 @@ class Folder:
             return
         fs, root = filesystem(self.url)
         with tempfile.TemporaryDirectory(prefix="d2filter-") as scratch:
-            temporary = Path(scratch) / Path(name).name
+            temporary = Path(scratch) / _temporary(name)
             with writing(f"{self.where(name)}, in {tempfile.gettempdir()} for now,", temporary):
                 yield temporary
                 _note(checksums, name, temporary)
             self._check_owner()
-            fs.put(temporary, f"{root}/{name}")
+            fs.put(temporary, inside(root, name))
 
     def publish_json(self, name: str, value: Any) -> None:
-        """Publish `value` as indented JSON, keys in the order given."""
+        """Publish `value` as indented JSON, keys in the order given. What a terminal would obey is
+        escaped. Whoever records a URL redacts it: what looks like one may be a name of a class.
+        """
+        text = json.dumps(value, indent=2, ensure_ascii=False)
         with self.publish(name) as path:
-            path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            path.write_text(printable(text, lines=True) + "\n", "utf-8")
 
     def append(self, name: str, text: str) -> None:
         """Add text to the end of a file, which begins if there is none.
@@ -248,7 +295,7 @@ class Folder:
             return
         fs, root = filesystem(self.url)
         with suppress(FileNotFoundError):  # it begins here
-            content = fs.read_small(f"{root}/{name}") + content
+            content = fs.read_small(inside(root, name)) + content
         with self.publish(name) as path:
             path.write_bytes(content)
 
@@ -265,7 +312,7 @@ class Folder:
                     path.unlink(missing_ok=True)
             return
         fs, root = filesystem(self.url)
-        fs.remove(f"{root}/{name}")
+        fs.remove(inside(root, name))
 
 
 def checksum(folder: Folder, name: str) -> list[int | str]:
@@ -307,13 +354,6 @@ def _is_leftover(path: Path, owner: Owner | None, own: bool) -> bool:
         return False  # published meanwhile
 
 
-def absolute(url: str) -> str:
-    """A local path made absolute, `~` expanded, for workers elsewhere; URLs as they are."""
-    if "://" in url:
-        return url
-    return str(Path(url).expanduser().absolute()) if url else url
-
-
 def is_within(inner: Folder, outer: Folder) -> bool:
     """Whether a folder is another one or lies in it, links followed."""
     one, other = inner.local, outer.local
@@ -322,22 +362,10 @@ def is_within(inner: Folder, outer: Folder) -> bool:
     return f"{inner.url.rstrip('/')}/".startswith(f"{outer.url.rstrip('/')}/")
 
 
-def filesystem(url: str) -> tuple[Any, str]:
-    """The file system of a URL and the path inside it, without a trailing slash: fsspec's own for
-    local paths, else one that is asked patiently.
-
-    Raises DependencyError when its package is missing and UsageError for an unknown protocol.
-    """
-    try:
-        fs, path = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        extra = " (pip install 'd2filter[s3]')" if url.startswith("s3") else ""
-        raise DependencyError(f"{url} needs a package that is missing{extra}: {error}") from error
-    except ValueError as error:
-        raise UsageError(f"{url} is no usable location: {error}") from error
-    if not isinstance(fs, LocalFileSystem):
-        fs = Remote(fs)
-    return fs, str(path).rstrip("/") or "/"
+def place_of(url: str) -> tuple[Folder, str]:
+    """The folder that a file lies in, and its name there: with its query, if it has one."""
+    parent, name = addresses.parted(url)
+    return Folder(parent), name
 
 
 @contextmanager
@@ -373,6 +401,15 @@ def _failed_write(error: OSError, path: Path | None) -> OSError:
         except OSError as reason:
             return reason
     return error
+
+
+def _known(info: FileInfo | None) -> tuple[int, str] | tuple[()]:
+    return (info.size, info.version) if info is not None else ()
+
+
+def _temporary(name: str, owner: Owner | None = None) -> str:
+    mark = TEMPORARY if owner is None else owner.mark
+    return f"{mark}{uuid.uuid4().hex}{addresses.temporary_suffix(name)}"
 
 
 def _note(checksums: Checksums | None, name: str, path: Path) -> None:

@@ -1,111 +1,47 @@
 """File systems behind a network: asked again when they fail, and checked for length (DESIGN §8).
 
-A connection that breaks costs the range that was being read, not the file. Everything that a server
-may get over is tried again for about a minute; what is left is one StorageError.
+A connection that breaks costs the range that was being read, not the file. How long they are asked
+is in `patience`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
-import random
-import time
+import shutil
+import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 from fsspec.dircache import DirCache
 from fsspec.utils import get_protocol
 
-from d2filter.errors import D2FilterError, StorageError
+from d2filter.errors import StorageError, UsageError
+from d2filter.formats.patience import Broken, NoRangesError, patiently, words
+from d2filter.text import redacted
 
-T = TypeVar("T")
-
-TRIES = 6
-PATIENCE = 60.0  # seconds after which no other try begins
-_FIRST_WAIT = 0.5  # seconds; each wait is twice the one before
 RANGE = 16 << 20  # bytes asked for at once, and so what a broken connection costs
 _BUFFER = 4 << 20  # bytes read ahead: small reads of footers and directories make one request
 
+BEYOND_END = errno.EINVAL  # what S3's client raises for a range that begins there
 TEMPORARY = ".tmp-"
 # one put makes a whole object there or none, and there are no folders to make: s3fs would make the
 # bucket, of a mistyped name too
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci"}
-
-_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
-_OURS = (
-    D2FilterError,
-    TypeError,
-    AttributeError,
-    NameError,
-    AssertionError,
-    NotImplementedError,
-    ImportError,
-    MemoryError,
+_READ_ONLY = {"http", "https"}
+# what file systems tell of a file's content or time, the first that is there
+_STAMPS = (
+    *("ETag", "etag", "mtime", "LastModified", "Last-Modified", "last_modified", "modified"),
+    *("Content-MD5", "Digest", "checksum", "sha", "blob_id", "CRC", "modify", "last_write_time"),
+    "created",
 )
-# botocore's, which is there for s3:// only
-_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
-# what waiting does not change, and what to do about it
-REMEDIES = {
-    errno.ENOSPC: "make room",
-    errno.EDQUOT: "make room",
-    errno.EFBIG: "allow larger files",
-    errno.EROFS: "make it writable",
-    errno.EACCES: "make it writable",
-    errno.EPERM: "make it writable",
-}
+_OF_CONTENT = "blake2b:"  # begins a version that is a sum of the content
 _VERBS = {"ls": "listed", "glob": "listed", "info": "looked up", "exists": "looked up"}
-_jitter = random.SystemRandom()
-
-
-class Broken(OSError):
-    """Fewer bytes than asked for came or went: worth another try."""
-
-
-def patiently(ask: Callable[[], T], where: str, done: str) -> T:
-    """What `ask` returns, asked again while it fails in a way that may pass.
-
-    where, done: for the message "WHERE could not be DONE". Raises StorageError when patience ends
-    or waiting is no use, and what says that a file is not there (or there already) as it is.
-    """
-    began = time.monotonic()
-    tries = 0
-    while True:
-        try:
-            return ask()
-        except (*_ABSENT, *_OURS):
-            raise
-        except Exception as error:
-            tries += 1
-            if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
-                raise StorageError(
-                    f"{where} could not be {done}, permission denied: {words(error)}; check the "
-                    "credentials and what they allow, then run the same command again"
-                ) from error
-            if isinstance(error, OSError) and error.errno in REMEDIES:
-                raise StorageError(
-                    f"{where} could not be {done}: {words(error)}; {REMEDIES[error.errno]} and run "
-                    "the same command again"
-                ) from error
-            # by chance: those that were cut off together must not come back together
-            wait = _FIRST_WAIT * 2 ** (tries - 1) * _jitter.uniform(0.5, 1)
-            spent = time.monotonic() - began
-            if tries == TRIES or spent + wait > PATIENCE:
-                raise StorageError(
-                    f"{where} could not be {done} in {tries} tries over {spent:.0f} s: "
-                    f"{words(error)}; see to the storage or the connection and run the same "
-                    "command again"
-                ) from error
-        time.sleep(wait)
-
-
-def words(error: BaseException) -> str:
-    """The system's own words, on one line."""
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    lines = text.strip().splitlines() or [type(error).__name__]
-    return lines[0][:300].rstrip(". ")
 
 
 class Remote:
@@ -136,7 +72,7 @@ class Remote:
 
     def where(self, path: str) -> str:
         """How messages call a path."""
-        return str(self._fs.unstrip_protocol(path))
+        return redacted(str(self._fs.unstrip_protocol(path)))
 
     # fsspec's own answer no to any error in `isdir`, s3fs's to any in `exists` of a bucket
 
@@ -155,6 +91,19 @@ class Remote:
         except (FileNotFoundError, NotADirectoryError):
             return False
 
+    def known(self, path: str) -> tuple[int, str]:
+        """Size and version of a file. What its storage does not tell is found by reading it: the
+        version is then a sum of its content. Raises FileNotFoundError.
+        """
+        size, version = self._looked_up(path)
+        if size is not None and version:
+            return int(size), version
+        digest = hashlib.blake2b(digest_size=16)
+        with self._copied(path) as copy:
+            while block := copy.read(_BUFFER):
+                digest.update(block)
+            return copy.tell(), version or f"{_OF_CONTENT}{digest.hexdigest()}"
+
     def reading(
         self, path: str, size: int | None = None, version: str = ""
     ) -> contextlib.AbstractContextManager[IO[bytes]]:
@@ -164,13 +113,36 @@ class Remote:
         once, and StorageError when the file has changed at the end of reading.
         """
         if size is None:
-            info = self.info(path)
-            if info["type"] == "directory":
-                raise IsADirectoryError(errno.EISDIR, "it is a folder", path)
-            size, version = info["size"], version_of(info)
+            size, version = self._looked_up(path)
         if size is None:  # of some web servers
-            return contextlib.closing(io.BytesIO(self.cat_file(path)))
-        return self._reading(path, size, version)
+            return self._copied(path)
+        return self._reading(path, int(size), version)
+
+    def fetch(
+        self, path: str, target: IO[bytes], size: int | None = None, version: str = ""
+    ) -> None:
+        """Write the file to an empty local one, by ranges where the server knows them, and go to
+        its begin. Raises like `reading`.
+        """
+        if size is None:
+            size, version = self._looked_up(path)
+        if size is None:
+            self._copy(path, target)
+            return
+        raw = RangeReader(self, path, size, version, only_ranges=True)
+        try:
+            shutil.copyfileobj(raw, target, RANGE)
+        except NoRangesError:
+            self._copy(path, target, size)
+            return
+        raw.require_unchanged()
+        target.seek(0)
+
+    def _looked_up(self, path: str) -> tuple[int | None, str]:
+        info = self.info(path)
+        if info["type"] == "directory":
+            raise IsADirectoryError(errno.EISDIR, "it is a folder", path)
+        return info["size"], version_of(info)
 
     @contextlib.contextmanager
     def _reading(self, path: str, size: int, version: str) -> Iterator[IO[bytes]]:
@@ -178,6 +150,34 @@ class Remote:
         with io.BufferedReader(raw, min(_BUFFER, size + 1)) as stream:
             yield stream
         raw.require_unchanged()
+
+    @contextlib.contextmanager
+    def _copied(self, path: str, size: int | None = None) -> Iterator[IO[bytes]]:
+        """A copy in TMPDIR that goes when it is closed. size: that it must have."""
+        with tempfile.TemporaryFile(prefix="d2filter-") as copy:
+            self._copy(path, copy, size)
+            yield copy
+
+    def _copy(self, path: str, target: IO[bytes], size: int | None = None) -> None:
+        """Write a file to an empty local one, in one request, and go to its begin. Raises
+        StorageError when it has another size than told.
+        """
+
+        def ask() -> None:
+            target.seek(0)
+            target.truncate()
+            if hasattr(self._fs, "copy_whole"):
+                self._fs.copy_whole(path, target)
+            else:
+                with self._fs.open(path, "rb") as stream:
+                    shutil.copyfileobj(stream, target, _BUFFER)
+            if size is not None and target.tell() != size:
+                if self._fs.info(path)["size"] not in (size, None):
+                    raise _changed(self.where(path))
+                raise Broken(f"{target.tell()} of {size} bytes arrived")
+
+        patiently(ask, self.where(path), "read")
+        target.seek(0)
 
     def read_small(self, path: str) -> bytes:
         """A file of a few MB at most in one request, if there is no more of it: not checked for
@@ -189,19 +189,21 @@ class Remote:
                 content: bytes = self._fs.cat_file(path, start=0, end=RANGE)
             except OSError as error:
                 # S3 knows no range of an empty file
-                if error.errno == errno.EINVAL and self._fs.info(path)["size"] == 0:
+                if error.errno == BEYOND_END and self._fs.info(path)["size"] == 0:
                     return b""
                 raise
             return content
 
-        content = patiently(ask, self.where(path), "read")
-        if len(content) < RANGE:
-            return content
+        with contextlib.suppress(NoRangesError):
+            content = patiently(ask, self.where(path), "read")
+            if len(content) < RANGE:
+                return content
         with self.reading(path) as stream:
             return stream.read()
 
     def put(self, source: Path, path: str) -> None:
         """Upload a local file: `path` is the whole file afterwards, or what it was before."""
+        self._require_writable(path)
         size = source.stat().st_size
         parent, _, name = path.rpartition("/")
         in_one = self._is_object_store(path)
@@ -256,6 +258,7 @@ class Remote:
 
     def remove(self, path: str) -> None:
         """Remove a file or a folder with all that is in it; missing is fine."""
+        self._require_writable(path)
         fs, in_one = self._fs, self._is_object_store(path)
 
         def ask() -> None:
@@ -274,6 +277,13 @@ class Remote:
 
         patiently(ask, self.where(path), "removed")
 
+    def _require_writable(self, path: str) -> None:
+        if get_protocol(self.where(path)) in _READ_ONLY:
+            raise UsageError(
+                f"{self.where(path)} cannot be written: web servers are only read; give a local "
+                "path or an object store"
+            )
+
     def _is_object_store(self, path: str) -> bool:
         return get_protocol(self.where(path)) in _OBJECT_STORES
 
@@ -286,13 +296,20 @@ def _is_pattern(path: str) -> bool:
 class RangeReader(io.RawIOBase):
     """A file read by ranges, each asked for again until it is whole."""
 
-    def __init__(self, fs: Remote, path: str, size: int, version: str) -> None:
+    def __init__(
+        self, fs: Remote, path: str, size: int, version: str, *, only_ranges: bool = False
+    ) -> None:
+        """only_ranges: NoRangesError is raised where it comes to that, instead of a copy."""
         self.size = size
+        self._only_ranges = only_ranges
         self._fs = fs
         self._path = path
         self._version = version
         self._at = 0
         self._ranges = 0
+        self._whole: IO[bytes] | None = None
+        """a copy, where the server knows no ranges"""
+        self._held = contextlib.ExitStack()
 
     def readable(self) -> bool:
         """Yes."""
@@ -340,12 +357,21 @@ class RangeReader(io.RawIOBase):
 
         What came in one range is of one file; a file that grew has been found out by its last.
         """
-        if self._ranges > 1 and self._version:
+        # a sum of the content is not made again: its reader would have had to wait for it
+        if self._ranges > 1 and self._version and not self._version.startswith(_OF_CONTENT):
             now = version_of(self._fs.info(self._path))
             if now != self._version:
-                raise self._changed()
+                raise _changed(self._fs.where(self._path))
+
+    def close(self) -> None:
+        """Remove the copy, if there is one."""
+        self._held.close()
+        super().close()
 
     def _fetch(self, start: int, end: int) -> Any:
+        if self._whole is not None:
+            self._whole.seek(start)
+            return self._whole.read(end - start)
         self._ranges += 1
         fs, where = self._fs._fs, self._fs.where(self._path)
 
@@ -355,7 +381,7 @@ class RangeReader(io.RawIOBase):
             try:
                 data = fs.cat_file(self._path, start=start, end=end + beyond)
             except OSError as error:
-                if error.errno == errno.EINVAL:  # S3 of a range beyond the end
+                if error.errno == BEYOND_END:
                     self._require_size(fs)
                 raise
             if len(data) == self.size and end - start < self.size:
@@ -369,19 +395,26 @@ class RangeReader(io.RawIOBase):
             return patiently(ask, where, "read")
         except FileNotFoundError as error:
             raise StorageError(f"{where} was removed while it was read") from error
+        except NoRangesError:
+            if self._only_ranges:
+                raise
+            self._whole = self._held.enter_context(self._fs._copied(self._path, self.size))
+        return self._fetch(start, end)
 
     def _require_size(self, fs: Any) -> None:
         if fs.info(self._path)["size"] not in (self.size, None):
-            raise self._changed()
+            raise _changed(self._fs.where(self._path))
 
-    def _changed(self) -> StorageError:
-        return StorageError(
-            f"{self._fs.where(self._path)} was changed while it was read: leave the files alone "
-            "and run the same command again"
-        )
+
+def _changed(where: str) -> StorageError:
+    return StorageError(
+        f"{where} was changed while it was read: leave the files alone and run the same command "
+        "again"
+    )
 
 
 def version_of(entry: dict[str, Any]) -> str:
-    """What a listing tells of a file's content or time, whichever the file system knows."""
-    stamp = entry.get("ETag") or entry.get("mtime") or entry.get("LastModified")
-    return str(stamp or "")
+    """What a listing tells of a file's content or time; "" when the file system tells nothing."""
+    stamp = next((entry[name] for name in _STAMPS if entry.get(name)), "")
+    # some tell a time in listings and a date of single files
+    return str(stamp.timestamp() if isinstance(stamp, datetime) else stamp)

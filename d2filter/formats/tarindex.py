@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, NamedTuple, cast
 
+from d2filter.formats import filetype
+
 _BLOCK = tarfile.BLOCKSIZE
 _NAME_BYTES = 100
 _FOLDER = "a folder"
@@ -32,13 +34,8 @@ _PLAIN = re.compile(
 )
 _DIGITS = re.compile(rb"[0-9]+")
 _MAX_DIGITS = 256
-_COMPRESSED = {
-    b"\x1f\x8b": "gzip",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"PK\x03\x04": "zip",
-}
+# what webdataset itself leaves out: notes of a whole tar
+_NOTES = re.compile(r"__[^/]*__(?:/|$)")
 
 
 class Member(NamedTuple):
@@ -66,8 +63,8 @@ def read(stream: IO[bytes], images: Sequence[str]) -> tuple[list[Key], str]:
     """Keys in the order of their first member, and what broke off the reading ("": nothing did).
 
     images: extensions of which one is enough. A key that comes again with an extension that it has
-    begins another sample: nothing is overwritten. Directories are left out, and so are links and
-    devices that are no image, txt or json.
+    begins another sample: nothing is overwritten. Left out are directories, what webdataset gives
+    no key, what a Mac adds, and links and devices that are no image, txt or json.
     """
     size = stream.seek(0, 2)
     keys, broken = _headers(stream, size, frozenset(images))
@@ -77,10 +74,23 @@ def read(stream: IO[bytes], images: Sequence[str]) -> tuple[list[Key], str]:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(key, extension in lower case) of a member: cut at the first dot of the base name."""
+    """(key, extension in lower case) of a member: cut at the first dot of the base name. The key is
+    empty where webdataset knows none: without a dot, and mostly where the name begins with it.
+    """
     folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension.lower()
+    stem, dot, extension = base.partition(".")
+    # its pattern takes the folder `a` of `a/.jpg` for the key, and none of `a.b/.jpg` or `./.jpg`
+    named = stem or (slash and "." not in folder.rpartition("/")[2])
+    return (folder + slash + stem if dot and named else ""), extension.lower()
+
+
+def _is_of_a_sample(name: str, extension: str, images: frozenset[str]) -> bool:
+    """Whether a member with this key and extension can be part of a sample.
+
+    What a Mac adds to a folder (`a/._1.jpg`, `a/.DS_Store`) has a key that ends in a slash, and an
+    extension that is no sample's.
+    """
+    return bool(name) and (name[-1] != "/" or _kind(extension, images) in _KINDS)
 
 
 class _HeaderReader:
@@ -117,11 +127,6 @@ class _HeaderReader:
 def _headers(stream: IO[bytes], size: int, images: frozenset[str]) -> tuple[list[Key], str]:
     keys: list[Key] = []
     latest: dict[str, Key] = {}
-    stream.seek(0)
-    begin = stream.read(8)
-    for magic, kind in _COMPRESSED.items():
-        if begin.startswith(magic):
-            return [], f"it is a {kind} file: unpack it, shards are plain tar files"
     broken = ""
     after = 0
     number = 0
@@ -135,6 +140,8 @@ def _headers(stream: IO[bytes], size: int, images: frozenset[str]) -> tuple[list
                 odd = member.odd
                 if odd == _FOLDER or (odd and _kind(extension, images) not in _KINDS):
                     continue
+                if not _is_of_a_sample(name, extension, images) or _NOTES.match(member.name):
+                    continue
                 key = latest.get(name)
                 if key is None or extension in key.members:
                     key = latest[name] = Key(name)
@@ -145,7 +152,12 @@ def _headers(stream: IO[bytes], size: int, images: frozenset[str]) -> tuple[list
         raise
     except Exception as error:  # tarfile raises nearly anything on hostile headers
         broken = str(error) or type(error).__name__
-    return keys, broken or _rest(stream, min(after, size))
+    broken = broken or _rest(stream, min(after, size))
+    if broken and after == 0:
+        # not even one header: perhaps it is another kind of file
+        stream.seek(0)
+        broken = filetype.why_no_shard(stream.read(filetype.HEAD_BYTES)) or broken
+    return keys, broken
 
 
 class _Found(NamedTuple):

@@ -7,7 +7,7 @@ A folder of such files is one log. Every sample must have the same epochs, and o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ from d2filter.algorithm import dynamics, uids
 from d2filter.errors import InputError
 from d2filter.formats import tables
 from d2filter.formats import uid as uid_format
-from d2filter.formats.paths import FileInfo, Folder, absolute
+from d2filter.formats.addresses import file_name
+from d2filter.formats.paths import FileInfo, Folder, absolute, place_of
 
 _COLUMNS = ("uid", "epoch", "label")
 _OUTPUTS = ("probabilities", "logits")
@@ -37,10 +38,11 @@ class Scored:
 def files(url: str) -> tuple[Folder, list[FileInfo]]:
     """The parquet files of a log. Raises InputError when there is none."""
     place = absolute(url)
-    if place.endswith(".parquet"):
-        parent, _, name = place.rpartition("/")
-        folder = Folder(parent)
-        found = [info for info in folder.files(".parquet") if info.name == name]
+    if file_name(place).endswith(".parquet"):
+        folder, name = place_of(place)
+        info = folder.info(name)
+        # a file is opened by the name in its URL
+        found = [] if info is None else [replace(info, name=name)]
     else:
         folder = Folder(place)
         found = folder.files(".parquet") if folder.exists() else []

@@ -17,12 +17,28 @@ _HEX = re.compile(r"[0-9a-f]{32}")
 _NOT_HEX = 255
 _DIGIT = np.full(256, _NOT_HEX, np.uint8)
 for _value, _character in enumerate(b"0123456789abcdef"):
-    _DIGIT[_character] = _value
+    _DIGIT[_character] = _DIGIT[ord(chr(_character).upper())] = _value
+_DASHES = np.array([8, 13, 18, 23])  # of a UUID as it is usually written
+_WITHOUT_DASHES = np.setdiff1d(np.arange(36), _DASHES)
+_SPELLED = re.compile(r"([0-9a-f]{8})-?([0-9a-f]{4})-?([0-9a-f]{4})-?([0-9a-f]{4})-?([0-9a-f]{12})")
 
 
 def is_uid(text: object) -> bool:
     """Whether `text` is a string of exactly 32 lowercase hex digits."""
     return isinstance(text, str) and _HEX.fullmatch(text) is not None
+
+
+def normalized(text: object) -> str | None:
+    """The uid that `text` spells: 32 hex digits in either case, or those of a UUID with its four
+    dashes. None for everything else.
+
+    >>> normalized("01234567-89AB-CDEF-0123-456789abcdef")
+    '0123456789abcdef0123456789abcdef'
+    """
+    if not isinstance(text, str) or len(text) not in (32, 36):
+        return None
+    found = _SPELLED.fullmatch(text.lower() if text.isascii() else "")
+    return "".join(found.groups()) if found else None
 
 
 def content_uid(image: bytes, caption: str) -> str:
@@ -38,7 +54,8 @@ def content_uid(image: bytes, caption: str) -> str:
 
 
 def parse(column: Any) -> tuple[U64, U64, npt.NDArray[np.bool_]]:
-    """hi, lo (n,) uint64 and valid (n,) bool of an arrow column of strings or binaries.
+    """hi, lo (n,) uint64 and valid (n,) bool of an arrow column of strings or binaries, spelled in
+    any way that `normalized` takes.
 
     Rows that are null or no uid have hi = lo = 0 and valid = False. Raises pa.ArrowInvalid or
     pa.ArrowNotImplementedError for columns that hold no strings.
@@ -61,23 +78,27 @@ def parse(column: Any) -> tuple[U64, U64, npt.NDArray[np.bool_]]:
         raise pa.ArrowInvalid(f"type {column.type} where strings are needed")
     column = column.cast(pa.large_binary())
     length = pc.fill_null(pc.binary_length(column), 0).to_numpy(zero_copy_only=False)
-    valid = length == 32
-    hi = np.zeros(valid.size, np.uint64)
-    lo = np.zeros(valid.size, np.uint64)
-    if not valid.any():
-        return hi, lo, valid
-    sound = column.filter(pa.array(valid))
-    raw = np.frombuffer(sound.buffers()[2], np.uint8)[: 32 * len(sound)].reshape(-1, 32)
-    digit = _DIGIT[raw]
-    hexadecimal = (digit != _NOT_HEX).all(axis=1)
-    packed = np.ascontiguousarray((digit[:, 0::2] << 4) | digit[:, 1::2]).view(">u8")
-    rows = np.flatnonzero(valid)
-    hi[rows] = packed[:, 0]
-    lo[rows] = packed[:, 1]
-    broken = rows[~hexadecimal]
-    valid[broken] = False
-    hi[broken] = 0
-    lo[broken] = 0
+    hi = np.zeros(length.size, np.uint64)
+    lo = np.zeros(length.size, np.uint64)
+    valid = np.zeros(length.size, np.bool_)
+    for width in (32, 36):
+        fitting = length == width
+        rows = np.flatnonzero(fitting)
+        if not rows.size:
+            continue
+        sound = column.filter(pa.array(fitting))
+        raw = np.frombuffer(sound.buffers()[2], np.uint8)[: width * rows.size].reshape(-1, width)
+        good = np.ones(rows.size, np.bool_)
+        if width == 36:
+            good = (raw[:, _DASHES] == ord("-")).all(axis=1)
+            raw = raw[:, _WITHOUT_DASHES]
+        digit = _DIGIT[raw]
+        good &= (digit != _NOT_HEX).all(axis=1)
+        packed = np.ascontiguousarray((digit[:, 0::2] << 4) | digit[:, 1::2]).view(">u8")
+        rows = rows[good]
+        hi[rows] = packed[good, 0]
+        lo[rows] = packed[good, 1]
+        valid[rows] = True
     return hi, lo, valid
 
 

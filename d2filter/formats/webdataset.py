@@ -1,54 +1,49 @@
 """Samples of WebDataset shards: tar files whose members share a key (DESIGN §6).
 
-A key is the member's path up to the first dot of its base name, as webdataset defines it. Members
-of a key need not lie side by side: the headers of a shard are read first, then the samples. Nothing
-is ever extracted: a name is a name, whatever path it spells.
+A key is the member's path up to the first dot of its base name, as webdataset defines it, and what
+webdataset leaves out belongs to no sample. Members of a key need not lie side by side: the headers
+of a shard are read first, then the samples. Nothing is ever extracted: a name is a name, whatever
+path it spells.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+import re
+import stat
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import IO, Any
 
-import braceexpand
-
-from d2filter.errors import InputError, UsageError
-from d2filter.formats import tarindex
+from d2filter.errors import InputError
+from d2filter.formats import filetype, tarindex
 from d2filter.formats import uid as uid_format
-from d2filter.formats.paths import FileInfo, Folder, filesystem
-from d2filter.formats.remote import version_of
+from d2filter.formats.shardlist import (
+    Shard,
+    clean,
+    encodable,
+    find_shards,
+    list_shards,
+    shard_at,
+)
+
+__all__ = [
+    "IMAGE_FORMATS", "IMAGE_SUFFIXES", "LostTail", "Sample", "Shard", "clean", "describe",
+    "encodable", "find_shards", "list_shards", "locate_samples", "read_samples", "shard_at",
+]  # fmt: skip
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 # what such a member may hold, whatever its name says: a decoder for PostScript runs programs
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 MAX_IMAGE_BYTES = 256 << 20
 MAX_JSON_BYTES = 16 << 20
 MAX_TEXT_BYTES = 1 << 20
 
 _KEPT_META = ("url", "sha256", "original_width", "original_height")
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One tar file."""
-
-    url: str
-    info: FileInfo
-    name: str
-    """base name without .tar; made unique among the shards of a run"""
-
-    @property
-    def place(self) -> tuple[Folder, str]:
-        """The folder that it lies in, and the file's name there."""
-        parent, _, name = self.url.rpartition("/")
-        return Folder(parent or "."), name
+# `<_io.BytesIO object at 0x7f3a5c0>`: the same fault must read the same in every run
+_OBJECT = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+[^<>]*>")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,64 +59,18 @@ class Sample:
     reason: str = ""
     """why it cannot be used; empty when it can"""
     message: str = ""
-
-
-def clean(text: str) -> str:
-    """`text` with what UTF-8 cannot hold spelled out: names in tars may be any bytes."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def encodable(text: str) -> bool:
-    """Whether UTF-8 can hold `text` (JSON can spell lone surrogates, which it cannot)."""
-    return clean(text) == text
+    replaced: bool = False
+    """whether its json gave an id that is no uid, and `uid` is another"""
 
 
 class LostTail(Exception):
     """The rest of a shard cannot be read; the samples before it were yielded."""
 
 
-def list_shards(patterns: Sequence[str]) -> list[Shard]:
-    """All shards of the given patterns, sorted by URL.
-
-    A pattern is a .tar file, a folder of them, or either with {braces} or wildcards. Raises
-    UsageError when a pattern matches nothing and InputError for a named file that is missing.
-    """
-    found: dict[str, FileInfo] = {}
-    listing = _Listing()
-    for pattern in patterns:
-        matched = False
-        for url in _expanded(pattern):
-            for shard, info in listing.matches(url):
-                found[shard] = info
-                matched = True
-        if not matched:
-            raise UsageError(
-                f"no shards match {pattern!r}: give .tar files, a folder of them, or a quoted "
-                "pattern like 'data/{00000..00099}.tar'"
-            )
-    names = [PurePosixPath(url).name.removesuffix(".tar") for url in sorted(found)]
-    repeated = {name for name, count in Counter(names).items() if count > 1}
-    shards = []
-    for url, name in zip(sorted(found), names, strict=True):
-        if not encodable(url):
-            raise InputError(f"shard {clean(url)} has a name that is no UTF-8: rename the file")
-        mark = hashlib.blake2b(url.encode(), digest_size=4).hexdigest()
-        shards.append(Shard(url, found[url], f"{name}-{mark}" if name in repeated else name))
-    return shards
-
-
-def shard_at(url: str) -> Shard:
-    """The shard of exactly this name: no pattern, no folder. Raises InputError when it is missing,
-    StorageError when a remote one cannot be looked up.
-    """
-    fs, path = filesystem(url)
-    try:
-        entry = fs.info(path)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"shard {clean(url)} does not exist") from error
-    name = PurePosixPath(url).name
-    info = FileInfo(name, int(entry["size"] or 0), version_of(entry))
-    return Shard(url, info, name.removesuffix(".tar"))
+def describe(error: BaseException) -> str:
+    """An exception in one short text that is the same in every run: without memory addresses."""
+    text = _OBJECT.sub("the file", f"{type(error).__name__}: {error}")
+    return clean(" ".join(text.split()))[:300]
 
 
 def read_samples(shard: Shard, wanted: Container[str] | None = None) -> Iterator[Sample]:
@@ -135,7 +84,7 @@ def read_samples(shard: Shard, wanted: Container[str] | None = None) -> Iterator
         found, broken = tarindex.read(stream, IMAGE_SUFFIXES)
         for key in found:
             if wanted is None or clean(key.name) in wanted:
-                yield _sample(stream, key)
+                yield from _beside_their_key(key) or [_sample(stream, key)]
     if broken:
         raise LostTail(clean(broken)[:300])
 
@@ -156,54 +105,24 @@ def locate_samples(shard: Shard) -> Iterator[tuple[str, dict[str, tarindex.Membe
             if uid is not None and not key.cut:
                 yield uid, {ext: place for ext, place in key.members.items() if not place.odd}
     if broken:
-        raise LostTail(broken)
-
-
-def _expanded(pattern: str) -> list[str]:
-    """A pattern's brace expansion, or the pattern itself where such a name exists."""
-    fs, path = filesystem(pattern)
-    if fs.exists(path):
-        return [pattern]
-    try:
-        return list(braceexpand.braceexpand(pattern))
-    except ValueError as error:  # its UnbalancedBracesError
-        raise UsageError(f"shards pattern {pattern!r} has unbalanced braces") from error
-
-
-class _Listing:
-    """Looks shards up; each folder is listed once, however many of its shards are named."""
-
-    def __init__(self) -> None:
-        self._folders: dict[str, dict[str, FileInfo]] = {}
-
-    def matches(self, url: str) -> Iterator[tuple[str, FileInfo]]:
-        parent, _, name = url.rpartition("/")
-        known = self._files(parent or ".").get(name)
-        if known is not None:
-            yield url, known
-            return
-        fs, path = filesystem(url)
-        if fs.isdir(path):
-            for info in self._files(url).values():
-                if info.name.endswith(".tar"):
-                    yield f"{url.rstrip('/')}/{info.name}", info
-        elif any(c in url for c in "*?["):
-            for match in fs.glob(path):
-                address = str(fs.unstrip_protocol(match)) if "://" in url else str(match)
-                yield from self.matches(address)
-        else:
-            raise InputError(f"shard {url} does not exist: check --shards")
-
-    def _files(self, folder: str) -> dict[str, FileInfo]:
-        if folder not in self._folders:
-            self._folders[folder] = {info.name: info for info in Folder(folder).files()}
-        return self._folders[folder]
+        raise LostTail(clean(broken)[:300])
 
 
 @contextmanager
 def _local_copy(shard: Shard) -> Iterator[IO[bytes]]:
     """The shard as a seekable local file; remote ones are fetched whole and checked for length."""
     folder, name = shard.place
+    if folder.local is not None:
+        path = folder.local / name
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            # opening a pipe waits for ever
+            raise InputError(f"shard {clean(shard.url)} is no regular file")
+    elif shard.compressed:
+        # not worth its whole way here
+        with folder.reading(name, shard.info) as stream:
+            why = filetype.why_no_shard(stream.read(filetype.HEAD_BYTES))
+        if why:
+            raise LostTail(why)
     with folder.fetched(name, shard.info) as stream:
         yield stream
 
@@ -212,9 +131,29 @@ class _Unusable(Exception):
     """A sample that cannot be used: (reason, message)."""
 
 
+def _beside_their_key(found: tarindex.Key) -> list[Sample]:
+    """Pictures that have no key of their own because of a dot in their names (`photo.0001.jpg` and
+    `photo.0002.jpg` both have the key `photo`), where the key itself has no picture.
+    """
+    if not found.members.keys().isdisjoint(IMAGE_SUFFIXES):
+        return []
+    key = clean(found.name)
+    return [
+        Sample(
+            key=clean(f"{found.name}.{extension.rpartition('.')[0]}"),
+            reason="dot in the name",
+            message=f"a key ends at the first dot, so {clean(extension)[:100]} belongs to "
+            f"{key[-100:]}: rename it without that dot",
+        )
+        for extension in found.members
+        if "." in extension and extension.rpartition(".")[2] in IMAGE_SUFFIXES
+    ]
+
+
 def _sample(stream: IO[bytes], found: tarindex.Key) -> Sample:
     key, members = clean(found.name), found.members
     known: str | None = None
+    replaced = False
 
     def read(extension: str, most: int) -> bytes:
         member = members[extension]
@@ -230,7 +169,8 @@ def _sample(stream: IO[bytes], found: tarindex.Key) -> Sample:
         if found.cut:
             raise _Unusable("cut off", f"the shard breaks off; members: {_listed(members)}")
         meta = _parsed(read("json", MAX_JSON_BYTES)) if "json" in members else {}
-        known = meta["uid"] if uid_format.is_uid(meta.get("uid")) else None
+        known = uid_format.normalized(meta.get("uid"))
+        replaced = known is None and meta.get("uid") is not None
         images = [e for e in IMAGE_SUFFIXES if e in members]
         if not images:
             raise _Unusable("no image", f"members: {_listed(members)}")
@@ -256,6 +196,7 @@ def _sample(stream: IO[bytes], found: tarindex.Key) -> Sample:
         uid=known or uid_format.content_uid(content, caption),
         # the rest of a json may be large, and samples wait in memory for their batch
         meta={name: meta[name] for name in _KEPT_META if isinstance(meta.get(name), (str, int))},
+        replaced=replaced,
     )
 
 
@@ -272,15 +213,14 @@ def _told_uid(stream: IO[bytes], found: tarindex.Key) -> str | None:
         return None
     if "txt" not in sound and not isinstance(meta.get("caption"), str):
         return None
-    told = meta.get("uid")
-    return str(told) if uid_format.is_uid(told) else None
+    return uid_format.normalized(meta.get("uid"))
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise _Unusable("broken json", _short(error)) from error
+        raise _Unusable("broken json", describe(error)) from error
     if not isinstance(parsed, dict):
         raise _Unusable("broken json", "not an object")
     return parsed
@@ -290,12 +230,8 @@ def _decoded(content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _Unusable("caption is no UTF-8", _short(error)) from error
+        raise _Unusable("caption is no UTF-8", describe(error)) from error
 
 
 def _listed(members: dict[str, tarindex.Member]) -> str:
     return clean(", ".join(sorted(members)))[:300]
-
-
-def _short(error: BaseException) -> str:
-    return clean(f"{type(error).__name__}: {error}")[:300]

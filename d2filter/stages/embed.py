@@ -167,7 +167,7 @@ def embed_shard(
                     if len(batch) == config.batch_size:
                         flush()
         except webdataset.LostTail as error:
-            lost = f"{shard.url}: {error}"
+            lost = f"{shard.address}: {error}"
         if batch:
             flush()
         line.finish()
@@ -192,7 +192,7 @@ def embed_shard(
         "reasons": dict(Counter(entry.reason for entry in entries)),
         "lost": lost,
         "device": model.device,
-        "url": shard.url,
+        "url": shard.address,
         "checksums": sums,
     }
 
@@ -320,7 +320,7 @@ def _row(ready: _Ready, shard: webdataset.Shard) -> dict[str, Any]:
         "original_height": _size(meta.get("original_height"), ready.height),
         "sha256": sha256 if told else ready.sha256,
         "key": ready.sample.key,
-        "shard": shard.url,
+        "shard": shard.address,
     }
 
 
@@ -335,7 +335,7 @@ def _entry(sample: webdataset.Sample, shard: webdataset.Shard) -> ledger.Entry:
         status="bad",
         reason=sample.reason,
         message=sample.message,
-        shard=shard.url,
+        shard=shard.address,
         key=sample.key,
         uid=sample.uid,
     )

@@ -16,6 +16,7 @@ from d2filter.errors import UsageError
 from d2filter.formats import contents, graph, metadata, webdataset
 from d2filter.formats.paths import FileInfo, Folder, absolute, is_within
 from d2filter.formats.runstate import Plan, RunState
+from d2filter.text import redacted
 
 # commands that chain more than their own stage
 CHAINS = {
@@ -112,9 +113,9 @@ class Plans:
                 inputs=[*(() if before else files), *beside],
                 content_of=None if before else lambda name: contents.of(source, name),
                 sources={
-                    "metadata": source.url,
-                    "score_target": absolute(config.score_target),
-                    "training_log": absolute(config.training_log),
+                    "metadata": redacted(source.url),
+                    "score_target": redacted(absolute(config.score_target)),
+                    "training_log": redacted(absolute(config.training_log)),
                 },
             ),
             says=f"{len(pairs):,} pairs of metadata files, {_size(files)}" if files else "",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -112,7 +112,7 @@ def _make(
     state = out.sub(STATE)
     work = state.sub(_WORK)
     _publish_subset(state, subset)
-    listed = [[s.url, s.name, s.info.name, s.info.size, s.info.version] for s in shards]
+    listed = [[s.address, s.name, s.info.name, s.info.size, s.info.version] for s in shards]
     work.publish_json(_SHARDS, listed)
     finding = [
         Task(
@@ -132,6 +132,14 @@ def _make(
     searched: set[int] = set()
     placed = 0
 
+    def private(rows: Rows) -> dict[int, str]:
+        """URLs of a new shard's inputs by number, where they are more than is recorded of them."""
+        if all(shard.url == shard.address for shard in shards):
+            return {}
+        bounds = _bounds(shards)
+        inputs = (range(*bounds[index : index + 2]) for index in np.unique(rows.index).tolist())
+        return {n: shards[n].url for n in itertools.chain(*inputs)}
+
     def then(name: str, figures: Figures) -> list[Task]:
         """What can be written after a search: indexes are placed in their order."""
         nonlocal placed
@@ -148,10 +156,12 @@ def _make(
             Task(
                 name=f"write-{number:06d}",
                 run=write,
-                arguments={"out": out, "number": number, "rows": rows},
+                arguments={
+                    "out": out, "number": number, "rows": rows, "private": private(rows),
+                },
             )
             for rows, number in zip(settled, numbers, strict=False)
-        ]
+        ]  # fmt: skip
 
     # a sample of the subset counts when it is found, and when it is written
     with indexes:
@@ -246,10 +256,13 @@ def _publish_subset(state: Folder, subset: npt.NDArray[np.void]) -> None:
             np.save(stream, subset)
 
 
-def _read_shards(work: Folder) -> list[webdataset.Shard]:
-    """In a file: with each of many tasks the list would fill the object store."""
+def _read_shards(work: Folder, private: Mapping[int, str]) -> list[webdataset.Shard]:
+    """In a file: with each of many tasks the list would fill the object store. private: URLs with
+    logins and signatures, which are in no file.
+    """
     return [
-        webdataset.Shard(url, FileInfo(*info), name) for url, name, *info in work.read_json(_SHARDS)
+        webdataset.Shard(private.get(number, url), FileInfo(*info), name)
+        for number, (url, name, *info) in enumerate(work.read_json(_SHARDS))
     ]
 
 
@@ -281,7 +294,7 @@ def find(
             for text, members in webdataset.locate_samples(shard):
                 found.append((*uid_format.from_hex(text), members))
         except webdataset.LostTail as error:
-            lost.append(f"{shard.url}: {error}")
+            lost.append(f"{shard.address}: {error}")
         hi, lo = (np.array([one[n] for one in found], np.uint64) for n in range(2))
         # of a repeated one the first is found; a loop in numba takes a worker a second to load
         wanted = uids.positions(pairs[:, 0], pairs[:, 1], hi, lo) >= 0
@@ -301,10 +314,12 @@ def find(
     return {"kept": len(kept), "lost": lost}
 
 
-def write(*, report: Report, out: Folder, number: int, rows: Rows) -> Figures:
-    """Task: one new shard."""
+def write(
+    *, report: Report, out: Folder, number: int, rows: Rows, private: Mapping[int, str]
+) -> Figures:
+    """Task: one new shard. private: see `_read_shards`."""
     work = out.sub(STATE).sub(_WORK)
-    return {"bytes": fill.fill(out, number, work, _read_shards(work), rows, report)}
+    return {"bytes": fill.fill(out, number, work, _read_shards(work, private), rows, report)}
 
 
 def finish(

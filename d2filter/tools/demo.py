@@ -177,7 +177,8 @@ def demo(
     for text in table(lines):
         say(text)
     written = report.report(out.sub(MEASURED.name))
-    say(f"\nreport:  {written}  (open it in a browser)")
+    say("")
+    say(f"report:  {written}  (open it in a browser)")
     say(f"results: {out.where(MEASURED.name)}  (subset.npy, ranking/, graph/, stats.json)")
     say(f"shards:  {out.where('shards')}   truth: {out.where('truth')}")
     say(f"next:    d2filter select --out-dir {out.where(MEASURED.name)} --fraction 0.3")
@@ -216,7 +217,8 @@ def draw_and_run(
     try:
         runner.map("draw", tasks, fingerprint=f"{pairs}-{seed}", label="draw", total=pairs)
         for setting in settings:
-            say(f"\n{setting.name}: k={setting.k}, gamma={setting.gamma:g}, half kept")
+            say("")
+            say(f"{setting.name}: k={setting.k}, gamma={setting.gamma:g}, half kept")
             run = _run_config(out, settings[0].name, setting)
             Pipeline(run, say=say, show_progress=show_progress).run("run")
     finally:
@@ -238,12 +240,12 @@ def _claim(out: Folder, pairs: int, seed: int) -> None:
 
 def _run_config(out: Folder, first: str, setting: Setting) -> config.RunConfig:
     """The first run embeds; the others read its metadata."""
-    embed = config.EmbedConfig(shards=(out.where("shards"),))
+    embed = config.EmbedConfig(shards=(out.sub("shards").url,))
     chained = setting.name == first
     return config.RunConfig(
-        out_dir=out.where(setting.name),
+        out_dir=out.sub(setting.name).url,
         embed=embed if chained else None,
-        metadata_dir="" if chained else out.where(f"{first}/metadata"),
+        metadata_dir="" if chained else out.sub(f"{first}/metadata").url,
         catalog=config.CatalogConfig(arch=embed.resolved_arch),
         graph=config.GraphConfig(n_neighbors=setting.k),
         rank=config.RankConfig(gamma=setting.gamma),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
-from d2filter.errors import D2FilterError
+from d2filter.errors import D2FilterError, StorageError
 from d2filter.formats import contents, metadata
+from d2filter.formats.addresses import is_web, parted
 from d2filter.formats.paths import FileInfo, Folder, checksum, read_jsons
 from d2filter.formats.runstate import STAGES, RunState, differing_input
 
@@ -71,7 +74,7 @@ def inputs(folder: Folder) -> Breaches:
     catalog = found.get("catalog")
     if catalog is not None and "sources" in catalog and not catalog["upstream"]:
         source = Folder(catalog["sources"]["metadata"])
-        if source.exists():
+        if _seen(source):
             try:
                 _, files = metadata.list_pairs(source)
             except D2FilterError as error:
@@ -83,17 +86,51 @@ def inputs(folder: Folder) -> Breaches:
             out += [f"{difference} since the catalog was made"] if difference else []
     embed = found.get("embed")
     if embed is not None:
-        listed: dict[str, dict[str, FileInfo]] = {}
-        for name, url in shards(folder).items():
-            parent, _, base = url.rpartition("/")
-            if parent not in listed:
-                listed[parent] = {info.name: info for info in Folder(parent).files()}
-            now = listed[parent].get(base)
-            if now is None and listed[parent]:
+        urls = shards(folder)
+        there = _there(list(urls.values()))
+        for name, url in urls.items():
+            if url not in there:
+                continue
+            now = there[url]
+            if now is None:
                 out.append(f"{url} is gone since it was embedded")
-            elif now is not None and [now.size, now.version] != embed["inputs"][name]:
+            elif [now.size, now.version] != embed["inputs"][name]:
                 out.append(f"{url} is changed since it was embedded")
     return _few(out)
+
+
+def _seen(source: Folder) -> bool:
+    """Whether a folder is there, and may be looked into."""
+    try:
+        return source.exists()
+    except StorageError:
+        if is_web(source.url):
+            return False  # logins are not recorded
+        raise
+
+
+def _there(urls: Sequence[str]) -> dict[str, FileInfo | None]:
+    """Files as they are now, None for one that is gone; without those of folders that are gone, or
+    that let nobody in.
+    """
+    inside: dict[str, list[str]] = defaultdict(list)
+    for url in urls:
+        parent, name = parted(url)
+        inside[parent].append(name)
+    found: dict[str, FileInfo | None] = {}
+    for parent, names in inside.items():
+        place = Folder(parent)
+        now: dict[str, FileInfo | None]
+        if is_web(parent):
+            try:
+                now = dict(zip(names, place.infos(names), strict=True))
+            except StorageError:
+                continue  # logins and signatures are not recorded
+        else:
+            now = {info.name: info for info in place.files()}
+        if now:
+            found.update((f"{parent.rstrip('/')}/{name}", now.get(name)) for name in names)
+    return found
 
 
 def shards(folder: Folder) -> dict[str, str]:

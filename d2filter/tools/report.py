@@ -22,6 +22,7 @@ from d2filter.algorithm import coverage
 from d2filter.errors import RunStateError, UsageError
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import REPORT, RunState
+from d2filter.text import redacted
 from d2filter.tools import gallery, measures, plots, sweep
 
 GALLERY = 12
@@ -124,8 +125,8 @@ def _page(
     subsets = {one.name: one for one in (m.own, m.by_score, m.at_random, m.everything)}
     return environment.get_template("report.html").render(
         m=m,
-        out=folder.url,
-        title=f"{folder.url.rstrip('/').rpartition('/')[2]} · d2filter",
+        out=redacted(folder.url),
+        title=f"{redacted(folder.url).rstrip('/').rpartition('/')[2]} · d2filter",
         headline=_headline(m),
         tabs=list(tabs.items()),
         cards=_cards(m),

@@ -25,7 +25,7 @@ import shards
 from flaky_proxy import KINDS, FlakyProxy
 
 from d2filter.errors import StorageError
-from d2filter.formats import remote
+from d2filter.formats import patience
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder, checksum
 
@@ -337,7 +337,7 @@ def test_an_upload_in_parts_that_fails_leaves_the_object_of_before(
     for name, value in credentials(proxy.url).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(s3fs.core, "calculate_chunksize", lambda *_, **__: 5 << 20)
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(patience.time, "sleep", lambda seconds: None)
     folder = Folder("s3://pool/parts")
     before, after = (np.random.default_rng(i).bytes(11 << 20) for i in range(2))
 

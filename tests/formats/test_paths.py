@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -17,8 +18,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from d2filter.errors import DependencyError, InputError, StorageError, UsageError
-from d2filter.formats import remote
-from d2filter.formats.paths import FileInfo, Folder, absolute, checksum
+from d2filter.formats import addresses, patience, remote
+from d2filter.formats.paths import FileInfo, Folder, absolute, checksum, place_of
 from d2filter.formats.rows import read_range, write_array
 from d2filter.formats.tables import open_table
 
@@ -200,7 +201,7 @@ class Flaky(MemoryFileSystem):
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that would have been waited."""
     found: list[float] = []
-    monkeypatch.setattr(remote.time, "sleep", found.append)
+    monkeypatch.setattr(patience.time, "sleep", found.append)
     return found
 
 
@@ -266,7 +267,7 @@ def test_what_stays_broken_is_one_line_with_the_tries(flaky: Folder, waits: list
 
 def test_patience_ends_with_time_too(flaky: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10_000, 25))  # each try takes 25 s
-    monkeypatch.setattr(remote.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(patience.time, "monotonic", lambda: float(next(clock)))
     Flaky.plan["info"] = [gone()] * 99
     with pytest.raises(StorageError, match="in 3 tries over 75 s"):
         flaky.exists("a.bin")
@@ -488,3 +489,146 @@ def test_an_error_of_another_file_is_not_blamed_on_the_one_that_is_written(
     denied = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "picture.png"))
     with pytest.raises(PermissionError), folder.publish("a.bin"):
         raise denied
+
+
+LONG = {
+    "ascii": "x" * 255,
+    "suffix": "x" * 247 + ".parquet",
+    "two bytes": "ü" * 125 + ".json",
+    "three bytes": "雪" * 84 + ".gz",
+    "four bytes": "👩" * 62 + ".tar",
+    "all suffix": "." + "s" * 254,
+    "a long suffix": "a." + "ü" * 126,
+}
+
+
+@pytest.mark.parametrize("name", LONG.values(), ids=LONG)
+def test_names_as_long_as_a_file_system_allows_are_written(folder: Folder, name: str) -> None:
+    assert 250 < len(name.encode()) <= 255
+    for content in (b"one", b"two"):
+        with folder.publish(name) as path:
+            path.write_bytes(content)
+            assert len(path.name.encode()) <= 255
+        with folder.reading(name) as stream:
+            assert stream.read() == content
+    folder.publish_json(name, [1])
+    assert folder.read_json(name) == [1]
+    folder.append(name, "2")
+    info = folder.info(name)
+    assert info is not None
+    assert info.size == len("[\n  1\n]\n2")
+    folder.remove(name)
+    assert folder.info(name) is None
+    if folder.local is not None:
+        assert os.listdir(folder.local) == []
+
+
+def test_temporary_files_keep_the_suffix_that_tells_their_format(folder: Folder) -> None:
+    with folder.publish("plot.svg") as path:
+        path.write_bytes(b"")
+        assert path.suffix == ".svg"
+
+
+def test_a_name_too_long_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises((StorageError, OSError)) as caught:
+        Folder(str(tmp_path)).publish_json("x" * 300, 1)
+    assert os.strerror(errno.ENAMETOOLONG) in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_double_colons_in_a_local_path_are_part_of_the_name(tmp_path: Path, prefix: str) -> None:
+    url = f"{prefix}{tmp_path}/a.tar::b::c"
+    assert absolute(url) == url
+    folder = Folder(url)
+    assert folder.local == tmp_path / "a.tar::b::c"
+    folder.publish_json("x::y/z::.json", 1)
+    assert folder.read_json("x::y/z::.json") == 1
+    assert folder.sub("x::y").names() == ["z::.json"]
+    assert folder.exists("x::y")
+    assert not folder.exists("s3::y")
+    assert absolute("zip::a") == str(Path.cwd() / "zip::a")
+
+
+@pytest.mark.parametrize("url", ["a::s3://b/c", "nonsense::memory://b", "::", "s3::"])
+def test_a_chain_that_is_none_is_no_traceback(url: str) -> None:
+    with contextlib.suppress(UsageError, DependencyError, InputError, StorageError):
+        Folder(url).exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "folder", "name", "recorded"),
+    [
+        ("/a/b.tar", "/a", "b.tar", "b.tar"),
+        ("/b.tar", "/", "b.tar", "b.tar"),
+        ("b?c.tar", ".", "b?c.tar", "b?c.tar"),
+        ("s3://a/b?/c.tar", "s3://a/b?", "c.tar", "c.tar"),
+        ("https://h/a/b.tar?s=x/y", "https://h/a", "b.tar?s=x/y", "b.tar"),
+        ("https://h/get?file=a/b.tar", "https://h", "get?file=a/b.tar", "b.tar"),
+        ("https://u:p@h/b.tar", "https://u:p@h", "b.tar", "b.tar"),
+    ],
+)
+def test_where_a_file_lies_and_what_it_is_called(
+    url: str, folder: str, name: str, recorded: str
+) -> None:
+    assert place_of(url) == (Folder(folder), name)
+    assert addresses.inside(folder, name) == url.removeprefix("./") or folder == "."
+    assert addresses.file_name(url) == recorded
+
+
+def test_a_file_looked_up_is_that_of_the_listing(folder: Folder) -> None:
+    folder.publish_json("a/x.json", 1)
+    inner = folder.sub("a")
+    assert [inner.info(info.name) for info in inner.files()] == inner.files()
+    assert folder.info("a") is None
+    assert folder.info("a/y.json") is None
+    assert inner.infos(["x.json", "y.json"]) == [*inner.files(), None]
+
+
+def test_a_file_replaced_by_one_of_its_size_has_another_version(folder: Folder) -> None:
+    folder.publish_json("x.json", 1)
+    (before,) = folder.files()
+    assert before.version
+    folder.publish_json("x.json", 2)
+    (after,) = folder.files()
+    assert (before.size, before.name) == (after.size, after.name)
+    assert before.version != after.version
+
+
+class Silent(Flaky):
+    """A file system that knows no versions."""
+
+    protocol = "silent"
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        return super()._strip_protocol(str(path).replace("silent://", "memory://"))
+
+    def info(self, path: str, **options: Any) -> Any:
+        found = MemoryFileSystem.info(self, path)
+        return {name: found[name] for name in ("name", "size", "type")}
+
+    def ls(self, path: str, detail: bool = True, **options: Any) -> Any:
+        found = MemoryFileSystem.ls(self, path, detail=True)
+        return [{name: one[name] for name in ("name", "size", "type")} for one in found]
+
+
+def test_where_nothing_tells_of_a_change_the_content_does(flaky: Folder) -> None:
+    fsspec.register_implementation("silent", Silent, clobber=True)
+    folder = Folder("silent://pool/run")
+    put(folder, "a.bin", b"one")
+    (before,) = folder.files()
+    assert folder.info("a.bin") == before
+    assert content_of(folder, "a.bin", before) == b"one"
+    put(folder, "a.bin", b"two")
+    assert folder.files() != [before]
+    put(folder, "a.bin", b"one")
+    assert folder.files() == [before]
+
+
+def test_json_is_what_was_published_and_a_terminal_obeys_nothing_in_it(folder: Folder) -> None:
+    value = {"https://me:pw@host/?class=1": ["a\x1b[2J", "\u2028", "\udc80", "l\n", "\x9b", "é"]}
+    folder.publish_json("a.json", value)
+    assert folder.read_json("a.json") == value
+    with folder.reading("a.json") as stream:
+        text = stream.read().decode()
+    assert not {c for c in text if not c.isprintable()} - {"\n"}

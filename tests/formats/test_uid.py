@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+import uuid
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -9,10 +12,20 @@ from hypothesis import strategies as st
 from d2filter.formats import uid
 
 GOOD = st.integers(0, 2**128 - 1).map(lambda n: f"{n:032x}")
+SPELLED = st.one_of(
+    GOOD,
+    GOOD.map(str.upper),
+    GOOD.map(lambda s: str(uuid.UUID(s))),
+    GOOD.map(lambda s: str(uuid.UUID(s)).upper()),
+    GOOD.map(lambda s: s[:16].upper() + s[16:]),
+)
 ODD = st.one_of(
     st.none(),
     st.text(max_size=40),
-    GOOD.map(str.upper).filter(lambda s: s != s.lower()),
+    st.text("0123456789abcdefABCDEF-", min_size=36, max_size=36),
+    GOOD.map(lambda s: str(uuid.UUID(s))).map(lambda s: s[:8] + s[9:12] + "-" + s[12:]),
+    GOOD.map(lambda s: f"{{{uuid.UUID(s)}}}"),
+    GOOD.map(lambda s: f"{s[:16]}-{s[16:]}---"),
     GOOD.map(lambda s: s[:-1]),
     GOOD.map(lambda s: s + "0"),
     GOOD.map(lambda s: s[:-1] + "g"),
@@ -21,7 +34,7 @@ ODD = st.one_of(
 
 
 @given(
-    st.lists(st.one_of(GOOD, ODD), max_size=30),
+    st.lists(st.one_of(SPELLED, ODD), max_size=30),
     st.sampled_from(["string", "large_string", "dictionary", "binary", "chunks"]),
 )
 def test_parse_takes_exactly_the_uids(texts: list[str | None], kind: str) -> None:
@@ -34,12 +47,26 @@ def test_parse_takes_exactly_the_uids(texts: list[str | None], kind: str) -> Non
         "chunks": lambda: pa.chunked_array([plain[:3], plain[3:]]),
     }[kind]()
     hi, lo, valid = uid.parse(column)
-    assert valid.tolist() == [uid.is_uid(t) for t in texts]
+    assert valid.tolist() == [uid.normalized(t) is not None for t in texts]
     for i, text in enumerate(texts):
-        expected = int(text, 16) if valid[i] and text else 0
+        expected = uuid.UUID(text).int if valid[i] and text else 0
         assert int(hi[i]) * 2**64 + int(lo[i]) == expected
-    known = [t for t in texts if uid.is_uid(t)]
+    known = [uid.normalized(t) for t in texts if uid.normalized(t)]
     assert uid.to_hex(hi[valid], lo[valid]) == known
+
+
+@given(st.one_of(SPELLED, ODD))
+def test_a_uid_is_one_number_however_it_is_spelled(text: str | None) -> None:
+    """The standard library's reading of UUIDs, and nothing that could be two."""
+    found = uid.normalized(text)
+    usual = isinstance(text, str) and (
+        re.fullmatch("[0-9a-fA-F]{32}", text)
+        or re.fullmatch("-".join(f"[0-9a-fA-F]{{{n}}}" for n in (8, 4, 4, 4, 12)), text)
+    )
+    assert found == (uuid.UUID(text).hex if usual else None)
+    assert found is None or uid.is_uid(found)
+    assert uid.normalized(found) == found
+    assert uid.normalized(7) is None
 
 
 def test_a_sliced_column_is_read_from_its_own_offset() -> None:

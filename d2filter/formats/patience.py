@@ -1,0 +1,96 @@
+"""Asking storage again while it fails in a way that may pass: for about a minute, ever more rarely.
+What is left then is one StorageError.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from d2filter.errors import D2FilterError, StorageError
+from d2filter.text import scrubbed
+
+T = TypeVar("T")
+
+TRIES = 6
+PATIENCE = 60.0  # seconds after which no other try begins
+_FIRST_WAIT = 0.5  # seconds; each wait is twice the one before
+
+_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
+_OURS = (
+    D2FilterError,
+    TypeError,
+    AttributeError,
+    NameError,
+    AssertionError,
+    NotImplementedError,
+    ImportError,
+    MemoryError,
+)
+# botocore's, which is there for s3:// only
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
+# what waiting does not change, and what to do about it
+REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "allow larger files",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+}
+_jitter = random.SystemRandom()
+
+
+class Broken(OSError):
+    """Fewer bytes than asked for came or went: worth another try."""
+
+
+class NoRangesError(Exception):
+    """The server sends whole files only."""
+
+
+def patiently(ask: Callable[[], T], where: str, done: str) -> T:
+    """What `ask` returns, asked again while it fails in a way that may pass.
+
+    where, done: for the message "WHERE could not be DONE". Raises StorageError when patience ends
+    or waiting is no use, and what says that a file is not there (or there already) as it is.
+    """
+    began = time.monotonic()
+    tries = 0
+    while True:
+        try:
+            return ask()
+        except (*_ABSENT, *_OURS, NoRangesError):
+            raise
+        except Exception as error:
+            tries += 1
+            if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
+                raise StorageError(
+                    f"{where} could not be {done}, permission denied: {words(error)}; check the "
+                    "credentials and what they allow, then run the same command again"
+                ) from error
+            if isinstance(error, OSError) and error.errno in REMEDIES:
+                raise StorageError(
+                    f"{where} could not be {done}: {words(error)}; {REMEDIES[error.errno]} and run "
+                    "the same command again"
+                ) from error
+            # by chance: those that were cut off together must not come back together
+            wait = _FIRST_WAIT * 2 ** (tries - 1) * _jitter.uniform(0.5, 1)
+            spent = time.monotonic() - began
+            if tries == TRIES or spent + wait > PATIENCE:
+                raise StorageError(
+                    f"{where} could not be {done} in {tries} tries over {spent:.0f} s: "
+                    f"{words(error)}; see to the storage or the connection and run the same "
+                    "command again"
+                ) from error
+        time.sleep(wait)
+
+
+def words(error: BaseException) -> str:
+    """The system's own words, on one line, without passwords."""
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    lines = text.strip().splitlines() or [type(error).__name__]
+    return scrubbed(lines[0])[:300].rstrip(". ")
