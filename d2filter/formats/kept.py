@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -28,6 +29,7 @@ from d2filter.formats.shardnames import ShardNames
 
 FOLDER = "kept"
 _COLUMNS = ("shard", "key", "uid")
+_READERS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +153,37 @@ def read(folder: Folder, subset: npt.NDArray[np.void]) -> Kept | None:
         embedded=bool(catalog is not None and catalog["upstream"]),
         empty={name: count for name, count in (sizes or {}).items() if not count},
     )
+
+
+def places(folder: Folder, hi: uids.U64, lo: uids.U64) -> dict[str, tuple[str, str]]:
+    """Shard and key of some ranked samples, kept or not, by uid, where the catalog knows them.
+
+    Reads the row groups of the catalog that may hold them.
+    """
+    home = folder.sub("catalog")
+
+    def of_part(name: str) -> dict[str, tuple[str, str]]:
+        found: dict[str, tuple[str, str]] = {}
+        with tables.open_table(home, name) as parquet:
+            for number in range(parquet.num_row_groups):
+                bounds = parquet.metadata.row_group(number).column(0).statistics
+                if bounds is None or not ((hi >= bounds.min) & (hi <= bounds.max)).any():
+                    continue
+                table = parquet.read_row_group(number, columns=["uid_hi", "uid_lo", "shard", "key"])
+                rows = uids.positions(
+                    table.column("uid_hi").to_numpy(), table.column("uid_lo").to_numpy(), hi, lo
+                )
+                chosen: Any = table.take(rows[rows >= 0]).to_pydict()
+                ids = uid_format.to_hex(hi[rows >= 0], lo[rows >= 0])
+                for uid, shard, key in zip(ids, chosen["shard"], chosen["key"], strict=True):
+                    if shard is not None and key is not None:
+                        found[uid] = (shard, key)
+        return found
+
+    # an object store answers one request as fast as many
+    with ThreadPoolExecutor(_READERS) as pool:
+        parts = list(pool.map(of_part, home.names(".parquet")))
+    return {uid: place for part in parts for uid, place in part.items()}
 
 
 def _runs(shards: Any) -> Iterator[tuple[str, int]]:

@@ -17,6 +17,7 @@ from d2filter.formats.webdataset import clean
 
 _SHOWN = 2
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_IN_QUERY = re.compile(r"=([^=&#]+\.tar)(?:[&#]|$)", re.IGNORECASE)  # get?file=a/0.tar
 
 
 class ShardNames:
@@ -72,7 +73,11 @@ def _path(url: str) -> list[str]:
     url = url.rpartition("::")[2] if "://" in url else url  # of chained file systems the innermost
     found = _SCHEME.match(url)
     if found:
-        url = re.split(r"[?#]", url[found.end() :], maxsplit=1)[0]
+        url, _, query = url[found.end() :].partition("?")
+        url = url.partition("#")[0]
+        named = _IN_QUERY.search(query)
+        if named and not url.lower().endswith(".tar"):
+            url = named[1]
     else:
         url = os.path.normpath(url.removeprefix("file:"))
     parts = [part for part in url.split("/") if part not in ("", ".")] or [url]

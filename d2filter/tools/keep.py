@@ -30,8 +30,8 @@ from d2filter.formats.kept import Kept
 from d2filter.formats.loaded import Sample, uid_of
 from d2filter.formats.paths import Folder, absolute
 from d2filter.formats.rows import mapped
-from d2filter.formats.runstate import RunState
 from d2filter.formats.shardnames import ShardNames
+from d2filter.tools import provenance
 
 Subset = npt.NDArray[np.void]
 
@@ -127,6 +127,7 @@ class Keep:
         self._kept = None if kept is None else kept.mapped()
         self._uids = _Uids(pairs)
         self._all: _Uids | None = None
+        self._others: ShardNames | None = None
         self._shards: OrderedDict[str, dict[str, bytes]] = OrderedDict()
         self._warned: set[str] = set()
 
@@ -231,10 +232,10 @@ class Keep:
 
     def _is_known(self, url: str, kept: Kept) -> bool:
         """Whether the run has read a shard of which it keeps nothing."""
-        if ShardNames(list(kept.empty)).find(url) >= 0:
-            return True
-        embedded = RunState(Folder(self._source)).done("embed") if kept.embedded else None
-        return embedded is not None and ShardNames(list(embedded["inputs"])).find(url) >= 0
+        if self._others is None:
+            read = provenance.shards(Folder(self._source)).values() if kept.embedded else ()
+            self._others = ShardNames(list({**kept.empty, **dict.fromkeys(read)}))
+        return self._others.find(url) >= 0
 
 
 class _Uids:

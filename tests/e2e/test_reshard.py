@@ -354,7 +354,7 @@ def test_the_samples_that_a_run_ranked_are_copied_and_streamed(
     got = {key: content["jpg"] for key, content in read_back(tmp_path / "o")}
     assert len(got) == 12
     assert got[f"{5:032x}-0"] == picture
-    kept = pq.read_table(tmp_path / "r/kept").to_pylist()
+    kept = pq.read_table(tmp_path / "r/kept/part-00000.parquet").to_pylist()
     (place,) = [row for row in kept if row["uid"] == f"{6:032x}"]
     assert got[f"{6:032x}-0"] == made.picture(40 if place["key"] == "copy" else 6)
     urls = [str(tmp_path / "s/0.tar"), str(tmp_path / "s/1.tar")]
