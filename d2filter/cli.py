@@ -460,6 +460,7 @@ def _run_reshard(arguments: argparse.Namespace) -> None:
         max_missing=arguments.max_missing,
     )
     subset = keep.load_subset(arguments.subset)
+    kept = keep.load_kept(arguments.subset, subset)
     # a run knows its shards
     patterns = arguments.shards or list(
         provenance.shards(Folder(absolute(arguments.subset))).values()
@@ -470,7 +471,7 @@ def _run_reshard(arguments: argparse.Namespace) -> None:
     out = Folder(absolute(arguments.out_dir))
     runner = Runner(out.sub(reshard.STATE), arguments.address)
     try:
-        figures = reshard.reshard(runner, out, shards, subset, chosen)
+        figures = reshard.reshard(runner, out, shards, subset, chosen, kept)
     finally:
         runner.close()
     _say(

@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import webdataset as wds
 
 import d2filter
-from d2filter.formats import webdataset
+from d2filter.formats import subset, webdataset
 from d2filter.formats.paths import Folder
 from d2filter.formats.subset import DTYPE
+from d2filter.formats.uid import to_hex
 from d2filter.stages import reshard
 from d2filter.stages.runner import Runner
 from jobs.bench import made_by
@@ -107,7 +109,7 @@ def make(folder: Path, shards: int) -> np.ndarray[Any, Any]:
 def copy(root: Path, uids: np.ndarray[Any, Any], count: int, turns: int) -> Copy:
     """Keep every second sample of the first `count` shards; then `cp` what was written; again."""
     names = [str(root / f"in/{n:08d}.tar") for n in range(count)]
-    subset = np.sort(uids[: count * _SAMPLES : 2])
+    half = np.sort(uids[: count * _SAMPLES : 2])
     out = Folder(str(root / f"out-{count}"))
     config = reshard.ReshardConfig(shard_size=1000)
     seconds, cp, peak, written = [], [], 0, 0
@@ -116,7 +118,7 @@ def copy(root: Path, uids: np.ndarray[Any, Any], count: int, turns: int) -> Copy
         runner.ray()
         os.sync()
         started = time.monotonic()
-        reshard.reshard(runner, out, webdataset.list_shards(names), subset, config)
+        reshard.reshard(runner, out, webdataset.list_shards(names), half, config)
         os.sync()
         seconds.append(time.monotonic() - started)
         runner.close()
@@ -144,9 +146,12 @@ def stream(root: Path, uids: np.ndarray[Any, Any]) -> list[Loop]:
     loops: list[tuple[str, Any]] = [
         ("no stage", None),
         ("no stage, once more", None),
-        ("keep, subset of all samples", d2filter.keep(every)),
-        ("keep, half of the samples among 30 million", d2filter.keep(_among_millions(every[::2]))),
-    ]
+        ("keep by uid, subset of all samples", d2filter.keep(every)),
+        ("keep by uid, half of the samples among 30 million",
+         d2filter.keep(_among_millions(every[::2]))),
+        ("keep by shard and key, run of all samples", d2filter.keep(_run(root, urls, uids, 1))),
+        ("keep by shard and key, run of half of them", d2filter.keep(_run(root, urls, uids, 2))),
+    ]  # fmt: skip
 
     def once(url: str, stage: Any) -> float:
         dataset = wds.WebDataset([url], shardshuffle=False)
@@ -165,6 +170,23 @@ def stream(root: Path, uids: np.ndarray[Any, Any]) -> list[Loop]:
                 if turn:  # what is compiled is compiled in the first one
                     seconds[number].append(taken)
     return [Loop(name=name, seconds=own) for (name, _), own in zip(loops, seconds, strict=True)]
+
+
+def _run(root: Path, urls: list[str], uids: np.ndarray[Any, Any], step: int) -> Path:
+    """What a run directory says of every sample, or of every second one."""
+    out = Folder(str(root / f"run-{step}"))
+    numbers = np.arange(0, len(urls) * _SAMPLES, step)
+    hi, lo = uids["f0"][numbers].copy(), uids["f1"][numbers].copy()
+    subset.publish(out, hi, lo)
+    columns = {
+        "shard": [urls[n // _SAMPLES] for n in numbers.tolist()],
+        "key": [f"{n // _SAMPLES:04d}{n % _SAMPLES:06d}" for n in numbers.tolist()],
+        "uid": to_hex(hi, lo),
+        "rank": np.arange(numbers.size),
+    }
+    order = [(name, "ascending") for name in ("shard", "key", "uid")]
+    subset.publish_kept(out, pa.table(columns).sort_by(order))
+    return Path(out.url)
 
 
 def _among_millions(some: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from d2filter.algorithm import uids
 from d2filter.errors import InputError
-from d2filter.formats import catalog
+from d2filter.formats import catalog, tables
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Checksums, Folder
 
@@ -48,8 +48,12 @@ def read(folder: Folder, name: str = SUBSET) -> npt.NDArray[np.void]:
     with folder.reading(name) as stream:
         try:
             subset = np.load(stream, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise InputError(f"{folder.where(name)} is no readable .npy file: {error}") from error
+        except (ValueError, EOFError, OSError, MemoryError, OverflowError) as error:
+            raise InputError(
+                f"{folder.where(name)} is no readable .npy file: {tables.first_line(error)}"
+            ) from error
+    if not isinstance(subset, np.ndarray):
+        raise InputError(f"{folder.where(name)} holds several arrays (.npz): give one .npy file")
     if subset.dtype != DTYPE or subset.ndim != 1:
         raise InputError(
             f"{folder.where(name)} has dtype {subset.dtype} and shape {subset.shape}, "
@@ -66,15 +70,22 @@ def pairs(subset: npt.NDArray[np.void]) -> uids.U64:
 
 
 def kept_table(
-    samples: Iterable[catalog.Samples], hi: uids.U64, lo: uids.U64, rank: npt.NDArray[np.int64]
+    samples: Iterable[catalog.Samples],
+    hi: uids.U64,
+    lo: uids.U64,
+    rank: npt.NDArray[np.int64],
+    shards: set[str] | None = None,
 ) -> Any:
     """shard, key, uid, rank of the kept samples whose shard is known, by shard and key.
 
-    samples: the parts of a catalog. hi, lo: (n,) kept uids, ascending; rank: (n,) theirs.
+    samples: the parts of a catalog. hi, lo: (n,) kept uids, ascending; rank: (n,) theirs. shards:
+    gets all shards of the catalog, those of which nothing is kept too.
     """
     parts = []
     start = 0
     for part in samples:
+        if shards is not None:
+            shards.update(part.shard.drop_null().unique().to_pylist())
         # both ascend by uid: the kept ones of this part are a run of the kept list
         end = start + _count_up_to(hi[start:], lo[start:], part.hi, part.lo)
         known = np.append(part.shard.is_valid().to_numpy(zero_copy_only=False), False)
@@ -95,13 +106,19 @@ def kept_table(
     return pa.concat_tables(parts).sort_by([(c, "ascending") for c in ("shard", "key", "uid")])
 
 
-def publish_kept(folder: Folder, table: Any) -> Checksums:
-    """Write kept/: what to keep of each shard, and sizes.json; nothing when no shard is known."""
+def publish_kept(folder: Folder, table: Any, shards: Iterable[str] = ()) -> Checksums:
+    """Write kept/: what to keep of each shard, and sizes.json; nothing when no shard is known.
+
+    shards: more that the run has ranked; sizes.json says that nothing of them is kept.
+    """
     sums: Checksums = {}
-    if not table.num_rows:
-        return sums
     counted: Any = table.group_by("shard").aggregate([([], "count_all")]).to_pydict()
-    sizes = sorted(zip(counted["shard"], counted["count_all"], strict=True))
+    known = dict.fromkeys(shards, 0) | dict(
+        zip(counted["shard"], counted["count_all"], strict=True)
+    )
+    sizes = sorted(known.items())
+    if not sizes:
+        return sums
     names = [PurePosixPath(name).name for name, _ in sizes]
     # shards of one base name in different folders keep their whole address
     keys = names if len(set(names)) == len(names) else [name for name, _ in sizes]

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from d2filter.errors import InputError
 from d2filter.formats import filetype, tarindex
@@ -89,21 +89,36 @@ def read_samples(shard: Shard, wanted: Container[str] | None = None) -> Iterator
         raise LostTail(clean(broken)[:300])
 
 
-def locate_samples(shard: Shard) -> Iterator[tuple[str, dict[str, tarindex.Member]]]:
-    """uid of each sample with a picture and a caption, and where its members lie: those that are
-    plain files. Pictures and captions are only read where the json has no uid.
+class Located(NamedTuple):
+    """Where a sample lies in its shard."""
+
+    key: str
+    uid: str
+    told: bool
+    """whether the uid stands in the json; else it is made from the content"""
+    members: dict[str, tarindex.Member]
+    """those that are plain files, by extension"""
+
+
+def locate_samples(shard: Shard, wanted: Container[str] | None = None) -> Iterator[Located]:
+    """Each sample with a picture and a caption. Pictures and captions are only read where the json
+    has no uid. wanted: keys to look at, all without it.
 
     Raises LostTail like `read_samples`.
     """
     with _local_copy(shard) as stream:
         found, broken = tarindex.read(stream, IMAGE_SUFFIXES)
         for key in found:
-            uid = _told_uid(stream, key)
+            name = clean(key.name)
+            if key.cut or (wanted is not None and name not in wanted):
+                continue
+            uid = told = _told_uid(stream, key)
             if uid is None:
                 sample = _sample(stream, key)
                 uid = None if sample.reason else sample.uid
-            if uid is not None and not key.cut:
-                yield uid, {ext: place for ext, place in key.members.items() if not place.odd}
+            if uid is not None:
+                places = {ext: place for ext, place in key.members.items() if not place.odd}
+                yield Located(name, uid, told is not None, places)
     if broken:
         raise LostTail(clean(broken)[:300])
 

@@ -3,15 +3,16 @@
 find (by input shard) → write (by output shard) → finish. Nothing is decoded. The first pass reads
 headers and json members and notes where the members of kept samples lie; the second copies these
 ranges, into each new shard as soon as `placing` knows what belongs there. Names and contents follow
-from the input, the subset, shard size and seed, never from the number of workers. A sample that the
-shards hold twice is taken where it stands first.
+from the input, the subset, shard size and seed, never from the number of workers.
 
-OUT/.d2filter/     completions, logs and, until it is done, work/: index-*.parquet
+Of a run directory that knows its shards, the samples that were ranked are taken, by shard and key.
+Otherwise the first sample with a uid that has picture and caption is taken.
+
+OUT/.d2filter/     completions, logs and, until it is done, work/: index-*.parquet, what is wanted
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,17 +25,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2filter import __version__
-from d2filter.algorithm import uids
 from d2filter.errors import InputError, RunStateError, TooManyBadError, UsageError
 from d2filter.formats import subset as subset_format
-from d2filter.formats import tables, tarindex, tarwriter, webdataset
-from d2filter.formats import uid as uid_format
+from d2filter.formats import tables, tarwriter, webdataset
+from d2filter.formats.kept import Kept
 from d2filter.formats.paths import FileInfo, Folder
-from d2filter.formats.rows import read_array
 from d2filter.formats.runstate import digest
 from d2filter.stages import fill
 from d2filter.stages.placing import Placing, Rows
 from d2filter.stages.runner import Runner
+from d2filter.stages.wanted import Searched, Wanted
 from d2filter.stages.worker import Report, Task, marker
 
 U64 = npt.NDArray[np.uint64]
@@ -42,7 +42,6 @@ Figures = dict[str, Any]
 
 STATE = ".d2filter"
 _WORK = "work"
-_SUBSET = "subset.npy"
 _READERS = 16  # of indexes
 _SHARDS = "shards.json"
 _CPUS_A_TASK = 0.5  # it waits for the disk half of the time
@@ -76,17 +75,21 @@ def reshard(
     shards: Sequence[webdataset.Shard],
     subset: npt.NDArray[np.void],
     config: ReshardConfig,
+    kept: Kept | None = None,
 ) -> Figures:
     """Write the new shards. subset: (n,) of (u8, u8), ascending. runner: of OUT/.d2filter.
 
-    Raises RunStateError when OUT holds something else, and TooManyBadError, after everything else
-    is done, when more of the subset than max_missing is in none of the shards.
+    kept: shard and key of the samples of the subset; None: samples go by uid. Raises UsageError
+    when `shards` are not those of `kept`, RunStateError when OUT holds something else, and
+    TooManyBadError, after everything else is done, when more of the subset than max_missing is in
+    none of the shards.
     """
+    wanted = Wanted(shards, subset, kept)
     state = out.sub(STATE)
-    fingerprint = _begin(out, state, shards, subset, config)
+    fingerprint = _begin(out, state, shards, wanted, config)
     figures: Figures | None = state.read_json(marker("reshard", "finish"))
     if figures is None or figures["fingerprint"] != fingerprint:
-        figures = _make(runner, out, shards, subset, config, fingerprint)
+        figures = _make(runner, out, shards, wanted, config, fingerprint)
     state.remove(_WORK)
     share = figures["missing"] / max(1, len(subset))
     if share > config.max_missing:
@@ -95,6 +98,7 @@ def reshard(
             f"finished, but {figures['missing']:,} of the {len(subset):,} samples of the subset "
             f"are in none of the shards (first {figures['first_missing']})"
             + (f"; {len(lost)} shards could not be read whole ({lost[0]})" if lost else "")
+            + wanted.not_given()
             + f": give all shards, or raise --max-missing from {config.max_missing}"
         )
     return figures
@@ -104,14 +108,16 @@ def _make(
     runner: Runner,
     out: Folder,
     shards: Sequence[webdataset.Shard],
-    subset: npt.NDArray[np.void],
+    wanted: Wanted,
     config: ReshardConfig,
     fingerprint: str,
 ) -> Figures:
     """Search the inputs, and write each new shard once it is known what comes into it."""
     state = out.sub(STATE)
     work = state.sub(_WORK)
-    _publish_subset(state, subset)
+    subset = wanted.subset
+    bounds = list(itertools.pairwise(_bounds(shards)))
+    groups = wanted.publish(work, bounds)
     listed = [[s.address, s.name, s.info.name, s.info.size, s.info.version] for s in shards]
     work.publish_json(_SHARDS, listed)
     finding = [
@@ -120,9 +126,10 @@ def _make(
             run=find,
             arguments={
                 "state": state, "shards": shards[first:after], "first": first, "number": number,
+                "group": group, "strict": wanted.strict,
             },
         )
-        for number, (first, after) in enumerate(itertools.pairwise(_bounds(shards)))
+        for number, ((first, after), group) in enumerate(zip(bounds, groups, strict=True))
     ]  # fmt: skip
     number_of = {task.name: number for number, task in enumerate(finding)}
     there = {name.removesuffix(".json") for name in state.sub("completions/reshard").names()}
@@ -223,7 +230,7 @@ def _begin(
     out: Folder,
     state: Folder,
     shards: Sequence[webdataset.Shard],
-    subset: npt.NDArray[np.void],
+    wanted: Wanted,
     config: ReshardConfig,
 ) -> str:
     """The fingerprint of this making; OUT must be empty, or hold the same one."""
@@ -231,7 +238,7 @@ def _begin(
         "d2filter version": __version__,
         "shard_size": config.shard_size,
         "shuffle": config.shuffle,
-        "subset": hashlib.blake2b(np.ascontiguousarray(subset).data, digest_size=16).hexdigest(),
+        "subset": wanted.digest(),
         "shards": digest([[s.name, s.info.size, s.info.version] for s in shards]),
     }
     before = state.read_json("config.json")
@@ -248,12 +255,6 @@ def _begin(
             "another --out-dir, or empty that one"
         )
     return digest(plan)
-
-
-def _publish_subset(state: Folder, subset: npt.NDArray[np.void]) -> None:
-    if not state.exists(f"{_WORK}/{_SUBSET}"):
-        with state.publish(f"{_WORK}/{_SUBSET}") as path, path.open("wb") as stream:
-            np.save(stream, subset)
 
 
 def _read_shards(work: Folder, private: Mapping[int, str]) -> list[webdataset.Shard]:
@@ -278,32 +279,32 @@ def _bounds(shards: Sequence[webdataset.Shard]) -> list[int]:
 
 
 def find(
-    *, report: Report, state: Folder, shards: Sequence[webdataset.Shard], first: int, number: int
-) -> Figures:
+    *, report: Report, state: Folder, shards: Sequence[webdataset.Shard], first: int, number: int,
+    group: int | None = None, strict: bool = True,
+) -> Figures:  # fmt: skip
     """Task: where the members of kept samples lie in some shards, of which `first` is the number of
-    the first, and `number` that of their index. Figures: kept, lost.
+    the first, and `number` that of their index. group, strict: see `wanted.Searched`. Figures:
+    kept, lost.
     """
     work = state.sub(_WORK)
-    # a map, where the disk is local: all tasks of a node share its pages
-    pairs = subset_format.pairs(read_array(work, _SUBSET))
+    searched = Searched(work, group, strict)
     kept: list[tuple[int, int, int, list[str], list[int], list[int]]] = []
     lost = []
     for place, shard in enumerate(shards, first):
-        found: list[tuple[int, int, dict[str, tarindex.Member]]] = []
+        if not searched.anything(place):
+            continue
+        found: list[webdataset.Located] = []
         try:
-            for text, members in webdataset.locate_samples(shard):
-                found.append((*uid_format.from_hex(text), members))
+            found.extend(webdataset.locate_samples(shard, searched.keys(place)))
         except webdataset.LostTail as error:
             lost.append(f"{shard.address}: {error}")
-        hi, lo = (np.array([one[n] for one in found], np.uint64) for n in range(2))
-        # of a repeated one the first is found; a loop in numba takes a worker a second to load
-        wanted = uids.positions(pairs[:, 0], pairs[:, 1], hi, lo) >= 0
-        for n in np.flatnonzero(wanted).tolist():
-            a, b, members = found[n]
+        chosen = searched.choose(place, found)
+        for n, (hi, lo) in chosen:
+            members = found[n].members
             offsets = [member.offset for member in members.values()]
             sizes = [member.size for member in members.values()]
-            kept.append((place, a, b, list(members), offsets, sizes))
-        report(int(np.count_nonzero(wanted)))
+            kept.append((place, hi, lo, list(members), offsets, sizes))
+        report(len(chosen))
     columns = list(zip(*kept, strict=True)) or [()] * len(fill.INDEX)
     table = pa.table(
         [pa.array(c, kind.type) for c, kind in zip(columns, fill.INDEX, strict=True)],

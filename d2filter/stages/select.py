@@ -54,7 +54,9 @@ def select(
         sums.update(subset.publish(out, hi[rank < count], lo[rank < count], name))
     hi, lo, rank = hi[rank < size], lo[rank < size], rank[rank < size]
     samples = catalog.iter_parts(out.sub("catalog"), with_features=False)
-    sums.update(subset.publish_kept(out, subset.kept_table(samples, hi, lo, rank)))
+    shards: set[str] = set()
+    table = subset.kept_table(samples, hi, lo, rank, shards)
+    sums.update(subset.publish_kept(out, table, shards))
     sums.update(subset.publish(out, hi, lo))
     # readers may hold what was there before: it goes when its successors are there
     for place in ("kept", "subsets"):

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 
 from d2filter.algorithm import budget, messages
 from d2filter.config import RankConfig
 from d2filter.errors import InputError, UsageError
+from d2filter.formats import kept as kept_format
 from d2filter.formats import ledger, tables
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
@@ -48,6 +50,9 @@ class Explained:
     """
 
     uid: str
+    shard: str | None
+    """with `key`, which of several samples with this uid was ranked; None: the run does not know"""
+    key: str | None
     difficulty: float
     normalized: float
     """(s − min)/(max − min)"""
@@ -122,19 +127,31 @@ class _Run:
         lists = {int(i): self._list(listed, at) for at, i in enumerate(sources)}
         ids = np.unique(np.concatenate([sources, *(lists[row][0] for row in rows.tolist())]))
         known = self.ranking.rows(ids, _RANKED)
+        at = np.searchsorted(ids, rows)
+        places = kept_format.places(self._folder, known["uid_hi"][at], known["uid_lo"][at])
         out = []
         for row, suppressor in zip(rows.tolist(), suppressors.tolist(), strict=True):
             others = np.append(lists[row][0], suppressor if suppressor >= 0 else row)
             own_at, others_at = np.searchsorted(ids, row), np.searchsorted(ids, others)
             own = {name: values[own_at][None] for name, values in known.items()}
             about = {name: values[others_at] for name, values in known.items()}
-            out.append(self._explained(row, suppressor, own, about, lists))
+            out.append(self._explained(row, suppressor, own, about, lists, places))
         return out
 
     def _explained(
-        self, row: int, suppressor: int, own: Columns, others: Columns, lists: dict[int, List]
+        self,
+        row: int,
+        suppressor: int,
+        own: Columns,
+        others: Columns,
+        lists: dict[int, List],
+        places: dict[str, tuple[str, str]],
     ) -> Explained:
-        """own: of the row itself; others: of its neighbors and, last, of its suppressor."""
+        """own: of the row itself; others: of its neighbors and, last, of its suppressor. places:
+        shard and key by uid.
+        """
+        uid = uid_format.to_hex(own["uid_hi"], own["uid_lo"])[0]
+        shard, key = places.get(uid, (None, None))
         neighbors, sqdist = lists[row]
         hexes = uid_format.to_hex(others["uid_hi"], others["uid_lo"])
         kept = self._kept(others)
@@ -144,7 +161,9 @@ class _Run:
         (own_kept,) = self._kept(own)
         strongest = self._taken(row, suppressor, others, lists) if suppressor >= 0 else 0.0
         return Explained(
-            uid=uid_format.to_hex(own["uid_hi"], own["uid_lo"])[0],
+            uid=uid,
+            shard=shard,
+            key=key,
             difficulty=float(own["difficulty"][0]),
             normalized=float(self._normalized(own["difficulty"])[0]),
             forward=None if late[0] or not d2 else _unit(own["forward"][0]),
@@ -170,13 +189,16 @@ class _Run:
         )
 
     def left_out(self, text: str) -> NotRanked:
+        entries: list[dict[str, Any]] = []
         if self._folder.exists(ledger.BAD_SAMPLES):
             with tables.open_table(self._folder, ledger.BAD_SAMPLES) as parquet:
                 for number in range(parquet.num_row_groups):
-                    group = parquet.read_row_group(number).to_pylist()
-                    entries = tuple(entry for entry in group if entry["uid"] == text)
-                    if entries:
-                        return NotRanked(uid=text, entries=entries)
+                    uid = parquet.read_row_group(number, columns=["uid"]).column(0)
+                    here = pc.fill_null(pc.equal(uid, text), False)
+                    if pc.any(here).as_py():
+                        entries += parquet.read_row_group(number).filter(here).to_pylist()
+        if entries:
+            return NotRanked(uid=text, entries=tuple(entries))
         raise InputError(
             f"{text} is no sample of {self._folder.url}: neither ranked nor in {ledger.BAD_SAMPLES}"
         )
@@ -247,6 +269,8 @@ def lines(one: Explained | NotRanked) -> list[str]:
             out.append(f"  {entry['status']}: {entry['reason']}" + (f" ({place})" if place else ""))
         return out
     out = [f"{one.uid}  {one.because}"]
+    if one.shard is not None:
+        out.append(f"  sample {one.key} of {one.shard}")
     out.append(f"  difficulty {one.difficulty:.5f}, {one.normalized:.5f} of 0 to 1")
     if one.forward is not None and one.final is not None:
         out.append(f"  after the forward pass {one.forward:.5f}, when it was taken {one.final:.5f}")

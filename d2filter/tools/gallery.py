@@ -1,38 +1,22 @@
-"""The report's pictures: samples worth a look, and thumbnails of them out of the shards."""
+"""The report's galleries: samples worth a look."""
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import io
-import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from d2filter.algorithm import uids
-from d2filter.errors import StorageError
-from d2filter.formats import tables, webdataset
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
 from d2filter.formats.sparse import Sparse
 from d2filter.tools.measures import Measures
 
 I64 = npt.NDArray[np.int64]
-Say = Callable[[str], None]
 
-THUMBNAIL = 144  # pixels of the longer side
-_QUALITY = 80
 _IN_GROUP = 5  # dropped ones beside the kept one
-_MOST_PIXELS = 1 << 26
-_CAPTION = 240  # characters
-_ELSEWHERE = (
-    "No pictures of shards on other machines: `d2filter report OUT --gallery N` fetches them"
-)
 _COLUMNS = ("uid_hi", "uid_lo", "difficulty", "rank", "suppressed_by")
 
 
@@ -57,27 +41,6 @@ class Gallery:
     title: str
     says: str
     groups: tuple[tuple[Shown, ...], ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
-    """What a sample looks like."""
-
-    jpeg: bytes = field(repr=False)
-    caption: str
-
-    @property
-    def url(self) -> str:
-        """As a data: URL."""
-        return f"data:image/jpeg;base64,{base64.b64encode(self.jpeg).decode('ascii')}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Album:
-    """Pictures by uid, and what could not be had."""
-
-    pictures: dict[str, Picture]
-    troubles: tuple[str, ...]
 
 
 def choose(folder: Folder, m: Measures, each: int) -> list[Gallery]:
@@ -118,50 +81,6 @@ def choose(folder: Folder, m: Measures, each: int) -> list[Gallery]:
             ),
         ]
     return [one for one in galleries if one.groups]
-
-
-def look_up(
-    folder: Folder, galleries: Sequence[Gallery], shards: Sequence[str], fetch: bool, say: Say
-) -> Album:
-    """Thumbnails of all samples of some galleries, from the shards that the catalog names.
-
-    shards: patterns to search by uid instead. fetch: read shards on other machines too. The names
-    of shards come from metadata that anybody may have made: they are looked up as they are, and
-    nothing but this machine's disks is read unasked.
-    """
-    wanted = {one.uid for gallery in galleries for group in gallery.groups for one in group}
-    album = _Album()
-    if shards:
-        for shard in webdataset.list_shards(shards):
-            album.read(shard, wanted)
-            if wanted <= album.pictures.keys():
-                break
-        album.miss(wanted)
-        return album.closed()
-    places = _places(folder, wanted)
-    if not places:
-        why = "the run does not know the shards of its samples: `d2filter report OUT --shards …`"
-        return Album(pictures={}, troubles=(f"No pictures: {why}",))
-    say(f"report    reading {len(wanted):,} pictures from {len(places):,} shards")
-    silent: set[str] = set()  # folders whose storage did not answer: asking costs a minute each
-    for url in sorted(places):
-        home = url.rpartition("/")[0]
-        mine = places[url]
-        if home in silent:
-            album.trouble(f"pictures in other shards of {home} were not tried")
-            continue
-        try:
-            here = Folder(home or ".").local is not None
-            if here or fetch:
-                album.read(webdataset.shard_at(url), set(mine.values()), mine)
-            else:
-                album.trouble(_ELSEWHERE)
-        except Exception as error:  # whatever a file system's client raises on a name like that
-            album.trouble(f"{len(mine)} pictures: {shortened(error)}")
-            silent |= {home} if isinstance(error, StorageError) else set()
-    if _ELSEWHERE not in album.troubles:
-        album.miss(wanted)
-    return album.closed()
 
 
 class _People:
@@ -234,75 +153,6 @@ class _People:
         ]
 
 
-class _Album:
-    """An album that is being filled."""
-
-    def __init__(self) -> None:
-        self.pictures: dict[str, Picture] = {}
-        self.troubles: list[str] = []
-
-    def trouble(self, text: str) -> None:
-        self.troubles.append(text)
-
-    def read(
-        self, shard: webdataset.Shard, wanted: set[str], keys: dict[str, str] | None = None
-    ) -> None:
-        """Add the wanted pictures of a shard. keys: the uids of samples by key, where the run knows
-        them: it may call them otherwise than the shard does.
-        """
-        # what is missing after a break is counted by `miss`
-        with contextlib.suppress(webdataset.LostTail):
-            for sample in webdataset.read_samples(shard, keys):
-                uid = sample.uid if keys is None else keys[sample.key]
-                # of a key that comes again the one with the uid
-                if uid in wanted and (uid not in self.pictures or uid == sample.uid):
-                    self._add(str(uid), sample)
-
-    def _add(self, uid: str, sample: webdataset.Sample) -> None:
-        jpeg = b"" if sample.reason else thumbnail(sample.image)
-        if not jpeg:
-            return
-        text = " ".join(sample.caption.split())
-        caption = text if len(text) <= _CAPTION else text[: _CAPTION - 1] + "…"
-        self.pictures[uid] = Picture(jpeg=jpeg, caption=caption)
-
-    def miss(self, wanted: set[str]) -> None:
-        """Note those that were not found."""
-        gone = len(wanted - self.pictures.keys())
-        if gone:
-            self.trouble(f"{gone} pictures were not found in the shards, or cannot be decoded")
-
-    def closed(self) -> Album:
-        return Album(pictures=self.pictures, troubles=tuple(dict.fromkeys(self.troubles)))
-
-
-def shortened(error: Exception) -> str:
-    """An error on one line."""
-    return webdataset.clean((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
-
-
-def thumbnail(image: bytes) -> bytes:
-    """A small JPEG of a picture; empty for what cannot be decoded, or is too large to be."""
-    from PIL import Image
-
-    try:
-        with (
-            warnings.catch_warnings(),
-            Image.open(io.BytesIO(image), formats=webdataset.IMAGE_FORMATS) as picture,
-        ):
-            warnings.simplefilter("ignore")
-            if picture.width * picture.height > _MOST_PIXELS:
-                return b""
-            picture.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
-            small = picture.convert("RGB")
-            small.thumbnail((THUMBNAIL, THUMBNAIL))
-            stream = io.BytesIO()
-            small.save(stream, "JPEG", quality=_QUALITY)
-            return stream.getvalue()
-    except Exception:  # decoders raise nearly anything on hostile bytes
-        return b""
-
-
 def _some(m: Measures, mask: npt.NDArray[np.bool_], most: int) -> I64:
     """Graph ids of up to `most` drawn samples, by a hash of the uid."""
     rows = np.flatnonzero(mask)
@@ -310,27 +160,3 @@ def _some(m: Measures, mask: npt.NDArray[np.bool_], most: int) -> I64:
     chosen = uids.hash_sample(hi, lo, most, salt=uids.SALT_REPORT, seed=1)
     ids: I64 = m.drawn.id[rows[chosen]]
     return ids
-
-
-def _places(folder: Folder, wanted: set[str]) -> dict[str, dict[str, str]]:
-    """Uids of the wanted samples by key, by shard, where the catalog knows it."""
-    halves = np.array([uid_format.from_hex(uid) for uid in sorted(wanted)], np.uint64)
-    hi, lo = halves.T
-    found: dict[str, dict[str, str]] = defaultdict(dict)
-    home = folder.sub("catalog")
-    for name in home.names(".parquet"):
-        with tables.open_table(home, name) as parquet:
-            for number in range(parquet.num_row_groups):
-                bounds = parquet.metadata.row_group(number).column(0).statistics
-                if bounds is None or not ((hi >= bounds.min) & (hi <= bounds.max)).any():
-                    continue
-                table = parquet.read_row_group(number, columns=["uid_hi", "uid_lo", "shard", "key"])
-                rows = uids.positions(
-                    table.column("uid_hi").to_numpy(), table.column("uid_lo").to_numpy(), hi, lo
-                )
-                chosen: Any = table.take(rows[rows >= 0]).to_pydict()
-                ids = uid_format.to_hex(hi[rows >= 0], lo[rows >= 0])
-                for uid, shard, key in zip(ids, chosen["shard"], chosen["key"], strict=True):
-                    if shard is not None and key is not None:
-                        found[shard][key] = uid
-    return dict(found)

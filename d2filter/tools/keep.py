@@ -4,36 +4,40 @@
     dataset = wds.WebDataset(urls).compose(stage).decode("pil")
     length = sum(stage.expected(urls).values())
 
-The stage looks a sample's uid up in the sorted subset, which lies in a memory map that all workers
-of a machine share.
+Of a run directory whose metadata names shards, the stage follows shard and key: of several samples
+with one uid only the one that was ranked comes out. Otherwise it goes by uid. What it looks up lies
+in memory maps that all workers of a machine share.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from pathlib import PurePosixPath
 from typing import Any
 
+import braceexpand
 import numpy as np
 import numpy.typing as npt
 
 from d2filter.algorithm import uids
 from d2filter.errors import InputError, RunStateError
+from d2filter.formats import kept as kept_format
+from d2filter.formats import loaded, webdataset
 from d2filter.formats import subset as subset_format
-from d2filter.formats import uid as uid_format
-from d2filter.formats import webdataset
+from d2filter.formats.kept import Kept
+from d2filter.formats.loaded import Sample, uid_of
 from d2filter.formats.paths import Folder, absolute
 from d2filter.formats.rows import mapped
+from d2filter.formats.shardnames import ShardNames
+from d2filter.tools import provenance
 
 Subset = npt.NDArray[np.void]
 
-_KEY = b'"uid"'
-_MARK = b'"uid": "'  # as json.dumps writes it
-_MARK_TO_END = len(_MARK) + 32
-_BACKSLASH = 92
+__all__ = ["Keep", "keep", "load_kept", "load_subset", "uid_of"]
+
+_SHARDS_HELD = 32  # whose keys are in memory: loaders that mix shards go to and fro
 
 
 def load_subset(subset: str | os.PathLike[str] | Subset) -> Subset:
@@ -64,126 +68,212 @@ def load_subset(subset: str | os.PathLike[str] | Subset) -> Subset:
     return held
 
 
+def load_kept(subset: str | os.PathLike[str] | Subset, held: Subset) -> Kept | None:
+    """Shard and key of the samples of a subset, where it is given as a run directory that knows
+    them; None: samples go by uid. held: the same subset, loaded.
+    """
+    if isinstance(subset, np.ndarray):
+        return None
+    if os.fspath(subset).endswith(".npy"):
+        return None
+    folder, _ = _place(subset)
+    return kept_format.read(folder, held)
+
+
 def keep(subset: str | os.PathLike[str] | Subset) -> Keep:
     """A stage for `wds.WebDataset(urls).compose(…)` that yields only samples of the subset.
 
-    subset: as for `load_subset`; of a run directory `expected` knows the number in each shard. Put
-    it before `decode`: it needs a sample's json, or its picture and caption, as bytes. A uid that
-    the subset repeats is yielded as often. One that the shards repeat is let through each time:
-    copies of which the run ranked one come out as copies, more than `expected` says.
+    subset: as for `load_subset`. Put the stage before `decode`: it needs a sample's json, or its
+    picture and caption, as bytes. Samples that no run could rank (no picture, no caption, broken
+    json) are dropped.
+
+    *A run directory whose metadata names shards* (of embedded shards it does) keeps by shard and
+    key: a sample comes out if its `__key__` is kept in the shard that its `__url__` names, and it
+    has the uid that was ranked there. Copies and broken twins of a kept sample stay out, so what
+    comes out is what `expected` says. A shard may lie elsewhere than when it was ranked: it goes by
+    file name, and by as many of its folders as tell it from others (see `ShardNames`). Nothing of
+    other shards comes out, with a warning. A sample without `__url__` goes by uid, with a warning.
+    Only two samples of one shard with the same key and the same uid cannot be told apart.
+
+    *A .npy file or an array* keeps by uid. A uid that it repeats is yielded as often, and one that
+    the shards repeat is let through each time. For shards that were renamed or packed anew this is
+    the way: `keep("OUT/subset.npy")`.
 
     >>> import numpy as np
     >>> stage = keep(np.array([(0, 1)], "u8,u8"))
-    >>> samples = [{"__key__": k, "json": b'{"uid": "%032x"}' % n} for n, k in enumerate("ab")]
+    >>> pair = {"jpg": b"a picture", "txt": b"a caption"}
+    >>> samples = [{"__key__": k, "json": b'{"uid": "%032x"}' % n, **pair}
+    ...            for n, k in enumerate("ab")]
     >>> [sample["__key__"] for sample in stage(samples)]
     ['b']
     """
     held = load_subset(subset)
-    sizes: dict[str, int] = {}
-    if not isinstance(subset, np.ndarray):
-        folder, name = _place(subset)
-        if name == subset_format.SUBSET:
-            sizes = folder.read_json("kept/sizes.json") or {}
-    return Keep(held, sizes)
+    source = "" if isinstance(subset, np.ndarray) else absolute(os.fspath(subset))
+    return Keep(held, load_kept(subset, held), source)
 
 
 class Keep:
-    """See `keep`. Picklable: workers of a DataLoader that are forked share the memory map."""
+    """See `keep`. Picklable: workers of a DataLoader that are forked share the memory maps."""
 
-    def __init__(self, subset: Subset, sizes: dict[str, int]) -> None:
-        self._sizes = sizes
-        self._hold(subset_format.pairs(subset))
+    def __init__(self, subset: Subset, kept: Kept | None = None, source: str = "") -> None:
+        """subset: ascending. kept: shard and key of its samples. source: where both come from."""
+        pairs = subset_format.pairs(subset) if kept is None else kept.loose
+        self._hold(len(subset), pairs, kept, source)
 
-    def _hold(self, pairs: npt.NDArray[np.uint64]) -> None:
-        self._pairs = _shared(pairs)
-        starts, self._shift = uids.buckets(self._pairs)
-        self._starts = _shared(starts)
+    def _hold(
+        self, size: int, pairs: npt.NDArray[np.uint64], kept: Kept | None, source: str
+    ) -> None:
+        self._size, self._source = size, source
+        self._kept = None if kept is None else kept.mapped()
+        self._uids = _Uids(pairs)
+        self._all: _Uids | None = None
+        self._others: ShardNames | None = None
+        self._shards: OrderedDict[str, dict[str, bytes]] = OrderedDict()
+        self._warned: set[str] = set()
 
-    def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        pairs, starts, shift = self._pairs, self._starts, self._shift
+    def __getstate__(self) -> dict[str, Any]:
+        pairs = np.array(self._uids.pairs)
+        return {"size": self._size, "pairs": pairs, "kept": self._kept, "source": self._source}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._hold(**state)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __call__(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """The samples of the subset, in their order. Raises InputError for a sample whose uid has
+        to be made from a picture or caption that is decoded already.
+        """
+        if self._kept is not None:
+            yield from self._by_place(samples, self._kept)
+            return
         for sample in samples:
-            digits = _plain_uid(sample.get("json"))
-            count = -1 if digits is None else uids.occurrences(pairs, starts, shift, digits)
-            if count < 0:
-                count = uids.occurrences(pairs, starts, shift, uid_of(sample).encode())
+            count = self._uids.count(sample)
             if count:
                 yield sample
                 if count > 1:
                     yield from (dict(sample) for _ in range(count - 1))
 
-    def __len__(self) -> int:
-        return len(self._pairs)
+    def _by_place(self, samples: Iterable[Sample], kept: Kept) -> Iterator[Sample]:
+        url: Any = None
+        keys: dict[str, bytes] = {}
+        for sample in samples:
+            if sample.get("__url__") != url:
+                url = sample.get("__url__")
+                keys = self._keys(url, kept) if isinstance(url, str) else {}
+            key = sample.get("__key__")
+            wanted = keys.get(key) if isinstance(key, str) else None
+            if wanted is None and isinstance(key, str) and not key.isascii():
+                wanted = keys.get(webdataset.clean(key))  # as runs spell what is no UTF-8
+            if wanted is not None:
+                if loaded.has_uid(sample, wanted, kept.embedded):
+                    yield sample
+            elif not isinstance(url, str):
+                if self._without_url(kept).count(sample):
+                    yield sample
+            elif len(self._uids) and self._uids.count(sample):
+                yield sample
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"pairs": np.array(self._pairs), "sizes": self._sizes}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._sizes = state["sizes"]
-        self._hold(state["pairs"])
-
-    def expected(self, urls: Iterable[str]) -> dict[str, int]:
-        """How many samples come out of each shard: for epoch lengths.
-
-        Raises RunStateError when the subset's run knows of no shards.
-        """
-        if not self._sizes:
-            raise RunStateError(
-                "how many samples a shard keeps is known of run directories whose metadata names "
-                "shards: d2filter.keep('OUT'), with OUT/kept/sizes.json"
-            )
-        found = {}
-        for url in urls:
-            base = PurePosixPath(url).name
-            found[url] = self._sizes.get(url, self._sizes.get(base, 0))
+    def _keys(self, url: str, kept: Kept) -> dict[str, bytes]:
+        """The uids of the kept samples of a shard, by key."""
+        found = self._shards.get(url)
+        if found is None:
+            number = kept.find(url)
+            if number < 0 and not self._is_known(url, kept):
+                self._warn("shard", self._unknown(url) + ": nothing of it is kept")
+            found = kept.of_shard(number).by_key() if number >= 0 else {}
+            self._shards[url] = found
+            if len(self._shards) > _SHARDS_HELD:
+                self._shards.popitem(last=False)
         return found
 
+    def _without_url(self, kept: Kept) -> _Uids:
+        """All uids: for samples that do not tell their shard."""
+        self._warn("url", "samples have no __url__: they are kept by uid, copies of one included")
+        if self._all is None:
+            rows = np.stack([kept.rows.hi, kept.rows.lo], axis=1)
+            pairs = np.concatenate([rows, kept.loose])
+            self._all = _Uids(pairs[uids.ascending(pairs[:, 0], pairs[:, 1])])
+        return self._all
 
-def uid_of(sample: dict[str, Any]) -> str:
-    """The uid of a webdataset sample, by the rule of `d2filter embed`: that of its json, else of
-    its content. Raises InputError where neither is there as bytes.
-    """
-    meta = sample.get("json")
-    if isinstance(meta, bytes | bytearray):
-        try:
-            meta = json.loads(meta)
-        except ValueError:
-            meta = None
-    told = meta.get("uid") if isinstance(meta, dict) else None
-    if uid_format.is_uid(told):
-        assert isinstance(told, str)
-        return told
-    image = next((sample[e] for e in webdataset.IMAGE_SUFFIXES if e in sample), None)
-    caption = sample.get("txt", meta.get("caption") if isinstance(meta, dict) else None)
-    if isinstance(caption, bytes | bytearray):
-        caption = caption.decode("utf-8-sig", "replace")
-    if not isinstance(image, bytes) or not isinstance(caption, str):
-        raise InputError(
-            f"sample {sample.get('__key__')!r} has no uid in its json, and no picture and caption "
-            "as bytes to make it from: put keep() before decode()"
+    def _warn(self, kind: str, text: str) -> None:
+        """Once of a kind: what is said of every shard is read of none."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(text, stacklevel=5)
+
+    def _unknown(self, url: str) -> str:
+        return (
+            f"shard {webdataset.clean(url)} is none of those that {self._source} has ranked (name "
+            f"them as they were; shards that were renamed or packed anew go by uid: "
+            f"d2filter.keep('{self._source}/{subset_format.SUBSET}'))"
         )
-    return uid_format.content_uid(image, caption)
+
+    def expected(self, urls: str | os.PathLike[str] | Iterable[str]) -> dict[str, int]:
+        """How many samples come out of each shard: for epoch lengths.
+
+        urls: what `wds.WebDataset` takes: shards in a list, or in a string with braces and `::`.
+        Raises RunStateError when the subset's run knows of no shards, and InputError for a shard
+        that it has not ranked.
+        """
+        if self._kept is None:
+            raise RunStateError(
+                "how many samples a shard keeps is known of run directories whose metadata names "
+                "shards: d2filter.keep('OUT'), with OUT/kept"
+            )
+        found = {}
+        for url in _expanded(urls):
+            number = self._kept.find(url)
+            if number < 0 and not self._is_known(url, self._kept):
+                raise InputError(self._unknown(url))
+            found[url] = self._kept.counts[number] if number >= 0 else 0
+        return found
+
+    def _is_known(self, url: str, kept: Kept) -> bool:
+        """Whether the run has read a shard of which it keeps nothing."""
+        if self._others is None:
+            read = provenance.shards(Folder(self._source)).values() if kept.embedded else ()
+            self._others = ShardNames(list({**kept.empty, **dict.fromkeys(read)}))
+        return self._others.find(url) >= 0
 
 
-def _plain_uid(meta: object) -> bytes | None:
-    """What stands as uid in a json written as most are, without parsing it; None where one must.
+class _Uids:
+    """Uids, in memory that forked workers share."""
 
-    In an object without others inside, this is its key and no other. Ten times as fast as parsing,
-    and nothing else that is done with a sample takes as long.
-    """
-    if type(meta) is not bytes:
-        return None
-    at = meta.find(_MARK)
-    end = at + _MARK_TO_END
-    if (
-        at < 1
-        or meta[end : end + 1] != b'"'
-        or meta[at - 1] == _BACKSLASH
-        or meta[:1] != b"{"
-        or meta.count(b"{") != 1
-        or meta.count(_KEY) != 1
-    ):
-        return None
-    return meta[end - 32 : end]
+    def __init__(self, pairs: npt.NDArray[np.uint64]) -> None:
+        """pairs: (n, 2) of hi and lo, ascending."""
+        self.pairs = _shared(pairs)
+        starts, self._shift = uids.buckets(self.pairs)
+        self._starts = _shared(starts)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def count(self, sample: Sample) -> int:
+        """How often the uid of a sample is among them; 0 for a sample that is none."""
+        digits = loaded.plain_uid(sample.get("json"))
+        count = -1
+        if digits is not None:
+            count = uids.occurrences(self.pairs, self._starts, self._shift, digits)
+        if count == 0 or (count > 0 and loaded.is_whole(sample)):
+            return int(count)
+        uid = loaded.uid_of(sample)
+        if uid is None:
+            return 0
+        return int(uids.occurrences(self.pairs, self._starts, self._shift, uid.encode()))
+
+
+def _expanded(urls: str | os.PathLike[str] | Iterable[str]) -> Iterator[str]:
+    """Shards by name, as webdataset expands them."""
+    if not isinstance(urls, str | os.PathLike):
+        yield from urls
+        return
+    for pattern in os.fspath(urls).split("::"):
+        try:
+            yield from braceexpand.braceexpand(pattern)
+        except ValueError as error:  # its UnbalancedBracesError
+            raise InputError(f"{pattern!r} has unbalanced braces: give shards by name") from error
 
 
 def _shared(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

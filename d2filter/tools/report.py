@@ -23,7 +23,7 @@ from d2filter.errors import RunStateError, UsageError
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import REPORT, RunState
 from d2filter.text import redacted
-from d2filter.tools import gallery, measures, plots, sweep
+from d2filter.tools import album, gallery, measures, plots, sweep
 
 GALLERY = 12
 MOST_BYTES = 20_000_000
@@ -43,7 +43,8 @@ def report(
     shards: Sequence[str] = (),
     say: Say = lambda line: None,
 ) -> str:
-    """Write OUT/report.html, and return where it is.
+    """Write OUT/report.html, and return where it is. A report that is there stays until the new one
+    is whole, and is replaced by it.
 
     each: pictures in a gallery; None: GALLERY, unless they would have to be fetched from far away.
     shards: where the pictures are, for a run that does not know. Raises RunStateError for a run
@@ -61,14 +62,30 @@ def report(
         ) from error
     say(f"report    measured on {len(m.drawn.hi):,} of {m.ranked:,} ranked samples")
     galleries = gallery.choose(folder, m, wanted) if wanted else []
-    album = gallery.Album(pictures={}, troubles=())
+    pictures = album.Album(pictures={}, troubles=())
     if galleries:
-        album = gallery.look_up(folder, galleries, shards, fetch=each is not None, say=say)
-    page = render(folder, m, galleries, album)
+        pictures = album.look_up(folder, galleries, shards, asked=each is not None, say=say)
+    page = render(folder, m, galleries, pictures)
+    _publish(folder, page, m.records["select"]["fingerprint"])
+    return folder.where(REPORT)
+
+
+def _publish(folder: Folder, page: str, selection: str) -> None:
+    """Put a page in the place of the one before, of whatever selection that was.
+
+    The note of which selection a report shows is made invalid first: after a crash in between, the
+    report is made again rather than taken for that of the selection before.
+    """
+    state = RunState(folder)
+    now = state.done("select")
+    if now is None or now["fingerprint"] != selection:
+        raise RunStateError(
+            f"{folder.url} was selected anew while its report was made: `d2filter report OUT` again"
+        )
+    state.note_report("")
     with folder.publish(REPORT) as path:
         path.write_text(page, "utf-8")
-    RunState(folder).note_report(m.records["select"]["fingerprint"])
-    return folder.where(REPORT)
+    state.note_report(selection)
 
 
 def obstacle(folder: Folder) -> str:
@@ -87,11 +104,11 @@ def render(
     folder: Folder,
     m: measures.Measures,
     galleries: Sequence[gallery.Gallery],
-    album: gallery.Album,
+    pictures: album.Album,
 ) -> str:
     """The page, of at most MOST_BYTES: what does not fit is left out, and it says so."""
     drawn = [(name, _script_json(_item(plot))) for name, plot in plots.all_plots(m).items()]
-    nothing = gallery.Album(pictures={}, troubles=album.troubles)
+    nothing = album.Album(pictures={}, troubles=pictures.troubles)
     bare = _page(folder, m, galleries, nothing, drawn)
     while galleries and len(bare.encode()) > MOST_BYTES:
         halved = [replace(one, groups=one.groups[: len(one.groups) // 2]) for one in galleries]
@@ -99,15 +116,15 @@ def render(
         bare = _page(folder, m, galleries, nothing, drawn)
     if not galleries:
         return bare
-    album = _fitting(album, galleries, MOST_BYTES - len(bare.encode()))
-    return _page(folder, m, galleries, album, drawn)
+    pictures = _fitting(pictures, galleries, MOST_BYTES - len(bare.encode()))
+    return _page(folder, m, galleries, pictures, drawn)
 
 
 def _page(
     folder: Folder,
     m: measures.Measures,
     galleries: Sequence[gallery.Gallery],
-    album: gallery.Album,
+    pictures: album.Album,
     drawn: Sequence[tuple[str, Any]],
 ) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -142,7 +159,7 @@ def _page(
         regions=_regions(m.cells),
         measures=sweep.MEASURES,
         galleries=galleries,
-        album=album,
+        album=pictures,
         settings=_settings(m),
         version=d2filter.__version__,
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -155,9 +172,7 @@ def _page(
     )
 
 
-def _fitting(
-    album: gallery.Album, galleries: Sequence[gallery.Gallery], room: int
-) -> gallery.Album:
+def _fitting(pictures: album.Album, galleries: Sequence[gallery.Gallery], room: int) -> album.Album:
     """The pictures that fit into `room` bytes, in the order of the page; one may come often."""
     from markupsafe import escape
 
@@ -165,7 +180,7 @@ def _fitting(
     room -= _TILE  # for what is said of those that are left out
     kept = {}
     for uid, times in often.items():
-        picture = album.pictures.get(uid)
+        picture = pictures.pictures.get(uid)
         if picture is None:
             continue
         size = len(picture.url) + len(str(escape(picture.caption)).encode()) + _TILE
@@ -173,9 +188,9 @@ def _fitting(
             break
         room -= times * size
         kept[uid] = picture
-    left = len(often.keys() & album.pictures.keys()) - len(kept)
+    left = len(often.keys() & pictures.pictures.keys()) - len(kept)
     note = (f"{left:,} pictures are left out: the page ends at {MOST_BYTES / 1e6:g} MB",)
-    return gallery.Album(pictures=kept, troubles=album.troubles + note * bool(left))
+    return album.Album(pictures=kept, troubles=pictures.troubles + note * bool(left))
 
 
 def _headline(m: measures.Measures) -> str:

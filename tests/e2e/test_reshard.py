@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import shards as made
 import webdataset as wds
@@ -58,7 +59,9 @@ def members_of(folder: Path) -> dict[str, dict[str, bytes]]:
                 assert stream is not None
                 keys.setdefault(key, {})[extension] = stream.read()
         for content in keys.values():
-            found.setdefault(keep.uid_of(content), content)
+            uid = keep.uid_of(content)
+            if uid is not None:
+                found.setdefault(uid, content)
     return found
 
 
@@ -283,7 +286,7 @@ def test_samples_that_no_shard_holds_are_counted_after_everything_else_is_done(
     assert run(*words) == 3
     error = capsys.readouterr().err
     whole = webdataset.list_shards([str(broken / f"0000{n}.tar") for n in (0, 2)])
-    there = {uid for shard in whole for uid, _ in webdataset.locate_samples(shard)}
+    there = {sample.uid for shard in whole for sample in webdataset.locate_samples(shard)}
     got = [key for key, _ in read_back(out)]
     assert len(got) >= len(there & {f"{h:016x}{low:016x}" for h, low in subset.tolist()})
     assert (
@@ -330,6 +333,43 @@ def test_a_broken_twin_does_not_stand_for_its_sample(tmp_path: Path) -> None:
     ((key, content),) = read_back(tmp_path / "o")
     assert key == f"{uid}-0"
     assert content["jpg"] == made.picture(3)
+
+
+def test_the_samples_that_a_run_ranked_are_copied_and_streamed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A truncated picture, and a copy with another caption, stand before samples of their uid."""
+    picture = made.picture(5)
+    files = [f for i in range(12) for f in made.members(f"{i}", i, uid=f"{i:032x}")]
+    twins = [
+        ("cut.jpg", picture[: len(picture) // 2]), ("cut.txt", b"a caption"),
+        ("cut.json", json.dumps({"uid": f"{5:032x}"}).encode()),
+        *made.members("copy", 40, uid=f"{6:032x}"),
+    ]  # fmt: skip
+    made.write(tmp_path / "s/0.tar", twins)
+    made.write(tmp_path / "s/1.tar", files)
+    words = ("run", "--shards", tmp_path / "s", "--out-dir", tmp_path / "r", "--fraction", "1")
+    assert run(*words, "--max-bad", "0.2") == 0
+    assert run("reshard", "--subset", tmp_path / "r", "--out-dir", tmp_path / "o") == 0
+    got = {key: content["jpg"] for key, content in read_back(tmp_path / "o")}
+    assert len(got) == 12
+    assert got[f"{5:032x}-0"] == picture
+    kept = pq.read_table(tmp_path / "r/kept/part-00000.parquet").to_pylist()
+    (place,) = [row for row in kept if row["uid"] == f"{6:032x}"]
+    assert got[f"{6:032x}-0"] == made.picture(40 if place["key"] == "copy" else 6)
+    urls = [str(tmp_path / "s/0.tar"), str(tmp_path / "s/1.tar")]
+    stage = keep.keep(tmp_path / "r")
+    streamed = [s["jpg"] for s in wds.WebDataset(urls, shardshuffle=False).compose(stage)]
+    assert sorted(streamed) == sorted(got.values())
+    assert sum(stage.expected(urls).values()) == 12
+    # without the run, the first one with a picture and a caption stands for a uid
+    alone = ("reshard", "--shards", tmp_path / "s", "--subset", tmp_path / "r/subset.npy")
+    assert run(*alone, "--out-dir", tmp_path / "p") == 0
+    assert dict(read_back(tmp_path / "p"))[f"{5:032x}-0"]["jpg"] == twins[0][1]
+    capsys.readouterr()
+    some = ("reshard", "--subset", tmp_path / "r", "--out-dir", tmp_path / "q")
+    assert run(*some, "--shards", tmp_path / "o/00000000.tar") == 2
+    assert "has the name of one that was ranked" in capsys.readouterr().err
 
 
 def test_members_are_streamed_and_the_tar_is_plain(pool: Path, tmp_path: Path) -> None:

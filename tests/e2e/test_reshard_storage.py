@@ -20,6 +20,7 @@ from d2filter.formats import patience, remote, webdataset
 from d2filter.formats.paths import Folder
 from d2filter.stages import reshard as stage
 from d2filter.stages.placing import Placing, Rows
+from d2filter.stages.wanted import Wanted
 
 s3fs = pytest.importorskip("s3fs")
 moto = pytest.importorskip("moto.server")
@@ -69,7 +70,7 @@ def prepared(shards: list[webdataset.Shard], out: Folder) -> list[Rows]:
     pairs = [(number, i) for number in range(SHARDS) for i in range(0, SAMPLES, 2)]
     subset = np.array(pairs, np.dtype("u8,u8"))
     state = out.sub(stage.STATE)
-    stage._publish_subset(state, subset)
+    Wanted(shards, subset, None).publish(state.sub("work"), [(0, len(shards))])
     listed = [[s.url, s.name, s.info.name, s.info.size, s.info.version] for s in shards]
     state.publish_json("work/shards.json", listed)
     placing = Placing(subset, shard_size=25, shuffle=3)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import oracle
 import pools
+import pyarrow.parquet as pq
 import pytest
 
 from d2filter.cli import main
@@ -104,6 +105,36 @@ def test_samples_that_are_not_ranked(run: Path, capsys: pytest.CaptureFixture[st
     found = explain._Run(Folder(str(run))).left_out("no uid")
     assert [entry["reason"] for entry in found.entries] == ["malformed uid"]
     assert "bad: malformed uid (" in explain.lines(found)[1]
+
+
+def test_a_sample_is_told_from_others_with_its_uid(
+    tmp_path: Path,
+) -> None:
+    """The one that was ranked by shard and key; of one that was not, all that are left out."""
+    pool = pools.make(60, 6)
+    uid = pool["uid"][3]
+    for row in (10, 50):
+        pool["uid"][row] = uid
+    for row in (20, 55):
+        pool["uid"][row] = "no uid"
+    shard = [f"s3://pool/{row % 2}.tar" for row in range(60)]
+    columns = {"shard": shard, "key": [f"{row:05d}" for row in range(60)]}
+    pools.write(tmp_path / "m", pool, files=3, columns=columns)
+    words = ["--metadata-dir", str(tmp_path / "m"), "--out-dir", str(tmp_path / "o")]
+    assert main(["run", *words, "--max-bad", "1"]) == 0
+    folder = Folder(str(tmp_path / "o"))
+    (found,) = explain.explain(folder, [uid])
+    assert isinstance(found, explain.Explained)
+    table = pq.read_table(tmp_path / "o/catalog/part-00000.parquet").to_pylist()
+    (row,) = [r for r in table if f"{r['uid_hi']:016x}{r['uid_lo']:016x}" == uid]
+    assert (found.shard, found.key) == (row["shard"], row["key"])
+    assert found.key in ("00003", "00010", "00050")
+    assert f"  sample {found.key} of {found.shard}" in explain.lines(found)
+    # in whatever row groups they lie
+    bad = pq.read_table(tmp_path / "o/bad_samples.parquet")
+    pq.write_table(bad, tmp_path / "o/bad_samples.parquet", row_group_size=1)
+    left_out = explain._Run(folder).left_out("no uid")
+    assert sorted(str(entry["key"]) for entry in left_out.entries) == ["00020", "00055"]
 
 
 def test_only_what_holds_the_rows_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import json
 import pickle
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import keptruns
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import shards as made
 import torch
 import webdataset as wds
 from hypothesis import given
 from hypothesis import strategies as st
+from keptruns import Made
 
 import d2filter
 from d2filter.algorithm import uids
@@ -85,24 +92,179 @@ def test_repeats_mean_repeats_and_unsorted_subsets_are_sorted_with_a_warning(
 
 
 def test_a_run_directory_tells_how_many_to_expect(tmp_path: Path) -> None:
-    np.save(tmp_path / "subset.npy", np.array([(0, 1)], U))
-    (tmp_path / "kept").mkdir()
-    (tmp_path / "kept/sizes.json").write_text(json.dumps({"0.tar": 7, "s3://b/1.tar": 2}))
-    stage = d2filter.keep(tmp_path)
-    urls = ["/data/0.tar", "s3://b/1.tar", "/data/2.tar"]
-    assert stage.expected(urls) == dict(zip(urls, (7, 2, 0), strict=True))
-    with pytest.raises(RunStateError, match=r"OUT/kept/sizes\.json"):
-        d2filter.keep(np.array([(0, 1)], U)).expected(urls)
+    rows = [(f"s3://b/{n % 2}.tar", Made(f"{n}", n, True)) for n in range(7)]
+    keptruns.write_run(tmp_path / "o", rows, ["s3://b/none.tar"])
+    stage = d2filter.keep(tmp_path / "o")
+    told = {"0.tar": 4, "pipe:aws s3 cp s3://b/1.tar -": 3, "/mnt/none.tar": 0}
+    assert stage.expected(told) == told
+    assert stage.expected(iter(told)) == told
+    assert stage.expected("x/{0..1}.tar::y/none.tar") == dict(
+        zip(["x/0.tar", "x/1.tar", "y/none.tar"], (4, 3, 0), strict=True)
+    )
+    assert pickle.loads(pickle.dumps(stage)).expected(told) == told
+    with pytest.raises(InputError, match=r"shard x/2\.tar is none of those .* has ranked"):
+        stage.expected("x/{0..30000000}.tar")
+    with pytest.raises(InputError, match="unbalanced braces"):
+        stage.expected("x/{0..1.tar")
+    with pytest.raises(RunStateError, match="OUT/kept"):
+        d2filter.keep(np.array([(0, 1)], U)).expected("x/{0..1}.tar")
+
+
+@given(keptruns.pools(), st.booleans())
+def test_what_was_ranked_and_kept_comes_out_and_as_many_as_expected(
+    drawn: keptruns.Drawn, moved: bool
+) -> None:
+    """Copies, broken twins and samples that share a key stay in the shards."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = drawn.write(Path(folder))
+        home = Path(folder) / "s"
+        if moved:
+            home = home.rename(Path(folder) / "elsewhere")
+        stage = d2filter.keep(out)
+        assert len(stage) == len(drawn.kept)
+        for name in drawn.shards:
+            url = str(home / name)
+            got = [
+                (Path(s["__url__"]).name, s["__key__"], s["jpg"])
+                for s in wds.WebDataset(url, shardshuffle=False, empty_check=False).compose(stage)
+            ]
+            assert got == drawn.expected([name])
+            assert stage.expected(url) == {url: len(got)}
+        urls = [str(home / name) for name in drawn.shards]
+        both = wds.WebDataset(urls * 2, shardshuffle=False, empty_check=False).compose(stage)
+        assert len(list(both)) == 2 * len(drawn.kept)  # the next epoch is the same
+
+
+def test_uids_of_the_metadata_are_followed_by_shard_and_key(tmp_path: Path) -> None:
+    """Metadata may have its own uids: then a sample without one in its json is known by its place.
+
+    One that tells another uid is another sample.
+    """
+    samples = [Made(f"{n}", n, n == 4) for n in range(6)]
+    drawn = keptruns.Drawn({"0.tar": samples})
+    drawn.write(tmp_path)
+    rows = [(str(tmp_path / "s/0.tar"), Made(f"{n}", 100 + n, True)) for n in (1, 3, 4)]
+    keptruns.write_run(tmp_path / "p", rows, [], embedded=False)
+    stage = d2filter.keep(tmp_path / "p")
+    urls = [str(tmp_path / "s/0.tar")]
+    assert [s["__key__"] for s in stream(urls, stage)] == ["1", "3"]
+    keptruns.write_run(tmp_path / "q", rows, [], embedded=True)
+    assert list(stream(urls, d2filter.keep(tmp_path / "q"))) == []
+
+
+def test_a_shard_that_was_not_ranked_keeps_nothing_and_says_so_once(tmp_path: Path) -> None:
+    drawn = keptruns.Drawn({"0.tar": [Made("a", 1, True)]}, [("0.tar", 0)])
+    out = drawn.write(tmp_path)
+    for name in ("1.tar", "2.tar"):
+        shutil.copy(tmp_path / "s/0.tar", tmp_path / name)
+    stage = d2filter.keep(out)
+    urls = [str(tmp_path / name) for name in ("1.tar", "s/0.tar", "2.tar")]
+    with pytest.warns(UserWarning, match=r"1\.tar is none of those") as warned:
+        assert [s["__url__"] for s in stream(urls, stage)] == [urls[1]]
+    assert len([w for w in warned if "none of those" in str(w.message)]) == 1
+    by_uid = d2filter.keep(out / "subset.npy")  # as the message says
+    assert len(list(stream(urls, by_uid))) == 3
+
+
+def test_samples_without_a_url_go_by_uid(tmp_path: Path) -> None:
+    drawn = keptruns.Drawn({"0.tar": [Made("a", 1, True), Made("b", 2, True)]}, [("0.tar", 0)])
+    stage = d2filter.keep(drawn.write(tmp_path))
+    samples = [
+        {"__key__": s.key, "jpg": s.content, "txt": b"x", "json": s.files[2][1]}
+        for s in drawn.shards["0.tar"]
+    ]
+    with pytest.warns(UserWarning, match="no __url__"):
+        assert [s["__key__"] for s in stage(samples)] == ["a"]
+
+
+def test_samples_of_which_the_run_knows_no_shard_or_key_go_by_uid(tmp_path: Path) -> None:
+    samples = [Made(f"{n}", n, True) for n in range(5)]
+    drawn = keptruns.Drawn({"0.tar": samples}, [("0.tar", n) for n in (0, 1, 2)])
+    out = drawn.write(tmp_path)
+    table = pq.read_table(out / "kept/part-00000.parquet")
+    keyless = pa.array([None, *table.column("key").to_pylist()[1:]], pa.string())
+    shorter = table.set_column(1, "key", keyless).slice(0, 2)
+    pq.write_table(shorter, out / "kept/part-00000.parquet")
+    got = [s["__key__"] for s in stream([str(tmp_path / "s/0.tar")], d2filter.keep(out))]
+    assert got == ["0", "1", "2"]
+
+
+def test_lists_of_another_subset_are_refused(tmp_path: Path) -> None:
+    drawn = keptruns.Drawn({"0.tar": [Made("a", 1, True), Made("b", 2, True)]}, [("0.tar", 0)])
+    out = drawn.write(tmp_path)
+    np.save(out / "subset.npy", np.array([(0, 2)], U))
+    with pytest.raises(InputError, match="list different samples"):
+        d2filter.keep(out)
+
+
+def test_several_shards_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    rows = [(f"s3://pool/{x}/0.tar", Made("k", n, True)) for n, x in enumerate("ab")]
+    keptruns.write_run(tmp_path / "o", rows, [])
+    stage = d2filter.keep(tmp_path / "o")
+    meta = [b'{"uid": "%032x"}' % n for n in range(2)]
+    parts = {"__key__": "k", "jpg": b"x", "txt": b"x"}
+    samples = [{**parts, "__url__": f"/mnt/{x}/0.tar", "json": m} for x in "ab" for m in meta]
+    assert list(stage(samples)) == [samples[0], samples[3]]
+    with pytest.raises(InputError, match=r"0\.tar may be s3://pool/a/0\.tar or s3"):
+        stage.expected("/mnt/0.tar")
+
+
+MEMBERS = st.binary(max_size=40) | st.sampled_from(
+    [b"{}", b"[" * 100_000, b"[1]", b'{"uid": 3}', b'{"uid": "\\ud800", "caption": "\\ud800"}',
+     b'{"caption": ["a"]}', b'{"caption": "a"}', b'{"uid": "%032x"}' % 1, b"\xff\xfe\x00", b""]
+)  # fmt: skip
+DECODED = st.sampled_from([[1], "text", {"caption": "a"}, {"uid": f"{1:032x}"}, 3.5])
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["jpg", "png", "gif", "txt", "json", "cls", "__url__"]),
+        MEMBERS | DECODED,
+    )
+    | st.dictionaries(st.sampled_from(["jpg", "webp", "txt", "json", "npy"]), MEMBERS),
+    st.sampled_from(["k", "._k", "d/._k", "k\udce9", "", None, 3]),
+)
+def test_no_sample_ends_the_training_but_one_that_is_decoded(sample: Any, key: Any) -> None:
+    """Kept is what `embed` would have ranked under a uid of the subset; nothing else, in peace."""
+    sample = {"__key__": key, **sample}
+    mine = np.array([(0, 1)], U)
+    files = [(f"k.{ext}", value) for ext, value in sample.items() if not ext.startswith("__")]
+    got = []
+    if any(not isinstance(value, bytes) for _, value in files):
+        with contextlib.suppress(InputError):
+            got = list(d2filter.keep(mine)([sample]))
+    else:
+        got = list(d2filter.keep(mine)([sample]))
+        with tempfile.TemporaryDirectory() as folder:
+            made.write(Path(folder) / "0.tar", files)
+            (shard,) = webdataset.list_shards([folder])
+            read = [s.uid for s in webdataset.read_samples(shard) if not s.reason]
+        assert len(got) == read.count(f"{1:032x}")
 
 
 @pytest.mark.parametrize(
     "sample",
-    [{"json": b"{}"}, {"json": b"broken", "txt": b"x"}, {"jpg": np.zeros(3), "txt": "decoded"}],
+    [{"json": b"{}"}, {"json": b"broken", "txt": b"x"}, {"gif": b"x", "txt": b"x"}, {"jpg": b"x"}],
 )
-def test_samples_that_cannot_be_told_apart_say_where_the_stage_belongs(sample: Any) -> None:
+def test_what_no_run_could_rank_is_dropped(sample: Any) -> None:
+    stage = d2filter.keep(np.array([(0, 1)], U))
+    assert list(stage([{"__key__": "k", **sample}])) == []
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        {"jpg": np.zeros(3), "txt": "decoded"},
+        {"jpg": b"x", "txt": np.zeros(3), "json": b"{}"},
+        {"jpg": np.zeros(3), "json": {"caption": "decoded"}},
+    ],
+)
+def test_samples_that_are_decoded_say_where_the_stage_belongs(sample: Any) -> None:
     stage = d2filter.keep(np.array([(0, 1)], U))
     with pytest.raises(InputError, match=r"'k' has no uid .* put keep\(\) before decode\(\)"):
         list(stage([{"__key__": "k", **sample}]))
+    told = {**sample, "json": {"uid": f"{1:032x}", "caption": "x"}}
+    assert list(stage([told])) == [told]  # its uid is there
 
 
 @given(
@@ -118,7 +280,11 @@ def test_samples_that_cannot_be_told_apart_say_where_the_stage_belongs(sample: A
 def test_the_uid_of_any_json_is_that_of_its_top(meta: Any, indent: int | None) -> None:
     content = json.dumps(meta, indent=indent).encode()
     sample = {"json": content, "jpg": b"a picture", "txt": b"a caption"}
-    told = meta.get("uid") if isinstance(meta, dict) else None
+    if not isinstance(meta, dict):  # what `embed` calls a broken json
+        assert keep.uid_of(sample) is None
+        assert list(d2filter.keep(np.zeros(1, U))([sample])) == []
+        return
+    told = meta.get("uid")
     expected = told if told == "0a" * 16 else uid.content_uid(b"a picture", "a caption")
     assert keep.uid_of(sample) == expected
     mine = np.array([uid.from_hex(expected)], U)
@@ -131,8 +297,9 @@ def test_the_uid_of_any_json_is_that_of_its_top(meta: Any, indent: int | None) -
 def test_what_is_no_uid_is_not_taken_for_one(told: str) -> None:
     content = json.dumps({"uid": told}, ensure_ascii=False).encode()
     sample = {"json": content, "jpg": b"a picture", "txt": b"a caption"}
-    assert keep.uid_of(sample) == uid.content_uid(b"a picture", "a caption")
-    mine = np.array([uid.from_hex(keep.uid_of(sample))], U)
+    expected = uid.content_uid(b"a picture", "a caption")
+    assert keep.uid_of(sample) == expected
+    mine = np.array([uid.from_hex(expected)], U)
     assert list(d2filter.keep(mine)([sample])) == [sample]
 
 

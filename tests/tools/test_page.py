@@ -49,7 +49,7 @@ def page(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
     words = ["--metadata-dir", str(folder / "m"), "--out-dir", out, "--n-neighbors", "3"]
     assert main(["run", *words, "--no-report"]) == 0
     assert main(["sweep", out, "--gamma", "0.3,1", "--fraction", "0.1,0.3"]) == 0
-    assert main(["report", out]) == 0
+    assert main(["report", out, "--shards", shard]) == 0
     return folder / "o/report.html"
 
 

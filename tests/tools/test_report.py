@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ from PIL import Image
 
 from d2filter.algorithm import coverage
 from d2filter.cli import main
-from d2filter.errors import StorageError, UsageError
+from d2filter.errors import RunStateError, StorageError, UsageError
 from d2filter.formats import catalog, graph, ranking, webdataset
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
+from d2filter.formats.runstate import RunState
+from d2filter.tools import album as albums
 from d2filter.tools import gallery, measures, plots, report
 
 pytestmark = pytest.mark.usefixtures("cluster", "reports")
@@ -185,7 +189,7 @@ def test_pictures_come_out_of_the_shards_and_captions_are_only_text(
     import io
 
     with Image.open(io.BytesIO(base64.b64decode(url[1]))) as picture:
-        assert max(picture.size) <= gallery.THUMBNAIL
+        assert max(picture.size) <= albums.THUMBNAIL
 
 
 def test_the_policy_lets_in_the_scripts_of_the_page_and_nothing_else(run: Path) -> None:
@@ -234,22 +238,20 @@ def test_shards_that_are_gone_are_told_and_the_report_is_made(
     folder = Folder(str(run))
     m = measures.measure(folder, 4)
     galleries = gallery.choose(folder, m, 4)
-    places = gallery._places(
-        folder, {s.uid for g in galleries for group in g.groups for s in group}
-    )
+    places = albums._places(folder, {s.uid for g in galleries for group in g.groups for s in group})
     assert set(places) == {str(made_run.parent / f"s{i}.tar") for i in (0, 1)}
     # as if the shards had been moved: found again by uid where one says they are
     for i in (0, 1):
         shutil.copy(made_run.parent / f"s{i}.tar", tmp_path / f"moved{i}.tar")
-    by_uid = gallery.look_up(folder, galleries, [str(tmp_path / "moved{0,1}.tar")], False, print)
-    by_key = gallery.look_up(folder, galleries, [], False, print)
+    by_uid = albums.look_up(folder, galleries, [str(tmp_path / "moved{0,1}.tar")], False, print)
+    by_key = albums.look_up(folder, galleries, [], True, print)
     assert by_uid.pictures == by_key.pictures
     assert not by_uid.troubles
     assert not by_key.troubles
     hidden = made_run.parent / "hidden.tar"
     (made_run.parent / "s0.tar").rename(hidden)
     try:
-        album = gallery.look_up(folder, galleries, [], False, print)
+        album = albums.look_up(folder, galleries, [], True, print)
         page = report.render(folder, m, galleries, album)
     finally:
         hidden.rename(made_run.parent / "s0.tar")
@@ -267,18 +269,22 @@ def test_pictures_far_away_are_not_fetched_unasked(
     folder = Folder(str(run))
     m = measures.measure(folder, 2)
     galleries = gallery.choose(folder, m, 2)
-    places = gallery._places(
-        folder, {s.uid for g in galleries for group in g.groups for s in group}
-    )
+    places = albums._places(folder, {s.uid for g in galleries for group in g.groups for s in group})
     fs = fsspec.filesystem("memory")
     for url in places:
         fs.pipe(f"/far/{Path(url).name}", Path(url).read_bytes())
     elsewhere = {f"memory://far/{Path(url).name}": found for url, found in places.items()}
-    monkeypatch.setattr(gallery, "_places", lambda folder, wanted: elsewhere)
-    album = gallery.look_up(folder, galleries, [], False, print)
+    monkeypatch.setattr(albums, "_places", lambda folder, wanted: elsewhere)
+    album = albums.look_up(folder, galleries, [], False, print)
     assert not album.pictures
-    assert "--gallery N" in album.troubles[0]
-    asked = gallery.look_up(folder, galleries, [], True, print)
+    assert "only the metadata names" in album.troubles[0]
+    mark = run / "completions/catalog.json"
+    mark.write_text(json.dumps({**json.loads(mark.read_text()), "upstream": "embed's"}))
+    album = albums.look_up(folder, galleries, [], False, print)
+    assert not album.pictures
+    (trouble,) = album.troubles
+    assert re.search(r"^\d+ pictures lie in 2 shards on other machines: .*--gallery N", trouble)
+    asked = albums.look_up(folder, galleries, [], True, print)
     assert asked.pictures
     assert not asked.troubles
 
@@ -302,14 +308,79 @@ def test_a_shard_by_any_name_is_looked_up_as_it_is_and_costs_only_its_pictures(
     m = measures.measure(folder, 2)
     galleries = gallery.choose(folder, m, 2)
     wanted = {s.uid for g in galleries for group in g.groups for s in group}
-    places = gallery._places(folder, wanted)
+    places = albums._places(folder, wanted)
     odd = {**places, name: {"00000": min(wanted)}}
-    monkeypatch.setattr(gallery, "_places", lambda folder, wanted: odd)
+    monkeypatch.setattr(albums, "_places", lambda folder, wanted: odd)
     started = time.monotonic()
-    album = gallery.look_up(folder, galleries, [], True, print)
+    album = albums.look_up(folder, galleries, [], True, print)
     assert time.monotonic() - started < 20
     assert len(album.pictures) >= len(wanted) - 1
     assert any("1 pictures: " in trouble for trouble in album.troubles)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to a device", "folder", "socket"])
+def test_only_files_are_opened(
+    run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    """A pipe would wait for ever, a device never ends."""
+    folder = Folder(str(run))
+    galleries = gallery.choose(folder, measures.measure(folder, 2), 2)
+    place = tmp_path / "x.tar"
+    with socket.socket(socket.AF_UNIX) as listener:
+        if kind == "pipe":
+            os.mkfifo(place)
+        elif kind == "folder":
+            place.mkdir()
+        elif kind == "socket":
+            monkeypatch.chdir(tmp_path)
+            listener.bind("x.tar")
+        elif kind == "link to a device":
+            place.symlink_to("/dev/zero")
+        else:
+            place = Path("/dev/zero")
+        wanted = {s.uid for g in galleries for group in g.groups for s in group}
+        places = {str(place): {"00000": min(wanted)}}
+        monkeypatch.setattr(albums, "_places", lambda folder, wanted: places)
+        album = albums.look_up(folder, galleries, [], True, print)
+    assert not album.pictures
+    assert f"1 pictures: {place} is no regular file" in album.troubles
+
+
+def test_shards_that_only_metadata_names_are_not_opened_unasked(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*arguments: Any) -> Any:
+        raise AssertionError("a shard was opened")
+
+    folder = Folder(str(run))
+    m = measures.measure(folder, 2)
+    galleries = gallery.choose(folder, m, 2)
+    monkeypatch.setattr(webdataset, "shard_at", read)
+    monkeypatch.setattr(webdataset, "read_samples", read)
+    album = albums.look_up(folder, galleries, [], False, print)
+    wanted = {s.uid for g in galleries for group in g.groups for s in group}
+    assert album.troubles == (
+        f"{len(wanted)} pictures lie in 2 shards that only the metadata names, which are not "
+        "opened unasked: `d2filter report OUT --shards …` shows them",
+    )
+    assert "which are not opened unasked" in report.render(folder, m, galleries, album)
+
+
+def test_a_twin_of_a_sample_is_not_shown_for_it(run: Path, made_run: Path, tmp_path: Path) -> None:
+    """Where one tells where the shards are now, those of the run are searched by key."""
+    folder = Folder(str(run))
+    galleries = gallery.choose(folder, measures.measure(folder, 4), 4)
+    wanted = sorted({s.uid for g in galleries for group in g.groups for s in group})
+    twins = [
+        m for n, uid in enumerate(wanted) for m in made.members(f"twin{n}", 19 - n % 3, uid=uid)
+    ]
+    made.write(tmp_path / "t/a.tar", twins)
+    for n in (0, 1):
+        shutil.copy(made_run.parent / f"s{n}.tar", tmp_path / f"t/s{n}.tar")
+    by_key = albums.look_up(folder, galleries, [], True, print)
+    moved = albums.look_up(folder, galleries, [str(tmp_path / "t")], False, print)
+    assert moved == by_key
+    assert not by_key.troubles
 
 
 def test_a_storage_that_does_not_answer_is_asked_once(
@@ -324,9 +395,9 @@ def test_a_storage_that_does_not_answer_is_asked_once(
         raise StorageError("no answer")
 
     places = {f"{run}/far/{i}.tar": {str(i): f"{i:032x}"} for i in range(5)}
-    monkeypatch.setattr(gallery, "_places", lambda folder, wanted: places)
+    monkeypatch.setattr(albums, "_places", lambda folder, wanted: places)
     monkeypatch.setattr(webdataset, "shard_at", silent)
-    album = gallery.look_up(folder, galleries, [], True, print)
+    album = albums.look_up(folder, galleries, [], True, print)
     assert len(asked) == 1
     assert any("no answer" in trouble for trouble in album.troubles)
 
@@ -341,13 +412,23 @@ def test_pictures_go_by_shard_and_key_where_the_run_knows_them(tmp_path: Path) -
     words = ["run", "--metadata-dir", str(tmp_path / "m"), "--out-dir", str(tmp_path / "o")]
     assert main(words) == 0
     page = (tmp_path / "o/report.html").read_text()
+    assert "data:image/jpeg" not in page
+    assert re.search(r"\d+ pictures lie in 1 shards that only the metadata names", page)
+    assert "were not found in the shards" not in page
+    assert main(["report", str(tmp_path / "o"), "--gallery", "12"]) == 0
+    assert "data:image/jpeg" in (tmp_path / "o/report.html").read_text()
+    (tmp_path / "t").mkdir()
+    (tmp_path / "s.tar").rename(tmp_path / "t/s.tar")
+    assert main(["report", str(tmp_path / "o"), "--shards", str(tmp_path / "t")]) == 0
+    page = (tmp_path / "o/report.html").read_text()
+    assert "data:image/jpeg" in page
     assert "no picture" not in page
     assert "were not found in the shards" not in page
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", made.picture(1)[:300]])
 def test_what_cannot_be_decoded_is_no_thumbnail(content: bytes) -> None:
-    assert gallery.thumbnail(content) == b""
+    assert albums.thumbnail(content) == b""
 
 
 def test_odd_pictures_have_thumbnails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,9 +437,9 @@ def test_odd_pictures_have_thumbnails(monkeypatch: pytest.MonkeyPatch) -> None:
         made.picture(2, "WEBP"),
         made.picture(3, mode="L"),
     ):
-        assert gallery.thumbnail(content)
-    monkeypatch.setattr(gallery, "_MOST_PIXELS", 100)
-    assert gallery.thumbnail(made.picture(1)) == b""
+        assert albums.thumbnail(content)
+    monkeypatch.setattr(albums, "_MOST_PIXELS", 100)
+    assert albums.thumbnail(made.picture(1)) == b""
 
 
 def test_a_run_writes_its_report_and_another_budget_removes_it(
@@ -381,6 +462,60 @@ def test_a_run_writes_its_report_and_another_budget_removes_it(
     assert page.exists()
     assert main(["rank", "--out-dir", str(run), "--gamma", "2", "--overwrite", "rank"]) == 0
     assert not page.exists()
+
+
+def test_a_report_stays_until_the_next_is_whole(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill at any point leaves a whole report, which is taken for no other selection's."""
+    folder, state = Folder(str(run)), RunState(Folder(str(run)))
+    page = Path(report.report(folder, each=0))
+    selections = {}
+    for fraction in ("0.1", "0.3"):
+        main(["select", "--out-dir", str(run), "--fraction", fraction, "--min-score", "0.65"])
+        selections[fraction] = state.require("select")["fingerprint"]
+        report.report(folder, each=0)
+    whole = page.read_text()
+    assert state.has_report(selections["0.3"])
+
+    class Killed(BaseException):
+        pass
+
+    def publish(self: Folder, name: str, *more: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        return plain(self, name, *more)
+
+    main(["select", "--out-dir", str(run), "--fraction", "0.1", "--min-score", "0.65"])
+    page.write_text(whole)
+    state.note_report(selections["0.3"])
+    plain = Folder.publish
+    for steps in range(3):
+        left = steps
+        with monkeypatch.context() as patched:
+            patched.setattr(Folder, "publish", publish)
+            with pytest.raises(Killed):
+                report.report(folder, each=0)
+        assert page.read_text().endswith("</html>")
+        is_new = page.read_text() != whole
+        assert is_new == (steps == 2)
+        assert not state.has_report(selections["0.1"])
+        assert state.has_report(selections["0.3"]) == (steps == 0)
+    report.report(folder, each=0)
+    assert state.has_report(selections["0.1"])
+
+
+def test_a_selection_that_changes_meanwhile_has_no_report_of_the_one_before(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def render(*arguments: Any) -> str:
+        main(["select", "--out-dir", str(run), "--fraction", "0.2"])
+        return "of both"
+
+    monkeypatch.setattr(report, "render", render)
+    with pytest.raises(RunStateError, match="was selected anew while its report was made"):
+        report.report(Folder(str(run)), each=0)
+    assert not (run / "report.html").exists()
 
 
 def test_what_was_swept_is_in_it(run: Path) -> None:

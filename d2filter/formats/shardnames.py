@@ -1,0 +1,110 @@
+"""Which shard of a run a URL names, wherever the shard lies now.
+
+A run records a shard as it was given: relative or absolute, on a disk or an object store. Trainers
+name the same shard otherwise: it was copied, it is behind another mount, it is read through a pipe.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+from d2filter.errors import InputError
+from d2filter.formats.webdataset import clean
+
+_SHOWN = 2
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_IN_QUERY = re.compile(r"=([^=&#]+\.tar)(?:[&#]|$)", re.IGNORECASE)  # get?file=a/0.tar
+
+
+class ShardNames:
+    """The shards of a run, looked up by URL.
+
+    A URL names the shard of the same address. Otherwise it names the one of the same file name; of
+    several, the one whose path ends in the same folders for longest: `/mnt/b/0.tar` is
+    `s3://pool/b/0.tar` rather than `s3://pool/a/0.tar`.
+
+    >>> names = ShardNames(["s3://pool/a/0.tar", "s3://pool/b/0.tar", "s3://pool/a/1.tar"])
+    >>> names.find("/mnt/b/0.tar"), names.find("pipe:aws s3 cp s3://x/1.tar -"), names.find("2.tar")
+    (1, 2, -1)
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """names: distinct, as the run has them."""
+        self._names = names
+        self._exact = {name: number for number, name in enumerate(names)}
+        self._alike: dict[str, list[tuple[list[str], int]]] = defaultdict(list)
+        for number, name in enumerate(names):
+            path = _path(name)
+            self._alike[path[-1]].append((path, number))
+
+    def find(self, url: str) -> int:
+        """Number of the shard that a URL names, −1 for none. Raises InputError for a URL that may
+        name several.
+        """
+        exact = self._exact.get(clean(url))
+        if exact is not None:
+            return exact
+        path = _path(url)
+        alike = self._alike.get(path[-1])
+        if not alike:
+            return -1
+        common = [_common(path, other) for other, _ in alike]
+        best = [number for (_, number), c in zip(alike, common, strict=True) if c == max(common)]
+        if len(best) > 1:
+            several = " or ".join(self._names[number] for number in best[:_SHOWN])
+            raise InputError(
+                f"shard {clean(url)} may be {several} of the run: name shards with the folders "
+                "that tell them apart"
+            )
+        return best[0]
+
+
+def _path(url: str) -> list[str]:
+    """Folders and file name of a shard, without what may differ between two names of one: scheme,
+    query, the suffix .tar.
+    """
+    url = clean(url)
+    if url.startswith("pipe:"):
+        url = _piped(url.removeprefix("pipe:"))
+    url = url.rpartition("::")[2] if "://" in url else url  # of chained file systems the innermost
+    found = _SCHEME.match(url)
+    if found:
+        url, _, query = url[found.end() :].partition("?")
+        url = url.partition("#")[0]
+        named = _IN_QUERY.search(query)
+        if named and not url.lower().endswith(".tar"):
+            url = named[1]
+    else:
+        url = os.path.normpath(url.removeprefix("file:"))
+    parts = [part for part in url.split("/") if part not in ("", ".")] or [url]
+    base = parts[-1]
+    if base.lower().endswith(".tar"):
+        parts[-1] = base[: -len(".tar")]
+    return parts
+
+
+def _piped(command: str) -> str:
+    """What a shell command reads: its last word that holds `.tar`."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        words = command.split()
+    return next((word for word in reversed(words) if ".tar" in word.lower()), command)
+
+
+def _common(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many parts two paths end in alike."""
+    count = 0
+    for a, b in _backwards(one, other):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def _backwards(one: Sequence[str], other: Sequence[str]) -> Iterator[tuple[str, str]]:
+    return zip(reversed(one), reversed(other), strict=False)

@@ -1,0 +1,145 @@
+"""Pools of shards in which uids come several times, and run directories that keep some of them.
+
+No stage runs: what a run would have ranked is drawn, and kept/ is written by the code that `select`
+uses. `Drawn` holds the truth to compare with.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import shards as made
+from hypothesis import strategies as st
+
+from d2filter.formats import subset
+from d2filter.formats import uid as uid_format
+from d2filter.formats.paths import Folder
+
+U = np.dtype("u8,u8")
+PICTURE = b"a picture, of which nobody decodes a byte"
+
+
+@dataclass(frozen=True)
+class Made:
+    """One sample of a shard."""
+
+    key: str
+    number: int
+    """makes its picture: samples of one number are copies"""
+    told: bool
+    """whether its json tells its uid"""
+    kind: str = "whole"
+    """whole, or what is wrong with it"""
+
+    @property
+    def content(self) -> bytes:
+        return PICTURE + b"%d" % self.number
+
+    @property
+    def uid(self) -> str:
+        if self.told:
+            return f"{self.number:032x}"
+        return uid_format.content_uid(self.content, f"caption {self.number}")
+
+    @property
+    def files(self) -> list[tuple[str, bytes]]:
+        meta = {"uid": self.uid} if self.told else {"other": 1}
+        members = {
+            "jpg": self.content,
+            "txt": f"caption {self.number}".encode(),
+            "json": json.dumps(meta).encode(),
+        }
+        members.update(BROKEN.get(self.kind, {}))
+        return [(f"{self.key}.{ext}", members[ext]) for ext in members if members[ext] is not GONE]
+
+
+GONE = b"(no such member)"
+BROKEN: dict[str, dict[str, bytes]] = {
+    "no picture": {"jpg": GONE},
+    "empty picture": {"jpg": b""},
+    "a gif": {"jpg": GONE, "gif": b"GIF89a"},
+    "no caption": {"txt": GONE},
+    "list caption": {"txt": GONE, "json": b'{"uid": "%032x", "caption": ["a", "b"]}' % 3},
+    "blank caption": {"txt": b" \n"},
+    "caption of bytes": {"txt": b"\xff\xfe\x00"},
+    "broken json": {"json": b"{"},
+    "list for json": {"json": b"[1]"},
+    "deep json": {"json": b"[" * 100_000},
+}
+
+
+@dataclass
+class Drawn:
+    """Some shards, and what was kept of them."""
+
+    shards: dict[str, list[Made]]
+    kept: list[tuple[str, int]] = field(default_factory=list)
+    """shard, and which of its samples"""
+
+    def write(self, folder: Path, embedded: bool = True) -> Path:
+        """Shards under folder/s, a run directory at folder/o; returns it."""
+        for name, samples in self.shards.items():
+            files = [file for sample in samples for file in sample.files]
+            made.write(folder / "s" / name, files)
+        rows = [(str(folder / "s" / name), self.shards[name][n]) for name, n in self.kept]
+        write_run(folder / "o", rows, [str(folder / "s" / name) for name in self.shards], embedded)
+        return folder / "o"
+
+    def expected(self, names: list[str] | None = None) -> list[tuple[str, str, bytes]]:
+        """Shard, key and picture of what is kept, in the order of the shards."""
+        return [
+            (name, self.shards[name][n].key, self.shards[name][n].content)
+            for name, n in sorted(self.kept)
+            if names is None or name in names
+        ]
+
+
+def write_run(
+    out: Path, rows: list[tuple[str, Made]], shards: list[str], embedded: bool = True
+) -> None:
+    """subset.npy, kept/ and the record of the catalog, as a run leaves them."""
+    pairs = np.array([uid_format.from_hex(sample.uid) for _, sample in rows], U).reshape(-1)
+    folder = Folder(str(out))
+    subset.publish(folder, pairs["f0"].copy(), pairs["f1"].copy())
+    table = pa.table(
+        {
+            "shard": pa.array([shard for shard, _ in rows], pa.string()),
+            "key": pa.array([sample.key for _, sample in rows], pa.string()),
+            "uid": pa.array([sample.uid for _, sample in rows], pa.string()),
+            "rank": pa.array(range(len(rows)), pa.int64()),
+        }
+    ).sort_by([(c, "ascending") for c in ("shard", "key", "uid")])
+    subset.publish_kept(folder, table, shards)
+    folder.publish_json("completions/catalog.json", {"upstream": "embed" if embedded else ""})
+
+
+@st.composite
+def pools(draw: st.DrawFn) -> Drawn:
+    """Up to three shards. Keys repeat among shards, and whole samples within one."""
+    shards: dict[str, list[Made]] = {}
+    for number in range(draw(st.integers(1, 3))):
+        samples = []
+        for place in range(draw(st.integers(1, 6))):
+            kind = draw(st.sampled_from(["whole"] * 6 + list(BROKEN)))
+            samples.append(Made(f"d/{place}", draw(st.integers(1, 5)), draw(st.booleans()), kind))
+        # webdataset takes members side by side for one sample: a key comes again after another
+        first = samples[0]
+        again = draw(st.integers(1, 5))
+        if len(samples) > 1 and first.kind == "whole" and again != first.number:
+            samples.append(Made(first.key, again, draw(st.booleans())))
+        shards[f"{number:05d}.tar"] = samples
+    drawn = Drawn(shards)
+    found: dict[str, list[tuple[str, int]]] = {}
+    for name, samples in shards.items():
+        for n, sample in enumerate(samples):
+            if sample.kind == "whole":
+                found.setdefault(sample.uid, []).append((name, n))
+    for places in found.values():
+        # which of them was ranked, and whether it was kept, is anybody's guess
+        if draw(st.integers(0, 3)):
+            drawn.kept.append(draw(st.sampled_from(places)))
+    return drawn
