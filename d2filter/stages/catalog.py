@@ -24,7 +24,7 @@ from d2filter.formats import catalog, contents, ledger, metadata, traininglog
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_columns, write_columns
 from d2filter.formats.runstate import RunState
-from d2filter.stages import score
+from d2filter.stages import score, spread
 from d2filter.stages.runner import Runner
 from d2filter.stages.worker import Report, Task, checksums_of
 
@@ -117,6 +117,9 @@ def build(
         peaks.append(peak)
         sums.update(checksums_of(scored))
         merged = [{**a, **b} for a, b in zip(merged, scored, strict=True)]
+    described = config.describe(read[0]["has_score"])
+    settled = spread.settle(runner, out, config, fingerprint, memory, merged, described["name"])
+    sums.update(checksums_of(settled.parts))
     return {
         "samples": {
             "read": total,
@@ -128,13 +131,11 @@ def build(
         "contents": {name: sum_ for figures in read for name, sum_ in figures["contents"].items()},
         "checksums": sums,
         "dimension": next(iter(widths)),
-        "score": config.describe(read[0]["has_score"]),
+        "score": described,
         "parts": len(ranges),
-        "difficulty": {
-            "min": min(f["min"] for f in merged if f["ranked"]),
-            "max": max(f["max"] for f in merged if f["ranked"]),
-        },
-        "peak_rss": max(*peaks, *(f["peak_rss_bytes"] for f in [*read, *merged])),
+        **settled.figures,
+        "alerts": settled.alerts,
+        "peak_rss": max(*peaks, settled.peak, *(f["peak_rss_bytes"] for f in [*read, *merged])),
     }
 
 
@@ -252,10 +253,8 @@ def merge_range(
     ledger.publish_entries(out, "catalog", f"merge-{number:05d}", entries)
     report(len(everything.hi))
     return {
-        "ranked": stays.size,
+        **spread.part_figures(samples.hi, samples.lo, samples.difficulty),
         "duplicate": repeats.size,
-        "min": float(samples.difficulty.min()) if stays.size else None,
-        "max": float(samples.difficulty.max()) if stays.size else None,
         "checksums": sums,
     }
 
