@@ -3,6 +3,7 @@
 paths.py       folders on local disks and fsspec URLs; atomic publication
 uid.py         32 hex digits ↔ two uint64
 metadata.py    DataComp parquet + npz pairs, read and written
+columns.py     columns of tables that others made
 webdataset.py  samples of tar shards
 catalog.py     valid, distinct samples with fixed features
 graph.py       kNN graph parts

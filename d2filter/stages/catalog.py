@@ -20,7 +20,7 @@ import numpy.typing as npt
 from d2filter.algorithm import uids
 from d2filter.config import CatalogConfig
 from d2filter.errors import InputError
-from d2filter.formats import catalog, contents, ledger, metadata, traininglog
+from d2filter.formats import catalog, contents, ledger, metadata, tables, traininglog
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_columns, write_columns
 from d2filter.formats.runstate import RunState
@@ -134,7 +134,7 @@ def build(
         "score": described,
         "parts": len(ranges),
         **settled.figures,
-        "alerts": settled.alerts,
+        "alerts": [*_alerts(source, read, described["name"]), *settled.alerts],
         "peak_rss": max(*peaks, settled.peak, *(f["peak_rss_bytes"] for f in [*read, *merged])),
     }
 
@@ -154,6 +154,7 @@ def read_group(
     reasons: Counter[str] = Counter()
     first: metadata.Rows | None = None
     read = 0
+    merged = [0, 0]
     outside = _outside(out, config)
     for name in names:
         rows = metadata.read_pair(source, name, config, outside)
@@ -167,6 +168,7 @@ def read_group(
                 f"{source.where(name)}.npz has features of dimension {rows.features.shape[1]}, "
                 f"{names[0]}.npz of {first.features.shape[1]}: use files of one model"
             )
+        merged = [a + b for a, b in zip(merged, rows.merged, strict=True)]
         bad = np.flatnonzero(rows.reason)
         for row in bad.tolist():
             reason = metadata.REASONS[rows.reason[row]]
@@ -176,10 +178,10 @@ def read_group(
                     stage="catalog",
                     status="bad",
                     reason=reason,
-                    message=f"{source.where(name)}.parquet row {row}",
+                    message=_found(source.where(f"{name}.parquet"), rows, row),
                     shard=rows.shard[row].as_py(),
                     key=rows.key[row].as_py(),
-                    uid=metadata.shown(rows.uid[row]),
+                    uid=tables.shown(rows.uid[row]),
                 )
             )
         good = catalog.Samples(
@@ -203,6 +205,7 @@ def read_group(
         "dimension": samples.features.shape[1],
         "first_file": names[0],
         "has_score": first is not None and first.has_score,
+        "merged": merged,
         "marks": marks,
         "contents": {
             file: contents.of(source, file)
@@ -210,6 +213,14 @@ def read_group(
             for file in (f"{name}.parquet", f"{name}.npz")
         },
     }
+
+
+def _found(where: str, rows: metadata.Rows, row: int) -> str:
+    """Where a bad row was found, and what it holds if that is no uid."""
+    told = f"{where} row {row}"
+    if metadata.REASONS[rows.reason[row]] == "malformed uid":
+        told += f": {tables.quoted(rows.uid[row])} is not 32 hex digits"
+    return told
 
 
 def score_log(*, report: Report, out: Folder, config: CatalogConfig) -> dict[str, Any]:
@@ -293,6 +304,22 @@ def _ranges(marks: Sequence[str], parts: int) -> list[tuple[str, str]]:
     inner = sorted({ordered[len(ordered) * part // parts] for part in range(1, parts)} - {""})
     bounds = ["0" * 32, *(mark for mark in inner if mark > "0" * 32), ""]
     return list(pairwise(bounds))
+
+
+def _alerts(source: Folder, read: Sequence[dict[str, Any]], score_name: str) -> list[str]:
+    """What to tell of metadata that was read without an error."""
+    alerts = []
+    others = metadata.left_out(source)
+    if others:
+        alerts.append(others)
+    lost, distinct = (sum(figures["merged"][at] for figures in read) for at in (0, 1))
+    if lost:
+        alerts.append(
+            f"{lost:,} of {distinct:,} distinct scores ({score_name}) are equal to another one of "
+            "their file in float32, in which difficulties are kept: subtract what all have in "
+            "common, or give their ranks as scores"
+        )
+    return alerts
 
 
 def _mixed_scores(source: Folder, config: CatalogConfig, having: str, lacking: str) -> InputError:
