@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import uids
+from d2filter.algorithm import sizes, uids
 from d2filter.config import CatalogConfig
 from d2filter.errors import InputError
 from d2filter.formats import catalog, contents, ledger, metadata, tables, traininglog
@@ -29,8 +29,8 @@ from d2filter.stages.runner import Runner
 from d2filter.stages.worker import Report, Task, checksums_of
 
 _LOG = "log"
-_GROUP_BYTES = 128_000_000
-_PART_BYTES = 512_000_000
+_GROUP_BYTES = sizes.CATALOG_GROUP
+_PART_BYTES = sizes.CATALOG_PART
 
 
 def build(

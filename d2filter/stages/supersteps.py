@@ -23,7 +23,7 @@ from d2filter.formats import graph, logs
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import mapped, read_array, read_columns, write_columns
 from d2filter.formats.tables import first_line
-from d2filter.stages import metrics
+from d2filter.stages import grouped, metrics
 from d2filter.stages.late import WORK, Settled, late_rows
 from d2filter.stages.runner import Runner, progress_bar
 from d2filter.stages.worker import Report, assigned_cpus, peak_rss_bytes
@@ -373,7 +373,8 @@ class _Actor:
         group = graph.read_columns(self._out.sub("graph"), number, "group")["group"]
         # nothing else begins as low
         late = outcome.forward == messages.FLOOR
-        return groups.turns(order, group, late, self._made["budgets"])
+        phase = groups.phases(grouped.class_sizes(self._out))
+        return groups.turns(order, group, late, self._made["budgets"], phase)
 
     def _loaded(self) -> dict[int, share.Share]:
         if not self._shares:
