@@ -90,6 +90,8 @@ class CatalogConfig:
     """negclip_loss: random batchings that are averaged"""
     group_column: str = ""
     """parquet column with the class of each sample: edges stay inside of it; empty: no classes"""
+    clip_scores: Decimal = Decimal(0)
+    """share of the samples, at each end, whose scores become that of the next sample inside"""
     training_log: str = ""
     """scores from training: .parquet file, or folder of them (`formats/traininglog.py`)"""
     feature_type: FeatureType = "image|text"
@@ -113,6 +115,11 @@ class CatalogConfig:
             raise UsageError("score and score-column are both given: name one of them")
         if self.keep_first not in ("", "high", "low"):
             raise UsageError(f"keep-first is {self.keep_first!r}, allowed are high and low")
+        if not (self.clip_scores.is_finite() and 0 <= self.clip_scores < Decimal("0.5")):
+            raise UsageError(
+                f"clip-scores is {self.clip_scores}, allowed is 0 to below 0.5, a share of the "
+                "samples at each end: --clip-scores 0.001"
+            )
         _at_least("score-batch", self.score_batch, 2)
         _at_least("score-rounds", self.score_rounds, 1)
         for need, option, value in (
@@ -138,7 +145,8 @@ class CatalogConfig:
         """From a run's record, which tells apart what was asked and where it lay."""
         places = {name: sources[name] for name in ("score_target", "training_log")}
         keys = tuple(options["feature_keys"])
-        return cls(**{**options, **places, "feature_keys": keys})
+        share = Decimal(options.get("clip_scores", "0"))
+        return cls(**{**options, **places, "feature_keys": keys, "clip_scores": share})
 
     def describe(self, has_column: bool) -> dict[str, str]:
         """What the difficulty is, for those who come after: name, meaning of a high score, the end
@@ -159,6 +167,10 @@ class CatalogConfig:
         """The end of the score that is kept first: high or low."""
         own = scores.SCORES[self.score].kept_first if self.score else "high"
         return self.keep_first or own
+
+    def raw(self, difficulty: float) -> float:
+        """A difficulty as the score that it was made of."""
+        return difficulty if self.first == "high" else 0.0 - difficulty
 
     @property
     def score_name(self) -> str:

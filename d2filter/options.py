@@ -158,6 +158,11 @@ def catalog(parser: argparse.ArgumentParser) -> None:
         "high of a column)",
     )
     group.add_argument(
+        "--clip-scores", type=_share, default=default.clip_scores, metavar="SHARE",
+        help="of this share of the samples at each end, 0.001 for example, the score becomes that "
+        "of the next sample inside: for scores such as -9999 that leave all others equal",
+    )  # fmt: skip
+    group.add_argument(
         "--score-target", default="", metavar="FILE",
         help="of norm_sim: .npy (t, d), or .npz with ARCH_img, of a target set",
     )  # fmt: skip

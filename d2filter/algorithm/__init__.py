@@ -10,6 +10,7 @@ backend.py   threads, products on a CPU or a GPU
 calibrate.py how many cells to probe, and whether to refine, for a recall
 refine.py    neighbors of neighbors
 partition.py cells to partitions, rows to where they must be compared
+sizes.py     memory of rows, and the partitions that it makes
 knn.py       all these steps for a pool in memory; measured recall
 messages.py  fixed-point scores, edge weights, sums over neighbors (§3)
 schemes.py   message schemes: kernels, forward and reverse rules, each a table entry
@@ -24,6 +25,7 @@ ranking.py   a ranking in one partition, in memory
 certificate.py  proof that a ranking is the greedy's
 late.py      what ranks after everything else: the hardest, copies; the unit of distances
 quantile.py  the k-th smallest of a pool in parts
+spread.py    whether scaling leaves scores apart, where a clip cuts them
 groups.py    classes: edges inside, budgets for each
 scores.py    difficulty from embeddings, and the table of all scores
 dynamics.py  difficulty from a training log

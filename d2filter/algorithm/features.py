@@ -36,7 +36,8 @@ def fix(modalities: Sequence[npt.NDArray[Any]], *, normalize: bool = True) -> F1
         width = modality.shape[1]
         # in blocks: float64 copies of a whole pool would take four times its size
         for start in range(0, len(modality), 8192):
-            block = modality[start : start + 8192].astype(np.float64)
+            # row by row, whatever the order in memory: that of a sum decides its last bits
+            block = modality[start : start + 8192].astype(np.float64, order="C")
             with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
                 if normalize:
                     # by a power of two, exactly: squares of extreme values would overflow or vanish

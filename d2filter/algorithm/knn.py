@@ -7,6 +7,7 @@ number. The graph is a function of the rows and the options alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ Progress = Callable[[int], None]
 MEASURE_QUERIES = 3000
 EXACT_UP_TO = 200_000  # rows of a pool that is compared all with all when cells miss the target
 
+_Z = 1.959963984540054  # standard deviations of 95%
 LEAST = Effort()
 _EXACT_SHARE = 0.5  # cells that cost more than this share of comparing all with all are not used
 
@@ -316,15 +318,26 @@ def pooled(recalls: list[tuple[int, Recall]]) -> Recall:
 def recall_of(truth: Lists, found: I64, total: int) -> Recall:
     """recall@k of lists `found` (q, k) against exact ones, of q samples among `total`.
 
-    The interval is mean ± 1.96 standard errors over queries, with the correction for a finite pool.
+    The interval is Wilson's at 95%, which is no point where every neighbor was found. Hits of one
+    query are not independent: q counts for as many as its spread over queries says. The whole pool
+    as queries leaves nothing open.
     """
     share = truth.share_in(found)
     value = float(share.mean())
-    left = np.sqrt((total - share.size) / max(1, total - 1))
-    error = float(1.96 * share.std() / np.sqrt(share.size) * left)
-    return Recall(
-        value=value,
-        low=max(0.0, value - error),
-        high=min(1.0, value + error),
-        queries=int(share.size),
-    )
+    low, high = _wilson(value, float(share.var()), share.size, total)
+    return Recall(value=value, low=low, high=high, queries=int(share.size))
+
+
+def _wilson(mean: float, variance: float, size: int, total: int) -> tuple[float, float]:
+    """Interval of a share that `size` draws out of `total` gave, each in [0, 1]."""
+    open_ = (total - size) / max(1, total - 1)  # correction for a finite pool
+    if open_ <= 0:
+        return mean, mean
+    most = mean * (1 - mean)  # the variance where each draw is 0 or 1
+    # one draw more of that kind: few misses, or none, tell nothing of their spread
+    spread = (size * variance + 1) / (size * most + 1)
+    draws = size / (spread * open_)
+    z2 = _Z * _Z
+    center = (mean + z2 / (2 * draws)) / (1 + z2 / draws)
+    half = _Z / (1 + z2 / draws) * math.sqrt(most / draws + z2 / (4 * draws * draws))
+    return max(0.0, min(mean, center - half)), min(1.0, max(mean, center + half))

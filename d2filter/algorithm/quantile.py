@@ -7,6 +7,8 @@ add up, so neither the number of parts nor their order can matter.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -26,6 +28,16 @@ def lower_counts(values: F32, upper: int) -> I64:
     keys = _keys(values)
     keys = keys[keys >> np.uint32(16) == upper]
     return np.bincount(keys & np.uint32(_BINS - 1), minlength=_BINS)
+
+
+def keys_counted(values: F32, halves: Sequence[int]) -> tuple[I64, I64]:
+    """Keys of the values whose upper half is one of these, ascending (m,) int64, and how many have
+    each: what several lower histograms hold, without their zeros.
+    """
+    keys = _keys(values)
+    keys = keys[np.isin(keys >> np.uint32(16), np.array(halves, np.uint32))]
+    key, count = np.unique(keys, return_counts=True)
+    return key.astype(np.int64), count.astype(np.int64)
 
 
 def locate(counts: I64, place: int) -> tuple[int, int]:

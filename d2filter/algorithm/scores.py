@@ -28,10 +28,11 @@ def clip_score(image: npt.NDArray[Any], text: npt.NDArray[Any]) -> npt.NDArray[n
     """CLIP score: cosine of image and text embedding, shape (n,) float32.
 
     image, text: (n, d) float16 or float32. Products are summed in float64. A zero or non-finite
-    embedding gives NaN (the catalog counts such a sample as bad).
+    embedding gives NaN (the catalog counts such a sample as bad). The bits do not depend on the
+    order in memory.
     """
-    a = np.asarray(image, dtype=np.float64)
-    b = np.asarray(text, dtype=np.float64)
+    # row by row: sums along memory have other last bits where it holds columns
+    a, b = (np.asarray(rows, np.float64, order="C") for rows in (image, text))
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         cosine = (a * b).sum(axis=1) / np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
     return np.asarray(cosine, np.float32)

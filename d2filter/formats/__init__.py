@@ -6,6 +6,7 @@ remote.py      file systems behind a network: ranges, lengths, versions; patienc
 logs.py        logs/
 uid.py         32 hex digits ↔ two uint64
 metadata.py    DataComp parquet + npz pairs, read and written
+columns.py     columns of tables that others made
 shardlist.py   which shards some patterns name (braces.py), and their names in a run
 webdataset.py  samples of tar shards (tarindex.py; filetype.py: what was given instead)
 catalog.py     valid, distinct samples with fixed features

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from d2filter.algorithm import features, scores, uids
 from d2filter.config import CatalogConfig
 from d2filter.errors import InputError
-from d2filter.formats import npz, tables, traininglog
+from d2filter.formats import columns, npz, tables, traininglog
 from d2filter.formats import uid as uid_format
 from d2filter.formats.addresses import file_name
 from d2filter.formats.paths import Checksums, FileInfo, Folder, absolute, place_of
@@ -38,9 +37,7 @@ REASONS = (
     "zero embedding",
 )
 
-# of one text column of one file, each row counted
-_MAX_TEXT_BYTES = 1 << 30
-_SHOWN = 300
+_FOLDERS_LOOKED_AT = 100
 EMBED_SCHEMA = pa.schema(
     [
         ("uid", pa.string()),
@@ -77,6 +74,9 @@ class Rows:
     """(n, d) fixed float16 features"""
     has_score: bool
     """whether the file brought the score; computed otherwise"""
+    merged: tuple[int, int]
+    """distinct scores in the file that equal another one as float32, and all distinct ones; (0, 0)
+    where all have that precision"""
     uid: Any
     """arrow column of the uids as read"""
     shard: Any
@@ -92,32 +92,70 @@ def list_pairs(folder: Folder) -> tuple[list[Pair], list[FileInfo]]:
     """
     if not folder.exists():
         raise InputError(f"metadata folder {folder.url} does not exist: check --metadata-dir")
-    parquets = folder.files(".parquet")
+    tables_ = {info.name.removesuffix(".parquet"): info for info in folder.files(".parquet")}
     arrays = {info.name.removesuffix(".npz"): info for info in folder.files(".npz")}
-    if not parquets:
+    if not tables_:
+        others = left_out(folder)
         raise InputError(
-            f"metadata folder {folder.url} holds no .parquet file: "
-            "--metadata-dir takes a folder of NAME.parquet + NAME.npz pairs"
+            f"metadata folder {folder.url} holds no .parquet file: --metadata-dir takes a folder "
+            f"of NAME.parquet + NAME.npz pairs{f'; {others}' if others else ''}"
         )
-    pairs = []
-    files = []
-    for table in parquets:
-        name = table.name.removesuffix(".parquet")
-        partner = arrays.pop(name, None)
-        if partner is None:
+    for mine, theirs, suffix, lacking, what in (
+        (tables_, arrays, "parquet", "npz", "embeddings"),
+        (arrays, tables_, "npz", "parquet", "table"),
+    ):
+        alone = sorted(mine.keys() - theirs.keys())
+        if alone:
+            more = f" (and {len(alone) - 1:,} more such files)" if len(alone) > 1 else ""
             raise InputError(
-                f"{folder.where(table.name)} has no {name}.npz beside it: "
-                "download its embeddings or remove the parquet file"
+                f"{folder.where(f'{alone[0]}.{suffix}')} has no {alone[0]}.{lacking} beside it"
+                f"{more}: download its {what} or remove the {suffix} file"
             )
-        pairs.append(Pair(name, table.size + partner.size))
-        files += [table, partner]
-    if arrays:
-        name = min(arrays)
-        raise InputError(
-            f"{folder.where(name + '.npz')} has no {name}.parquet beside it: "
-            "download its table or remove the npz file"
-        )
-    return pairs, files
+    names = list(tables_)
+    pairs = [Pair(name, tables_[name].size + arrays[name].size) for name in names]
+    return pairs, [info for name in names for info in (tables_[name], arrays[name])]
+
+
+def left_out(folder: Folder) -> str:
+    """One line about what a folder of metadata holds that is not read: other files, and pairs in
+    folders inside. Empty where there is nothing; names that begin with . or _ do not count.
+    """
+    others = [
+        info.name
+        for info in folder.files()
+        if not info.name.endswith((".parquet", ".npz")) and info.name[0] != "_"
+    ]
+    said = []
+    if others:
+        said.append(f"{len(others):,} files that are no pairs ({_some(others)})")
+    within = []
+    pairs = looked = 0
+    waiting = folder.folders()
+    while waiting and looked < _FOLDERS_LOOKED_AT:
+        name = waiting.pop(0)
+        looked += 1
+        inner = folder.sub(name)
+        found = set(map(_stem, inner.names(".parquet"))) & set(map(_stem, inner.names(".npz")))
+        if found:
+            within.append(name)
+            pairs += len(found)
+        waiting += [f"{name}/{deeper}" for deeper in inner.folders()]
+    if within:
+        said.append(f"{pairs:,} pairs in {len(within):,} folders inside it ({_some(within)})")
+    if not said:
+        return ""
+    upper = any(name.lower().endswith((".parquet", ".npz")) for name in others)
+    return f"not read of {folder.url}: {' and '.join(said)}; only pairs right inside it are" + (
+        ", with their suffixes in lower case" if upper else ""
+    )
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _some(names: Sequence[str]) -> str:
+    return tables.listed(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +187,8 @@ def read_target(url: str, arch: str) -> npt.NDArray[Any]:
     """A target set: .npy (t, d), or the ARCH_img of an .npz. Raises InputError."""
     folder, name = place_of(absolute(url))
     if file_name(url).endswith(".npz"):
-        return npz.read_arrays(folder, name, [f"{arch}_img"], "")[f"{arch}_img"]
+        key = f"{arch}_img"
+        return npz.read_arrays(folder, name, {key: npz.Need("the score target", "--arch")})[key]
     return npz.read_array(folder, name, f"score-target {url}")
 
 
@@ -181,20 +220,17 @@ def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outsid
     }[config.feature_type]  # fmt: skip
     score_name = config.score_name
     has_score = score_name in there and not config.score
-    if config.score_column and not has_score:
-        raise InputError(
-            f"{folder.where(name)}.parquet has no column {config.score_column!r}; "
-            f"it has {tables.listed(there)}: choose one with --score-column"
-        )
-    needed = wanted
-    if config.needs == "target":
-        needed = [*wanted, image]
-    elif not has_score and config.needs in ("", "pair"):
-        needed = [*wanted, image, text]
-    needed = list(dict.fromkeys(needed))
+    from_pair = not config.score and not has_score
+    for_score = [image, text] if from_pair else _of_score(config)
+    chosen = "--feature-keys" if config.feature_keys else "--arch"
+    needed = {key: npz.Need("the features", chosen) for key in wanted}
+    why = f"the score, as there is no column {score_name}" if from_pair else config.score
+    for key in for_score:
+        both = f"the features and for {why}" if key in needed else why
+        needed[key] = npz.Need(both, chosen if key in needed else "--arch")
     # the parquet's rows last: what two files agree on is not the claim of one
-    arrays = npz.read_arrays(folder, f"{name}.npz", needed, score_name, rows)
-    table = _read_table(folder, f"{name}.parquet", config, there)
+    arrays = npz.read_arrays(folder, f"{name}.npz", needed, rows)
+    table = _read_table(folder, f"{name}.parquet", list(_kinds(config, there)))
     where = folder.where(f"{name}.parquet")
     if table.num_rows != rows:
         raise InputError(f"{where} has {table.num_rows} rows and its footer says {rows}")
@@ -203,13 +239,15 @@ def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outsid
         hi, lo, known = uid_format.parse(table.column("uid"))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise InputError(f"{where}: column uid must hold strings: {error}") from error
+    merged = (0, 0)
     if has_score:
-        difficulty = _as_float32(table.column(score_name), f"{where}: column {score_name}")
+        column = table.column(score_name)
+        difficulty, merged = columns.as_float32(column, f"{where}: column {score_name}")
     elif config.needs == "pool":
         difficulty = np.zeros(table.num_rows, np.float32)
     elif config.needs == "log":
         difficulty, logged = _logged(outside, hi, lo)
-    elif config.needs == "target":
+    elif config.score == "norm_sim":
         assert outside.target is not None
         widths = (outside.target.shape[1], arrays[image].shape[1])
         if widths[0] != widths[1]:
@@ -218,7 +256,7 @@ def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outsid
                 f"{image} of {where.removesuffix('.parquet')}.npz of {widths[1]}: use one model"
             )
         difficulty = scores.norm_sim(arrays[image], outside.target)
-    else:
+    elif from_pair or config.score == "clip_score":
         widths = (arrays[image].shape[1], arrays[text].shape[1])
         if widths[0] != widths[1]:
             raise InputError(
@@ -226,8 +264,10 @@ def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outsid
                 f"{text} {widths[1]}: a score needs both in one space, or name a --score-column"
             )
         difficulty = scores.clip_score(arrays[image], arrays[text])
+    else:
+        raise _unknown(config)
     difficulty = scores.difficulty(difficulty, config.first)
-    group = _strings(table, config.group_column, where)
+    group = columns.strings(table, config.group_column, where)
     classed = np.ones(table.num_rows, np.bool_)
     if config.group_column:
         classed = group.is_valid().to_numpy(zero_copy_only=False)
@@ -237,14 +277,32 @@ def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outsid
         hi=hi,
         lo=lo,
         has_score=has_score,
+        merged=merged,
         reason=_judge(known, difficulty, by_kind, fixed, logged, classed),
         difficulty=difficulty,
         features=fixed,
         uid=table.column("uid"),
-        shard=_strings(table, "shard", where),
-        key=_strings(table, "key", where),
+        shard=columns.strings(table, "shard", where),
+        key=columns.strings(table, "key", where),
         group=group,
     )
+
+
+def _of_score(config: CatalogConfig) -> list[str]:
+    """Arrays that a computed score needs in each pair. Raises ValueError for an unknown score."""
+    image, text = f"{config.arch}_img", f"{config.arch}_txt"
+    match config.needs:
+        case "pair":
+            return [image, text]
+        case "target":
+            return [image]
+        case "" | "pool" | "log":
+            return []
+    raise _unknown(config)
+
+
+def _unknown(config: CatalogConfig) -> ValueError:
+    return ValueError(f"nothing here computes the score {config.score!r}")
 
 
 def publish_pair(
@@ -299,58 +357,42 @@ def _judge(
     return reason
 
 
-def shown(value: Any) -> str | None:
-    """A string of an arrow column for the ledger, cut if long, whatever bytes it holds."""
-    if isinstance(value, pa.DictionaryScalar):
-        value = value.value
-    if not value.is_valid:
-        return None
-    begin: bytes = value.as_buffer()[: 4 * _SHOWN].to_pybytes()
-    return begin.decode("utf-8", "backslashreplace")[:_SHOWN]
-
-
 def _columns(folder: Folder, name: str, config: CatalogConfig) -> tuple[list[str], int]:
-    """Columns and rows of a table, from its footer."""
+    """Columns and rows of a table, from its footer, which also judges those that will be read."""
+    where = folder.where(name)
     with tables.open_table(folder, name) as parquet:
         there: list[str] = parquet.schema_arrow.names
-        if "uid" not in there:
-            listed = tables.listed(there)
-            raise InputError(f"{folder.where(name)} has no column uid; it has {listed}")
-        if config.group_column and config.group_column not in there:
-            raise InputError(
-                f"{folder.where(name)} has no column {config.group_column!r}; it has "
-                f"{tables.listed(there)}: choose one with --group-column"
-            )
+        for column, option in (
+            ("uid", ""),
+            (config.group_column, "--group-column"),
+            (config.score_column, "--score-column"),
+        ):
+            if column and column not in there:
+                raise InputError(
+                    f"{where} has no column {column if option == '' else repr(column)}"
+                    f"{tables.nearest(column, there)}; it has {tables.listed(there)}"
+                    + (f": choose one with {option}" if option else "")
+                )
+        tables.check_types(parquet, where, _kinds(config, there))
         return there, parquet.metadata.num_rows
 
 
-def _read_table(folder: Folder, name: str, config: CatalogConfig, there: Sequence[str]) -> Any:
-    wanted = ("uid", config.score_name, "shard", "key", config.group_column)
-    columns = [c for c in dict.fromkeys(wanted) if c in there]
+def _kinds(config: CatalogConfig, there: Sequence[str]) -> dict[str, tables.Kind]:
+    """The columns that are read of those that are there, and what they must hold."""
+    wanted: dict[str, tables.Kind] = {
+        config.group_column: "plain values",
+        "shard": "plain values",
+        "key": "plain values",
+        "uid": "strings",
+    }
+    if not config.score:
+        wanted[config.score_name] = "numbers"
+    return {column: kind for column, kind in wanted.items() if column in there}
+
+
+def _read_table(folder: Folder, name: str, columns: Sequence[str]) -> Any:
     with tables.open_table(folder, name, encoded=columns) as parquet:
         return tables.read_checked(parquet, columns)
-
-
-def _as_float32(column: Any, where: str) -> npt.NDArray[np.float32]:
-    """A column of numbers, or of strings that spell them, as float32; null becomes NaN."""
-    try:
-        values = [_as_float64(chunk) for chunk in column.chunks]
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise InputError(f"{where} must hold numbers: {tables.first_line(error)}") from error
-    with np.errstate(over="ignore"):
-        return np.concatenate([np.empty(0), *values]).astype(np.float32)
-
-
-def _as_float64(chunk: Any) -> npt.NDArray[np.float64]:
-    if pa.types.is_dictionary(chunk.type):
-        # never decoded: see tables.open_table
-        values = np.append(_as_float64(chunk.dictionary), np.nan)
-        rows = pc.fill_null(chunk.indices.cast(pa.int64()), len(values) - 1).to_numpy()
-        taken: npt.NDArray[np.float64] = values[rows]
-        return taken
-    if not pa.types.is_float16(chunk.type):  # arrow 15 does not cast them
-        chunk = chunk.cast(pa.float64(), safe=False)
-    return np.asarray(chunk.to_numpy(zero_copy_only=False), np.float64)
 
 
 def _logged(
@@ -361,36 +403,3 @@ def _logged(
     assert log is not None
     at = uids.positions(log.hi, log.lo, hi, lo)
     return np.where(at >= 0, log.value[at], np.nan).astype(np.float32), at >= 0
-
-
-def _strings(table: Any, name: str, where: str) -> Any:
-    """A column as valid UTF-8, null where there is none. Raises InputError for too much text."""
-    if name not in table.column_names:
-        return pa.nulls(table.num_rows, pa.string())
-    column = table.column(name)
-    size = sum(_text_bytes(chunk) for chunk in column.chunks)
-    if size > _MAX_TEXT_BYTES:
-        raise InputError(
-            f"{where}: column {name} holds {size} bytes of text, at most {_MAX_TEXT_BYTES} are "
-            "read: split the file"
-        )
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    try:
-        text = column.cast(pa.string())
-        text.validate(full=True)
-    except pa.ArrowInvalid:
-        if column.type not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
-            raise
-        raw = column.cast(pa.large_binary()).to_pylist()
-        shown_bytes = [None if v is None else v.decode("utf-8", "backslashreplace") for v in raw]
-        text = pa.chunked_array([pa.array(shown_bytes, pa.string())])
-    return text.combine_chunks()
-
-
-def _text_bytes(chunk: Any) -> int:
-    """Bytes of all rows of a dictionary of strings; 0 for what is not repeated."""
-    if not pa.types.is_dictionary(chunk.type):
-        return 0
-    length = pc.binary_length(chunk.dictionary.cast(pa.large_binary()))
-    return int(pc.sum(pc.take(length, chunk.indices)).as_py() or 0)

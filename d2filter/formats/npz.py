@@ -11,15 +11,15 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Sequence
-from typing import IO, Any
+from collections.abc import Mapping
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from d2filter.errors import InputError
 from d2filter.formats.paths import Folder
-from d2filter.formats.tables import first_line, listed
+from d2filter.formats.tables import first_line, listed, nearest
 
 Array = npt.NDArray[Any]
 
@@ -39,18 +39,26 @@ _UNREADABLE = (
 )
 
 
+class Need(NamedTuple):
+    """Why an array is read, for the message where it is missing."""
+
+    why: str
+    option: str
+    """that chooses it"""
+
+
 class _OddShape(ValueError):
     """A header of an array that is no (rows, dimension) of floats."""
 
 
 def read_arrays(
-    folder: Folder, name: str, keys: Sequence[str], score_name: str, rows: int | None = None
+    folder: Folder, name: str, keys: Mapping[str, Need], rows: int | None = None
 ) -> dict[str, Array]:
-    """Some arrays (rows, dimension) of an .npz file, as float16, float32 or float64.
+    """Some arrays (rows, dimension) of an .npz file, C-contiguous float16, float32 or float64.
 
-    score_name: of the column whose absence makes the arrays needed, for the message. rows: those of
-    the table beside it, None for any. Raises InputError, naming the file, for all that is no such
-    archive: pickled objects, another shape, a header or directory that claims more than is there.
+    keys: what each is needed for. rows: those of the table beside it, None for any. Raises
+    InputError, naming the file, for all that is no such archive: pickled objects, another shape, a
+    header or directory that claims more than is there.
     """
     where = folder.where(name)
     with folder.reading(name) as stream:
@@ -63,12 +71,8 @@ def read_arrays(
                 there = [n.removesuffix(".npy") for n in archive.namelist()]
                 missing = [key for key in keys if f"{key}.npy" not in archive.NameToInfo]
                 if missing:
-                    archs = sorted({key.removesuffix("_img") for key in there if "_img" in key})
                     raise InputError(
-                        f"{where} has no {' and no '.join(missing)} (needed for the features, or "
-                        f"for the score as there is no column {score_name}); it has "
-                        f"{listed(there)}: "
-                        + (f"try --arch {listed(archs[:1])}" if archs else "choose with --arch")
+                        f"{where} {_lacks([keys[key] for key in missing], missing, there)}"
                     )
                 for key in keys:
                     info = archive.getinfo(f"{key}.npy")
@@ -81,6 +85,18 @@ def read_arrays(
                 f"{where} is no readable npz file of plain arrays, fetch it again: "
                 f"{first_line(error)}"
             ) from error
+
+
+def _lacks(needs: list[Need], missing: list[str], there: list[str]) -> str:
+    """What an archive has not, what it has, and what to do."""
+    why = "; for ".join(dict.fromkeys(need.why for need in needs))
+    option = needs[0].option
+    archs = sorted({key.removesuffix("_img") for key in there if key.endswith("_img")})
+    if option == "--arch" and archs:
+        advice = f": try --arch {listed(archs[:1])}"
+    else:
+        advice = nearest(missing[0], there) or f": choose with {option}"
+    return f"has no {' and no '.join(missing)} (needed for {why}); it has {listed(there)}{advice}"
 
 
 def read_array(folder: Folder, name: str, what: str) -> Array:
@@ -148,8 +164,10 @@ def _read_member(archive: zipfile.ZipFile, key: str) -> Array:
 
 
 def _native(array: Array) -> Array:
-    """The same values in a type that all later steps know: this machine's float16, 32 or 64."""
-    if array.dtype.itemsize > 8:
-        with np.errstate(over="ignore", invalid="ignore"):
-            return array.astype(np.float64)
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
+    """The same values as all later steps know them: this machine's float16, 32 or 64, row by row.
+
+    Sums run along memory: of columns one after the other they have other last bits.
+    """
+    kind = array.dtype.newbyteorder("=") if array.dtype.itemsize <= 8 else np.float64
+    with np.errstate(over="ignore", invalid="ignore"):
+        return array.astype(kind, order="C", copy=False)

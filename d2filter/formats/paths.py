@@ -235,6 +235,18 @@ class Folder:
         except ValueError as error:
             raise InputError(f"{self.where(name)} is not valid JSON: {error}") from error
 
+    def folders(self) -> list[str]:
+        """Names of the folders directly inside, sorted; hidden ones are left out."""
+        fs, root = filesystem(self.url)
+        try:
+            entries = fs.ls(root, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        names = (
+            e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "directory"
+        )
+        return sorted(name for name in names if name[0] != ".")
+
     @contextmanager
     def publish(self, name: str, checksums: Checksums | None = None) -> Iterator[Path]:
         """A local temporary path to write; on success it becomes the file `name`, whole.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy.typing as npt
 import pyarrow as pa
@@ -13,6 +14,15 @@ import pyarrow.parquet as pq
 
 from d2filter.errors import InputError
 from d2filter.formats.paths import Folder
+
+# of one column of values that are all of one length, each row counted
+_MAX_FIXED_BYTES = 1 << 30
+_SHOWN = 300
+_QUOTED = 60
+_UNPACKED_FREELY = 1 << 28
+_MOST_UNPACKED = 1000  # bytes of values from one byte of a file
+_TEXTS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+Kind = Literal["strings", "plain values", "numbers", "lists of numbers"]
 
 # what arrow raises on bytes that are no parquet file, or claim to be a gigantic one
 _UNREADABLE = (
@@ -55,6 +65,57 @@ def open_table(folder: Folder, name: str, encoded: Sequence[str] = ()) -> Iterat
             ) from error
 
 
+def check_types(parquet: Any, where: str, wanted: Mapping[str, Kind]) -> None:
+    """Judge the columns that will be read by the footer, before anything else is read of them.
+
+    A list of long strings can be a thousand times as large as its file. Raises InputError for a
+    column that is there twice, that is not of the kind that is wanted (strings may spell numbers),
+    or that holds more than can be read.
+    """
+    schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
+    for name, kind in wanted.items():
+        at = schema.get_all_field_indices(name)
+        if len(at) != 1:
+            raise InputError(f"{where} has {len(at)} columns of the name {name!r}: keep one")
+        found = schema.field(at[0]).type
+        if not _FITS[kind](_value_type(found)):
+            shown = listed([str(found)])
+            raise InputError(f"{where}: column {name} must hold {kind}, and is of type {shown}")
+        size = rows * found.byte_width if pa.types.is_fixed_size_binary(found) else 0
+        if size > _MAX_FIXED_BYTES:
+            raise InputError(
+                f"{where}: column {name} holds {size} bytes, at most {_MAX_FIXED_BYTES} are read: "
+                "split the file"
+            )
+
+
+def check_size(parquet: Any, where: str, columns: Sequence[str]) -> None:
+    """Raise InputError for columns that claim far more values than their bytes can hold.
+
+    For tables without a partner of known length: a run of one value takes a few bytes whatever its
+    length.
+    """
+    about = parquet.metadata
+    values = packed = 0
+    for group in range(about.num_row_groups):
+        chunks = [about.row_group(group).column(c) for c in range(about.num_columns)]
+        mine = [c for c in chunks if c.path_in_schema.partition(".")[0] in columns]
+        values += sum(c.num_values for c in mine)
+        packed += sum(c.total_compressed_size for c in mine)
+    if values * 8 > max(_UNPACKED_FREELY, _MOST_UNPACKED * packed):
+        raise InputError(
+            f"{where} claims {values} values in {packed} bytes: write it anew, with values of its "
+            "own for each row"
+        )
+
+
+def nearest(name: str, there: Sequence[str]) -> str:
+    """The name among these that was perhaps meant, as the end of a message; else empty."""
+    by_lower = {one.lower(): one for one in there}
+    close = difflib.get_close_matches(name.lower(), by_lower, 1, 0.75)
+    return f" (did you mean {listed([by_lower[close[0]]])}?)" if close else ""
+
+
 def read_checked(parquet: Any, columns: Sequence[str]) -> Any:
     """Some columns of an open file. Raises ValueError for dictionaries that point outside.
 
@@ -83,7 +144,61 @@ def to_array(column: Any) -> npt.NDArray[Any]:
 
 
 def _is_text(kind: Any) -> bool:
-    return kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
+    # arrow 15 has no type of views
+    return str(kind) in _TEXTS
+
+
+def _value_type(kind: Any) -> Any:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_plain(kind: Any) -> bool:
+    """One value a row, of a few bytes or a text."""
+    fixed = pa.types.is_primitive(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind)
+    return bool(fixed or _is_text(kind) or pa.types.is_fixed_size_binary(kind))
+
+
+def _is_number(kind: Any) -> bool:
+    number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    odd = pa.types.is_boolean(kind) or pa.types.is_null(kind)
+    return bool(number or odd or _is_text(kind))
+
+
+def _is_list_of_numbers(kind: Any) -> bool:
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if not any(test(kind) for test in lists):
+        return False
+    value = kind.value_type
+    return bool(pa.types.is_integer(value) or pa.types.is_floating(value))
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "strings": lambda kind: _is_text(kind) or pa.types.is_fixed_size_binary(kind)
+    or pa.types.is_null(kind),
+    "plain values": _is_plain,
+    "numbers": _is_number,
+    "lists of numbers": _is_list_of_numbers,
+}  # fmt: skip
+
+
+def shown(value: Any) -> str | None:
+    """A string of an arrow column for people, cut if long, whatever bytes it holds."""
+    if isinstance(value, pa.DictionaryScalar):
+        value = value.value
+    if not value.is_valid:
+        return None
+    if not _is_text(value.type) and not pa.types.is_fixed_size_binary(value.type):
+        return str(value)[:_SHOWN]
+    begin: bytes = value.as_buffer()[: 4 * _SHOWN].to_pybytes()
+    return begin.decode("utf-8", "backslashreplace")[:_SHOWN]
+
+
+def quoted(value: Any) -> str:
+    """The same in quotes, on one line of a message."""
+    text = shown(value)
+    if text is None:
+        return "null"
+    return repr(text if len(text) <= _QUOTED else f"{text[:_QUOTED]}…")
 
 
 def first_line(error: BaseException) -> str:

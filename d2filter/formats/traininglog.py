@@ -22,6 +22,7 @@ from d2filter.formats.addresses import file_name
 from d2filter.formats.paths import FileInfo, Folder, absolute, place_of
 
 _COLUMNS = ("uid", "epoch", "label")
+_KINDS: tuple[tables.Kind, ...] = ("strings", "numbers", "numbers", "lists of numbers")
 _OUTPUTS = ("probabilities", "logits")
 _BLOCK = 4096  # samples scored at a time
 
@@ -98,7 +99,10 @@ def _read(folder: Folder, name: str) -> tuple[Any, ...]:
             lacking = [*missing, *([] if outputs else [" or ".join(_OUTPUTS)])]
             raise InputError(
                 f"{where} has no column {' and no '.join(lacking)}; it has {tables.listed(there)}"
+                f"{tables.nearest(lacking[0], there)}"
             )
+        tables.check_types(parquet, where, dict(zip((*_COLUMNS, outputs[0]), _KINDS, strict=True)))
+        tables.check_size(parquet, where, [*_COLUMNS, outputs[0]])
         table = tables.read_checked(parquet, [*_COLUMNS, outputs[0]])
     if not table.num_rows:
         raise InputError(f"{where} has no rows: a log has one a sample and epoch")
@@ -119,7 +123,10 @@ def _read(folder: Folder, name: str) -> tuple[Any, ...]:
         ) from error
     if not known.all():
         row = int(np.flatnonzero(~known)[0])
-        raise InputError(f"{where}: the uid in row {row} is not 32 lowercase hex digits")
+        raise InputError(
+            f"{where}: {tables.quoted(table.column('uid')[row])} in row {row} is no uid, needed "
+            "are 32 hex digits"
+        )
     width = flat.size // table.num_rows
     if width * table.num_rows != flat.size or width == 0 or _ragged(lists, width):
         raise InputError(f"{where}: lists in {outputs[0]} are not all of one length above 0")

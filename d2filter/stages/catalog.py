@@ -17,20 +17,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import uids
+from d2filter.algorithm import sizes, uids
 from d2filter.config import CatalogConfig
 from d2filter.errors import InputError
-from d2filter.formats import catalog, contents, ledger, metadata, traininglog
+from d2filter.formats import catalog, contents, ledger, metadata, tables, traininglog
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_columns, write_columns
 from d2filter.formats.runstate import RunState, digest
-from d2filter.stages import score
+from d2filter.stages import score, spread
 from d2filter.stages.runner import Runner
 from d2filter.stages.worker import Report, Task, checksums_of
 
 _LOG = "log"
-_GROUP_BYTES = 128_000_000
-_PART_BYTES = 512_000_000
+_GROUP_BYTES = sizes.CATALOG_GROUP
+_PART_BYTES = sizes.CATALOG_PART
 
 
 def build(
@@ -119,6 +119,9 @@ def build(
         peaks.append(peak)
         sums.update(checksums_of(scored))
         merged = [{**a, **b} for a, b in zip(merged, scored, strict=True)]
+    described = config.describe(read[0]["has_score"])
+    settled = spread.settle(runner, out, config, fingerprint, memory, merged, described["name"])
+    sums.update(checksums_of(settled.parts))
     return {
         "samples": {
             "read": total,
@@ -130,13 +133,11 @@ def build(
         "contents": {name: sum_ for figures in read for name, sum_ in figures["contents"].items()},
         "checksums": sums,
         "dimension": next(iter(widths)),
-        "score": config.describe(read[0]["has_score"]),
+        "score": described,
         "parts": len(ranges),
-        "difficulty": {
-            "min": min(f["min"] for f in merged if f["ranked"]),
-            "max": max(f["max"] for f in merged if f["ranked"]),
-        },
-        "peak_rss": max(*peaks, *(f["peak_rss_bytes"] for f in [*read, *merged])),
+        **settled.figures,
+        "alerts": [*_alerts(source, read, described["name"]), *settled.alerts],
+        "peak_rss": max(*peaks, settled.peak, *(f["peak_rss_bytes"] for f in [*read, *merged])),
     }
 
 
@@ -155,6 +156,7 @@ def read_group(
     reasons: Counter[str] = Counter()
     first: metadata.Rows | None = None
     read = 0
+    merged = [0, 0]
     outside = _outside(out, config)
     held: dict[str, str] = {}
     for name in names:
@@ -170,6 +172,7 @@ def read_group(
                 f"{source.where(name)}.npz has features of dimension {rows.features.shape[1]}, "
                 f"{names[0]}.npz of {first.features.shape[1]}: use files of one model"
             )
+        merged = [a + b for a, b in zip(merged, rows.merged, strict=True)]
         bad = np.flatnonzero(rows.reason)
         for row in bad.tolist():
             reason = metadata.REASONS[rows.reason[row]]
@@ -179,10 +182,10 @@ def read_group(
                     stage="catalog",
                     status="bad",
                     reason=reason,
-                    message=f"{source.where(name)}.parquet row {row}",
+                    message=_found(source.where(f"{name}.parquet"), rows, row),
                     shard=rows.shard[row].as_py(),
                     key=rows.key[row].as_py(),
-                    uid=metadata.shown(rows.uid[row]),
+                    uid=tables.shown(rows.uid[row]),
                 )
             )
         good = catalog.Samples(
@@ -213,6 +216,7 @@ def read_group(
         "dimension": samples.features.shape[1],
         "first_file": names[0],
         "has_score": first is not None and first.has_score,
+        "merged": merged,
         "marks": marks,
         "contents": held,
     }
@@ -221,6 +225,14 @@ def read_group(
 def _contents(source: Folder, name: str) -> dict[str, str]:
     """What the two files of a pair hold, in a few digits."""
     return {file: contents.of(source, file) for file in (f"{name}.parquet", f"{name}.npz")}
+
+
+def _found(where: str, rows: metadata.Rows, row: int) -> str:
+    """Where a bad row was found, and what it holds if that is no uid."""
+    told = f"{where} row {row}"
+    if metadata.REASONS[rows.reason[row]] == "malformed uid":
+        told += f": {tables.quoted(rows.uid[row])} is not 32 hex digits"
+    return told
 
 
 def score_log(*, report: Report, out: Folder, config: CatalogConfig) -> dict[str, Any]:
@@ -264,10 +276,8 @@ def merge_range(
     ledger.publish_entries(out, "catalog", f"merge-{number:05d}", entries)
     report(len(everything.hi))
     return {
-        "ranked": stays.size,
+        **spread.part_figures(samples.hi, samples.lo, samples.difficulty),
         "duplicate": repeats.size,
-        "min": float(samples.difficulty.min()) if stays.size else None,
-        "max": float(samples.difficulty.max()) if stays.size else None,
         "checksums": sums,
     }
 
@@ -306,6 +316,22 @@ def _ranges(marks: Sequence[str], parts: int) -> list[tuple[str, str]]:
     inner = sorted({ordered[len(ordered) * part // parts] for part in range(1, parts)} - {""})
     bounds = ["0" * 32, *(mark for mark in inner if mark > "0" * 32), ""]
     return list(pairwise(bounds))
+
+
+def _alerts(source: Folder, read: Sequence[dict[str, Any]], score_name: str) -> list[str]:
+    """What to tell of metadata that was read without an error."""
+    alerts = []
+    others = metadata.left_out(source)
+    if others:
+        alerts.append(others)
+    lost, distinct = (sum(figures["merged"][at] for figures in read) for at in (0, 1))
+    if lost:
+        alerts.append(
+            f"{lost:,} of {distinct:,} distinct scores ({score_name}) are equal to another one of "
+            "their file in float32, in which difficulties are kept: subtract what all have in "
+            "common, or give their ranks as scores"
+        )
+    return alerts
 
 
 def _mixed_scores(source: Folder, config: CatalogConfig, having: str, lacking: str) -> InputError:

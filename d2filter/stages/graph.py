@@ -6,13 +6,12 @@ train → assign, choose (by catalog part) → lay out → route (by part) → f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from typing import Any
 
-from d2filter.algorithm import backend, calibrate, cells, knn, sketch
+from d2filter.algorithm import backend, calibrate, cells, knn, sizes, sketch
 from d2filter.algorithm.calibrate import Effort
 from d2filter.config import RunConfig
 from d2filter.errors import RecallError
@@ -26,8 +25,6 @@ from d2filter.stages.worker import Task, checksums_of
 
 Figures = dict[str, Any]
 
-_PROCESS_BYTES = 450_000_000  # a worker with its libraries loaded, before it holds a sample
-_SHARE_OF_MEMORY = 0.5  # of what is left: products, arrow buffers and copies need the rest
 _PRODUCTS = ("train", "assign", "choose", "find", "measure")  # steps that a GPU makes shorter
 _CHOOSING = ("train", "assign", "choose")
 _AFTER_LAYOUT = ("route-", "find-", "merge-", "refine-", "finish-", "judge")
@@ -174,7 +171,7 @@ class _Steps:
             # a rerun may find another amount of memory free: what was laid out stays
             same = before["fingerprint"] == self._print("layout", before["partitions"])
             partitions = before["partitions"] if same else 0
-        partitions = partitions or self._partitions(width, sketch_dim)
+        partitions = self._cut(width, sketch_dim, partitions)
         fingerprint = self._print("layout", partitions)
         if before is None or before["fingerprint"] != fingerprint:
             # markers go before the files that they stand for
@@ -210,7 +207,7 @@ class _Steps:
         return self._map("route", route.route, names, arguments, self.total, variant=partitions)
 
     def search(
-        self, sizes: Sequence[int], width: int, passes: int, nlist: int, partitions: int
+        self, rows: Sequence[int], width: int, passes: int, nlist: int, partitions: int
     ) -> tuple[list[Figures], list[Figures], Figures]:
         """Search, merge, refine, write, measure: figures of find, finish and judge."""
         k = self._config.graph.n_neighbors
@@ -234,13 +231,13 @@ class _Steps:
             each(
                 "refine",
                 neighbors.improve,
-                lambda n: {"parts": self._parts, "sizes": sizes, "k": k},
+                lambda n: {"parts": self._parts, "sizes": rows, "k": k},
             )
             stem = "refined"
         edges = each(
             "finish",
             neighbors.finish,
-            lambda n: {"stem": stem, "k": k, "first": sum(sizes[:n]), "rows": sizes[n]},
+            lambda n: {"stem": stem, "k": k, "first": sum(rows[:n]), "rows": rows[n]},
         )
         self._map(
             "measure",
@@ -257,20 +254,17 @@ class _Steps:
         )
         return found, edges, judged
 
-    def _partitions(self, width: int, sketch_dim: int) -> int:
-        """As few as memory allows, at least one a node; a whole node for a pool that fits one."""
+    def _cut(self, width: int, sketch_dim: int, partitions: int) -> int:
+        """Number of partitions, as asked for or as memory needs, and what their tasks ask for."""
         places = sketch.places(width, identity=2 * sketch_dim == self._row_bytes)
-        # row, sketch, copies and cells; shortlists of own rows, then of those that visit
-        sample = self._row_bytes + 2 * sketch_dim + 200 + 32 * places
-        needed = self.total * sample
+        row = sizes.graph_row(self._row_bytes, sketch_dim, places)
         cpus, nodes, node_bytes = self._runner.resources()
-        if not self._memory:
-            whole = (node_bytes - _PROCESS_BYTES) * _SHARE_OF_MEMORY
-            if needed <= whole and nodes == 1:
-                return 1
-            self._memory = max(2 * _PROCESS_BYTES, node_bytes // cpus)
-        room = (self._memory - _PROCESS_BYTES) * _SHARE_OF_MEMORY
-        return int(max(nodes, math.ceil(needed / room)))
+        found = sizes.cut(
+            self.total, row, nodes=nodes, cpus=cpus, node_bytes=node_bytes,
+            memory=self._config.memory_per_worker, partitions=partitions,
+        )  # fmt: skip
+        self._memory = found.memory
+        return found.partitions
 
     def _alone(self, label: str, run: Any, arguments: Figures, variant: Any = "") -> Figures:
         """One task, with the variant in its name, so that two variants keep both markers."""

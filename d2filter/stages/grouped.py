@@ -10,7 +10,6 @@ index/cells.parquet    class, partition, rows
 from __future__ import annotations
 
 import heapq
-import math
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
@@ -21,8 +20,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from d2filter.algorithm import backend, groups, knn
+from d2filter.algorithm import sizes as memory_of
 from d2filter.config import GraphConfig, RunConfig
-from d2filter.formats import catalog, graph
+from d2filter.formats import catalog, graph, tables
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import RunState, digest
 from d2filter.stages.runner import Runner
@@ -32,8 +32,6 @@ Figures = dict[str, Any]
 
 CLASSES = "classes.json"
 
-_SHARE_OF_MEMORY = 0.2  # features are held once, and once more while a class is searched
-
 
 def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> Figures:
     """Run all tasks; returns the stage's figures."""
@@ -41,14 +39,17 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
     parts = len(layout.starts) - 1
     peaks: list[int] = []
 
-    def each(label: str, run: Any, arguments: list[Figures], variant: Any = "") -> list[Figures]:
+    def each(
+        label: str, run: Any, arguments: list[Figures], variant: Any = "",
+        memory: int = config.memory_per_worker,
+    ) -> list[Figures]:  # fmt: skip
         tasks = [
             Task(name=f"{label}-{n:05d}", run=run, arguments={"out": out, "number": n, **more})
             for n, more in enumerate(arguments)
         ]
         found = runner.map(
             "graph", tasks, fingerprint=digest([fingerprint, label, variant]), label=label,
-            total=layout.total, share_node=True, memory=config.memory_per_worker,
+            total=layout.total, share_node=True, memory=memory,
         )  # fmt: skip
         peaks.extend(f["peak_rss_bytes"] for f in found)
         return found
@@ -62,8 +63,13 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
         # a rerun may find another amount of memory free: what was laid out stays
         0 if config.memory_per_worker else state.task_split("graph").get("partitions", 0)
     )
-    wanted = wanted or _partitions(runner, layout, config.memory_per_worker)
-    home = bins(sizes, min(wanted, len(names)))
+    row = memory_of.class_row(2 * layout.part(0).shape[1], config.graph.n_neighbors)
+    cpus, nodes, node_bytes = runner.resources()
+    cut = memory_of.cut(
+        layout.total, row, nodes=nodes, cpus=cpus, node_bytes=node_bytes,
+        memory=config.memory_per_worker, partitions=min(wanted, len(names)),
+    )  # fmt: skip
+    home = bins(sizes, min(cut.partitions, len(names)))
     partitions = int(home.max()) + 1
     rows = np.bincount(home, weights=sizes).astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(rows)])
@@ -81,6 +87,8 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
             for p in range(partitions)
         ],
         partitions,
+        # a class is not divided: the largest part may hold more than was laid out
+        max(cut.memory, memory_of.task_memory(int(rows.max()), row)) if cut.memory else 0,
     )
     recall = knn.pooled([(f["recall"][0], knn.Recall(**f["recall"][1])) for f in found])
     return {
@@ -111,6 +119,13 @@ def bins(sizes: Any, count: int) -> Any:
         home[number] = p
         heapq.heappush(room, (held + int(sizes[number]), p))
     return home
+
+
+def class_sizes(out: Folder) -> groups.I64:
+    """Rows of each class of a finished graph, by number, (classes,) int64."""
+    table = tables.read_table(out.sub("index"), "cells.parquet", ["rows"])
+    sizes: groups.I64 = table.column("rows").to_numpy()
+    return sizes
 
 
 def count_classes(*, report: Report, out: Folder, number: int) -> Figures:
@@ -163,10 +178,3 @@ def build_part(
         "nprobe": max(one.nprobe for one in classes),
         "checksums": sums,
     }
-
-
-def _partitions(runner: Runner, layout: Any, memory: int) -> int:
-    """As few as memory allows, at least one a node."""
-    _, nodes, node_bytes = runner.resources()
-    needed = layout.total * (2 * layout.part(0).shape[1] + 200)
-    return int(max(nodes, math.ceil(needed / ((memory or node_bytes) * _SHARE_OF_MEMORY))))

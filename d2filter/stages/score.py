@@ -22,6 +22,7 @@ from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_array, read_columns, write_array, write_columns
 from d2filter.stages.index import sample_by_hash
 from d2filter.stages.runner import Runner
+from d2filter.stages.spread import part_figures
 from d2filter.stages.worker import Report, Task, assigned_cpus
 
 Figures = dict[str, Any]
@@ -36,8 +37,8 @@ _ROWS_A_CLUSTER = 64  # that train it
 def build(
     runner: Runner, out: Folder, config: CatalogConfig, fingerprint: str, memory: int
 ) -> tuple[list[Figures], int]:
-    """Score all parts anew; returns figures of each, min and max of the difficulty, and the peak
-    memory of a task.
+    """Score all parts anew; returns `part_figures` of each, and the peak memory of a task. Raises
+    ValueError for a score that is not of the whole pool.
     """
     peaks: list[int] = []
     folder = out.sub("catalog")
@@ -59,10 +60,13 @@ def build(
         peaks.extend(f["peak_rss_bytes"] for f in found)
         return found
 
-    if config.score == "negclip_loss":
-        each("batches", score_batches, parts)
-    else:
-        each("centroids", train_centroids, 1)
+    match config.score:
+        case "negclip_loss":
+            each("batches", score_batches, parts)
+        case "prototypicality":
+            each("centroids", train_centroids, 1)
+        case _:
+            raise _unknown(config)
     done = each("score", score_part, parts)
     folder.remove(FOLDER)
     return done, max(peaks)
@@ -124,17 +128,23 @@ def score_part(*, report: Report, out: Folder, number: int, config: CatalogConfi
     layout = catalog.layout(folder)
     samples = catalog.read_part(folder, number)
     values: npt.NDArray[Any]
-    if config.score == "negclip_loss":
-        values = _mean_of_rounds(folder, layout, number, config.score_rounds)
-    else:
-        centroids = read_array(folder, f"{FOLDER}/centroids.npy")
-        values = scores.prototypicality(samples.features, centroids)
+    match config.score:
+        case "negclip_loss":
+            values = _mean_of_rounds(folder, layout, number, config.score_rounds)
+        case "prototypicality":
+            centroids = read_array(folder, f"{FOLDER}/centroids.npy")
+            values = scores.prototypicality(samples.features, centroids)
+        case _:
+            raise _unknown(config)
     difficulty = scores.difficulty(values, config.first)
     table = replace(samples, difficulty=difficulty)
     sums = catalog.publish_table(folder, number, table)
     report(difficulty.size)
-    ends = (float(difficulty.min()), float(difficulty.max())) if difficulty.size else (None, None)
-    return {"ranked": difficulty.size, "min": ends[0], "max": ends[1], "checksums": sums}
+    return {**part_figures(samples.hi, samples.lo, difficulty), "checksums": sums}
+
+
+def _unknown(config: CatalogConfig) -> ValueError:
+    return ValueError(f"score {config.score!r} needs the pool, and nothing here computes it")
 
 
 def _members(

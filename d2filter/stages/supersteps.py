@@ -23,7 +23,7 @@ from d2filter.formats import graph, logs
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import mapped, read_array, read_columns, write_columns
 from d2filter.formats.tables import first_line
-from d2filter.stages import metrics, sources
+from d2filter.stages import grouped, metrics, sources
 from d2filter.stages.fanout import reason_of
 from d2filter.stages.late import WORK, Settled, late_rows
 from d2filter.stages.progress import progress_bar, tell
@@ -379,7 +379,8 @@ class _Actor:
         group = graph.read_columns(self._out.sub("graph"), number, "group")["group"]
         # nothing else begins as low
         late = outcome.forward == messages.FLOOR
-        return groups.turns(order, group, late, self._made["budgets"])
+        phase = groups.phases(grouped.class_sizes(self._out))
+        return groups.turns(order, group, late, self._made["budgets"], phase)
 
     def _loaded(self) -> dict[int, share.Share]:
         if not self._shares:

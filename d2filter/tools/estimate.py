@@ -12,23 +12,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from d2filter.algorithm import cells, knn, sketch
+from d2filter.algorithm import cells, knn, sizes, sketch
 from d2filter.errors import UsageError
 
 # bytes, from what the stages hold and write (DESIGN §6; bench_memory.md, bench_rank.md)
 _META = 150  # of a row of metadata beside its embeddings: uid, url, caption, score
 _ROW = 60  # of a catalog row beside its features
 _PROCESS = 250_000_000  # a worker before it holds a sample
-_SEARCHING = 450_000_000  # the same with compiled search and products
 _RANKING = 730_000_000  # the same with the ranking's code, which holds parquet too
 _SELECTING = 400_000_000  # the driver, which selects
-_PART = 512_000_000  # of features in a catalog part, at most
-_GROUP = 128_000_000  # of metadata that a task reads
 _BLOCK_ROWS = 65536  # that are wide (float32) at a time
 _EDGE_MAPPED = 100  # of a ranked sample: its edges both ways, in memory or in mapped files
 _STATE = 85  # of a ranked sample: scores, queues and boundaries, over all processes
 _KEPT = 24  # of a sample of the subset, in one task
-_SHARE = 0.5  # of a task's memory that rows may take (stages/graph.py)
 
 _OVERHEAD = 256  # dimensions that a product costs besides its own (algorithm/calibrate.py)
 _FAN_OUT = 0.42  # a row goes to 1 + this · log2(P) partitions: 2.8 of 19 in bench_memory.md
@@ -197,16 +193,15 @@ def habits_at(habits: Habits, samples: int, k: int) -> Habits:
 
 
 def partitions_of(pool: Pool, cluster: Cluster, h: Habits) -> tuple[int, float]:
-    """How many partitions the graph is made in, and what a task of it may use (stages/graph.py)."""
-    needed = pool.samples * _graph_row(pool, h)
-    memory = float(cluster.memory_per_worker)
-    if not memory:
-        whole = (cluster.memory - _SEARCHING) * _SHARE
-        if needed <= whole and cluster.nodes == 1 and not cluster.partitions:
-            return 1, float(cluster.memory)
-        memory = max(2.0 * _SEARCHING, cluster.memory / cluster.cpus)
-    room = max(1.0, (memory - _SEARCHING) * _SHARE)
-    return cluster.partitions or int(max(cluster.nodes, math.ceil(needed / room))), memory
+    """How many partitions the graph is made in, and what a task of it may use, as the stage
+    decides.
+    """
+    found = sizes.cut(
+        pool.samples, _graph_row(pool, h), nodes=cluster.nodes, cpus=cluster.cpus,
+        node_bytes=cluster.memory, memory=cluster.memory_per_worker,
+        partitions=cluster.partitions,
+    )  # fmt: skip
+    return found.partitions, float(found.memory or cluster.memory)
 
 
 def count(pool: Pool, h: Habits, partitions: int) -> list[Step]:
@@ -214,7 +209,7 @@ def count(pool: Pool, h: Habits, partitions: int) -> list[Step]:
     n, d, k = pool.samples, pool.dimension, pool.k
     row = 2 * d
     parts = parts_of(pool)
-    groups = max(1, math.ceil(n * (row + _META) / _GROUP))
+    groups = max(1, math.ceil(n * (row + _META) / sizes.CATALOG_GROUP))
     fan = fan_out(partitions)
     exact = n <= pool.exact_below
     found = [
@@ -366,7 +361,7 @@ def _computed(step: Step, cluster: Cluster, rates: Rates) -> float:
 
 def parts_of(pool: Pool) -> int:
     """Parts of the catalog (stages/catalog.py), of files that are as large as their arrays."""
-    return 1 + int(pool.samples * (2 * pool.dimension + _META) // _PART)
+    return 1 + int(pool.samples * (2 * pool.dimension + _META) // sizes.CATALOG_PART)
 
 
 def fan_out(partitions: int) -> float:
@@ -383,7 +378,7 @@ def _widths(k: int, h: Habits, dimension: int) -> tuple[int, int]:
 def _graph_row(pool: Pool, h: Habits) -> float:
     """Bytes of a row in the task that searches it."""
     _, places = _widths(pool.k, h, pool.dimension)
-    return 2.0 * pool.dimension + 2 * h.sketch_dim + 200 + 32 * places
+    return float(sizes.graph_row(2 * pool.dimension, h.sketch_dim, places))
 
 
 def _memory(stage: str, pool: Pool, h: Habits, partitions: int) -> float:
@@ -391,11 +386,11 @@ def _memory(stage: str, pool: Pool, h: Habits, partitions: int) -> float:
     n, row = pool.samples, 2 * pool.dimension
     if stage == "catalog":
         part = n * row / parts_of(pool)
-        group = min(n * (row + _META), _GROUP)
+        group = min(n * (row + _META), sizes.CATALOG_GROUP)
         return _PROCESS + max(3.0 * part, 3.0 * group)
     if stage == "graph":
         block = 4.0 * min(n, _BLOCK_ROWS) * pool.dimension
-        return _SEARCHING + block + 1.1 * n / partitions * _graph_row(pool, h)
+        return sizes.SEARCHING + block + 1.1 * n / partitions * _graph_row(pool, h)
     if stage == "rank":
         return _RANKING + n / partitions * (_STATE + _EDGE_MAPPED + 20.0 * pool.k)
     return _SELECTING + pool.fraction * n * _KEPT + 60.0 * n / partitions
@@ -426,14 +421,16 @@ def _judged(found: Estimate, pool: Pool, cluster: Cluster, h: Habits) -> Estimat
     """The same with what speaks against it."""
     refusals = []
     graph = next(stage for stage in found.stages if stage.name == "graph")
-    if found.task_memory < 2 * _SEARCHING:
+    if found.task_memory < 2 * sizes.SEARCHING:
         refusals.append(
-            f"a task may use {_gb(found.task_memory)}, needed are {_gb(2 * _SEARCHING)}: give "
-            f"nodes of {_gb(2 * _SEARCHING * cluster.cpus)} for {cluster.cpus} CPUs, or "
+            f"a task may use {_gb(found.task_memory)}, needed are {_gb(2 * sizes.SEARCHING)}: give "
+            f"nodes of {_gb(2 * sizes.SEARCHING * cluster.cpus)} for {cluster.cpus} CPUs, or "
             "--memory-per-worker with fewer tasks at once"
         )
     elif graph.memory > max(found.task_memory, cluster.memory / cluster.cpus):
-        room = (max(found.task_memory, cluster.memory / cluster.cpus) - _SEARCHING) * _SHARE
+        room = (
+            max(found.task_memory, cluster.memory / cluster.cpus) - sizes.SEARCHING
+        ) * sizes.SHARE
         enough = math.ceil(pool.samples * _graph_row(pool, h) / max(1.0, room))
         refusals.append(
             f"a partition of {pool.samples / found.partitions:,.0f} samples takes "

@@ -189,3 +189,44 @@ def test_more_probes_than_were_assigned_are_refused() -> None:
     three = calibrate.Choice(probes=3, passes=0, predicted=0, evaluations=0, reached=True)
     with pytest.raises(ValueError, match="3 cells are to be probed, 2 were assigned"):
         knn.build_graph(held, 3, three)
+
+
+@pytest.mark.parametrize(
+    ("mean", "size", "total", "low", "high"),
+    [
+        # the textbook's figures of an infinite pool
+        (1.0, 3000, 10**12, 0.998721, 1.0),
+        (0.0, 3000, 10**12, 0.0, 0.001279),
+        (0.9, 100, 10**12, 0.825633, 0.944770),
+        (0.5, 10, 10**12, 0.236593, 0.763407),
+    ],
+)
+def test_the_interval_of_recall_is_wilsons(
+    mean: float, size: int, total: int, low: float, high: float
+) -> None:
+    found = knn._wilson(mean, mean * (1 - mean), size, total)
+    assert found == pytest.approx((low, high), abs=2e-6)
+
+
+def test_hits_of_every_query_leave_something_open_unless_all_were_asked() -> None:
+    assert knn._wilson(1.0, 0.0, 3000, 3000) == (1.0, 1.0)
+    assert knn._wilson(1.0, 0.0, 3000, 6000)[0] == pytest.approx(0.99936, abs=1e-4)
+    lows = [knn._wilson(1.0, 0.0, 3000, n)[0] for n in (3001, 4000, 10**4, 10**6)]
+    assert lows == sorted(lows, reverse=True)
+    # one of 30,000 missed at k=10 is hardly better than none, whose spread nothing tells
+    one = 1 - 1 / 30_000
+    variance = (0.1**2) / 3000 * (1 - 1 / 3000)
+    none = knn._wilson(1.0, 0.0, 3000, 10**9)[0]
+    assert knn._wilson(one, variance, 3000, 10**9)[0] < none + 1e-4
+
+
+def test_ten_neighbors_that_are_found_or_missed_alone_tell_more_than_one() -> None:
+    rng = np.random.default_rng(0)
+    hits = rng.random((3000, 10)) < 0.9
+    alone, together = hits.mean(axis=1), np.repeat(hits[:, :1], 10, axis=1).mean(axis=1)
+    widths = []
+    for share in (alone, together):
+        low, high = knn._wilson(float(share.mean()), float(share.var()), 3000, 10**9)
+        assert low < share.mean() < high
+        widths.append(high - low)
+    assert widths[0] == pytest.approx(widths[1] / 10**0.5, rel=0.05)

@@ -108,13 +108,96 @@ def test_every_budget_gives_each_class_its_share(
             # nobody is two behind another who still has some
             assert all(taken[g] >= min(there[g], taken.max() - 1) for g in range(classes))
         else:
-            share = there * size / max(1, early.size)
-            # half a sample for the class's own rounding, and its part of everybody's
-            assert (
-                np.abs(taken - share) <= 0.5 + classes / 2 * there / max(1, early.size) + 1e-9
-            ).all()
+            share = there / max(1, early.size)
+            # less than one sample for the class's own rounding, and its part of everybody's
+            assert (np.abs(taken - size * share) < 1 + (classes - 1) * share + 1e-9).all()
     for g in range(classes):
         mine = [r for r in order.tolist() if group[r] == g and not last[r]]
         assert mine == sorted(mine, key=lambda r: rank[r])
     with pytest.raises(ValueError, match="proportional, uniform"):
         groups.interleaved(rank, group, last, "even")
+
+
+def counts_of(sizes: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """How many of each class every budget holds, (n + 1, classes), and their shares of it."""
+    n = sum(sizes)
+    group = np.random.default_rng(5).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    rank = np.random.default_rng(6).permutation(n)
+    found = groups.interleaved(rank, group, np.zeros(n, np.bool_), "proportional")
+    taken = np.zeros((n + 1, len(sizes)))
+    order = np.argsort(found)
+    taken[np.arange(1, n + 1), group[order]] = 1
+    taken = np.cumsum(taken, axis=0)
+    return taken, np.arange(n + 1)[:, None] * np.array(sizes) / n
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [1000] + [1] * 1000,
+        [20] * 50 + [1000],
+        [2] * 300 + [1] * 600,
+        [300, 200, 97, 3],
+        [7] * 100,
+        [500] + [3] * 100 + [2] * 100 + [1] * 100,
+    ],
+)
+def test_large_classes_and_many_tiny_ones_get_their_share_of_every_budget(sizes: list[int]) -> None:
+    taken, share = counts_of(sizes)
+    assert np.abs(taken - share).max() < 1.5
+    # those of one size together, however small they are
+    for size in set(sizes):
+        alike = np.array(sizes) == size
+        off = np.abs(taken[:, alike].sum(axis=1) - share[:, alike].sum(axis=1))
+        assert off.max() < len(set(sizes))
+
+
+def test_the_budget_of_one_large_class_among_singletons() -> None:
+    taken, share = counts_of([1000] + [1] * 1000)
+    assert np.abs(taken - share).max() <= 1
+    assert taken[200, 0] in (99, 100, 101)
+    assert taken[200, 1:].sum() in (99, 100, 101)
+
+
+def test_classes_of_many_sizes_do_not_round_together() -> None:
+    sizes = np.maximum(1, 3000 // np.arange(1, 1500)).tolist()
+    taken, share = counts_of(sizes)
+    tiny = np.array(sizes) <= 5
+    assert np.abs(taken - share).max() < 3
+    assert np.abs(taken[:, tiny].sum(axis=1) - share[:, tiny].sum(axis=1)).max() < 8
+
+
+def test_phases_are_of_the_class_and_no_two_of_one_size_are_near() -> None:
+    sizes = np.array([4, 1, 4, 1, 1, 9])
+    found = groups.phases(sizes)
+    assert ((found > 0) & (found < 1)).all()
+    for size, count in ((4, 2), (1, 3)):
+        alike = np.sort(found[sizes == size])
+        assert np.diff(alike) == pytest.approx([1 / count] * (count - 1))
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    st.integers(1, 6),
+    st.sampled_from([1, 3, 128]),
+    st.integers(0, 2**32),
+)
+def test_small_classes_together_are_what_they_are_alone(
+    sizes: list[int], k: int, together: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    n = sum(sizes)
+    rows = rng.integers(-1, 2, (n, 3)).astype(np.float16)  # ties and copies
+    group = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    uid = np.sort(rng.choice(10 * n, n, replace=False)).astype(np.uint64)
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        for limit in (0, together):
+            patch.setattr(groups, "_COMPARED_TOGETHER", limit)
+            patch.setattr(groups, "_PAIRS", 20)
+            results.append(groups.graph(rows, np.zeros(n, np.uint64), uid, group, k))
+    (alone, classes), (found, _) = results
+    assert found.neighbors.tolist() == alone.neighbors.tolist()
+    assert found.sqdist.tobytes() == alone.sqdist.tobytes()
+    assert [one.size for one in classes] == np.bincount(group).tolist()

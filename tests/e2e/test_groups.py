@@ -81,10 +81,9 @@ def test_classes_have_edges_inside_and_their_share_of_every_budget(made: list[Pa
     one, more = (ranks(out) for out in made)
     assert one == more
     half = kept_of(one, 300)
-    assert (half["cat"], half["dog"]) == (150, 100)
-    # half of 97 and of 3: the last place goes to either
-    assert (half["newt"], half["olm"]) in {(48, 2), (49, 1)}
-    assert kept_of(one, 60) == {"cat": 30, "dog": 20, "newt": 10, "olm": 0}
+    for size, kept in ((300, half), (60, kept_of(one, 60)), (7, kept_of(one, 7))):
+        for name, rows in SIZES.items():
+            assert abs(kept[name] - size * rows / N) <= 1
 
 
 def test_the_command_line_ranks_as_the_notebook_does(made: list[Path]) -> None:
@@ -121,7 +120,7 @@ def test_other_budgets_and_methods_share_out_too(
         assert counts["olm"] >= 2
         assert counts["cat"] == counts["dog"]
     else:
-        assert kept_of(one, 300)["cat"] == 150
+        assert abs(kept_of(one, 300)["cat"] - 150) <= 1
 
 
 def test_verify_sees_a_class_that_was_left_out_of_its_turn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import decimal
 import io
+import uuid
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from d2filter.algorithm import features, scores
 from d2filter.config import CatalogConfig
 from d2filter.errors import InputError
-from d2filter.formats import metadata, npz, traininglog
+from d2filter.formats import metadata, npz, tables, traininglog
 from d2filter.formats.paths import Folder
 
 UIDS = [f"{i:032x}" for i in range(6)]
@@ -123,7 +125,7 @@ def test_a_few_bytes_of_parquet_do_not_become_gigabytes(tmp_path: Path) -> None:
     write(uid=long)
     rows = read(tmp_path)
     assert {metadata.REASONS[r] for r in rows.reason} == {"malformed uid"}
-    assert {metadata.shown(rows.uid[i]) for i in range(2000)} == {"x" * 300}
+    assert {tables.shown(rows.uid[i]) for i in range(2000)} == {"x" * 300}
     uids = pa.array([f"{i:032x}" for i in range(2000)])
     write(uid=uids, shard=long)
     with pytest.raises(InputError, match="column shard holds 20000000000 bytes of text"):
@@ -260,6 +262,170 @@ def test_names_out_of_a_file_do_not_break_the_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("column", ["uid", "shard", "key", "kind", "mine"])
+@pytest.mark.parametrize("shape", ["list", "struct", "map", "fixed list", "bytes of one length"])
+def test_what_a_column_holds_is_judged_before_it_is_read(
+    tmp_path: Path, column: str, shape: str
+) -> None:
+    """Of 2,000 rows each repeats one text of a megabyte: 2 GB from a small file."""
+    n = 2000
+    texts = pa.array(["x" * 1000] * n)
+    nested: dict[str, Any] = {
+        "list": lambda: pa.ListArray.from_arrays(np.arange(n + 1, dtype=np.int32), texts),
+        "struct": lambda: pa.StructArray.from_arrays([texts], ["text"]),
+        "map": lambda: pa.MapArray.from_arrays(np.arange(n + 1, dtype=np.int32), texts, texts),
+        "fixed list": lambda: pa.FixedSizeListArray.from_arrays(texts, 1),
+        "bytes of one length": lambda: pa.array([b"x" * 600_000] * n, pa.binary(600_000)),
+    }
+    columns: dict[str, Any] = {"uid": [f"{i:032x}" for i in range(n)], "mine": [0.5] * n}
+    columns["kind"] = ["a"] * n
+    columns[column] = nested[shape]()
+    path = tmp_path / "0.parquet"
+    pq.write_table(pa.table(columns), path, compression="zstd", store_schema=False)
+    ones = np.ones((n, 4), np.float16)
+    np.savez(tmp_path / "0.npz", l14_img=ones, l14_txt=ones)
+    columns.clear()
+    nested.clear()
+    before = pa.total_allocated_bytes()
+    with pytest.raises(InputError, match=f"column {column} (must hold|holds)") as caught:
+        read(tmp_path, score_column="mine", group_column="kind")
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 600
+    assert pa.total_allocated_bytes() - before < 50_000_000
+
+
+def test_texts_that_arrow_calls_views_stay_as_small_as_their_file(tmp_path: Path) -> None:
+    if not hasattr(pa, "string_view"):
+        pytest.skip("this arrow has no views")
+    pair(tmp_path, key=pa.array(["x" * 100_000] * 6, pa.string_view()))
+    with tables.open_table(Folder(str(tmp_path)), "0.parquet", encoded=["key"]) as parquet:
+        assert tables.read_checked(parquet, ["key"]).nbytes < 200_000
+    assert read(tmp_path).key.to_pylist() == ["x" * 100_000] * 6
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    pair(tmp_path)
+    table = pa.table([pa.array(UIDS), pa.array(UIDS)], names=["uid", "uid"])
+    pq.write_table(table, tmp_path / "0.parquet")
+    with pytest.raises(InputError, match="has 2 columns of the name 'uid'"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("column", ["uid", "epoch", "label", "probabilities"])
+@pytest.mark.parametrize("odd", [[["a"]] * 2, [{"a": 1}] * 2])
+def test_a_training_log_is_judged_before_it_is_read(
+    tmp_path: Path, column: str, odd: list[Any]
+) -> None:
+    columns: dict[str, Any] = {
+        "uid": UIDS[:2], "epoch": [0, 0], "label": [1, 0], "logits": [[1.0, 2.0]] * 2
+    }  # fmt: skip
+    columns["logits" if column == "probabilities" else column] = odd
+    pq.write_table(pa.table(columns), tmp_path / "log.parquet")
+    with pytest.raises(InputError, match="must hold"):
+        traininglog.score(str(tmp_path / "log.parquet"), "el2n")
+
+
+def test_a_run_of_one_value_is_no_log(tmp_path: Path) -> None:
+    n = 40_000_000
+    ones = pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int8)), pa.array([UIDS[0]]))
+    empty = pa.ListArray.from_arrays(np.zeros(n + 1, np.int32), pa.array([], pa.float32()))
+    same = pa.array(np.zeros(n, np.int8))
+    table = pa.table({"uid": ones, "epoch": same, "label": same, "logits": empty})
+    path = tmp_path / "log.parquet"
+    pq.write_table(table, path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 1_000_000
+    with pytest.raises(InputError, match=r"claims 160000000 values in \d+ bytes"):
+        traininglog.score(str(path), "el2n")
+
+
+@pytest.mark.parametrize("odd", ["beauty", "", 7])
+def test_uids_in_other_spellings_are_the_same_and_what_is_none_is_shown(
+    tmp_path: Path, odd: Any
+) -> None:
+    spelled = [UIDS[0], str(uuid.UUID(UIDS[1])), f"{0xABC:032X}", str(odd), f"{4:032x}"[:-1], None]
+    rows = read(pair(tmp_path, uid=spelled))
+    assert rows.lo.tolist()[:3] == [0, 1, 0xABC]
+    assert [metadata.REASONS[r] for r in rows.reason] == ["", "", ""] + ["malformed uid"] * 3
+    assert tables.quoted(rows.uid[3]) == repr(str(odd))
+    assert tables.quoted(rows.uid[5]) == "null"
+
+
+def test_a_missing_key_or_column_says_what_it_is_for_and_which_was_meant(tmp_path: Path) -> None:
+    score = {"clip_l14_similarity_score": [0.5] * 6}
+    one = np.ones((6, 4), np.float16)
+    pair(tmp_path, arrays={"sentence": one, "b32_img": one}, **score)
+    for options, said, unsaid in (
+        ({"feature_keys": ("sentense",)}, "did you mean sentence?", "--arch"),
+        ({"feature_keys": ("zzz",)}, "choose with --feature-keys", "--arch"),
+        ({}, "(needed for the features); it has sentence, b32_img: try --arch b32", "no column"),
+        (
+            {"score": "clip_score", "feature_keys": ("sentence",)},
+            "clip_score); it has sentence, b32_img: try --arch",
+            "no column",
+        ),
+        ({"score_column": "clip_l14_similarity_scores"}, "clip_l14_similarity_score?", "--arch"),
+        ({"group_column": "Uid"}, "did you mean uid?", "--arch"),
+    ):
+        with pytest.raises(InputError) as caught:
+            read(tmp_path, **options)
+        assert said in str(caught.value)
+        assert unsaid not in str(caught.value)
+    pair(tmp_path, arrays={"sentence": one})
+    with pytest.raises(InputError, match="for the score, as there is no column clip_l14_sim"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "lost"),
+    [
+        ([2**24, 2**24 + 1, 2**24 + 2, 1, 2, None], 1),
+        ([2**60, 2**60 + 1, 2**60 + 2, 1, 2, 3], 2),
+        ([1.7e9 + i for i in range(6)], 5),
+        ([decimal.Decimal(2**24 + i) for i in range(6)], 3),
+        (["1700000000", "1700000001", "1.7e9", "1", "2", "3"], 0),
+        ([0.1, 0.2, 0.3, 0.30000000000000004, 1 / 3, 0.5], 0),
+        ([1, 2, 3, 3, 3, 3], 0),
+        (pa.array([0.1] * 6, pa.float32()), 0),
+    ],
+)
+def test_scores_that_float32_makes_one_are_counted(tmp_path: Path, column: Any, lost: int) -> None:
+    rows = read(pair(tmp_path, mine=column), score_column="mine")
+    assert rows.merged[0] == lost
+    if lost:
+        assert rows.merged[1] == len({v for v in column if v is not None})
+
+
+@pytest.mark.parametrize("key", ["l14_img", "l14_txt"])
+def test_the_order_in_memory_changes_no_bit(tmp_path: Path, key: str) -> None:
+    rng = np.random.default_rng(3)
+    plain = {name: rng.normal(size=(6, 700)).astype(np.float32) for name in ("l14_img", "l14_txt")}
+    turned = {**plain, key: np.asfortranarray(plain[key])}
+    results = []
+    for name, arrays in (("c", plain), ("f", turned)):
+        (tmp_path / name).mkdir()
+        rows = read(pair(tmp_path / name, arrays=arrays))
+        results.append((rows.features.tobytes(), rows.difficulty.tobytes()))
+        score = scores.clip_score(arrays["l14_img"], arrays["l14_txt"])
+        assert score.tobytes() == rows.difficulty.tobytes()
+        fixed = features.fix([arrays["l14_img"], arrays["l14_txt"]])
+        assert fixed.tobytes() == rows.features.tobytes()
+    assert results[0] == results[1]
+
+
+def test_a_score_that_nothing_computes_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair(tmp_path)
+    for need in ("pair", "target", "moon"):
+        new = scores.Score(
+            name="beauty", kept_first="high", meaning="better", needs=need, says="",
+        )  # fmt: skip
+        monkeypatch.setitem(scores.SCORES, "beauty", new)
+        target = {"score_target": "t.npy"} if need == "target" else {}
+        with pytest.raises(InputError, match="nothing here computes the score 'beauty'"):
+            read(tmp_path, score="beauty", **target)
+
+
 @pytest.mark.parametrize("column", ["epoch", "label"])
 def test_a_training_log_without_an_epoch_or_a_label_is_refused(tmp_path: Path, column: str) -> None:
     columns = {
@@ -282,3 +448,38 @@ def test_files_beside_the_metadata_have_names_of_their_own(tmp_path: Path) -> No
     config = CatalogConfig(score="forgetting", training_log=str(tmp_path / "log"))
     names = [info.name for info in metadata.outside_files(config)]
     assert names == ["training-log/00000.parquet"]
+
+
+def test_what_is_left_out_of_a_folder_is_counted_in_one_line(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    pair(tmp_path)
+    (tmp_path / ".DS_Store").touch()
+    (tmp_path / "_SUCCESS").touch()
+    (tmp_path / "sub").mkdir()
+    assert metadata.left_out(folder) == ""
+    pair(tmp_path / "sub")
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    pair(tmp_path / "deep" / "er")
+    for name in ("1.PARQUET", "1.NPZ", "notes.txt", "list.csv"):
+        (tmp_path / name).touch()
+    said = metadata.left_out(folder)
+    assert "4 files that are no pairs (1.NPZ, 1.PARQUET, list.csv, …)" in said
+    assert "2 pairs in 2 folders inside it (sub, deep/er)" in said
+    assert "lower case" in said
+    assert len(metadata.list_pairs(folder)[0]) == 1
+
+
+def test_a_folder_of_folders_says_where_the_pairs_are(tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
+    pair(tmp_path / "part")
+    with pytest.raises(InputError, match=r"no .parquet file.*1 pairs in 1 folders inside it"):
+        metadata.list_pairs(Folder(str(tmp_path)))
+
+
+@pytest.mark.parametrize(("there", "lacking"), [("npz", "parquet"), ("parquet", "npz")])
+def test_files_without_their_partner_are_counted(tmp_path: Path, there: str, lacking: str) -> None:
+    pair(tmp_path)
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.{there}").touch()
+    with pytest.raises(InputError, match=rf"a.{there} has no a.{lacking} beside it \(and 2 more"):
+        metadata.list_pairs(Folder(str(tmp_path)))

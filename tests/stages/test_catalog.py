@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pools
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -135,3 +136,46 @@ def test_features_in_the_catalog_are_the_fixed_ones(tmp_path: Path) -> None:
     only = metadata.read_pair(source, "00000", CatalogConfig(feature_type="text"))
     assert only.features.tobytes() == features.fix([pool["txt"]]).tobytes()
     assert only.difficulty.tobytes() == rows.difficulty.tobytes()
+
+
+def test_scores_that_merge_and_files_that_are_left_are_told(tmp_path: Path) -> None:
+    pool = pools.make(20, 4)
+    times = [1_700_000_000 + i for i in range(20)]
+    source = Folder(str(pools.write(tmp_path / "m", pool, files=2, columns={"when": times})))
+    (tmp_path / "m" / "notes.txt").touch()
+    config = CatalogConfig(score_column="when")
+    read = [
+        stage.read_group(
+            report=lambda n: None, out=Folder(str(tmp_path / "o")), source=source, names=[name],
+            run_name=name, config=config,
+        )
+        for name in ("00000", "00001")
+    ]  # fmt: skip
+    left, merged = stage._alerts(source, read, "when")
+    assert "1 files that are no pairs (notes.txt)" in left
+    assert merged.startswith("18 of 20 distinct scores (when)")
+
+
+def test_entries_of_bad_rows_show_the_value_and_are_the_same_each_time(tmp_path: Path) -> None:
+    pool = pools.make(6, 4)
+    pool["uid"][2:5] = ["beauty\x1b[31m", "", "x" * 500]
+    pool["img"][5] = np.nan
+    source = Folder(str(pools.write(tmp_path / "m", pool)))
+    parts = []
+    for name in ("a", "b"):
+        out = Folder(str(tmp_path / name))
+        stage.read_group(
+            report=lambda n: None, out=out, source=source, names=["00000"], run_name="r",
+            config=CatalogConfig(),
+        )  # fmt: skip
+        parts.append((tmp_path / name / "ledger" / "catalog" / "read-r.parquet").read_bytes())
+    assert parts[0] == parts[1]
+    table = pq.read_table(pa.BufferReader(parts[0])).to_pydict()
+    where = f"{source.where('00000.parquet')} row"
+    assert table["message"] == [
+        f"{where} 2: 'beauty\\x1b[31m' is not 32 hex digits",
+        f"{where} 3: '' is not 32 hex digits",
+        f"{where} 4: '{'x' * 60}…' is not 32 hex digits",
+        f"{where} 5",
+    ]
+    assert "0x" not in "".join(table["message"]).replace("\\x1b", "")

@@ -1,0 +1,68 @@
+"""What rows take in memory, and into how many partitions a graph is cut for it.
+
+The stages and `plan` decide by these figures alone (measured: jobs/results/bench_memory.md).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from d2filter.algorithm import knn, sketch
+
+SEARCHING = 450_000_000  # bytes of a worker with compiled search and products, before any row
+SHARE = 0.5  # of what is left: products, arrow buffers and copies need the rest
+CATALOG_PART = 512_000_000  # bytes of features in a part of the catalog, at most
+CATALOG_GROUP = 128_000_000  # of metadata that a task reads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """How a graph is cut."""
+
+    partitions: int
+    memory: int
+    """bytes that a task of a partition asks for; 0: one task has the node"""
+
+
+def graph_row(row_bytes: int, sketch_dim: int, places: int) -> int:
+    """Bytes of a row in the task that searches it: features, sketch, copies and cells; shortlists
+    of own rows, then of those that visit. places: of a shortlist.
+    """
+    return row_bytes + 2 * sketch_dim + 200 + 32 * places
+
+
+def class_row(row_bytes: int, k: int) -> int:
+    """The same where samples have classes: the rows of a partition, and those of the class that is
+    searched once more.
+    """
+    places = sketch.places(knn.list_width(k, 1), identity=False)
+    return row_bytes + graph_row(row_bytes, row_bytes // 2, places)
+
+
+def task_memory(rows: float, row: float) -> int:
+    """Bytes of a task that holds so many rows of so many bytes."""
+    return math.ceil(SEARCHING + rows * row / SHARE)
+
+
+def cut(
+    rows: int, row: float, *, nodes: int, cpus: int, node_bytes: int, memory: int = 0,
+    partitions: int = 0,
+) -> Cut:  # fmt: skip
+    """As few partitions as memory allows, at least one a node; one where a single node holds all.
+
+    rows: of the pool, of `row` bytes each. cpus, node_bytes: of a node. memory: bytes that a task
+    may use; 0: a CPU's share of the node. partitions: as many as are wanted; 0: to be decided. A
+    task then asks for what its rows take, so that no node starts more than it holds.
+    """
+    if not memory:
+        whole = rows * row <= (node_bytes - SEARCHING) * SHARE
+        if whole and nodes == 1 and partitions <= 1:
+            return Cut(partitions=1, memory=0)
+        memory = max(2 * SEARCHING, node_bytes // max(1, cpus))
+        if partitions:
+            memory = max(2 * SEARCHING, min(task_memory(rows / partitions, row), node_bytes))
+    room = max(1.0, (memory - SEARCHING) * SHARE)
+    return Cut(
+        partitions=partitions or int(max(nodes, math.ceil(rows * row / room))), memory=memory
+    )

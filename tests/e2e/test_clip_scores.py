@@ -1,0 +1,195 @@
+"""Sentinel scores: an alert, an error where all become one number, and the clip that helps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pools
+import pyarrow.parquet as pq
+import pytest
+
+from d2filter import cli
+from d2filter.stages import catalog as catalog_stage
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+N = 400
+POOL = pools.make(N, 8)
+SCORES = np.random.default_rng(7).normal(0.25, 0.05, N).astype(np.float32)
+SCORES[3] = SCORES[4]
+
+
+def with_sentinel(value: float, rows: tuple[int, ...] = (11,)) -> list[float]:
+    scores = SCORES.copy()
+    scores[list(rows)] = value
+    return scores.tolist()
+
+
+def run(*words: Any) -> int:
+    return cli.main([str(word) for word in words])
+
+
+def metadata(
+    folder: Path, scores: list[float], *, files: int = 1, shuffle: int | None = None
+) -> Path:
+    return pools.write(folder, POOL, files=files, shuffle=shuffle, columns={"mine": scores})
+
+
+def stats_of(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "stats.json").read_text())["catalog"]
+    return found
+
+
+def subset(out: Path) -> bytes:
+    return (out / "subset.npy").read_bytes()
+
+
+def difficulties(out: Path) -> dict[str, float]:
+    found = {}
+    for path in (out / "catalog").glob("part-*.parquet"):
+        t = pq.read_table(path).to_pydict()
+        for hi, lo, value in zip(t["uid_hi"], t["uid_lo"], t["difficulty"], strict=True):
+            found[f"{hi:016x}{lo:016x}"] = value
+    return found
+
+
+@pytest.mark.parametrize("first", ["high", "low"])
+def test_one_sentinel_is_an_alert_with_its_score_and_uid(tmp_path: Path, first: str) -> None:
+    folder = metadata(tmp_path / "m", with_sentinel(-9999))
+    words = ("--metadata-dir", folder, "--out-dir", tmp_path / "o", "--score-column", "mine")
+    assert run("run", *words, "--keep-first", first) == 0
+    (alert,) = stats_of(tmp_path / "o")["alerts"]
+    assert f"reaches to -9999 of uid {POOL['uid'][11]}" in alert
+    assert "--clip-scores 0.001" in alert
+    assert "mine" in alert
+    assert "\n" not in alert
+    # a pool without it has nothing to say
+    folder = metadata(tmp_path / "n", SCORES.tolist())
+    words = ("--metadata-dir", folder, "--out-dir", tmp_path / "p", "--score-column", "mine")
+    assert run("run", *words, "--keep-first", first) == 0
+    assert stats_of(tmp_path / "p")["alerts"] == []
+
+
+@pytest.mark.parametrize("sentinel", [1e20, 3e38, -3e38])
+def test_scores_that_scaling_makes_one_are_refused_in_one_line(
+    tmp_path: Path, sentinel: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = metadata(tmp_path / "m", with_sentinel(sentinel))
+    words = ("--metadata-dir", folder, "--out-dir", tmp_path / "o", "--score-column", "mine")
+    assert run("run", *words) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"reaches to {sentinel:g} of uid {POOL['uid'][11]}" in line
+    assert "--clip-scores 0.001" in line
+    # what it advises works at once, in the same run directory
+    assert run("run", *words, "--clip-scores", "0.001") == 0
+    assert stats_of(tmp_path / "o")["alerts"] == []
+    assert run("verify", tmp_path / "o") == 0
+
+
+def test_few_scores_that_keep_their_units_are_no_error(tmp_path: Path) -> None:
+    scores = [float(i % 10) for i in range(N)]
+    scores[11] = 1e12
+    folder = metadata(tmp_path / "m", scores)
+    words = ("--metadata-dir", folder, "--out-dir", tmp_path / "o", "--score-column", "mine")
+    assert run("graph", *words) == 0
+    assert len(stats_of(tmp_path / "o")["alerts"]) == 1
+
+
+@pytest.mark.parametrize("share", ["0.001", "0.03"])
+def test_clipping_is_by_rank_over_all_samples_whatever_the_layout(
+    tmp_path: Path, share: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = with_sentinel(-9999)
+    scores[20] = 7.0
+    outside = 1 if share == "0.001" else 12
+    ordered = sorted(scores)
+    low, high = ordered[outside], ordered[-1 - outside]
+    bits = set()
+    for files, shuffle, partitions, small in (
+        (1, None, 1, False),
+        (3, 5, 3, True),
+        (5, 9, 8, True),
+    ):
+        with monkeypatch.context() as patch:
+            if small:
+                patch.setattr(catalog_stage, "_PART_BYTES", 6_000)
+            folder = metadata(tmp_path / f"m{partitions}", scores, files=files, shuffle=shuffle)
+            out = tmp_path / f"o{partitions}"
+            words = ("--metadata-dir", folder, "--out-dir", out, "--partitions", partitions)
+            words = (*words, "--score-column", "mine", "--clip-scores", share)
+            assert run("run", *words, "--n-neighbors", 3, "--exact-below", 50) == 0
+        assert (len(list((out / "catalog").glob("part-*.npy"))) > 1) == small
+        assert not (out / "catalog" / "spread").exists()
+        assert run("verify", out) == 0
+        bits.add(subset(out))
+        expected = dict(zip(POOL["uid"], np.clip(scores, low, high).tolist(), strict=True))
+        assert difficulties(out) == expected
+        told = stats_of(out)
+        assert told["difficulty"] == {"min": low, "max": high}
+        assert told["clipped"]["samples"] == sum(v < low or v > high for v in scores)
+    assert len(bits) == 1
+
+
+def test_a_clip_is_part_of_the_catalogs_making(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = metadata(tmp_path / "m", SCORES.tolist())
+    words = ("--metadata-dir", folder, "--out-dir", tmp_path / "o", "--score-column", "mine")
+    assert run("run", *words) == 0
+    capsys.readouterr()
+    assert run("run", *words, "--clip-scores", "0.01") == 1
+    assert "clip_scores was '0' and is '0.01'" in capsys.readouterr().err
+    assert run("run", *words, "--clip-scores", "0.7") == 2
+    assert "clip-scores is 0.7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("label", ["ends", "clip"])
+def test_a_clip_goes_on_where_it_was_stopped(
+    tmp_path: Path, label: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of the parts is never clipped before the interruption."""
+    from d2filter.stages import spread
+    from d2filter.stages.runner import Runner
+
+    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 6_000)
+    folder = metadata(tmp_path / "m", with_sentinel(-9999))
+    words = ("--metadata-dir", folder, "--score-column", "mine", "--clip-scores", "0.01")
+    assert run("run", *words, "--out-dir", tmp_path / "a") == 0
+    original = Runner.map
+
+    def stop(self: Runner, stage: str, tasks: Any, *, label: str, **more: Any) -> Any:
+        found = original(self, stage, tasks[:1] if label == wanted else tasks, label=label, **more)
+        if label == wanted:
+            raise KeyboardInterrupt
+        return found
+
+    wanted = label
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "map", stop)
+        assert run("run", *words, "--out-dir", tmp_path / "b") == 130
+    assert (tmp_path / "b" / "catalog" / spread.FOLDER).exists()
+    assert run("run", *words, "--out-dir", tmp_path / "b") == 0
+    assert subset(tmp_path / "b") == subset(tmp_path / "a")
+    assert difficulties(tmp_path / "b") == difficulties(tmp_path / "a")
+    assert stats_of(tmp_path / "b")["clipped"] == stats_of(tmp_path / "a")["clipped"]
+    shutil.rmtree(tmp_path / "a")
+
+
+def test_a_score_of_the_pool_is_clipped_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 6_000)
+    folder = pools.write(tmp_path / "m", POOL, files=2)
+    words = ("--metadata-dir", folder, "--score", "prototypicality", "--keep-first", "low")
+    assert run("graph", *words, "--out-dir", tmp_path / "a") == 0
+    assert run("graph", *words, "--out-dir", tmp_path / "b", "--clip-scores", "0.1") == 0
+    plain, clipped = difficulties(tmp_path / "a"), difficulties(tmp_path / "b")
+    ordered = sorted(plain.values())
+    low, high = ordered[N // 10], ordered[-1 - N // 10]
+    assert clipped == {uid: min(max(v, low), high) for uid, v in plain.items()}
+    told = stats_of(tmp_path / "b")["clipped"]
+    assert (told["from"], told["to"]) == (-low, -high)
