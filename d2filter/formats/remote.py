@@ -205,11 +205,12 @@ class Remote:
         """Upload a local file: `path` is the whole file afterwards, or what it was before."""
         self._require_writable(path)
         size = source.stat().st_size
-        parent, _, name = path.rpartition("/")
+        parent = path.rpartition("/")[0]
         in_one = self._is_object_store(path)
 
         def ask() -> None:
-            target = path if in_one else f"{parent}/{TEMPORARY}{uuid.uuid4().hex}-{name}"
+            # not called like the file: names have a greatest length
+            target = path if in_one else f"{parent}/{TEMPORARY}{uuid.uuid4().hex}"
             if not in_one:
                 self._fs.makedirs(parent, exist_ok=True)
             try:
