@@ -66,8 +66,12 @@ def program(run: Callable[[], int]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    code: int | str | None
     try:
-        code = run()
+        try:
+            code = run()
+        except SystemExit as ended:  # of --help and --version
+            code = ended.code
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -77,6 +81,9 @@ def program(run: Callable[[], int]) -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if signals.received() and isinstance(code, int):
+        # all is stopped; what Python does at its end could still be interrupted
+        os._exit(code)
     sys.exit(code)
 
 
@@ -153,7 +160,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         name = word.partition("=")[0]
         if re.match("-+[a-z]", name) and name not in options_of._option_string_actions:
             nearest = _nearest(name, options_of._option_string_actions)
-            options_of.error(f"unrecognized arguments: {name}{nearest}")
+            options_of.error(f"unrecognized arguments: {word}{nearest}")
     return parser.parse_args(words)
 
 

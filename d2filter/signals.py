@@ -73,7 +73,9 @@ def held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """For a library that sets handlers of its own: those of before stand again afterwards."""
+    """For a library that sets handlers of its own: those of before stand again afterwards. Ray does
+    when it starts, and when it ends it resets that of SIGTERM, below what Python knows.
+    """
     mine = {number: signal.getsignal(number) for number in ENDING}
     try:
         yield

@@ -176,7 +176,7 @@ class Runner:
         if self._owns_ray:
             import ray
 
-            with signals.held():
+            with signals.held(), signals.kept():
                 ray.shutdown()
                 self._owns_ray = False
 

@@ -51,7 +51,10 @@ def fail(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
         (["--target-recall", "2"], "target-recall is 2.0"),
         (["--max-bad", "7"], "max-bad is 7.0"),
         (["--feature-type", "sound"], "feature-type is 'sound', allowed are 'image|text'"),
-        (["--fractoin", "0.3"], "unrecognized arguments: --fractoin"),
+        (["--fractoin", "0.3"], "unrecognized arguments: --fractoin (did you mean --fraction?)"),
+        (["--partition=2"], "unrecognized arguments: --partition=2 (did you mean --partitions?)"),
+        (["-gamma", "2"], "unrecognized arguments: -gamma (did you mean --gamma?)"),
+        (["--xyzzy"], "unrecognized arguments: --xyzzy (see `d2filter run --help`)"),
         (["--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
     ],
 )
@@ -63,6 +66,37 @@ def test_unusable_options_exit_with_2(
     assert code == 2
     assert said in line
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["rnu"], "'rnu' is no command (did you mean run?), allowed are embed, graph, rank, "),
+        (["tea"], "'tea' is no command, allowed are embed, "),
+        (["--verison"], "unrecognized arguments: --verison (did you mean --version?)"),
+        # before the option that is missing because this one is misspelled
+        (["run", "--out_dri", "o"], "unrecognized arguments: --out-dri (did you mean --out-dir?)"),
+        (["verify", "o", "--depe"], "unrecognized arguments: --depe (did you mean --deep?)"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_a_misspelled_name_gets_the_nearest_one(
+    capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    code, line = fail(capsys, *words)
+    assert code == 2
+    assert said in line
+
+
+def test_a_misspelled_name_in_a_file_gets_the_nearest_one(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("n-neighbours: 2\n")
+    words = ("run", "--metadata-dir", folder, "--out-dir", tmp_path / "o", "--config", config)
+    code, line = fail(capsys, *words)
+    assert code == 2
+    assert "unknown option 'n-neighbours' (did you mean n_neighbors?), allowed are" in line
 
 
 def truncate(path: Path) -> None:

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import io
 import os
+import re
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from d2filter.errors import InputError, StageError
 from d2filter.formats import logs
 from d2filter.formats.paths import Folder
-from d2filter.stages import fanout
+from d2filter.stages import fanout, progress
 from d2filter.stages import runner as runner_module
 from d2filter.stages.runner import Runner
 from d2filter.stages.worker import Task
@@ -139,8 +143,8 @@ def test_a_fault_of_ours_keeps_its_traceback_in_the_logs(out: Folder) -> None:
     assert "in stumble" in failed["traceback"]
 
 
-def test_a_killed_worker_is_tried_again_after_a_pause(
-    out: Folder, monkeypatch: pytest.MonkeyPatch
+def test_a_killed_worker_is_tried_again_after_a_pause_and_told_of_at_once(
+    out: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(fanout, "_FIRST_PAUSE", 0.5)
     task = Task(name="t", run=die_once, arguments={"out": out})
@@ -148,6 +152,8 @@ def test_a_killed_worker_is_tried_again_after_a_pause(
     (figures,) = Runner(out).map("s", [task], fingerprint="1", label="s")
     assert figures["survived"]
     assert time.monotonic() - begun > 0.5
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("d2filter: s task t is tried again in 0.5 s, attempt 2 of 5: its worker")
     (again,) = [e for e in logs.read(out, logs.DRIVER) if e["event"] == "task tried again"]
     assert (again["stage"], again["task"], again["attempt"], again["pause"]) == ("s", "t", 2, 0.5)
     attempts = [e["attempt"] for e in logs.read(out, "logs/s/t.jsonl") if e["event"] == "started"]
@@ -217,7 +223,7 @@ def test_tasks_that_no_node_can_take_any_more_ask_for_less(
 
 
 def test_a_cluster_that_stays_without_nodes_is_not_waited_for_without_end(
-    out: Folder, monkeypatch: pytest.MonkeyPatch
+    out: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(fanout, "_LOOK_SECONDS", 0.1)
     monkeypatch.setattr(fanout, "_PLACE_SECONDS", 0.3)
@@ -225,6 +231,7 @@ def test_a_cluster_that_stays_without_nodes_is_not_waited_for_without_end(
     work = fan_out(out, ray, [{"num_cpus": 99}] * 20)
     with pytest.raises(StageError, match=r"no node of the cluster could take a task \(cpus 99\)"):
         work.run(tasks(out, write, "a"))
+    assert "s: no node of the cluster can take a task (cpus 99)" in capsys.readouterr().err
 
 
 def test_a_cluster_without_a_node_is_still_asked_for_one_cpu(
@@ -266,6 +273,68 @@ def test_progress_shows_counts(out: Folder, capsys: pytest.CaptureFixture[str]) 
     assert "reading" in capsys.readouterr().err
     Runner(out, show_progress=None).map("s", tasks(out, write, "d"), fingerprint="1", label="x")
     assert capsys.readouterr().err == "", "no bar away from a terminal"
+
+
+def idle(report: Any) -> dict[str, Any]:
+    time.sleep(3)
+    return {}
+
+
+def test_the_clock_of_a_bar_goes_on_while_nothing_is_done(
+    out: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_TICK_SECONDS", 0.1)
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", shown)
+    runner = Runner(out, show_progress=True)
+    runner.map("s", [Task(name="t", run=idle, arguments={})], fingerprint="1", label="s", total=9)
+    clocks = set(re.findall(r"\b\d\d:\d\d\b", shown.getvalue()))
+    assert len(clocks) >= 3, shown.getvalue()
+
+
+def test_a_bar_that_is_closed_prints_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_TICK_SECONDS", 0.001)
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", shown)
+    for _ in range(20):
+        bar = progress.progress_bar("s", 3, True)
+        time.sleep(0.003)
+        bar.close()
+        size = len(shown.getvalue())
+        time.sleep(0.003)
+        assert len(shown.getvalue()) == size
+
+
+def test_a_line_beside_a_bar_is_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", shown)
+    bar = progress.progress_bar("s", 3, True)
+    progress.tell("something happened")
+    bar.close()
+    assert re.search(r"(^|[\r\n])d2filter: something happened\n", shown.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            ray.exceptions.OutOfMemoryError(
+                "Task was killed due to the node running low on memory.\nMemory on the node (IP: "
+                "10.0.0.1, ID: 5f) where the task (task ID: 1, name=run_task) was running was "
+                "30.50GB / 32.00GB (0.953), which exceeds the memory usage threshold of 0.95."
+            ),
+            "its worker was killed because its node ran low on memory, 30.50GB of 32.00GB were in "
+            "use",
+        ),
+        (ray.exceptions.OutOfMemoryError("words of another version"), "ran low on memory"),
+        (ray.exceptions.WorkerCrashedError(), "where memory is short, the system kills processes"),
+        (ray.exceptions.ActorDiedError(), "actor died"),
+    ],
+)
+def test_the_reason_of_a_loss_is_one_line(error: Exception, said: str) -> None:
+    reason = fanout.reason_of(error)
+    assert said in reason
+    assert "\n" not in reason
 
 
 def test_processes_are_as_many_as_cpus_and_memory_hold(

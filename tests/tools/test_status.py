@@ -166,3 +166,23 @@ def test_a_stage_that_cannot_go_on_says_why(
     capsys.readouterr()
     assert main([*words, "--n-neighbors", "3"]) == 0
     assert "graph     begins again: n_neighbors was 2 and is 3" in capsys.readouterr().out
+
+
+def test_each_retry_is_shown_with_its_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Folder(str(tmp_path))
+    logs.append(out, logs.DRIVER, "run", stages=["rank"])
+    logs.append(out, logs.DRIVER, "stage started", stage="rank")
+    logs.append(out, logs.DRIVER, "task tried again", stage="rank", task="0", reason="no memory")
+    lines, found = told(tmp_path, capsys)
+    assert any(line.startswith("rank tried again: 0 at ") for line in lines)
+    assert any(line.endswith(": no memory") for line in lines)
+    for number in range(7):
+        told_of = {"partitions": f"partitions {number}", "reason": f"reason {number}"}
+        logs.append(out, logs.DRIVER, "worker lost", stage="rank", **told_of)
+    lines, found = told(tmp_path, capsys)
+    assert found["stages"][0]["tried_again"] == 8
+    assert len(found["stages"][0]["retries"]) == 8
+    shown = [line for line in lines if line.startswith("rank tried again: ")]
+    assert [line.rpartition(": ")[2] for line in shown] == [f"reason {n}" for n in range(2, 7)]
