@@ -26,8 +26,8 @@ import pyarrow.parquet as pq
 
 from d2filter import __version__
 from d2filter.errors import InputError, RunStateError, TooManyBadError, UsageError
+from d2filter.formats import lock, tables, tarwriter, webdataset
 from d2filter.formats import subset as subset_format
-from d2filter.formats import tables, tarwriter, webdataset
 from d2filter.formats.kept import Kept
 from d2filter.formats.paths import FileInfo, Folder
 from d2filter.formats.runstate import digest
@@ -42,6 +42,7 @@ Figures = dict[str, Any]
 
 STATE = ".d2filter"
 _WORK = "work"
+_PLAN = "config.json"
 _READERS = 16  # of indexes
 _SHARDS = "shards.json"
 _CPUS_A_TASK = 0.5  # it waits for the disk half of the time
@@ -80,17 +81,22 @@ def reshard(
     """Write the new shards. subset: (n,) of (u8, u8), ascending. runner: of OUT/.d2filter.
 
     kept: shard and key of the samples of the subset; None: samples go by uid. Raises UsageError
-    when `shards` are not those of `kept`, RunStateError when OUT holds something else, and
-    TooManyBadError, after everything else is done, when more of the subset than max_missing is in
-    none of the shards.
+    when `shards` are not those of `kept`, RunStateError when OUT holds something else, LockedError
+    while another command writes there, and TooManyBadError, after everything else is done, when
+    more of the subset than max_missing is in none of the shards.
     """
     wanted = Wanted(shards, subset, kept)
-    state = out.sub(STATE)
-    fingerprint = _begin(out, state, shards, wanted, config)
-    figures: Figures | None = state.read_json(marker("reshard", "finish"))
-    if figures is None or figures["fingerprint"] != fingerprint:
-        figures = _make(runner, out, shards, wanted, config, fingerprint)
-    state.remove(_WORK)
+    plan = _plan(shards, wanted, config)
+    fingerprint = digest(plan)
+    _require_room(out, plan)  # before anything is created there
+    with lock.hold(out.sub(STATE), "reshard") as state:
+        _require_room(out, plan)
+        state.publish_json(_PLAN, plan)
+        runner.folder, own = state, Folder(out.url, state.owner)
+        figures: Figures | None = state.read_json(marker("reshard", "finish"))
+        if figures is None or figures["fingerprint"] != fingerprint:
+            figures = _make(runner, own, shards, wanted, config, fingerprint)
+        state.remove(_WORK)
     share = figures["missing"] / max(1, len(subset))
     if share > config.max_missing:
         lost = figures["lost_shards"]
@@ -226,35 +232,32 @@ class _Indexes:
         self._pool.shutdown(cancel_futures=True)
 
 
-def _begin(
-    out: Folder,
-    state: Folder,
-    shards: Sequence[webdataset.Shard],
-    wanted: Wanted,
-    config: ReshardConfig,
-) -> str:
-    """The fingerprint of this making; OUT must be empty, or hold the same one."""
-    plan = {
+def _plan(
+    shards: Sequence[webdataset.Shard], wanted: Wanted, config: ReshardConfig
+) -> dict[str, Any]:
+    """What the new shards follow from."""
+    return {
         "d2filter version": __version__,
         "shard_size": config.shard_size,
         "shuffle": config.shuffle,
         "subset": wanted.digest(),
         "shards": digest([[s.name, s.info.size, s.info.version] for s in shards]),
     }
-    before = state.read_json("config.json")
-    if before is None:
-        if out.names(".tar"):
-            raise RunStateError(
-                f"{out.url} holds shards of other making: give an empty folder as --out-dir"
-            )
-        state.publish_json("config.json", plan)
-    elif before != plan:
+
+
+def _require_room(out: Folder, plan: dict[str, Any]) -> None:
+    """Raise RunStateError unless OUT is empty, or holds shards of the same plan."""
+    before = out.sub(STATE).read_json(_PLAN)
+    if before is None and out.names(".tar"):
+        raise RunStateError(
+            f"{out.url} holds shards of other making: give an empty folder as --out-dir"
+        )
+    if before is not None and before != plan:
         changed = [name for name in plan if plan[name] != before.get(name)]
         raise RunStateError(
             f"{out.url} holds shards of another {' and '.join(changed).replace('_', '-')}: use "
             "another --out-dir, or empty that one"
         )
-    return digest(plan)
 
 
 def _read_shards(work: Folder, private: Mapping[int, str]) -> list[webdataset.Shard]:
