@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from d2filter import arrays
 from d2filter.algorithm import budget, features, knn, ranking, uids
 from d2filter.algorithm import groups as grouping
 from d2filter.config import GraphConfig, RankConfig, SelectConfig
@@ -37,7 +39,7 @@ class RankedPool:
     suppressed_by: I64
     """(n,) row that lowered it most, −1 none"""
     neighbors: I64
-    """(n, k) rows, nearest first, −1 pads"""
+    """(n, k) rows, nearest first, −1 pads; k is `n_neighbors`, n − 1 at most"""
     sqdist: npt.NDArray[np.float32]
     """(n, k) squared distances of the fixed features"""
     difficulty: npt.NDArray[np.float32]
@@ -66,8 +68,8 @@ class RankedPool:
 
 
 def rank(
-    embeddings: npt.NDArray[Any] | Sequence[npt.NDArray[Any]],
-    scores: npt.NDArray[Any] | Sequence[float],
+    embeddings: Any,
+    scores: Any,
     *,
     n_neighbors: int = 1,
     gamma: float = 1.0,
@@ -79,7 +81,7 @@ def rank(
     gamma_scale: str = "none",
     cut_hardest: float | str | Decimal = 0,
     collapse_copies: float | None = None,
-    groups: Sequence[Any] | npt.NDArray[Any] | None = None,
+    groups: Any = None,
     group_budgets: str = "proportional",
     uids_hex: Sequence[str] | None = None,
     normalize: bool = True,
@@ -89,12 +91,14 @@ def rank(
 ) -> RankedPool:
     """Rank a pool with D2 Pruning (DESIGN §2–4): the result of `d2filter run` on the same arrays.
 
-    embeddings: (n, d) floats, or several such arrays, each normalized on its own and concatenated
-    (image and text make `image|text`). scores: (n,) difficulty, higher is kept first. uids_hex: ids
-    that decide ties; without them the row number does. groups: (n,) classes; neighbors are then of
-    the same class, and every budget gives each class its share (group_budgets: proportional or
+    embeddings: (n, d) numbers, or several such arrays, each normalized on its own and concatenated
+    (image and text make `image|text`). scores: (n,) difficulty, higher is kept first, rounded to
+    float32. Arrays may be NumPy's, PyTorch's (of any floating type and device), columns of pandas,
+    Polars or Arrow, or lists of rows. n_neighbors: of a sample, n − 1 at most. uids_hex: ids that
+    decide ties; without them the row number does. groups: (n,) classes; neighbors are then of the
+    same class, and every budget gives each class its share (group_budgets: proportional or
     uniform). Other arguments are those of the command line. Raises InputError, naming the first bad
-    row, for values that cannot be ranked.
+    row, for values that cannot be ranked, integer scores too that float32 would make equal.
 
     >>> import numpy as np
     >>> pool = rank(np.eye(4, dtype=np.float32), [0.1, 0.4, 0.3, 0.2])
@@ -102,8 +106,9 @@ def rank(
     [1, 2]
     """
     graph_config = GraphConfig(
-        n_neighbors=n_neighbors, target_recall=target_recall, exact_below=exact_below, seed=seed
-    )
+        n_neighbors=_index(n_neighbors), target_recall=target_recall,
+        exact_below=_index(exact_below), seed=_index(seed),
+    )  # fmt: skip
     rank_config = RankConfig(
         gamma=gamma,
         gamma_forward=gamma_forward,
@@ -116,19 +121,19 @@ def rank(
         collapse_copies=collapse_copies,
         group_budgets=group_budgets,
     )
-    single = isinstance(embeddings, np.ndarray)
-    modalities = [np.asarray(e) for e in ([embeddings] if single else embeddings)]
-    difficulty = np.asarray(scores, np.float32)
-    _check(modalities, difficulty, normalize)
-    hi, lo = _ids(uids_hex, len(difficulty))
+    modalities, difficulty = arrays.modalities(embeddings), arrays.difficulty(scores)
+    n = len(difficulty)
+    _check(modalities, n, normalize)
+    hi, lo = _ids(uids_hex, n)
     order = uids.ascending(hi, lo)
     rows = features.fix(modalities, normalize=normalize)
-    _refuse(~np.isfinite(rows).all(axis=1), "features overflow float16")
+    arrays.refuse(~np.isfinite(rows).all(axis=1), "features overflow float16")
     rows, hi, lo = rows[order], hi[order], lo[order]
-    group = _classes(groups, len(difficulty))[order]
+    group = _classes(groups, n)[order]
     graph, classes = grouping.graph(
-        rows, hi, lo, group, graph_config.n_neighbors, target_recall=graph_config.target_recall,
-        exact_below=graph_config.exact_below, seed=graph_config.seed,
+        rows, hi, lo, group, knn.width(graph_config.n_neighbors, n),
+        target_recall=graph_config.target_recall, exact_below=graph_config.exact_below,
+        seed=graph_config.seed,
     )  # fmt: skip
     last = rank_config.last_of(difficulty[order], hi, lo, graph.neighbors, graph.sqdist)
     ranked = ranking.rank_graph(
@@ -176,10 +181,25 @@ def _classes(groups: Any, n: int) -> I64:
     """Numbers of the classes, (n,) int64; all 0 without any."""
     if groups is None:
         return np.zeros(n, np.int64)
-    labels = np.asarray(groups)
+    labels = arrays.labels(groups)
     if labels.shape != (n,):
         raise InputError(f"groups has shape {labels.shape} and scores has {n} entries")
-    return np.unique(labels, return_inverse=True)[1].astype(np.int64, copy=False)
+    try:
+        return np.unique(labels, return_inverse=True)[1].astype(np.int64, copy=False)
+    except TypeError as error:
+        kinds = sorted({type(label).__name__ for label in labels})
+        raise InputError(
+            f"groups holds {' and '.join(kinds)}, which have no order: give every sample a label "
+            "of one type"
+        ) from error
+
+
+def _index(value: Any) -> Any:
+    """An int of any integer type, NumPy's too; the configuration refuses what is none."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
 
 
 def _decimal(value: float | str | Decimal) -> Decimal:
@@ -194,47 +214,30 @@ def _rows(numbers: I64, order: I64) -> I64:
     return np.where(numbers >= 0, order[numbers], -1)
 
 
-def _ids(uids_hex: Sequence[str] | None, n: int) -> tuple[uids.U64, uids.U64]:
+def _ids(uids_hex: Any, n: int) -> tuple[uids.U64, uids.U64]:
     if uids_hex is None:
         return np.zeros(n, np.uint64), np.arange(n, dtype=np.uint64)
     if len(uids_hex) != n:
         raise InputError(f"uids_hex has {len(uids_hex)} entries and scores has {n}")
     import pyarrow as pa
 
-    hi, lo, valid = uid_format.parse(pa.array(list(uids_hex), pa.string()))
-    _refuse(~valid, "uid is not 32 lowercase hex digits")
+    words = [uid if isinstance(uid, str) else None for uid in arrays.labels(uids_hex)]
+    hi, lo, valid = uid_format.parse(pa.array(words, pa.string()))
+    arrays.refuse(~valid, "uid is not 32 lowercase hex digits")
     order = uids.ascending(hi, lo)
     repeated = np.zeros(n, np.bool_)
     repeated[order[1:]] = (hi[order][1:] == hi[order][:-1]) & (lo[order][1:] == lo[order][:-1])
-    _refuse(repeated, "uid is repeated")
+    arrays.refuse(repeated, "uid is repeated")
     return hi, lo
 
 
-def _check(
-    modalities: list[npt.NDArray[Any]], difficulty: npt.NDArray[np.float32], normalize: bool
-) -> None:
-    n = len(difficulty)
-    if difficulty.ndim != 1 or n == 0:
-        raise InputError(
-            f"scores has shape {difficulty.shape}, needed is (n,) with n of at least 1"
-        )
-    if not modalities:
-        raise InputError("embeddings is empty: pass an array (n, d), or several")
+def _check(modalities: list[npt.NDArray[Any]], n: int, normalize: bool) -> None:
     for array in modalities:
-        if array.ndim != 2 or len(array) != n or array.shape[1] == 0 or array.dtype.kind != "f":
+        if array.ndim != 2 or len(array) != n or array.shape[1] == 0:
             raise InputError(
-                f"embeddings has shape {array.shape} and dtype {array.dtype}, "
-                f"needed is ({n}, dimension) of floats, as scores has {n} entries"
+                f"embeddings has shape {array.shape}, needed is ({n}, dimension), as scores has "
+                f"{n} entries"
             )
-        _refuse(~np.isfinite(array).all(axis=1), "embedding is not finite")
+        arrays.refuse(~np.isfinite(array).all(axis=1), "embedding is not finite")
         if normalize:
-            _refuse(~array.any(axis=1), "embedding is zero")
-    _refuse(~np.isfinite(difficulty), "score is not finite")
-
-
-def _refuse(bad: Any, what: str) -> None:
-    rows = np.flatnonzero(bad)
-    if rows.size:
-        raise InputError(
-            f"{what} in {rows.size} rows, first in row {rows[0]}: drop or mend them first"
-        )
+            arrays.refuse(~array.any(axis=1), "embedding is zero")

@@ -194,7 +194,8 @@ class GraphConfig:
     def __post_init__(self) -> None:
         _at_least("n-neighbors", self.n_neighbors, 1)
         _at_least("exact-below", self.exact_below, 0)
-        if not 0 < self.target_recall <= 1:
+        _whole("seed", self.seed)
+        if not (_finite(self.target_recall) and 0 < self.target_recall <= 1):
             raise UsageError(
                 f"target-recall is {self.target_recall}, allowed is above 0 and at most 1: "
                 "--target-recall 0.95"
@@ -236,17 +237,19 @@ class RankConfig:
     def __post_init__(self) -> None:
         if self.n_neighbors:
             _at_least("n-neighbors", self.n_neighbors, 1)
+        _whole("seed", self.seed)
         if not (self.cut_hardest.is_finite() and 0 <= self.cut_hardest < 1):
             raise UsageError(
                 f"cut-hardest is {self.cut_hardest}, allowed is 0 to below 1: --cut-hardest 0.4"
             )
-        if self.collapse_copies is not None and not 0 <= self.collapse_copies <= 4:
+        copies = self.collapse_copies
+        if copies is not None and not (_finite(copies) and 0 <= copies <= 4):
             raise UsageError(
                 f"collapse-copies is {self.collapse_copies}, allowed is a squared distance of 0 "
                 "(identical) to 4: --collapse-copies 0.01"
             )
         for name, value in (("gamma", self.gamma), ("gamma-forward", self.gamma_forward)):
-            if value is not None and not (math.isfinite(value) and value >= 0):
+            if value is not None and not (_finite(value) and value >= 0):
                 raise UsageError(f"{name} is {value}, allowed is a finite number of at least 0")
         for name, word, known in (
             ("method", self.method, METHODS),
@@ -328,7 +331,7 @@ class SelectConfig:
             parse_fraction(self.fraction)
         if self.budget is not None:
             _at_least("budget", self.budget, 1)
-        if self.min_score is not None and not math.isfinite(self.min_score):
+        if self.min_score is not None and not _finite(self.min_score):
             raise UsageError(f"min-score is {self.min_score}, allowed is a finite number")
 
 
@@ -363,7 +366,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.out_dir:
             raise UsageError("out-dir is empty: --out-dir runs/first")
-        if not 0 <= self.max_bad <= 1:
+        if not (_finite(self.max_bad) and 0 <= self.max_bad <= 1):
             raise UsageError(f"max-bad is {self.max_bad}, allowed is 0 to 1: --max-bad 0.01")
         if self.device not in DEVICES:
             raise UsageError(f"device is {self.device!r}, allowed are {', '.join(DEVICES)}")
@@ -399,5 +402,18 @@ def options_of(part: Any) -> dict[str, Any]:
 
 
 def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise UsageError(f"{name} is {value}, allowed is a whole number of at least {least}")
+    if not isinstance(value, int) or value < least:
+        raise UsageError(f"{name} is {value!r}, allowed is a whole number of at least {least}")
+
+
+def _whole(name: str, value: Any) -> None:
+    if not isinstance(value, int):
+        raise UsageError(f"{name} is {value!r}, allowed is a whole number")
+
+
+def _finite(value: Any) -> bool:
+    """Whether it is a number that a float can hold; a notebook may pass anything."""
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError, OverflowError):
+        return False

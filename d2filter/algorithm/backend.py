@@ -14,14 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 
-from d2filter.algorithm import features
+from d2filter.algorithm import compiled, features, threads
 from d2filter.errors import DependencyError
 
 F16 = npt.NDArray[np.float16]
@@ -36,6 +32,7 @@ _STRIP = 16  # values of a product that are compared at once with what a list st
 _GPU_BYTES = 2**31  # of one block on a GPU: queries, members and faiss's own tiles
 
 _threads = 0
+_forked = False
 
 
 @cache
@@ -52,37 +49,25 @@ def load_faiss() -> Any:
         ) from error
     if _threads:
         faiss.omp_set_num_threads(_threads)
+    os.register_at_fork(after_in_child=_faiss_alone)
     return faiss
 
 
+def _faiss_alone() -> None:
+    """OpenMP's threads stay behind in the parent; the child of a fork would wait for ever."""
+    global _forked
+    _forked = True
+    load_faiss().omp_set_num_threads(1)
+
+
 def use_threads(count: int) -> None:
-    """Let the algorithms, numba and faiss use `count` threads of this process."""
+    """Let the algorithms and faiss use `count` threads of this process."""
     global _threads
     _threads = count
-    most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # set at run time
-    numba.set_num_threads(min(count, most))
+    threads.use(count)
     # ranking needs no faiss: it is told when it is loaded
     if load_faiss.cache_info().currsize:
-        load_faiss().omp_set_num_threads(count)
-
-
-def threads() -> int:
-    """Threads that an algorithm may use: those given to `use_threads`, else one a CPU."""
-    return _threads or os.cpu_count() or 1
-
-
-def in_blocks(work: Callable[[slice], None], size: int, block: int) -> None:
-    """Call work on slices of 0 … size − 1, from as many threads as allowed. `block` is about their
-    length. For loops that release the interpreter and call no BLAS.
-    """
-    slices = [slice(begin, min(begin + block, size)) for begin in range(0, size, block)]
-    if min(len(slices), threads()) <= 1:
-        for some in slices:
-            work(some)
-        return
-    with ThreadPoolExecutor(min(len(slices), threads())) as pool:
-        for _ in pool.map(work, slices):
-            pass
+        load_faiss().omp_set_num_threads(1 if _forked else count)
 
 
 def each(work: Callable[[int], None], count: int) -> None:
@@ -91,23 +76,16 @@ def each(work: Callable[[int], None], count: int) -> None:
     Products and compiled loops release the interpreter, and a thread that has its own products
     never waits for others between two small ones.
     """
-    import threadpoolctl
-
     if not count:
         return
-    with threadpoolctl.threadpool_limits(1, "blas"):
-        _touch_buffers(min(count, threads()))
+    with threads.one_blas_thread():
+        _touch_buffers(min(count, threads.count()))
         # faiss's GPU resources serve one thread at a time
-        if min(count, threads()) <= 1 or gpus():
+        if gpus():
             for number in range(count):
                 work(number)
-            return
-        # numba's own threads are counted by calling thread: none beside ours
-        with ThreadPoolExecutor(
-            min(count, threads()), initializer=numba.set_num_threads, initargs=(1,)
-        ) as pool:
-            for _ in pool.map(work, range(count)):
-                pass
+        else:
+            threads.each(work, count)
 
 
 @cache
@@ -240,9 +218,11 @@ def _gpu_resources() -> Any:
     return load_faiss().StandardGpuResources()
 
 
-@intrinsic
-def _strip_below(typing_context, product, norms, begin, bar):  # type: ignore[no-untyped-def]
+@compiled.intrinsic
+def _nearer(typing_context, product, norms, begin, bar):  # type: ignore[no-untyped-def]
     """Bits of the _STRIP places from `begin` on where ‖y‖² − 2x·y is below `bar`."""
+    from llvmlite import ir
+    from numba.core import types
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         vector = ir.VectorType(ir.FloatType(), _STRIP)
@@ -265,9 +245,11 @@ def _strip_below(typing_context, product, norms, begin, bar):  # type: ignore[no
     return types.uint32(product, norms, types.int64, types.float32), generate
 
 
-@intrinsic
-def _trailing_zeros(typing_context, bits):  # type: ignore[no-untyped-def]
+@compiled.intrinsic
+def _lowest_bit(typing_context, bits):  # type: ignore[no-untyped-def]
     """Number of the lowest bit that is set; there must be one."""
+    from llvmlite import ir
+    from numba.core import types
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         return builder.zext(
@@ -277,12 +259,7 @@ def _trailing_zeros(typing_context, bits):  # type: ignore[no-untyped-def]
     return types.int64(types.uint32), generate
 
 
-# compiled by numba, which mypy does not follow
-_nearer: Any = _strip_below
-_lowest_bit: Any = _trailing_zeros
-
-
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def _insert(near, ids, distance, number):  # type: ignore[no-untyped-def]
     """Put a member into a list that is sorted by distance; the last one falls out."""
     at = near.size - 1
@@ -294,7 +271,7 @@ def _insert(near, ids, distance, number):  # type: ignore[no-untyped-def]
     ids[at] = number
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"nnan", "nsz", "contract"})
+@compiled.njit(fastmath={"nnan", "nsz", "contract"})
 def _scan_inplace(product, x_norm, y_norm, askers, which, near, ids, reach):  # type: ignore[no-untyped-def]
     """Offer ‖x‖² + ‖y‖² − 2x·y to the lists; most strips have nothing that is near enough."""
     count, members = product.shape
@@ -319,7 +296,7 @@ def _scan_inplace(product, x_norm, y_norm, askers, which, near, ids, reach):  # 
                 _insert(near[q], ids[q], d, which[b])
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def _offer_inplace(distance, index, x_norm, askers, which, near, ids, reach):  # type: ignore[no-untyped-def]
     """Offer lists of nearest members to the lists held."""
     last = near.shape[1] - 1

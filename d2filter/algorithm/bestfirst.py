@@ -13,9 +13,9 @@ Arrays are those of `supersteps.LocalGraph`, `_State` and `_Queue`.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from d2filter.algorithm import compiled
 from d2filter.algorithm.messages import FLOOR
 
 OWN, CHANGED, LOWERED = 1, 2, 4  # flags of a node
@@ -23,7 +23,7 @@ OWN, CHANGED, LOWERED = 1, 2, 4  # flags of a node
 _PAUSES = 64  # in which those that wait for fallen nodes are looked at, until the last bucket
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def transpose(start, target, own):  # type: ignore[no-untyped-def]  # compiled by numba
     """In-edges of own nodes as CSR."""
     m = own.size
@@ -47,7 +47,7 @@ def transpose(start, target, own):  # type: ignore[no-untyped-def]  # compiled b
     return in_start, source
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def count_held(own, start, target, packed, applied):  # type: ignore[no-untyped-def]  # compiled by numba
     """Messages of final halo nodes that each own node has not taken yet."""
     held = np.zeros(packed.size if applied.size else 0, np.int32)
@@ -60,7 +60,7 @@ def count_held(own, start, target, packed, applied):  # type: ignore[no-untyped-
     return held
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def count_live(packed, flags):  # type: ignore[no-untyped-def]  # compiled by numba
     n = 0
     for i in range(packed.size):
@@ -68,26 +68,26 @@ def count_live(packed, flags):  # type: ignore[no-untyped-def]  # compiled by nu
     return n
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@compiled.njit(inline="always")
 def _beats(a, i, b, j):  # type: ignore[no-untyped-def]  # compiled by numba
     """Whether key (a, i) comes before (b, j)."""
     return a > b or (a == b and i < j)
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@compiled.njit(inline="always")
 def _message(weight, x):  # type: ignore[no-untyped-def]  # compiled by numba
     """rint(w·x), 0 for x ≤ 0."""
     return np.int64(np.rint(np.float64(weight) * np.float64(x))) if x > 0 else np.int64(0)
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@compiled.njit(inline="always")
 def _lower(j, message, packed, flags):  # type: ignore[no-untyped-def]  # compiled by numba
     """Take a message."""
     packed[j] = 2 * max((packed[j] >> 1) - message, np.int64(FLOOR)) + 1
     flags[j] |= CHANGED
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def _take_held(  # type: ignore[no-untyped-def]  # compiled by numba
     j, start, target, weight, in_start, source, packed, flags, held, applied
 ):
@@ -116,7 +116,7 @@ def _take_held(  # type: ignore[no-untyped-def]  # compiled by numba
                         _lower(j, message, packed, flags)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def _sift_down(key, node, size, k, i):  # type: ignore[no-untyped-def]  # compiled by numba
     """Put (k, i) in the place of the heap's root."""
     at = 0
@@ -133,7 +133,7 @@ def _sift_down(key, node, size, k, i):  # type: ignore[no-untyped-def]  # compil
     key[at], node[at] = k, i
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def _push(key, node, size, k, i):  # type: ignore[no-untyped-def]  # compiled by numba
     """Add (k, i) to a heap of `size`."""
     at = size
@@ -146,13 +146,13 @@ def _push(key, node, size, k, i):  # type: ignore[no-untyped-def]  # compiled by
     key[at], node[at] = k, i
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@compiled.njit(inline="always")
 def _bucket(packed, high, shift, last):  # type: ignore[no-untyped-def]  # compiled by numba
     """Where a score belongs; the first and the last bucket take what lies beyond."""
     return min(max((high - (packed >> 1)) >> shift, 0), last)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def _release(j, released, packed, head, after):  # type: ignore[no-untyped-def]
     """Those that wait for j and that it no longer beats, or all when it is final, go to the list
     that begins with `released`; returns its new beginning.
@@ -171,7 +171,7 @@ def _release(j, released, packed, head, after):  # type: ignore[no-untyped-def]
     return released
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def fill_buckets(work, packed, after, first, high, shift):  # type: ignore[no-untyped-def]
     """Queue these nodes while no bucket has been opened."""
     last = first.size - 1
@@ -182,7 +182,7 @@ def fill_buckets(work, packed, after, first, high, shift):  # type: ignore[no-un
         first[bucket] = i
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def advance(  # type: ignore[no-untyped-def]  # compiled by numba
     start, target, weight, in_start, source, packed, flags, head, after, held, applied, first, high,
     shift, key, node, lowered,
@@ -281,7 +281,7 @@ def advance(  # type: ignore[no-untyped-def]  # compiled by numba
     return looks
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def receive(  # type: ignore[no-untyped-def]  # compiled by numba
     nodes, x, final, start, target, weight, packed, flags, head, after, held, applied
 ):
@@ -332,7 +332,7 @@ def receive(  # type: ignore[no-untyped-def]  # compiled by numba
     return out
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def strongest(start, target, weight, own, packed):  # type: ignore[no-untyped-def]
     """Sender of the largest message to each own node, among those that were final before it."""
     largest = np.zeros(packed.size, np.int64)

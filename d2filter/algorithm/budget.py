@@ -71,5 +71,6 @@ def kept_mask(
     kept = rank < size
     if min_score is not None:
         # in float32, as scores are stored: 0.7 must keep a score of 0.7
-        kept &= difficulty >= np.float32(min_score)
+        with np.errstate(over="ignore"):  # beyond float32 lies what none, or all, of them reach
+            kept &= difficulty >= np.float32(min_score)
     return kept

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import backend, features
+from d2filter.algorithm import backend, compiled, features
 from d2filter.algorithm.search import EVERY_CELL, Progress, make_members, search, search_all
 
 F16 = npt.NDArray[np.float16]
@@ -213,7 +212,7 @@ def _spaced(sample: F16, count: int) -> F16:
     return sample[np.linspace(0, len(sample) - 1, count).astype(np.int64)]
 
 
-@numba.njit(cache=True)
+@compiled.njit()
 def _sum_cells(bits, cell, cells):  # type: ignore[no-untyped-def]  # compiled by numba
     n, d = bits.shape
     sums = np.zeros((cells, d), np.float64)

@@ -9,10 +9,10 @@ look. Work: one sort of the edges that carried a message; no selection is repeat
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from d2filter.algorithm import compiled
 from d2filter.algorithm.messages import FLOOR
 
 I64 = npt.NDArray[np.int64]
@@ -50,7 +50,7 @@ def breaches(
     return int(wrong), int(late), int(other)
 
 
-@numba.njit(cache=True)
+@compiled.njit()
 def _walk(forward, final, precedence, source, target, message, suppressed_by):  # type: ignore[no-untyped-def]
     """Replay the messages of each target in the order of their senders' ranks."""
     x = forward.copy()

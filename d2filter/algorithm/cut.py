@@ -11,11 +11,10 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import backend, features, uids
+from d2filter.algorithm import compiled, features, threads, uids
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
@@ -175,7 +174,7 @@ def as_csr(neighbors: Nodes, values: F32, first: int = 0) -> tuple[Nodes, Nodes,
     def count(some: slice) -> None:
         (neighbors[some] >= 0).sum(axis=1, out=start[some.start + 1 : some.stop + 1])
 
-    backend.in_blocks(count, len(neighbors), _BLOCK)
+    threads.in_blocks(count, len(neighbors), _BLOCK)
     np.cumsum(start, out=start)
     target, value = np.empty(start[-1], kind), np.empty(start[-1], np.float32)
 
@@ -185,7 +184,7 @@ def as_csr(neighbors: Nodes, values: F32, first: int = 0) -> tuple[Nodes, Nodes,
         target[edges] = neighbors[some][there] - first
         value[edges] = values[some][there]
 
-    backend.in_blocks(fill, len(neighbors), _BLOCK)
+    threads.in_blocks(fill, len(neighbors), _BLOCK)
     return start, target, value
 
 
@@ -250,7 +249,7 @@ def _both_ways(source: I64, target: I64, distance: F32) -> tuple[I64, I64, F32]:
     )
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def _number(own_hi, own_lo, halo_hi, halo_lo, halo_row, own_node, halo_node):  # type: ignore[no-untyped-def]
     """Merge two lists of ascending uids: the node of each."""
     a, b = 0, 0
@@ -267,7 +266,7 @@ def _number(own_hi, own_lo, halo_hi, halo_lo, halo_row, own_node, halo_node):  #
             b += 1
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@compiled.njit(inline="always")
 def _node(sample, first, own_node, halo_ids, halo_node):  # type: ignore[no-untyped-def]
     """Node of a graph id."""
     if first <= sample < first + own_node.size:
@@ -275,7 +274,7 @@ def _node(sample, first, own_node, halo_ids, halo_node):  # type: ignore[no-unty
     return halo_node[np.searchsorted(halo_ids, sample)]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def _fill(  # type: ignore[no-untyped-def]  # compiled by numba
     neighbors, sqdist, source, target, distance, first, own_node, halo_ids, halo_node, start,
     out_target, out_sqdist,
@@ -309,7 +308,7 @@ def _fill(  # type: ignore[no-untyped-def]  # compiled by numba
         start[node] = at + 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def _keep_others(start, target, sqdist, late, out_start, out_target, out_sqdist):  # type: ignore[no-untyped-def]
     left = 0
     for node in range(late.size):
@@ -323,7 +322,7 @@ def _keep_others(start, target, sqdist, late, out_start, out_target, out_sqdist)
     return left
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def _crossing(own, start, target, peer_of):  # type: ignore[no-untyped-def]  # compiled by numba
     """(partition, own node) for each edge that crosses."""
     count = 0

@@ -7,20 +7,20 @@ of 2⁻⁴⁸ below 2⁴, so the float64 sum is exact whatever its order, on any
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
+
+from d2filter.algorithm import compiled, threads
 
 F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
+
+_BLOCK = 1 << 19  # values that a thread takes at a time: about a millisecond
 
 
 def fix(modalities: Sequence[npt.NDArray[Any]], *, normalize: bool = True) -> F16:
@@ -68,7 +68,8 @@ class Copies:
 def group_copies(rows: F16) -> Copies:
     """Find bit-identical rows of an (n, d) float16 array. Memory: ~40 bytes a row."""
     bits = np.ascontiguousarray(rows).view(np.uint16)
-    key = _hash_rows(bits)
+    key = np.empty(len(bits), np.uint64)
+    _by_rows(lambda b, e: _hash_rows(bits, b, e, key), *bits.shape)
     order = np.argsort(key, kind="stable")
     leader = _leaders(bits, key, order.astype(np.int64, copy=False))
     first, group = np.unique(leader, return_inverse=True)
@@ -92,7 +93,9 @@ def inside_runs(sizes: npt.NDArray[np.integer]) -> I64:
 
 def to_float32(rows: F16) -> F32:
     """The same values as float32, (n, d)."""
-    out: F32 = _decode(np.ascontiguousarray(rows).view(np.uint16))
+    bits = np.ascontiguousarray(rows).view(np.uint16)
+    out = np.empty(bits.shape, np.float32)
+    _by_rows(lambda b, e: _decode(bits, b, e, out), *bits.shape)
     return out
 
 
@@ -107,31 +110,65 @@ def centered_into(rows: F16, which: I64, center: F32, out: F32) -> F32:
 
 def squared_norms(rows: F16) -> npt.NDArray[np.float64]:
     """Squared norm of each row, (n,) float64."""
-    out: npt.NDArray[np.float64] = _squared_norms(np.ascontiguousarray(rows).view(np.uint16))
+    bits = np.ascontiguousarray(rows).view(np.uint16)
+    out = np.empty(len(bits), np.float64)
+    _by_rows(lambda b, e: _squared_norms(bits, b, e, out), *bits.shape)
     return out
 
 
 def sqdist_pairs(rows: F16, neighbors: npt.NDArray[np.integer]) -> F32:
-    """Squared distance of each row to each of its neighbors, (n, k) float32; inf where −1."""
-    out: F32 = _pairs(np.ascontiguousarray(rows).view(np.uint16), neighbors)
+    """Squared distances of the first n rows to their neighbors (n, k), float32; inf where −1."""
+    bits = np.ascontiguousarray(rows).view(np.uint16)
+    out = np.full(neighbors.shape, np.inf, np.float32)
+    n, k = neighbors.shape
+    _by_rows(lambda b, e: _pairs(bits, neighbors, b, e, out), n, bits.shape[1] * k)
     return out
 
 
-@intrinsic
-def _half(typing_context, bits):  # type: ignore[no-untyped-def]  # compiled by numba
-    """float32 of a float16 given as uint16 bits: the processor's own conversion, exact."""
+def _by_rows(work: Callable[[int, int], None], rows: int, values: int) -> None:
+    """Call work(begin, end) for blocks of rows that have so many values each."""
+    block = max(1, _BLOCK // max(1, values))
+    threads.in_blocks(lambda some: work(some.start, some.stop), rows, block)
+
+
+@compiled.intrinsic
+def half(typing_context, bits):  # type: ignore[no-untyped-def]  # compiled by numba
+    """float32 of a float16 given as uint16 bits, exact: by the processor where it can."""
+    from llvmlite import ir
+    from numba.core import types
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        value = builder.bitcast(arguments[0], ir.HalfType())
-        return builder.fpext(value, ir.FloatType())
+        triple, _, able = context.codegen().magic_tuple()
+        if "+f16c" in able.split(",") or triple.startswith(("aarch64", "arm64")):
+            return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+        return builder.bitcast(_widened(builder, arguments[0]), ir.FloatType())
 
     return types.float32(types.uint16), generate
 
 
-half: Any = _half
+def _widened(builder: Any, bits: Any) -> Any:
+    """The bits of a float32 from those of a float16, for processors that convert none. No value on
+    the way is subnormal, which a program may have told the processor to take for 0.
+    """
+    from llvmlite import ir
+
+    word, number = ir.IntType(32), ir.FloatType()
+    wide = builder.zext(bits, word)
+    sign = builder.shl(builder.and_(wide, word(0x8000)), word(16))
+    kept = builder.shl(builder.and_(wide, word(0x7FFF)), word(13))
+    exponent = builder.and_(kept, word(0x7C00 << 13))
+    usual = builder.add(kept, word((127 - 15) << 23))
+    # all exponent bits set: infinity or NaN, of float32 too
+    endless = builder.add(usual, word((128 - 16) << 23))
+    least = word((127 - 14) << 23)  # 2⁻¹⁴, the smallest float16 that is not subnormal
+    shifted = builder.bitcast(builder.add(kept, least), number)
+    small = builder.bitcast(builder.fsub(shifted, builder.bitcast(least, number)), word)
+    out = builder.select(builder.icmp_unsigned("==", exponent, word(0)), small, usual)
+    is_endless = builder.icmp_unsigned("==", exponent, word(0x7C00 << 13))
+    return builder.or_(builder.select(is_endless, endless, out), sign)
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc"})
+@compiled.njit(fastmath={"reassoc"})
 def sqdist_to(x, b):  # type: ignore[no-untyped-def]  # compiled by numba
     """Float32 squared distance of a row widened to float64 to one given as uint16 bits."""
     total = np.float64(0.0)
@@ -141,7 +178,7 @@ def sqdist_to(x, b):  # type: ignore[no-untyped-def]  # compiled by numba
     return np.float32(total)
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+@compiled.njit(fastmath={"reassoc", "contract"})
 def about(x, b):  # type: ignore[no-untyped-def]  # compiled by numba
     """Squared distance of a row widened to float32 to one given as uint16 bits, in float32.
 
@@ -154,14 +191,14 @@ def about(x, b):  # type: ignore[no-untyped-def]  # compiled by numba
     return total
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def widen(a, out):  # type: ignore[no-untyped-def]  # compiled by numba
     """float64 of a float16 row given as uint16 bits, written to `out`."""
     for c in range(a.size):
         out[c] = np.float64(half(a[c]))
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc"})
+@compiled.njit(fastmath={"reassoc"})
 def squared_norm(a):  # type: ignore[no-untyped-def]  # compiled by numba
     """Float64 squared norm of a float16 row given as uint16 bits."""
     total = np.float64(0.0)
@@ -171,39 +208,30 @@ def squared_norm(a):  # type: ignore[no-untyped-def]  # compiled by numba
     return total
 
 
-@numba.njit(cache=True, parallel=True)
-def _pairs(bits, neighbors):  # type: ignore[no-untyped-def]  # compiled by numba
-    n, k = neighbors.shape
-    out = np.full((n, k), np.inf, np.float32)
-    for i in numba.prange(n):
-        x = np.empty(bits.shape[1], np.float64)
+@compiled.njit()
+def _pairs(bits, neighbors, begin, end, out):  # type: ignore[no-untyped-def]  # compiled by numba
+    x = np.empty(bits.shape[1], np.float64)
+    for i in range(begin, end):
         widen(bits[i], x)
-        for c in range(k):
+        for c in range(neighbors.shape[1]):
             if neighbors[i, c] >= 0:
                 out[i, c] = sqdist_to(x, bits[neighbors[i, c]])
-    return out
 
 
-@numba.njit(cache=True, parallel=True)
-def _squared_norms(bits):  # type: ignore[no-untyped-def]  # compiled by numba
-    n = bits.shape[0]
-    out = np.empty(n, np.float64)
-    for i in numba.prange(n):
+@compiled.njit()
+def _squared_norms(bits, begin, end, out):  # type: ignore[no-untyped-def]  # compiled by numba
+    for i in range(begin, end):
         out[i] = squared_norm(bits[i])
-    return out
 
 
-@numba.njit(cache=True, parallel=True)
-def _decode(bits):  # type: ignore[no-untyped-def]  # compiled by numba
-    n, d = bits.shape
-    out = np.empty((n, d), np.float32)
-    for i in numba.prange(n):
-        for c in range(d):
+@compiled.njit()
+def _decode(bits, begin, end, out):  # type: ignore[no-untyped-def]  # compiled by numba
+    for i in range(begin, end):
+        for c in range(bits.shape[1]):
             out[i, c] = half(bits[i, c])
-    return out
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc"})
+@compiled.njit(fastmath={"reassoc"})
 def _centered_into(bits, which, center, out):  # type: ignore[no-untyped-def]  # compiled by numba
     norm = np.empty(which.size, np.float32)
     for i in range(which.size):
@@ -217,20 +245,17 @@ def _centered_into(bits, which, center, out):  # type: ignore[no-untyped-def]  #
     return norm
 
 
-@numba.njit(cache=True, parallel=True)
-def _hash_rows(bits):  # type: ignore[no-untyped-def]  # compiled by numba
-    n, d = bits.shape
-    out = np.empty(n, np.uint64)
-    for i in numba.prange(n):
+@compiled.njit()
+def _hash_rows(bits, begin, end, out):  # type: ignore[no-untyped-def]  # compiled by numba
+    for i in range(begin, end):
         h = np.uint64(14695981039346656037)
-        for c in range(d):
+        for c in range(bits.shape[1]):
             h = (h ^ np.uint64(bits[i, c])) * np.uint64(1099511628211)
             h ^= h >> np.uint64(29)
         out[i] = h
-    return out
 
 
-@numba.njit(cache=True)
+@compiled.njit()
 def _leaders(bits, key, order):  # type: ignore[no-untyped-def]  # compiled by numba
     """Smallest row with the same bits, per row. Runs of equal hashes are compared bit by bit."""
     n, d = bits.shape

@@ -183,6 +183,11 @@ def in_cells(pool: Pool, trained: Trained, *, probes: int = cells.STORED_PROBES)
     )
 
 
+def width(k: int, total: int) -> int:
+    """Places of the lists of a pool: no sample has more than n − 1 neighbors."""
+    return min(k, max(1, total - 1))
+
+
 def exact_choice(total: int) -> calibrate.Choice:
     """All rows in one cell."""
     return calibrate.Choice(

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from decimal import Decimal
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import budget, quantile, uids
+from d2filter.algorithm import budget, compiled, quantile, uids
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
@@ -113,7 +112,7 @@ def unit(sqdist: F32) -> float:
     return quantile.smallest(values, (values.size - 1) // 2) if values.size else 1.0
 
 
-@numba.njit(cache=True)
+@compiled.njit()
 def _unite(parent, a, b):  # type: ignore[no-untyped-def]  # compiled by numba
     """Union–find with halved paths; the smaller position is the root of its component."""
     for e in range(a.size):

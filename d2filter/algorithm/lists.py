@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import features
+from d2filter.algorithm import compiled, features, threads
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
+
+_BLOCK = 4096  # lists that a thread merges at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,17 +66,22 @@ def merge_inplace(
     `into` and of `other`, which moves along.
     """
     mine, theirs = carried or (into.sqdist, other.sqdist)
-    _merge(
-        into.numbers, into.sqdist, mine, rows, other.numbers, other.sqdist, theirs, queries, total
-    )
+
+    def merge(some: slice) -> None:
+        _merge(
+            into.numbers, into.sqdist, mine, rows, other.numbers, other.sqdist, theirs, queries,
+            total, some.start, some.stop,
+        )  # fmt: skip
+
+    threads.in_blocks(merge, rows.size, _BLOCK)
 
 
-@numba.njit(cache=True, parallel=True)
+@compiled.njit()
 def _merge(  # type: ignore[no-untyped-def]  # compiled by numba
-    numbers, sqdist, carried, rows, more, more_sqdist, more_carried, queries, total
+    numbers, sqdist, carried, rows, more, more_sqdist, more_carried, queries, total, begin, end
 ):
     k = numbers.shape[1]
-    for r in numba.prange(rows.size):
+    for r in range(begin, end):
         i = rows[r]
         held = numbers[i].copy()
         distance = sqdist[i].copy()
@@ -101,7 +107,7 @@ def _merge(  # type: ignore[no-untyped-def]  # compiled by numba
                 b += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def insert(numbers, sqdist, number, distance, query, total):  # type: ignore[no-untyped-def]
     """Put one more neighbor into a list that may have free places (−1), in place.
 
@@ -125,7 +131,7 @@ def insert(numbers, sqdist, number, distance, query, total):  # type: ignore[no-
     return at
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def certain(reach, bar, relative):  # type: ignore[no-untyped-def]  # compiled by numba
     """The exact distance that a member has at least whose approximate one is `bar` or more.
 
@@ -136,7 +142,7 @@ def certain(reach, bar, relative):  # type: ignore[no-untyped-def]  # compiled b
     return bar - 9.1 * relative * max(np.float64(reach), np.float64(bar))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def fill_from_proposals(  # type: ignore[no-untyped-def]  # compiled by numba
     bits, first, copy_start, copy_numbers, near, ids, reach, relative,
     query_bits, query_first, rows_start, rows, queries, total, numbers, sqdist,
@@ -204,7 +210,7 @@ def fill_from_proposals(  # type: ignore[no-untyped-def]  # compiled by numba
     return limit, unsure
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def fill_from_candidates(  # type: ignore[no-untyped-def]  # compiled by numba
     bits, first, copy_start, copy_numbers, which, start, candidates,
     query_bits, query_first, rows_start, rows, queries, total, numbers, sqdist,
@@ -227,7 +233,7 @@ def fill_from_candidates(  # type: ignore[no-untyped-def]  # compiled by numba
             )  # fmt: skip
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def sort(ids, distance, count):  # type: ignore[no-untyped-def]  # compiled by numba
     """Sort the first `count` by distance, in place; equals in any order: `write` takes levels.
 
@@ -250,7 +256,7 @@ def sort(ids, distance, count):  # type: ignore[no-untyped-def]  # compiled by n
         gap //= 3
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def write(  # type: ignore[no-untyped-def]  # compiled by numba
     query, groups, measured, copy_start, copy_numbers, total, out, out_sqdist
 ):
@@ -269,7 +275,7 @@ def write(  # type: ignore[no-untyped-def]  # compiled by numba
             out_sqdist[t] = d
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def _ring(query, members, total, out, begin, filled):  # type: ignore[no-untyped-def]
     """Merge up to k of `members` (ascending numbers) into out[begin:filled], nearest behind first.
 

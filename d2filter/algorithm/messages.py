@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import backend
+from d2filter.algorithm import compiled, threads
 
 ONE = 2**40
 CEILING = 2**61  # of a sum over neighbors
@@ -60,7 +59,7 @@ def edge_weights(
             weights[some] = np.exp(-gamma * kernel(exponent))
         weights[some][padding] = 0.0
 
-    backend.in_blocks(weigh, flat.size, _BLOCK)
+    threads.in_blocks(weigh, flat.size, _BLOCK)
     return weights.reshape(sqdist.shape)
 
 
@@ -76,11 +75,11 @@ def gather(
     def gather(some: slice) -> None:
         _gather(scores, start, target, weights, some.start, some.stop, out)
 
-    backend.in_blocks(gather, scores.size, _BLOCK)
+    threads.in_blocks(gather, scores.size, _BLOCK)
     return out
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def _gather(scores, start, target, weights, begin, end, out):  # type: ignore[no-untyped-def]
     one = np.float64(ONE)
     for i in range(begin, end):

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import features, lists
+from d2filter.algorithm import compiled, features, lists, threads
 from d2filter.algorithm.lists import Lists
 from d2filter.algorithm.search import EVERY_CELL
 
@@ -22,6 +21,7 @@ I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
 BLOCK = 65536  # samples whose candidates are held at a time
+_LISTS = 512  # of them, that a thread takes at a time
 
 
 def distinct(numbers: I64) -> tuple[I64, I64]:
@@ -52,12 +52,18 @@ def candidates(
     compared.
     """
     start = np.zeros(numbers.size + 1, np.int64)
-    arguments = (numbers, probed, own, friends, friend_cells, friend_of, start)
-    nothing = np.empty(0, np.int64)
-    _candidates(*arguments, nothing, True)
+    found = np.empty(0, np.int64)
+
+    def candidates(some: slice, counting: bool) -> None:
+        _candidates(
+            numbers, probed, own, friends, friend_cells, friend_of, some.start, some.stop, start,
+            found, counting,
+        )  # fmt: skip
+
+    threads.in_blocks(lambda some: candidates(some, True), numbers.size, _LISTS)
     np.cumsum(start, out=start)
     found = np.empty(start[-1], np.int64)
-    _candidates(*arguments, found, False)
+    threads.in_blocks(lambda some: candidates(some, False), numbers.size, _LISTS)
     return start, found
 
 
@@ -70,26 +76,31 @@ def improved(
     start, found: the candidates (CSR); table[where]: their features. total: n. Nothing is modified.
     """
     after = Lists(numbers=own.numbers[:, :k].copy(), sqdist=own.sqdist[:, :k].copy())
-    _improve(
-        rows.view(np.uint16), numbers, start, found, table.view(np.uint16), where, total,
-        after.numbers, after.sqdist,
-    )  # fmt: skip
+
+    def improve(some: slice) -> None:
+        _improve(
+            rows.view(np.uint16), numbers, start, found, table.view(np.uint16), where, total,
+            some.start, some.stop, after.numbers, after.sqdist,
+        )  # fmt: skip
+
+    threads.in_blocks(improve, numbers.size, _LISTS)
     return after
 
 
-@numba.njit(cache=True, parallel=True)
+@compiled.njit()
 def _candidates(  # type: ignore[no-untyped-def]  # compiled by numba
-    numbers, probed, own, friends, friend_cells, friend_of, start, found, counting
+    numbers, probed, own, friends, friend_cells, friend_of, begin, end, start, found, counting
 ):  # fmt: skip
     """Count the candidates of each sample into start[1:], or write them from start[i] on."""
-    q, width = own.shape
+    width = own.shape[1]
     size = 16
     while size < 2 * width * width:
         size *= 2
-    for i in numba.prange(q):
+    seen = np.empty(size, np.int64)  # open addressing
+    for i in range(begin, end):
         if probed[i, 0] == EVERY_CELL:
             continue
-        seen = np.full(size, -1, np.int64)  # open addressing
+        seen[:] = -1
         for t in range(width):
             if own[i, t] >= 0:
                 _add(seen, own[i, t])
@@ -118,7 +129,7 @@ def _candidates(  # type: ignore[no-untyped-def]  # compiled by numba
             start[i + 1] = count
 
 
-@numba.njit(cache=True)
+@compiled.njit()
 def _add(seen, number):  # type: ignore[no-untyped-def]  # compiled by numba
     """Add to the set; False when it is there already."""
     mask = seen.size - 1
@@ -131,16 +142,16 @@ def _add(seen, number):  # type: ignore[no-untyped-def]  # compiled by numba
     return True
 
 
-@numba.njit(cache=True, parallel=True)
+@compiled.njit()
 def _improve(  # type: ignore[no-untyped-def]  # compiled by numba
-    bits, numbers, start, found, table, where, total, out, out_sqdist
+    bits, numbers, start, found, table, where, total, begin, end, out, out_sqdist
 ):
     last = out.shape[1] - 1
     surely = 1 - (bits.shape[1] + 16) * 2.0**-24  # of a distance in float32: it is as large as this
-    for i in numba.prange(numbers.size):
+    x = np.empty(bits.shape[1], np.float64)
+    for i in range(begin, end):
         if start[i] == start[i + 1]:
             continue
-        x = np.empty(bits.shape[1], np.float64)
         features.widen(bits[i], x)
         narrow = x.astype(np.float32)
         for t in range(start[i], start[i + 1]):

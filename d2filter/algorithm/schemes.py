@@ -8,6 +8,7 @@ negative, and depend on nothing but the two samples and their distance.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2filter.algorithm import messages
+from d2filter.errors import UsageError
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -49,13 +51,19 @@ class Scheme:
         return REVERSE[self.reverse](sqdist, weigh)
 
     def per(self, unit: float) -> Scheme:
-        """The same with gammas that were given for distances in units of √`unit`."""
+        """The same with gammas that were given for distances in units of √`unit`.
+
+        Raises UsageError where a gamma is too large for a float64 then.
+        """
         exponent = float(KERNELS[self.kernel](np.array(unit, np.float64)))
-        return replace(
-            self,
-            gamma_forward=self.gamma_forward / exponent,
-            gamma_reverse=self.gamma_reverse / exponent,
-        )
+        forward, reverse = self.gamma_forward / exponent, self.gamma_reverse / exponent
+        for asked, made in ((self.gamma_forward, forward), (self.gamma_reverse, reverse)):
+            if not math.isfinite(made):
+                raise UsageError(
+                    f"gamma {asked} is too large for distances in units of their median, "
+                    f"{unit:g} squared: give a smaller one, or --gamma-scale none"
+                )
+        return replace(self, gamma_forward=forward, gamma_reverse=reverse)
 
     @property
     def one_weight(self) -> bool:

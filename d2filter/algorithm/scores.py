@@ -11,11 +11,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import uids
+from d2filter.algorithm import compiled, threads, uids
 from d2filter.algorithm.dynamics import blocks
 
 Floats = npt.NDArray[Any]
@@ -193,21 +192,24 @@ def _refuse_rows(name: str, reference: F64, what: str) -> None:
         raise ValueError(f"{rows.size} {name}s are {what}, the first in row {rows[0]}: drop them")
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
-def _pairwise(x, y, squared):  # type: ignore[no-untyped-def]  # compiled by numba
+def _pairwise(x: F64, y: F64, squared: bool) -> F64:
     """Products, or squared distances, of all rows of x (m, d) and y (t, d): (m, t) float64."""
-    m, t = len(x), len(y)
-    out = np.empty((m, t), np.float64)
-    for chunk in numba.prange((m + 31) // 32):
-        # tiles of y that stay in the cache while 32 rows of x go by
-        for tile in range(0, t, 64):
-            for i in range(32 * chunk, min(32 * chunk + 32, m)):
-                for j in range(tile, min(tile + 64, t)):
-                    out[i, j] = _sqdist(x[i], y[j]) if squared else _dot(x[i], y[j])
+    out = np.empty((len(x), len(y)), np.float64)
+    # y goes by once for 32 rows of x
+    threads.in_blocks(lambda some: _pairs(x[some], y, squared, out[some]), len(x), 32)
     return out
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc"})
+@compiled.njit()
+def _pairs(x, y, squared, out):  # type: ignore[no-untyped-def]  # compiled by numba
+    # tiles of y that stay in the cache while the rows of x go by
+    for tile in range(0, len(y), 64):
+        for i in range(len(x)):
+            for j in range(tile, min(tile + 64, len(y))):
+                out[i, j] = _sqdist(x[i], y[j]) if squared else _dot(x[i], y[j])
+
+
+@compiled.njit(fastmath={"reassoc"})
 def _dot(a, b):  # type: ignore[no-untyped-def]  # compiled by numba
     total = np.float64(0.0)
     for c in range(a.size):
@@ -215,7 +217,7 @@ def _dot(a, b):  # type: ignore[no-untyped-def]  # compiled by numba
     return total
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc"})
+@compiled.njit(fastmath={"reassoc"})
 def _sqdist(a, b):  # type: ignore[no-untyped-def]  # compiled by numba
     total = np.float64(0.0)
     for c in range(a.size):

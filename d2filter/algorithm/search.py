@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import backend, features, lists
+from d2filter.algorithm import backend, features, lists, threads
 from d2filter.algorithm.lists import Lists
 
 F16 = npt.NDArray[np.float16]
@@ -119,7 +119,7 @@ def search(
     # queries that begin in one cell share most of the others, and the members that they measure
     order = np.argsort(begins, kind="stable")[np.count_nonzero(begins == EVERY_CELL) :]
     blocks = -(-order.size // _QUERY_BLOCK)
-    blocks = max(blocks, min(backend.threads(), order.size // _SMALLEST_BLOCK))
+    blocks = max(blocks, min(threads.count(), order.size // _SMALLEST_BLOCK))
     bounds = np.linspace(0, order.size, blocks + 1).astype(np.int64)
 
     def work(number: int) -> None:

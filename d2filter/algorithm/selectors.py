@@ -13,11 +13,19 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import backend, baselines, budget, features, submodular, uids
+from d2filter.algorithm import (
+    backend,
+    baselines,
+    budget,
+    compiled,
+    features,
+    submodular,
+    threads,
+    uids,
+)
 from d2filter.errors import InputError, UsageError
 
 Array = npt.NDArray[Any]
@@ -30,6 +38,8 @@ _TRAINING_ROWS_A_CLUSTER = 256
 _ITERATIONS = 20
 _BLOCK = 65536  # rows read at once: 270 MB of float64 at 512 columns
 _TILE = 4096  # rows of a cluster compared at once
+_VALUES = 1 << 19  # that a thread takes at a time: about a millisecond
+_RAISED = 64  # rows of a tile that a thread takes at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,7 +321,46 @@ def _distances(rows: Array, which: I64, center: F64) -> F64:
     return out
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc"})
+def _approach_inplace(rows: F32, center: F64, nearest: F32) -> None:
+    """Lower squared distances where `center` is nearer; −1 says that a row is taken."""
+    threads.in_blocks(
+        lambda some: _approach(rows[some], center, nearest[some]), len(rows), _block_of(rows)
+    )
+
+
+def _products(rows: F32, x: F64, live: npt.NDArray[np.bool_]) -> F64:
+    """⟨row, x⟩ in float64, (n,); −inf for rows that are taken."""
+    out = np.full(len(rows), -np.inf)
+    threads.in_blocks(
+        lambda some: _multiply(rows[some], x, live[some], out[some]), len(rows), _block_of(rows)
+    )
+    return out
+
+
+def _cosines(rows: F32, center: F32) -> F32:
+    """Cosine of each row to a center, (n,) float32."""
+    out = np.empty(len(rows), np.float32)
+    threads.in_blocks(
+        lambda some: _compare(rows[some], center, out[some]), len(rows), _block_of(rows)
+    )
+    return out
+
+
+def _raise_inplace(later: F32, earlier: F32, same: bool, largest: F32) -> None:
+    """Largest cosine of each later row to an earlier one; `same`: they are the same rows."""
+    norms = np.empty(len(earlier), np.float64)
+    _norms(earlier, norms)
+    threads.in_blocks(
+        lambda some: _raise(later, earlier, norms, same, some.start, some.stop, largest),
+        len(later), _RAISED,
+    )  # fmt: skip
+
+
+def _block_of(rows: Array) -> int:
+    return max(1, _VALUES // int(rows.shape[1]))
+
+
+@compiled.njit(fastmath={"reassoc"})
 def _dot(x, y):  # type: ignore[no-untyped-def]  # compiled by numba
     total = np.float64(0.0)
     for c in range(x.size):
@@ -319,10 +368,9 @@ def _dot(x, y):  # type: ignore[no-untyped-def]  # compiled by numba
     return total
 
 
-@numba.njit(cache=True, parallel=True, fastmath={"reassoc"})
-def _approach_inplace(rows, center, nearest):  # type: ignore[no-untyped-def]  # compiled by numba
-    """Lower squared distances where `center` is nearer; −1 says that a row is taken."""
-    for i in numba.prange(len(rows)):
+@compiled.njit(fastmath={"reassoc"})
+def _approach(rows, center, nearest):  # type: ignore[no-untyped-def]  # compiled by numba
+    for i in range(len(rows)):
         if nearest[i] > 0:
             total = np.float64(0.0)
             for c in range(center.size):
@@ -331,39 +379,35 @@ def _approach_inplace(rows, center, nearest):  # type: ignore[no-untyped-def]  #
             nearest[i] = min(nearest[i], np.float32(total))
 
 
-@numba.njit(cache=True, parallel=True)
-def _products(rows, x, live):  # type: ignore[no-untyped-def]  # compiled by numba
-    """⟨row, x⟩ in float64, −inf for rows that are taken."""
-    out = np.full(len(rows), -np.inf)
-    for i in numba.prange(len(rows)):
+@compiled.njit()
+def _multiply(rows, x, live, out):  # type: ignore[no-untyped-def]  # compiled by numba
+    for i in range(len(rows)):
         if live[i]:
             out[i] = _dot(rows[i], x)
-    return out
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@compiled.njit(inline="always")
 def _cosine(product, xx, yy):  # type: ignore[no-untyped-def]  # compiled by numba
     scale = np.sqrt(xx * yy)
     return np.float32(product / scale) if scale > 0 else np.float32(0.0)
 
 
-@numba.njit(cache=True, parallel=True)
-def _cosines(rows, center):  # type: ignore[no-untyped-def]  # compiled by numba
-    """Cosine of each row to a center, (n,) float32."""
-    out = np.empty(len(rows), np.float32)
+@compiled.njit()
+def _compare(rows, center, out):  # type: ignore[no-untyped-def]  # compiled by numba
     norm = _dot(center, center)
-    for i in numba.prange(len(rows)):
+    for i in range(len(rows)):
         out[i] = _cosine(_dot(rows[i], center), _dot(rows[i], rows[i]), norm)
-    return out
 
 
-@numba.njit(cache=True, parallel=True)
-def _raise_inplace(later, earlier, same, largest):  # type: ignore[no-untyped-def]
-    """Largest cosine of each later row to an earlier one; `same`: they are the same rows."""
-    norms = np.empty(len(earlier), np.float64)
-    for j in range(len(earlier)):
-        norms[j] = _dot(earlier[j], earlier[j])
-    for i in numba.prange(len(later)):
+@compiled.njit()
+def _norms(rows, out):  # type: ignore[no-untyped-def]  # compiled by numba
+    for i in range(len(rows)):
+        out[i] = _dot(rows[i], rows[i])
+
+
+@compiled.njit()
+def _raise(later, earlier, norms, same, begin, end, largest):  # type: ignore[no-untyped-def]
+    for i in range(begin, end):
         norm = _dot(later[i], later[i])
         high = largest[i]
         for j in range(i if same else len(earlier)):

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import features, lists, search
+from d2filter.algorithm import compiled, features, lists, search, threads
 from d2filter.algorithm.lists import Lists
 
 F16 = npt.NDArray[np.float16]
@@ -20,6 +19,8 @@ F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
+_MEASURED = 256  # shortlists that a thread measures at a time
+_SETTLED = 4096
 _OVER_FETCH = 4  # a list that misses the edge of a long shortlist loses next to nothing
 
 
@@ -59,7 +60,14 @@ def find(
     exact = np.full(found.numbers.shape, np.inf, np.float32)
     # queries of one cell are near the same members
     order = np.argsort(probed[:, 0], kind="stable")
-    _measure(rows.view(np.uint16), numbers, queries.view(np.uint16), order, found.numbers, exact)
+
+    def measure(some: slice) -> None:
+        _measure(
+            rows.view(np.uint16), numbers, queries.view(np.uint16), order[some], found.numbers,
+            exact,
+        )  # fmt: skip
+
+    threads.in_blocks(measure, order.size, _MEASURED)
     return Shortlists(lists=found, exact=exact)
 
 
@@ -86,32 +94,36 @@ def settle(short: Shortlists, queries: I64, width: int, total: int) -> Lists:
             sqdist=np.ascontiguousarray(short.exact[:, :width]),
         )
     out = Lists.empty(len(queries), width)
-    _settle(short.lists.numbers, short.exact, queries, total, out.numbers, out.sqdist)
+
+    def fill(some: slice) -> None:
+        _settle(
+            short.lists.numbers[some], short.exact[some], queries[some], total, out.numbers[some],
+            out.sqdist[some],
+        )  # fmt: skip
+
+    threads.in_blocks(fill, len(queries), _SETTLED)
     return out
 
 
-@numba.njit(cache=True, parallel=True)
+@compiled.njit()
 def _measure(bits, numbers, query_bits, order, found, exact):  # type: ignore[no-untyped-def]
-    """Exact distances of each query to the members that its shortlist names."""
-    blocks = -(-order.size // 64)
+    """Exact distances of the queries `order` to the members that their shortlists name."""
     first = numbers[0] if numbers.size else 0
     gapless = numbers.size > 0 and numbers[-1] - first + 1 == numbers.size
-    for block in numba.prange(blocks):
-        x = np.empty(query_bits.shape[1], np.float64)
-        for at in range(block * 64, min(order.size, block * 64 + 64)):
-            q = order[at]
-            features.widen(query_bits[q], x)
-            for t in range(found.shape[1]):
-                number = found[q, t]
-                if number < 0:
-                    break
-                row = number - first if gapless else np.searchsorted(numbers, number)
-                exact[q, t] = features.sqdist_to(x, bits[row])
+    x = np.empty(query_bits.shape[1], np.float64)
+    for q in order:
+        features.widen(query_bits[q], x)
+        for t in range(found.shape[1]):
+            number = found[q, t]
+            if number < 0:
+                break
+            row = number - first if gapless else np.searchsorted(numbers, number)
+            exact[q, t] = features.sqdist_to(x, bits[row])
 
 
-@numba.njit(cache=True, parallel=True)
+@compiled.njit()
 def _settle(found, exact, queries, total, out, out_sqdist):  # type: ignore[no-untyped-def]
-    for q in numba.prange(queries.size):
+    for q in range(queries.size):
         for t in range(found.shape[1]):
             if found[q, t] < 0:
                 break

@@ -13,12 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import numpy.typing as npt
-import threadpoolctl
 
-from d2filter.algorithm import backend, features, search
+from d2filter.algorithm import backend, compiled, features, search, threads
 
 F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
@@ -117,7 +115,7 @@ def train(sample: F16, least: int = 0) -> Sketch:
     mean = np.rint(whole[~large].astype(np.float64).mean(axis=0))
     # sums of integers are exact; one thread, so that the axes are the same from any number of them
     spread = np.zeros((dim, dim))
-    with threadpoolctl.threadpool_limits(1, "blas"):
+    with threads.one_blas_thread():
         for begin in range(0, m, _STEP_ROWS):
             some = slice(begin, begin + _STEP_ROWS)
             wide = whole[some][~large[some]] - mean
@@ -163,7 +161,7 @@ def _length(axes: F32) -> float:
     return float(np.sqrt((axes.astype(np.float64) ** 2).sum(axis=0).max()))
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc"})
+@compiled.njit(fastmath={"reassoc"})
 def _to_grid(bits, grid, mean, most):  # type: ignore[no-untyped-def]  # compiled by numba
     """Rows minus the mean as integers in float32, (n, d), and which are longer than `most`."""
     n, d = bits.shape

@@ -10,11 +10,10 @@ the plain greedy, ties to the smaller row.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import messages
+from d2filter.algorithm import compiled, messages
 from d2filter.errors import UsageError
 
 F32 = npt.NDArray[np.float32]
@@ -70,7 +69,7 @@ def _edges(
     return edges
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def _place(row, j):  # type: ignore[no-untyped-def]  # compiled by numba
     """Where j stands in a list, −1 if it does not."""
     for c in range(row.size):
@@ -79,7 +78,7 @@ def _place(row, j):  # type: ignore[no-untyped-def]  # compiled by numba
     return -1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def _union(neighbors, weights):  # type: ignore[no-untyped-def]  # compiled by numba
     n, k = neighbors.shape
     start = np.zeros(n + 1, np.int64)
@@ -115,13 +114,13 @@ def _union(neighbors, weights):  # type: ignore[no-untyped-def]  # compiled by n
     return start, target, weight
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@compiled.njit(inline="always")
 def _fixed(weight):  # type: ignore[no-untyped-def]  # compiled by numba
     """A similarity in units of 2⁻³²."""
     return np.int64(np.rint(np.float64(weight) * np.float64(ONE)))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def _sink(key, node, size, at):  # type: ignore[no-untyped-def]  # compiled by numba
     """Let the entry at `at` down to where it belongs in a heap of (key, node), best first."""
     k, i = key[at], node[at]
@@ -141,7 +140,7 @@ def _sink(key, node, size, at):  # type: ignore[no-untyped-def]  # compiled by n
     key[at], node[at] = k, i
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def _heap(key):  # type: ignore[no-untyped-def]  # compiled by numba
     """Make a heap of the keys of nodes 0 … n − 1 in place; the nodes in its order."""
     node = np.arange(key.size).astype(np.int32)
@@ -150,7 +149,7 @@ def _heap(key):  # type: ignore[no-untyped-def]  # compiled by numba
     return node
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def _drop_root(key, node, size):  # type: ignore[no-untyped-def]  # compiled by numba
     """Take the root off a heap; returns the size that is left."""
     size -= 1
@@ -160,7 +159,7 @@ def _drop_root(key, node, size):  # type: ignore[no-untyped-def]  # compiled by 
     return size
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def _covers(j, start, target, weight, best):  # type: ignore[no-untyped-def]  # compiled by numba
     """What j would add to Σ_i best_i."""
     gain = np.int64(ONE) - best[j]
@@ -169,7 +168,7 @@ def _covers(j, start, target, weight, best):  # type: ignore[no-untyped-def]  # 
     return gain
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def _cover(start, target, weight):  # type: ignore[no-untyped-def]  # compiled by numba
     """Facility location until nothing adds anything."""
     n = start.size - 1
@@ -199,7 +198,7 @@ def _cover(start, target, weight):  # type: ignore[no-untyped-def]  # compiled b
     return order[:taken].copy()
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def _cut(start, target, weight, relevance):  # type: ignore[no-untyped-def]  # compiled by numba
     """Graph cut to the end. Here the gains are kept up to date and only the heap is lazy."""
     n = start.size - 1

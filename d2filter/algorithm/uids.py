@@ -6,9 +6,10 @@ samples train the centroids, which ones measure recall) are made by a hash of th
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from d2filter.algorithm import compiled
 
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
@@ -99,7 +100,7 @@ def buckets(pairs: U64) -> tuple[I64, int]:
     return _bucket_starts(pairs, bits), 64 - bits
 
 
-@numba.njit(cache=True)
+@compiled.njit()
 def _bucket_starts(pairs, bits):  # type: ignore[no-untyped-def]  # compiled by numba
     starts = np.full(2**bits + 1, pairs.shape[0], np.int64)
     low = 0
@@ -116,7 +117,7 @@ def _bucket_starts(pairs, bits):  # type: ignore[no-untyped-def]  # compiled by 
     return starts
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled.njit()
 def occurrences(pairs, starts, shift, digits):  # type: ignore[no-untyped-def]
     """How often a uid, 32 lowercase hex digits as bytes, stands in ascending (n, 2) uint64 pairs of
     hi and lo; −1 for what are no such digits. starts, shift: their `buckets`. Digits are read here:

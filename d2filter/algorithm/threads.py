@@ -1,0 +1,126 @@
+"""Threads of one process: how many, and loops in blocks that they share.
+
+Any number of threads may call at once, and so may the child of a fork, in which new threads are
+made. What runs in these threads takes no further ones.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+_MOST = 256
+
+_allowed = 0
+
+
+class _Here(threading.local):
+    inside = False
+
+
+_here = _Here()
+
+
+def use(count: int) -> None:
+    """Let the algorithms of this process use `count` threads."""
+    global _allowed
+    _allowed = count
+
+
+def count() -> int:
+    """Threads that an algorithm may use: those given to `use`, else one a CPU. One of these threads
+    may use itself alone.
+    """
+    return 1 if _here.inside else _allowed or os.cpu_count() or 1
+
+
+def in_blocks(work: Callable[[slice], None], size: int, block: int) -> None:
+    """Call work on slices of 0 … size − 1, from as many threads as allowed. `block` is about their
+    length. For loops that release the interpreter and call no BLAS.
+
+    The calling thread works too, and waits for none that has not begun: on a busy machine, and
+    from any number of threads at once.
+    """
+    parts = deque(slice(begin, min(begin + block, size)) for begin in range(0, size, block))
+
+    def take() -> None:
+        while parts:
+            try:
+                part = parts.popleft()
+            except IndexError:  # another thread was faster
+                return
+            work(part)
+
+    helping = [_pool().submit(take) for _ in range(min(len(parts), count()) - 1)]
+    try:
+        take()
+    finally:
+        parts.clear()
+        begun = [one for one in helping if not one.cancel()]
+        for one in begun:
+            one.result()
+
+
+def each(work: Callable[[int], None], number: int) -> None:
+    """Call work(0) … work(number − 1) from as many threads as allowed, new ones: what they hold for
+    themselves goes with them.
+    """
+    threads = min(number, count())
+    if threads <= 1:
+        for one in range(number):
+            work(one)
+        return
+    with ThreadPoolExecutor(threads, initializer=_enter) as pool:
+        for _ in pool.map(work, range(number)):
+            pass
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """Threads are made as they are needed, and stay."""
+    return ThreadPoolExecutor(_MOST, "d2filter", initializer=_enter)
+
+
+def _enter() -> None:
+    _here.inside = True
+
+
+_blas_lock = threading.Lock()
+_blas_users = 0
+_blas_limit: Any = None
+
+
+def _after_fork() -> None:
+    """The one thread of a child is none of these, and nobody else holds the lock."""
+    global _blas_lock, _blas_users
+    _here.inside = False
+    _pool.cache_clear()
+    _blas_lock, _blas_users = threading.Lock(), 0
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Products take one thread each, until the last of those who asked for it is done."""
+    import threadpoolctl
+
+    global _blas_users, _blas_limit
+    with _blas_lock:
+        if not _blas_users:
+            _blas_limit = threadpoolctl.threadpool_limits(1, "blas")
+        _blas_users += 1
+    try:
+        yield
+    finally:
+        with _blas_lock:
+            _blas_users -= 1
+            if not _blas_users:
+                _blas_limit.restore_original_limits()
