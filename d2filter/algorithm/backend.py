@@ -188,25 +188,29 @@ class Nearest:
 
 def gpu_block(members: int, dim: int, places: int) -> int:
     """Queries of one `knn_gpu` call so that it stays within _GPU_BYTES."""
-    free = _GPU_BYTES - 2 * dim * members
-    return max(256, free // (2 * dim + 12 * places + 4 * min(members, 65536)))
+    free = _GPU_BYTES - 4 * dim * members
+    return max(256, free // (4 * dim + 12 * places + 4 * min(members, 65536)))
 
 
 def _improve_on_gpu_inplace(
     queries: F16, askers: I64, members: F16, which: I64, names: I64, held: Nearest
 ) -> None:
-    """faiss.knn_gpu on float16 rows as they are: products of float16 are exact in float32."""
+    """faiss.knn_gpu on float32 rows. With float16 rows its distances were off by up to five times
+    what `relative_error` allows, and no faster (jobs/results/bench_gpu.md).
+    """
     places = min(held.ids.shape[1], which.size)
     rows_at_once = max(places, _GPU_BYTES // (8 * members.shape[1]))
     for begin in range(0, which.size, rows_at_once):
         part = slice(begin, begin + rows_at_once)
-        y = np.ascontiguousarray(members[which[part]])
+        y = members[which[part]].astype(np.float32)
         wanted = min(places, len(y))
         step = gpu_block(len(y), members.shape[1], wanted)
         for start in range(0, askers.size, step):
             block = askers[start : start + step]
             x = np.ascontiguousarray(queries[block])
-            distance, index = load_faiss().knn_gpu(_gpu_resources(), x, y, wanted)
+            distance, index = load_faiss().knn_gpu(
+                _gpu_resources(), x.astype(np.float32), y, wanted
+            )
             norm = features.squared_norms(x).astype(np.float32)
             _offer_inplace(
                 distance, index, norm, block, names[part], held.near, held.ids, held.reach
