@@ -175,7 +175,7 @@ def all_bad(folder: Path) -> None:
         (pickle, "00001.npz is no readable npz file of plain arrays"),
         (corrupt_deflate, "00001.npz is no readable npz"),
         (uid_twice, "00001.parquet"),
-        (list_shards, "00001.parquet and .npz are no usable pair"),
+        (list_shards, "00001.parquet: column shard must hold plain values"),
         (dangle, "00001.npz does not exist"),
         (number_uids, "00001.parquet: column uid must hold strings"),
         (drop_uids, "00001.parquet has no column uid; it has url"),
