@@ -30,7 +30,8 @@ from d2filter.formats.kept import Kept
 from d2filter.formats.loaded import Sample, uid_of
 from d2filter.formats.paths import Folder, absolute
 from d2filter.formats.rows import mapped
-from d2filter.formats.shardnames import ShardNames
+from d2filter.formats.shardnames import ShardNames, shown
+from d2filter.text import redacted
 from d2filter.tools import provenance
 
 Subset = npt.NDArray[np.void]
@@ -205,9 +206,9 @@ class Keep:
 
     def _unknown(self, url: str) -> str:
         return (
-            f"shard {webdataset.clean(url)} is none of those that {self._source} has ranked (name "
+            f"shard {shown(url)} is none of those that {redacted(self._source)} has ranked (name "
             f"them as they were; shards that were renamed or packed anew go by uid: "
-            f"d2filter.keep('{self._source}/{subset_format.SUBSET}'))"
+            f"d2filter.keep('{redacted(self._source)}/{subset_format.SUBSET}'))"
         )
 
     def expected(self, urls: str | os.PathLike[str] | Iterable[str]) -> dict[str, int]:

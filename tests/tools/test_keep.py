@@ -293,7 +293,21 @@ def test_the_uid_of_any_json_is_that_of_its_top(meta: Any, indent: int | None) -
     assert list(d2filter.keep(others)([sample])) == []
 
 
-@pytest.mark.parametrize("told", ["0A" * 16, "0a" * 15, "0a" * 17, "0a" * 15 + "0g", "é" * 16])
+@pytest.mark.parametrize(
+    "told",
+    ["0A" * 16, "0a0a0a0a-0a0a-0a0a-0a0a-0a0a0a0a0a0a", "0A0a0a0a-0a0a-0a0a-0a0a-0a0a0a0a0a0A"],
+)
+@pytest.mark.parametrize("by_uid", [True, False])
+def test_a_uid_is_the_same_however_it_is_spelled(told: str, by_uid: bool, tmp_path: Path) -> None:
+    number = int("0a" * 16, 16)
+    keptruns.write_run(tmp_path / "o", [("0.tar", Made("k", number, True))], [])
+    stage = d2filter.keep(tmp_path / ("o/subset.npy" if by_uid else "o"))
+    meta = json.dumps({"uid": told}).encode()
+    sample = {"__url__": "0.tar", "__key__": "k", "json": meta, "jpg": b"x", "txt": b"x"}
+    assert list(stage([sample])) == [sample]
+
+
+@pytest.mark.parametrize("told", ["0a" * 15, "0a" * 17, "0a" * 15 + "0g", "é" * 16])
 def test_what_is_no_uid_is_not_taken_for_one(told: str) -> None:
     content = json.dumps({"uid": told}, ensure_ascii=False).encode()
     sample = {"json": content, "jpg": b"a picture", "txt": b"a caption"}
