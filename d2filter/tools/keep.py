@@ -38,7 +38,7 @@ Subset = npt.NDArray[np.void]
 
 __all__ = ["Keep", "keep", "load_kept", "load_subset", "uid_of"]
 
-_SHARDS_HELD = 32  # whose keys are in memory: loaders that mix shards go to and fro
+_KEYS_HELD = 250_000  # in memory, some 60 MB: loaders that mix shards go to and fro among them
 
 
 def load_subset(subset: str | os.PathLike[str] | Subset) -> Subset:
@@ -130,6 +130,7 @@ class Keep:
         self._all: _Uids | None = None
         self._others: ShardNames | None = None
         self._shards: OrderedDict[str, dict[str, bytes]] = OrderedDict()
+        self._held = 0
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -185,8 +186,9 @@ class Keep:
                 self._warn("shard", self._unknown(url) + ": nothing of it is kept")
             found = kept.of_shard(number).by_key() if number >= 0 else {}
             self._shards[url] = found
-            if len(self._shards) > _SHARDS_HELD:
-                self._shards.popitem(last=False)
+            self._held += 1 + len(found)
+            while self._held > _KEYS_HELD and len(self._shards) > 1:
+                self._held -= 1 + len(self._shards.popitem(last=False)[1])
         return found
 
     def _without_url(self, kept: Kept) -> _Uids:

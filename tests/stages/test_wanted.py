@@ -92,6 +92,15 @@ def test_the_ranked_one_of_two_with_a_uid_is_taken(tmp_path: Path) -> None:
     assert got == [(f"{second.uid}-0", second.content)]
 
 
+@pytest.mark.parametrize("length", [200, 230, 251])
+def test_shards_may_have_long_names(tmp_path: Path, length: int) -> None:
+    name = "n" * (length - 4) + ".tar"
+    drawn = keptruns.Drawn({name: [Made("a", 1, True), Made("b", 2, False)]}, [(name, 1)])
+    got, missing = taken(drawn.write(tmp_path), tmp_path / "s", tmp_path / "new", 1)
+    assert [image for _, image in got] == [drawn.shards[name][1].content]
+    assert missing == 0
+
+
 def test_members_keep_their_names_whatever_bytes_they_are(tmp_path: Path) -> None:
     sample = Made("d\udce9/a", 7, True)
     odd = ["x\udcff.bin", "é.cls", "y" * 120, "z" * 200 + "\udcff"]

@@ -152,6 +152,21 @@ def test_uids_of_the_metadata_are_followed_by_shard_and_key(tmp_path: Path) -> N
     assert list(stream(urls, d2filter.keep(tmp_path / "q"))) == []
 
 
+def test_shards_may_be_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few of them have their keys in memory."""
+    rows = [(f"{n % 7}.tar", Made(f"{n}", n, True)) for n in range(70)]
+    keptruns.write_run(tmp_path / "o", rows[::2], [f"{n}.tar" for n in range(7)])
+    samples = [
+        {"__url__": url, "__key__": m.key, "jpg": b"x", "txt": b"x", "json": m.files[2][1]}
+        for url, m in rows
+    ]
+    for most in (1, 20, 250_000):
+        monkeypatch.setattr(keep, "_KEYS_HELD", most)
+        stage = d2filter.keep(tmp_path / "o")
+        assert list(stage(samples * 2)) == samples[::2] * 2
+        assert len(stage._shards) == {1: 1, 20: 3, 250_000: 7}[most]
+
+
 def test_a_shard_that_was_not_ranked_keeps_nothing_and_says_so_once(tmp_path: Path) -> None:
     drawn = keptruns.Drawn({"0.tar": [Made("a", 1, True)]}, [("0.tar", 0)])
     out = drawn.write(tmp_path)
