@@ -392,7 +392,10 @@ def sweep(parser: argparse.ArgumentParser) -> None:
 def reshard(parser: argparse.ArgumentParser) -> None:
     """Of the command that copies kept samples."""
     parser.add_argument(
-        "--subset", required=True, metavar="RUN", help="run directory, or a subset as .npy"
+        "--subset",
+        required=True,
+        metavar="RUN",
+        help="run directory (samples go by shard and key), or a subset as .npy (they go by uid)",
     )
     parser.add_argument(
         "--shards",
@@ -428,15 +431,15 @@ def report(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=None,
         metavar="N",
-        help="pictures in a gallery, 0 for none; given, shards elsewhere are fetched for them "
-        "(default: 12, from shards at hand)",
+        help="pictures in a gallery, 0 for none; given, shards on other machines, and those that "
+        "only the metadata names, are read for them (default: 12, from embedded shards at hand)",
     )
     parser.add_argument(
         "--shards",
         nargs="+",
         default=None,
         metavar="URL",
-        help="where the pictures are, of a run that does not know (of embedded shards it does)",
+        help="where the pictures are, of a run that was given metadata or whose shards were moved",
     )
 
 

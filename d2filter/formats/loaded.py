@@ -102,8 +102,7 @@ def _parts(sample: Sample) -> tuple[str | None, Any, Any] | None:
             return None
     elif "txt" not in sample:
         return None
-    told = meta.get("uid")
-    return (str(told) if uid_format.is_uid(told) else None), image, caption
+    return uid_format.normalized(meta.get("uid")), image, caption
 
 
 def _get(meta: Any, name: str) -> Any:

@@ -11,11 +11,14 @@ import re
 import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from urllib.parse import unquote
 
 from d2filter.errors import InputError
 from d2filter.formats.webdataset import clean
+from d2filter.text import redacted
 
 _SHOWN = 2
+_PIPE = "pipe:"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _IN_QUERY = re.compile(r"=([^=&#]+\.tar)(?:[&#]|$)", re.IGNORECASE)  # get?file=a/0.tar
 
@@ -57,10 +60,16 @@ class ShardNames:
         if len(best) > 1:
             several = " or ".join(self._names[number] for number in best[:_SHOWN])
             raise InputError(
-                f"shard {clean(url)} may be {several} of the run: name shards with the folders "
+                f"shard {shown(url)} may be {several} of the run: name shards with the folders "
                 "that tell them apart"
             )
         return best[0]
+
+
+def shown(url: str) -> str:
+    """A shard's URL for a message: of a command only what it reads, and no login or signature."""
+    url = clean(url)
+    return redacted(_piped(url.removeprefix(_PIPE)) if url.startswith(_PIPE) else url)
 
 
 def _path(url: str) -> list[str]:
@@ -68,8 +77,8 @@ def _path(url: str) -> list[str]:
     query, the suffix .tar.
     """
     url = clean(url)
-    if url.startswith("pipe:"):
-        url = _piped(url.removeprefix("pipe:"))
+    if url.startswith(_PIPE):
+        url = _piped(url.removeprefix(_PIPE))
     url = url.rpartition("::")[2] if "://" in url else url  # of chained file systems the innermost
     found = _SCHEME.match(url)
     if found:
@@ -77,7 +86,7 @@ def _path(url: str) -> list[str]:
         url = url.partition("#")[0]
         named = _IN_QUERY.search(query)
         if named and not url.lower().endswith(".tar"):
-            url = named[1]
+            url = unquote(named[1])
     else:
         url = os.path.normpath(url.removeprefix("file:"))
     parts = [part for part in url.split("/") if part not in ("", ".")] or [url]
@@ -93,7 +102,8 @@ def _piped(command: str) -> str:
         words = shlex.split(command)
     except ValueError:
         words = command.split()
-    return next((word for word in reversed(words) if ".tar" in word.lower()), command)
+    words = words or [command]
+    return next((word for word in reversed(words) if ".tar" in word.lower()), words[0])
 
 
 def _common(one: Sequence[str], other: Sequence[str]) -> int:

@@ -30,12 +30,14 @@ INDEX = pa.schema(
         ("shard", pa.int64()),
         ("uid_hi", pa.uint64()),
         ("uid_lo", pa.uint64()),
-        ("extensions", pa.list_(pa.string())),
+        ("extensions", pa.list_(pa.binary())),
         ("offsets", pa.list_(pa.int64())),
         ("sizes", pa.list_(pa.int64())),
     ]
 )
-"""a kept sample of some input shards: number of the shard, uid, where its members lie"""
+"""a kept sample of some input shards: number of the shard, uid, where its members lie; the names of
+members may be any bytes
+"""
 
 
 def index_name(number: int) -> str:
@@ -105,7 +107,8 @@ def _lay_out(
             entry["extensions"], entry["offsets"], entry["sizes"], strict=True
         ):
             own.append(tarwriter.Place(offset, len(members)))
-            members.append(tarwriter.Member(f"{key}.{extension}", size))
+            name = f"{key}.{extension.decode('utf-8', 'surrogateescape')}"
+            members.append(tarwriter.Member(name, size))
     return members, places
 
 

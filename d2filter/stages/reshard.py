@@ -291,7 +291,7 @@ def find(
     """
     work = state.sub(_WORK)
     searched = Searched(work, group, strict)
-    kept: list[tuple[int, int, int, list[str], list[int], list[int]]] = []
+    kept: list[tuple[int, int, int, list[bytes], list[int], list[int]]] = []
     lost = []
     for place, shard in enumerate(shards, first):
         if not searched.anything(place):
@@ -306,7 +306,8 @@ def find(
             members = found[n].members
             offsets = [member.offset for member in members.values()]
             sizes = [member.size for member in members.values()]
-            kept.append((place, hi, lo, list(members), offsets, sizes))
+            extensions = [name.encode("utf-8", "surrogateescape") for name in members]
+            kept.append((place, hi, lo, extensions, offsets, sizes))
         report(len(chosen))
     columns = list(zip(*kept, strict=True)) or [()] * len(fill.INDEX)
     table = pa.table(

@@ -20,6 +20,7 @@ from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import RunState
 from d2filter.formats.shardnames import ShardNames
+from d2filter.text import printable, scrubbed
 from d2filter.tools.gallery import Gallery
 
 Say = Callable[[str], None]
@@ -168,7 +169,7 @@ class _Filling:
         self.troubles: list[str] = []
 
     def trouble(self, text: str) -> None:
-        self.troubles.append(text)
+        self.troubles.append(printable(scrubbed(text)))
 
     def read(
         self, shard: webdataset.Shard, wanted: set[str], keys: dict[str, str] | None = None

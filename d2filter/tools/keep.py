@@ -30,14 +30,15 @@ from d2filter.formats.kept import Kept
 from d2filter.formats.loaded import Sample, uid_of
 from d2filter.formats.paths import Folder, absolute
 from d2filter.formats.rows import mapped
-from d2filter.formats.shardnames import ShardNames
+from d2filter.formats.shardnames import ShardNames, shown
+from d2filter.text import redacted
 from d2filter.tools import provenance
 
 Subset = npt.NDArray[np.void]
 
 __all__ = ["Keep", "keep", "load_kept", "load_subset", "uid_of"]
 
-_SHARDS_HELD = 32  # whose keys are in memory: loaders that mix shards go to and fro
+_KEYS_HELD = 250_000  # in memory, some 60 MB: loaders that mix shards go to and fro among them
 
 
 def load_subset(subset: str | os.PathLike[str] | Subset) -> Subset:
@@ -129,6 +130,7 @@ class Keep:
         self._all: _Uids | None = None
         self._others: ShardNames | None = None
         self._shards: OrderedDict[str, dict[str, bytes]] = OrderedDict()
+        self._held = 0
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -184,8 +186,9 @@ class Keep:
                 self._warn("shard", self._unknown(url) + ": nothing of it is kept")
             found = kept.of_shard(number).by_key() if number >= 0 else {}
             self._shards[url] = found
-            if len(self._shards) > _SHARDS_HELD:
-                self._shards.popitem(last=False)
+            self._held += 1 + len(found)
+            while self._held > _KEYS_HELD and len(self._shards) > 1:
+                self._held -= 1 + len(self._shards.popitem(last=False)[1])
         return found
 
     def _without_url(self, kept: Kept) -> _Uids:
@@ -205,9 +208,9 @@ class Keep:
 
     def _unknown(self, url: str) -> str:
         return (
-            f"shard {webdataset.clean(url)} is none of those that {self._source} has ranked (name "
+            f"shard {shown(url)} is none of those that {redacted(self._source)} has ranked (name "
             f"them as they were; shards that were renamed or packed anew go by uid: "
-            f"d2filter.keep('{self._source}/{subset_format.SUBSET}'))"
+            f"d2filter.keep('{redacted(self._source)}/{subset_format.SUBSET}'))"
         )
 
     def expected(self, urls: str | os.PathLike[str] | Iterable[str]) -> dict[str, int]:

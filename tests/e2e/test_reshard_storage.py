@@ -83,7 +83,7 @@ def prepared(shards: list[webdataset.Shard], out: Folder) -> list[Rows]:
 
 def written(out: Folder, new: list[Rows]) -> list[bytes]:
     for number, rows in enumerate(new):
-        stage.write(report=nothing, out=out, number=number, rows=rows)
+        stage.write(report=nothing, out=out, number=number, rows=rows, private={})
     contents = []
     for number in range(len(new)):
         with out.reading(f"{number:08d}.tar") as stream:
@@ -116,7 +116,7 @@ def test_only_what_is_kept_is_asked_for_and_a_failing_server_changes_nothing(
     monkeypatch.setattr(remote.RangeReader, "_fetch", counted)
     monkeypatch.setattr("d2filter.formats.tarwriter._APART_ELSEWHERE", 1100)
     for number, rows in enumerate(new):
-        stage.write(report=nothing, out=out, number=number, rows=rows)
+        stage.write(report=nothing, out=out, number=number, rows=rows, private={})
     ranges = [size for path, size in asked if path.startswith("pool/in/")]
     # at one go a picture, its caption and its json, with the headers between them
     most = PICTURE + 2048 + 1024

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import tarfile
 import tempfile
 from pathlib import Path
 
 import keptruns
 import numpy as np
 import pytest
+import shards as made
+import webdataset as wds
 from hypothesis import given
 from hypothesis import strategies as st
 from keptruns import Made
 
 from d2filter.errors import InputError, UsageError
 from d2filter.formats import webdataset
-from d2filter.formats.paths import Folder
+from d2filter.formats.paths import FileInfo, Folder
 from d2filter.stages import reshard
 from d2filter.stages.placing import Placing
 from d2filter.stages.wanted import Wanted
@@ -54,7 +57,7 @@ def taken(run: Path, shards: Path, out: Path, tasks: int) -> tuple[list[tuple[st
     new += placing.close()
     got = []
     for number, rows in enumerate(new):
-        reshard.write(report=nothing, out=Folder(str(out)), number=number, rows=rows)
+        reshard.write(report=nothing, out=Folder(str(out)), number=number, rows=rows, private={})
         for shard in webdataset.list_shards([str(out / f"{number:08d}.tar")]):
             got += [(s.key, s.image) for s in webdataset.read_samples(shard)]
     return got, placing.missing
@@ -89,6 +92,31 @@ def test_the_ranked_one_of_two_with_a_uid_is_taken(tmp_path: Path) -> None:
     assert got == [(f"{second.uid}-0", second.content)]
 
 
+@pytest.mark.parametrize("length", [200, 230, 251])
+def test_shards_may_have_long_names(tmp_path: Path, length: int) -> None:
+    name = "n" * (length - 4) + ".tar"
+    drawn = keptruns.Drawn({name: [Made("a", 1, True), Made("b", 2, False)]}, [(name, 1)])
+    got, missing = taken(drawn.write(tmp_path), tmp_path / "s", tmp_path / "new", 1)
+    assert [image for _, image in got] == [drawn.shards[name][1].content]
+    assert missing == 0
+
+
+def test_members_keep_their_names_whatever_bytes_they_are(tmp_path: Path) -> None:
+    sample = Made("d\udce9/a", 7, True)
+    odd = ["x\udcff.bin", "é.cls", "y" * 120, "z" * 200 + "\udcff"]
+    files = [*sample.files, *((f"{sample.key}.{name}", name[:1].encode()) for name in odd)]
+    made.write(tmp_path / "s/0.tar", files)
+    kept = Made(webdataset.clean(sample.key), 7, True)
+    keptruns.write_run(tmp_path / "o", [(str(tmp_path / "s/0.tar"), kept)], [])
+    taken(tmp_path / "o", tmp_path / "s", tmp_path / "new", 1)
+    with tarfile.open(tmp_path / "new/00000000.tar") as archive:
+        names = archive.getnames()
+    assert names == [f"{sample.uid}-0.{name}" for name in ("jpg", "txt", "json", *odd)]
+    stage = keep.keep(tmp_path / "o")
+    dataset = wds.WebDataset(str(tmp_path / "s/0.tar"), shardshuffle=False).compose(stage)
+    assert [s["__key__"] for s in dataset] == [sample.key]
+
+
 def test_uids_of_the_metadata_are_followed_by_shard_and_key(tmp_path: Path) -> None:
     samples = [Made(f"{n}", n, n == 4) for n in range(6)]
     keptruns.Drawn({"0.tar": samples}).write(tmp_path)
@@ -107,7 +135,7 @@ def test_shards_that_are_not_those_of_the_run_are_refused(tmp_path: Path) -> Non
     kept = keep.load_kept(out, subset)
 
     def wanted(*urls: str) -> Wanted:
-        shards = [webdataset.Shard(url, None, url) for url in urls]  # type: ignore[arg-type]
+        shards = [webdataset.Shard(url, FileInfo(url, 1, ""), url) for url in urls]
         return Wanted(shards, subset, kept)
 
     with pytest.raises(UsageError, match=r"none of the 2 shards \(x/5\.tar first\) has the name"):

@@ -152,6 +152,21 @@ def test_uids_of_the_metadata_are_followed_by_shard_and_key(tmp_path: Path) -> N
     assert list(stream(urls, d2filter.keep(tmp_path / "q"))) == []
 
 
+def test_shards_may_be_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few of them have their keys in memory."""
+    rows = [(f"{n % 7}.tar", Made(f"{n}", n, True)) for n in range(70)]
+    keptruns.write_run(tmp_path / "o", rows[::2], [f"{n}.tar" for n in range(7)])
+    samples = [
+        {"__url__": url, "__key__": m.key, "jpg": b"x", "txt": b"x", "json": m.files[2][1]}
+        for url, m in rows
+    ]
+    for most in (1, 20, 250_000):
+        monkeypatch.setattr(keep, "_KEYS_HELD", most)
+        stage = d2filter.keep(tmp_path / "o")
+        assert list(stage(samples * 2)) == samples[::2] * 2
+        assert len(stage._shards) == {1: 1, 20: 3, 250_000: 7}[most]
+
+
 def test_a_shard_that_was_not_ranked_keeps_nothing_and_says_so_once(tmp_path: Path) -> None:
     drawn = keptruns.Drawn({"0.tar": [Made("a", 1, True)]}, [("0.tar", 0)])
     out = drawn.write(tmp_path)
@@ -293,7 +308,21 @@ def test_the_uid_of_any_json_is_that_of_its_top(meta: Any, indent: int | None) -
     assert list(d2filter.keep(others)([sample])) == []
 
 
-@pytest.mark.parametrize("told", ["0A" * 16, "0a" * 15, "0a" * 17, "0a" * 15 + "0g", "é" * 16])
+@pytest.mark.parametrize(
+    "told",
+    ["0A" * 16, "0a0a0a0a-0a0a-0a0a-0a0a-0a0a0a0a0a0a", "0A0a0a0a-0a0a-0a0a-0a0a-0a0a0a0a0a0A"],
+)
+@pytest.mark.parametrize("by_uid", [True, False])
+def test_a_uid_is_the_same_however_it_is_spelled(told: str, by_uid: bool, tmp_path: Path) -> None:
+    number = int("0a" * 16, 16)
+    keptruns.write_run(tmp_path / "o", [("0.tar", Made("k", number, True))], [])
+    stage = d2filter.keep(tmp_path / ("o/subset.npy" if by_uid else "o"))
+    meta = json.dumps({"uid": told}).encode()
+    sample = {"__url__": "0.tar", "__key__": "k", "json": meta, "jpg": b"x", "txt": b"x"}
+    assert list(stage([sample])) == [sample]
+
+
+@pytest.mark.parametrize("told", ["0a" * 15, "0a" * 17, "0a" * 15 + "0g", "é" * 16])
 def test_what_is_no_uid_is_not_taken_for_one(told: str) -> None:
     content = json.dumps({"uid": told}, ensure_ascii=False).encode()
     sample = {"json": content, "jpg": b"a picture", "txt": b"a caption"}

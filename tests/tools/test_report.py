@@ -442,7 +442,7 @@ def test_odd_pictures_have_thumbnails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert albums.thumbnail(made.picture(1)) == b""
 
 
-def test_a_run_writes_its_report_and_another_budget_removes_it(
+def test_a_run_writes_its_report_and_another_budget_makes_it_again(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = json.loads((run / "completions/catalog.json").read_text())["sources"]["metadata"]
@@ -457,9 +457,11 @@ def test_a_run_writes_its_report_and_another_budget_removes_it(
     assert main(["select", "--out-dir", str(run), "--fraction", "0.3"]) == 0
     assert page.exists()  # the same budget
     assert main(["select", "--out-dir", str(run), "--fraction", "0.1"]) == 0
-    assert not page.exists()
+    kept = len(np.load(run / "subset.npy"))
+    assert f"{kept} of {N} ranked samples kept" in page.read_text()
     assert main(words) == 0
-    assert page.exists()
+    kept = len(np.load(run / "subset.npy"))
+    assert f"{kept} of {N} ranked samples kept" in page.read_text()
     assert main(["rank", "--out-dir", str(run), "--gamma", "2", "--overwrite", "rank"]) == 0
     assert not page.exists()
 
