@@ -115,7 +115,7 @@ def test_metadata_replaced_behind_a_web_server_is_noticed(
     content = pairs(pools.write(tmp_path / "a", pool, files=2))
     other = pairs(pools.write(tmp_path / "b", {**pool, "img": pool["img"][::-1]}, files=2))
     run("run", "--metadata-dir", tmp_path / "a", "--out-dir", tmp_path / "local", *OPTIONS[:4])
-    with WebServer(dict(content), **options) as web:
+    with WebServer({**content, "m/note.txt": b"is told of"}, **options) as web:
         words = ("--metadata-dir", web.url("m"), "--out-dir", tmp_path / "out", *OPTIONS[:4])
         run("run", *words)
         subset = (tmp_path / "out/subset.npy").read_bytes()
