@@ -18,6 +18,7 @@ from d2filter.formats import columns, npz, tables, traininglog
 from d2filter.formats import uid as uid_format
 from d2filter.formats.addresses import file_name
 from d2filter.formats.paths import Checksums, FileInfo, Folder, absolute, place_of
+from d2filter.text import redacted
 
 # reasons, by code in `Rows.reason`; 0 is a valid row
 REASONS = (
@@ -121,9 +122,9 @@ def left_out(folder: Folder) -> str:
     folders inside. Empty where there is nothing; names that begin with . or _ do not count.
     """
     others = [
-        info.name
-        for info in folder.files()
-        if not info.name.endswith((".parquet", ".npz")) and info.name[0] != "_"
+        name
+        for name in folder.names()
+        if not name.endswith((".parquet", ".npz")) and name[0] != "_"
     ]
     said = []
     if others:
@@ -145,8 +146,9 @@ def left_out(folder: Folder) -> str:
     if not said:
         return ""
     upper = any(name.lower().endswith((".parquet", ".npz")) for name in others)
-    return f"not read of {folder.url}: {' and '.join(said)}; only pairs right inside it are" + (
-        ", with their suffixes in lower case" if upper else ""
+    return (
+        f"not read of {redacted(folder.url)}: {' and '.join(said)}; only pairs right inside it are"
+        + (", with their suffixes in lower case" if upper else "")
     )
 
 

@@ -78,13 +78,6 @@ class Web(HTTPFileSystem):  # type: ignore[misc]  # fsspec ships no types
                 found["size"] = _whole_size(answer)
             return found
 
-    async def _exists(self, path: str, **options: Any) -> bool:
-        try:
-            await self._info(path)
-        except FileNotFoundError:
-            return False
-        return True
-
     async def _ls(self, url: str, detail: bool = True, **options: Any) -> list[Any]:
         """What the index page of a folder links to directly inside it; sizes are not told there."""
         head, mark, query = url.partition("?")

@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from d2filter.text import printable, scrubbed
+
 _TICK_SECONDS = 1.0
 
 
@@ -27,7 +29,7 @@ def progress_bar(label: str, total: int | None, show: bool | None) -> Any:
 
 def tell(line: str) -> None:
     """Print a line on stderr, above the bars that are shown."""
-    tqdm.write(f"d2filter: {line}", file=sys.stderr)
+    tqdm.write(printable(scrubbed(f"d2filter: {line}")), file=sys.stderr)
 
 
 class _Bar(tqdm):  # type: ignore[misc]  # tqdm has no types

@@ -320,11 +320,16 @@ def find(
 
 
 def write(
-    *, report: Report, out: Folder, number: int, rows: Rows, private: Mapping[int, str]
+    *,
+    report: Report,
+    out: Folder,
+    number: int,
+    rows: Rows,
+    private: Mapping[int, str] | None = None,
 ) -> Figures:
     """Task: one new shard. private: see `_read_shards`."""
     work = out.sub(STATE).sub(_WORK)
-    return {"bytes": fill.fill(out, number, work, _read_shards(work, private), rows, report)}
+    return {"bytes": fill.fill(out, number, work, _read_shards(work, private or {}), rows, report)}
 
 
 def finish(

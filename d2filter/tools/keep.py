@@ -26,9 +26,10 @@ from d2filter.errors import InputError, RunStateError
 from d2filter.formats import kept as kept_format
 from d2filter.formats import loaded, webdataset
 from d2filter.formats import subset as subset_format
+from d2filter.formats.addresses import file_name
 from d2filter.formats.kept import Kept
 from d2filter.formats.loaded import Sample, uid_of
-from d2filter.formats.paths import Folder, absolute
+from d2filter.formats.paths import Folder, absolute, place_of
 from d2filter.formats.rows import mapped
 from d2filter.formats.shardnames import ShardNames, shown
 from d2filter.text import redacted
@@ -289,7 +290,6 @@ def _shared(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def _place(subset: str | os.PathLike[str]) -> tuple[Folder, str]:
     """Folder and name of a subset file; of a run directory those of its subset."""
     url = absolute(os.fspath(subset))
-    if url.endswith(".npy"):
-        parent, _, name = url.rpartition("/")
-        return Folder(parent or "/"), name
+    if file_name(url).endswith(".npy"):
+        return place_of(url)
     return Folder(url), subset_format.SUBSET

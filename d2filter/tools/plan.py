@@ -26,7 +26,7 @@ from d2filter.algorithm import ranking
 from d2filter.algorithm.budget import parse_fraction
 from d2filter.errors import InputError, UsageError
 from d2filter.formats import metadata, tables
-from d2filter.formats.paths import Folder, absolute
+from d2filter.formats.paths import Folder, absolute, place_of
 from d2filter.tools import estimate
 from d2filter.tools.estimate import Cluster, Estimate, Habits, Pool, Rate, Rates
 
@@ -95,8 +95,8 @@ def asked(arguments: argparse.Namespace, say: Say) -> tuple[Pool, Cluster, Rates
 def read_rates(url: str = "") -> Rates:
     """Rates from a file; without one those that d2filter brings. Raises InputError for none."""
     where = url or str(BUNDLED)
-    parent, _, name = where.rpartition("/")
-    held = Folder(parent or ".").read_json(name)
+    folder, name = place_of(where)
+    held = folder.read_json(name)
     if held is None:
         raise InputError(f"{where} does not exist: `d2filter plan --calibrate --rates {where}`")
     try:
@@ -115,8 +115,8 @@ def read_rates(url: str = "") -> Rates:
 
 def write_rates(url: str, rates: Rates) -> None:
     """Publish them."""
-    parent, _, name = url.rpartition("/")
-    Folder(parent or ".").publish_json(name, asdict(rates))
+    folder, name = place_of(url)
+    folder.publish_json(name, asdict(rates))
 
 
 def look_at(folder: Folder, catalog: config.CatalogConfig) -> tuple[int, int, list[str]]:
