@@ -248,7 +248,7 @@ for path in sys.argv[3:]:
 
 def test_decoding_takes_no_more_memory_than_is_asked_for(tmp_path: Path) -> None:
     """Four of the largest pictures that are allowed, by four threads."""
-    wide, high = size = (3600, 3000)
+    wide, high = size = (2700, 2000)
     deep = np.arange(wide * high, dtype=np.uint32).astype(np.uint16).reshape(high, wide)
     layered = Image.new("RGBA", size, (9, 8, 7, 6))
     kinds = {
