@@ -21,10 +21,12 @@ METHODS = ("d2", *selectors.SELECTORS)
 GAMMA_SCALES = ("none", "median")
 FEATURE_TYPES: tuple[FeatureType, ...] = ("image|text", "image", "text")
 DEVICES = ("auto", "cpu", "cuda")
+ALPHAS = ("drop", "white", "black")
 PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16")
 DEFAULT_ARCH = "l14"
 LEAST_MEMORY = 700_000_000  # of a worker: half of it is taken before it holds a sample
 BUNDLED_MODEL = "d2filter-tiny"
+MAX_PIXELS = 89_478_485  # Pillow's own limit
 
 # names that DataComp's metadata gives to open_clip's models
 _ARCH_OF_MODEL = {"ViT-L-14": "l14", "ViT-B-32": "b32", BUNDLED_MODEL: "tiny"}
@@ -46,11 +48,19 @@ class EmbedConfig:
     """images in one forward pass; part of the fingerprint, a shape can change the last bits"""
     fast_decode: bool = False
     """large JPEGs are decoded at a half, quarter or eighth, at least twice the model's input"""
+    max_pixels: int = MAX_PIXELS
+    """width × height above which a picture is bad"""
+    alpha: str = "drop"
+    """what is seen through transparent pixels: white, black, or (drop) the colors that the file
+    holds there, as open_clip's training does"""
     arch: str = ""
     """NAME in NAME_img, NAME_txt, clip_NAME_similarity_score; empty: from the model's name"""
 
     def __post_init__(self) -> None:
         _at_least("batch-size", self.batch_size, 1)
+        _at_least("max-pixels", self.max_pixels, 1)
+        if self.alpha not in ALPHAS:
+            raise UsageError(f"alpha is {self.alpha!r}, allowed are {', '.join(ALPHAS)}")
         if not self.shards:
             raise UsageError("shards is empty: --shards 'data/{00000..00099}.tar' or a folder")
         if self.precision not in PRECISIONS:

@@ -116,6 +116,16 @@ def shards(parser: argparse.ArgumentParser) -> None:
         help="decode large JPEGs at a part of their size, at least twice the model's input",
     )  # fmt: skip
     group.add_argument(
+        "--max-pixels", type=int, default=config.MAX_PIXELS, metavar="N",
+        help="larger pictures are bad; each pixel may take 20 bytes of memory (default: Pillow's "
+        "own limit)",
+    )  # fmt: skip
+    group.add_argument(
+        "--alpha", choices=config.ALPHAS, default="drop",
+        help="what is seen through transparent pixels: white, black, or the colors that the file "
+        "holds there (drop), as in open_clip's training",
+    )  # fmt: skip
+    group.add_argument(
         "--device",
         choices=config.DEVICES,
         default="auto",

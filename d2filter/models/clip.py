@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from d2filter.config import BUNDLED_MODEL
 from d2filter.errors import InputError
 
 F16 = npt.NDArray[np.float16]
+
+_SAFE_TORCH = (2, 6)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +100,7 @@ def load(model: str, pretrained: str, precision: str, on_gpu: bool = False) -> C
             f'open_clip knows no model {model!r}: `python -c "import open_clip; '
             'print(open_clip.list_models())"` lists them'
         )
+    _refuse_pickles(pretrained, torch.__version__)
     device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
     try:
         with warnings.catch_warnings():
@@ -133,6 +137,21 @@ def rehearse(model: Clip, batch_size: int) -> None:
             f"batch-size {batch_size} does not fit into the memory of the GPU: halve it, or use "
             "--precision pure_fp16 or pure_bf16"
         ) from error
+
+
+def _refuse_pickles(pretrained: str, version: str) -> None:
+    """Raise InputError for a file of weights that an old torch would run code of (CVE-2025-32434).
+
+    pip asks for a newer torch; environments that were made otherwise may hold any.
+    """
+    major, minor = (int(part) for part in version.split(".")[:2])
+    file = Path(pretrained)
+    pickled = file.suffix not in (".safetensors", ".npz", ".npy")
+    if (major, minor) < _SAFE_TORCH and pickled and file.is_file():
+        raise InputError(
+            f"torch {version} may run code that is hidden in weights like {pretrained}: install "
+            f"torch>={'.'.join(map(str, _SAFE_TORCH))}, or take weights in .safetensors"
+        )
 
 
 def use_threads(count: int) -> None:

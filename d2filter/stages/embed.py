@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -21,17 +15,16 @@ from d2filter.formats import ledger, metadata, webdataset
 from d2filter.formats.paths import Checksums, Folder
 from d2filter.formats.runstate import Plan
 from d2filter.models import clip
+from d2filter.stages import pictures
+from d2filter.stages.pictures import Ready
 from d2filter.stages.runner import Runner
 from d2filter.stages.worker import Report, Task, assigned_cpus, assigned_gpu, checksums_of
 
-_LONGEST_RATIO = 1000  # the transform scales the short side up: 1 × 60,000 would take gigabytes
-_LARGE_PIXELS = 1 << 24  # of such pictures one at a time is decoded, or threads would add up
-_DRAFT_TIMES = 2  # cosines to plain embeddings of 0.9999 on average (jobs/bench_embed.py)
-_PICTURE_BYTES = 1 << 20  # of a file, more than most
 _TENSOR_BYTES = 3 * 336 * 336 * 4  # of the largest common input
-_AHEAD_BYTES = 512 << 20  # of encoded pictures that wait for a thread
 # a context is some 77 tokens, and the time of tokenizers is quadratic in the length of a word
 _LONGEST_CAPTION = 4096
+# counts of samples that are embedded, and may not be what they seem
+_COUNTS = ("alpha", "one_color", "uids_replaced")
 
 
 def build(
@@ -40,8 +33,10 @@ def build(
     shards: Sequence[webdataset.Shard],
     config: EmbedConfig,
     plan: Plan,
+    left_out: dict[str, int],
 ) -> dict[str, Any]:
-    """Embed all shards into OUT/metadata; returns the stage's figures.
+    """Embed all shards into OUT/metadata; returns the stage's figures. left_out: what lies beside
+    the shards, for the figures.
 
     A shard that an earlier attempt embedded in the same way, and that did not change, is kept.
     """
@@ -59,7 +54,7 @@ def build(
     done = runner.map(
         "embed", tasks, fingerprint=fingerprint, label="embed", share_node=True,
         on_gpu=rehearsed["device"] == "cuda",
-        memory=rehearsed["peak_rss_bytes"] + _beside_the_model(config.batch_size),
+        memory=rehearsed["peak_rss_bytes"] + _beside_the_model(config),
     )  # fmt: skip
     reasons = sum((Counter(figures["reasons"]) for figures in done), Counter())
     read = sum(figures["read"] for figures in done)
@@ -75,6 +70,8 @@ def build(
         "bad_reasons": dict(reasons.most_common()),
         "lost_shards": lost,
         "shards": len(shards),
+        **{name: sum(figures[name] for figures in done) for name in _COUNTS},
+        "left_out": left_out,
         "checksums": checksums_of(done),
         "device": sorted({figures["device"] for figures in done}),
         "peak_rss": max(figures["peak_rss_bytes"] for figures in done),
@@ -109,11 +106,12 @@ def check_model(*, report: Report, config: EmbedConfig) -> dict[str, Any]:
     return {"device": model.device}
 
 
-def _beside_the_model(batch_size: int) -> int:
-    """Bytes of pictures that are decoded ahead: two batches, as files and then as tensors, and
-    three that the model has or is to have.
+def _beside_the_model(config: EmbedConfig) -> int:
+    """Bytes of pictures: files that wait, those that are being decoded, and tensors of two batches
+    that are made ready and of three that the model has or is to have.
     """
-    return min(2 * batch_size * _PICTURE_BYTES, _AHEAD_BYTES) + 5 * batch_size * _TENSOR_BYTES
+    tensors = 5 * config.batch_size * _TENSOR_BYTES
+    return pictures.bytes_ahead(config.batch_size) + pictures.bytes_at_once(config) + tensors
 
 
 def _load(config: EmbedConfig) -> clip.Clip:
@@ -131,7 +129,8 @@ def embed_shard(
     images: list[np.ndarray[Any, Any]] = []
     texts: list[np.ndarray[Any, Any]] = []
     entries: list[ledger.Entry] = []
-    batch: list[_Ready] = []
+    batch: list[Ready] = []
+    counts: Counter[str] = Counter()
     lost = ""
 
     def keep(embedded: Future[tuple[clip.F16, clip.F16]]) -> None:
@@ -153,14 +152,13 @@ def embed_shard(
 
         try:
             # decoding releases the interpreter lock and waits for no device: two threads a CPU
-            with warnings.catch_warnings(), ThreadPoolExecutor(max(4, 2 * cpus), "decode") as pool:
-                # once for all threads: a large picture is not hostile, and PIL warns of palettes
-                warnings.simplefilter("ignore")
+            with ThreadPoolExecutor(max(4, 2 * cpus), "decode") as pool:
                 samples = webdataset.read_samples(shard)
-                side = _DRAFT_TIMES * model.side if config.fast_decode else 0
-                for item in _decoded(pool, samples, model, config.batch_size, side):
-                    if isinstance(item, _Ready):
+                for item in pictures.decoded(pool, samples, model, config):
+                    if isinstance(item, Ready):
                         batch.append(item)
+                        told = (item.alpha, item.one_color, item.sample.replaced)
+                        counts.update(dict(zip(_COUNTS, told, strict=True)))
                     else:
                         entries.append(_entry(item, shard))
                         report(1)
@@ -190,6 +188,7 @@ def embed_shard(
     return {
         "read": len(rows) + len(entries),
         "reasons": dict(Counter(entry.reason for entry in entries)),
+        **{name: counts[name] for name in _COUNTS},
         "lost": lost,
         "device": model.device,
         "url": shard.address,
@@ -217,90 +216,6 @@ class _Line:
             self._keep(self._waiting.popleft())
 
 
-@dataclass(frozen=True, slots=True)
-class _Ready:
-    """A sample whose picture is decoded and transformed; the encoded one is let go."""
-
-    sample: webdataset.Sample
-    sha256: str
-    """of the encoded picture"""
-    tensor: Any
-    width: int
-    height: int
-
-
-def _decoded(
-    pool: ThreadPoolExecutor,
-    samples: Iterator[webdataset.Sample],
-    model: clip.Clip,
-    batch_size: int,
-    side: int = 0,
-) -> Iterator[_Ready | webdataset.Sample]:
-    """Samples in order, decoded ahead by at most two batches; unusable ones as they are. side: that
-    JPEGs must keep when they are decoded at a part of their size; 0 for all of it.
-
-    The samples before a LostTail are handed out before it is raised.
-    """
-    waiting: deque[tuple[int, Future[_Ready | webdataset.Sample]]] = deque()
-    ahead = 0
-    one_large = Lock()
-    lost: webdataset.LostTail | None = None
-    try:
-        for sample in samples:
-            size = len(sample.image)
-            waiting.append((size, pool.submit(_decode, sample, model, one_large, side)))
-            ahead += size
-            while len(waiting) > 2 * batch_size or ahead > _AHEAD_BYTES:
-                size, future = waiting.popleft()
-                ahead -= size
-                yield future.result()
-    except webdataset.LostTail as error:
-        lost = error
-    while waiting:
-        yield waiting.popleft()[1].result()
-    if lost is not None:
-        raise lost
-
-
-def _decode(
-    sample: webdataset.Sample, model: clip.Clip, one_large: Lock, side: int
-) -> _Ready | webdataset.Sample:
-    """The first frame, as open_clip's own transform sees it: it does not turn by EXIF."""
-    from PIL import Image
-
-    if sample.reason:
-        return sample
-    try:
-        with Image.open(io.BytesIO(sample.image), formats=webdataset.IMAGE_FORMATS) as picture:
-            width, height = picture.size
-            if max(width, height) > _LONGEST_RATIO * min(width, height):
-                raise ValueError(f"{width} × {height} is longer than {_LONGEST_RATIO} : 1")
-            shorter = min(width, height)
-            if shorter > side > 0:
-                # the least of its own sizes that holds this one; of JPEGs alone
-                picture.draft(None, (width * side // shorter, height * side // shorter))
-            with one_large if width * height > _LARGE_PIXELS else nullcontext():
-                tensor = model.transform(_eight_bit(picture))
-        sha256 = hashlib.sha256(sample.image).hexdigest()
-        return _Ready(replace(sample, image=b""), sha256, tensor, width, height)
-    except Exception as error:  # decoders raise nearly anything on hostile bytes
-        return webdataset.Sample(
-            key=sample.key,
-            uid=sample.uid,
-            reason="broken image",
-            message=webdataset.clean(f"{type(error).__name__}: {error}")[:300],
-        )
-
-
-def _eight_bit(picture: Any) -> Any:
-    """16-bit gray scaled to 8 bits; PIL's own conversion cuts everything above 255 to white."""
-    from PIL import Image
-
-    if picture.mode != "I" and not picture.mode.startswith("I;16"):
-        return picture
-    return Image.fromarray((np.asarray(picture).astype(np.float64) / 257).clip(0, 255).astype("u1"))
-
-
 def _tokenizable(caption: str) -> str:
     """What the model can see of a caption."""
     if len(caption) <= _LONGEST_CAPTION:
@@ -308,7 +223,7 @@ def _tokenizable(caption: str) -> str:
     return " ".join(caption.split())[:_LONGEST_CAPTION]
 
 
-def _row(ready: _Ready, shard: webdataset.Shard) -> dict[str, Any]:
+def _row(ready: Ready, shard: webdataset.Shard) -> dict[str, Any]:
     meta = ready.sample.meta
     url, sha256 = meta.get("url"), meta.get("sha256")
     told = isinstance(sha256, str) and webdataset.encodable(sha256)

@@ -124,7 +124,9 @@ class Pipeline:
         config = self.config.embed
 
         def build() -> dict[str, Any]:
-            figures = embed.build(self._runner, self.out, planned.shards, config, planned.plan)
+            figures = embed.build(
+                self._runner, self.out, planned.shards, config, planned.plan, planned.left_out
+            )
             ledger.collect(self.out, ["embed"])
             return figures
 

@@ -6,14 +6,14 @@ sees what a run would.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from d2filter.algorithm import selectors
 from d2filter.config import CatalogConfig, RunConfig, options_of
 from d2filter.errors import UsageError
-from d2filter.formats import contents, graph, metadata, webdataset
+from d2filter.formats import contents, graph, metadata, shardlist, webdataset
 from d2filter.formats.paths import FileInfo, Folder, absolute, is_within
 from d2filter.formats.runstate import Plan, RunState
 from d2filter.text import redacted
@@ -37,6 +37,8 @@ class Planned:
     """its input, for people"""
     shards: tuple[webdataset.Shard, ...] = ()
     """of embed"""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """what lies beside the shards, by ending"""
     source: Folder | None = None
     """of a catalog: the folder of metadata, and its pairs"""
     pairs: tuple[metadata.Pair, ...] = ()
@@ -68,7 +70,8 @@ class Plans:
         config = self._config.embed
         if config is None:
             raise UsageError("no shards: give --shards")
-        shards = webdataset.list_shards([absolute(pattern) for pattern in config.shards])
+        found = webdataset.find_shards([absolute(pattern) for pattern in config.shards])
+        shards = found.shards
         options = options_of(config)
         # where the shards lie is told by `inputs`, file by file
         options.update(shards=None, arch=config.resolved_arch)
@@ -76,8 +79,10 @@ class Plans:
         inputs = [FileInfo(s.name, s.info.size, s.info.version) for s in shards]
         return Planned(
             plan=Plan(stage="embed", options=options, upstream="", inputs=inputs, independent=True),
-            says=f"{len(shards):,} shards, {_size(inputs)}",
+            says=f"{len(shards):,} shards, {_size(inputs)}"
+            + (f"; beside them {shardlist.says(found.left_out)}" if found.left_out else ""),
             shards=tuple(shards),
+            left_out=found.left_out,
         )
 
     def catalog(self, upstream: str = "") -> Planned | None:

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import webdataset
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from d2filter.errors import InputError, UsageError
+from d2filter.formats import filetype
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
 from d2filter.formats.webdataset import IMAGE_FORMATS, IMAGE_SUFFIXES, clean, encodable
@@ -200,6 +201,9 @@ def _read(path: Path, files: _Files, caption_lines: CaptionLines) -> _Pair | str
             warnings.simplefilter("ignore")  # a large picture is packed, not announced
             with Image.open(io.BytesIO(image), formats=IMAGE_FORMATS) as picture:
                 size = picture.size
+    except UnidentifiedImageError:
+        kind = filetype.recognize(image[: filetype.HEAD_BYTES])
+        return f"no image that is read: {kind.name}" if kind else "broken image (of no known kind)"
     except Exception as error:  # decoders raise nearly anything on hostile bytes
         return f"broken image ({type(error).__name__})"
     caption, meta = _caption(path, files)
@@ -276,11 +280,9 @@ def _write(pairs: Iterator[_Pair], shards: Folder, shard_size: int) -> tuple[int
 def sample_members(key: str, pair: _Pair) -> dict[str, Any]:
     """One sample for webdataset's TarWriter, with img2dataset's json fields."""
     width, height = pair.size
-    told, url = pair.meta.get("uid"), pair.meta.get("url")
+    told, url = uid_format.normalized(pair.meta.get("uid")), pair.meta.get("url")
     meta = {
-        "uid": told
-        if uid_format.is_uid(told)
-        else uid_format.content_uid(pair.image, pair.caption),
+        "uid": told or uid_format.content_uid(pair.image, pair.caption),
         "caption": pair.caption,
         "url": url if isinstance(url, str) and encodable(url) else None,
         "path": clean(pair.path.as_posix()),

@@ -16,6 +16,7 @@ import tarfile
 import zlib
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pools
@@ -103,17 +104,21 @@ PICTURES = {
         scene(20), "WEBP", save_all=True, append_images=[scene(22), scene(23)], lossless=True
     ),
     "turned.jpg": rotated(),
+    "avif.jpg": saved(scene(24), "AVIF"),
+    "tiff.png": saved(scene(25), "TIFF"),
 }
 SEEN = {"gif.jpg": scene(20), "apng.png": scene(20), "animated.webp": scene(20)}
 # what is bad, and why
 JPG = made.picture(30)
 BAD = {
     "cut-picture": ({"jpg": JPG[:300], "txt": b"x"}, "broken image"),
-    "bomb": ({"png": claiming(60_000, 60_000), "txt": b"x"}, "broken image"),
+    "bomb": ({"png": claiming(60_000, 60_000), "txt": b"x"}, "too many pixels"),
+    "large": ({"png": claiming(10_000, 9_000), "txt": b"x"}, "too many pixels"),
     "no-width": ({"png": claiming(0, 20), "txt": b"x"}, "broken image"),
     "a-line": ({"png": made.png(Image.new("L", (1, 60_000))), "txt": b"x"}, "broken image"),
     "noise": ({"jpg": bytes(range(256)) * 8, "txt": b"x"}, "broken image"),
-    "postscript": ({"png": b"%!PS-Adobe-3.0 EPSF-3.0\n", "txt": b"x"}, "broken image"),
+    "postscript": ({"png": b"%!PS-Adobe-3.0 EPSF-3.0\n", "txt": b"x"}, "unread format"),
+    "jp2": ({"jpg": b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(99), "txt": b"x"}, "unread format"),
     "zero-bytes": ({"jpg": b"", "txt": b"x"}, "empty image"),
     "no-picture": ({"txt": b"x", "json": b"{}"}, "no image"),
     "gif-by-name": ({"gif": PICTURES["gif.jpg"], "txt": b"x"}, "no image"),
@@ -156,8 +161,13 @@ def dirty(folder: Path) -> None:
     files += made.members("twice", 300) + made.members("twice", 301)
     files += made.members("same-content", 302) + made.members("same-content", 302)
     told = [made.members(f"told{i}", 310 + i, uid=UID) for i in range(2)]
-    odd = made.members("odd-uid", 320, uid=UID.upper()) + made.members("no-uid", 321, uid=7)
-    made.write(folder / "00000.tar", files + told[0] + told[1] + odd)
+    odd = made.members("odd-uid", 320, uid=str(UUID(UID)).upper())
+    odd += made.members("no-uid", 321, uid=7)
+    # members of no sample, and samples that a dot in their names makes one
+    none = [("._good0.jpg", b"\0\5\x16\7"), ("d/._good0.txt", b"\0"), ("d/.DS_Store", b"Bud1")]
+    none += [("README", b"x"), ("__meta__/a.jpg", b"x")]
+    dots = [(f"dot.{i}.{extension}", b"x") for i in range(3) for extension in ("jpg", "txt")]
+    made.write(folder / "00000.tar", none + files + told[0] + told[1] + odd + dots)
     # members of a key that lie apart; the uid of shard 0 once more; links and devices
     apart = [made.members(f"apart{i}", 400 + i) for i in range(4)]
     shuffled = [apart[i][j] for j in range(3) for i in (2, 0, 3, 1)]
@@ -179,6 +189,10 @@ def dirty(folder: Path) -> None:
     joined = [made.tar(made.members(key, seed)) for key, seed in (("first", 600), ("second", 601))]
     (folder / "00006.tar").write_bytes(b"".join(joined))
     (folder / "00007.tar").write_bytes(b"")
+    (folder / "00008.tar.gz").write_bytes(gzip.compress(cut))
+    (folder / "00009.TAR").write_bytes(b"PAR1" + bytes(600))
+    (folder / "00000_stats.json").write_text("{}")
+    (folder / "more").mkdir()
 
 
 @pytest.fixture(scope="module")
@@ -196,8 +210,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
 
 def test_every_sample_of_dirty_shards_is_accounted_for(finished: Path) -> None:
     out = finished / "o"
-    good = 21 + len(PICTURES) + len(NAMES) + 2 + 1 + 1 + 2 + 4 + 4 + 1
-    bad, duplicate = len(BAD) + 2 + 1, 1 + 2
+    good = 21 + len(PICTURES) + len(NAMES) + 2 + 1 + 1 + 1 + 4 + 4 + 1
+    bad, duplicate = len(BAD) + 2 + 1 + 3, 1 + 3
     samples = stats(out)["samples"]
     assert (samples["ranked"], samples["bad"], samples["duplicate"]) == (good, bad, duplicate)
     assert samples["read"] == good + bad + duplicate
@@ -209,11 +223,14 @@ def test_each_bad_sample_has_its_key_and_reason(finished: Path) -> None:
     got = {b["key"]: b["reason"] for b in listed if b["status"] == "bad"}
     expected = {key: reason for key, (_, reason) in BAD.items()}
     odd = {"link": "no plain file", "device": "no plain file", "cut4": "cut off"}
+    odd |= {f"dot.{i}": "dot in the name" for i in range(3)}
     assert got == expected | odd
     assert {b["reason"] for b in listed if b["status"] == "duplicate"} == {"repeated uid"}
-    assert [b["uid"] for b in listed if b["uid"] == UID] == [UID, UID]
+    assert [b["uid"] for b in listed if b["uid"] == UID] == [UID] * 3
     messages = {b["key"]: b["message"] for b in listed}
     assert "DecompressionBomb" in messages["bomb"]
+    assert "10000 × 9000 has 90000000 pixels" in messages["large"]
+    assert "it is a JPEG 2000 picture" in messages["jp2"]
     assert "longer than 1000 : 1" in messages["a-line"]
     assert "txt has 1048577 bytes" in messages["long-caption"]
 
@@ -221,10 +238,17 @@ def test_each_bad_sample_has_its_key_and_reason(finished: Path) -> None:
 def test_each_shard_that_cannot_be_read_whole_is_named(finished: Path) -> None:
     lost = stats(finished / "o")["lost_shards"]
     assert [Path(line.split(": ")[0]).name for line in lost] == [
-        "00003.tar", "00004.tar", "00005.tar", "00006.tar", "00007.tar"
+        "00003.tar", "00004.tar", "00005.tar", "00006.tar", "00007.tar", "00008.tar.gz", "00009.TAR"
     ]  # fmt: skip
-    said = ["cut off", "header", "gzip file", "data behind the end", "empty"]
+    said = ["cut off", "header", "gzip file", "data behind the end", "empty", "gzip", "parquet"]
     assert all(words in line for words, line in zip(said, lost, strict=True))
+
+
+def test_what_people_should_know_of_the_shards_is_in_the_figures(finished: Path) -> None:
+    figures = json.loads((finished / "o/completions/embed.json").read_text())["stats"]
+    assert figures["left_out"] == {".json": 1, "folders": 1}
+    # of the pictures, alpha.png and gray-alpha.png are opaque
+    assert (figures["alpha"], figures["one_color"], figures["uids_replaced"]) == (0, 0, 1)
 
 
 def test_keys_are_kept_as_they_are(finished: Path) -> None:
@@ -233,7 +257,9 @@ def test_keys_are_kept_as_they_are(finished: Path) -> None:
     assert {name.replace("\udcff", "\\udcff") for name in NAMES} <= keys
     assert table["text"][table["key"].index("one-word")] == WORD
     row = table["key"].index("odd-uid")
-    assert table["uid"][row] == uid_format.content_uid(made.picture(320), made.caption(320))
+    assert table["uid"][row] == UID
+    row = table["key"].index("no-uid")
+    assert table["uid"][row] == uid_format.content_uid(made.picture(321), made.caption(321))
     apart = pq.read_table(finished / "o/metadata/00001.parquet").to_pydict()
     texts = dict(zip(apart["key"], apart["text"], strict=True))
     assert texts == {
@@ -242,7 +268,7 @@ def test_keys_are_kept_as_they_are(finished: Path) -> None:
 
 
 def test_odd_pictures_are_seen_as_open_clip_sees_them(finished: Path) -> None:
-    """The first frame, colors converted by its own transform, and nothing turned by EXIF."""
+    """As its trainer decodes them: the first frame, as RGB, and nothing turned by EXIF."""
     import open_clip
     import torch
 
@@ -263,7 +289,7 @@ def test_odd_pictures_are_seen_as_open_clip_sees_them(finished: Path) -> None:
         image = dict(zip(keys, arrays["tiny_img"].astype(np.float32), strict=True))
     for name, content in PICTURES.items():
         key = name.split(".")[0]
-        theirs = embedded(Image.open(io.BytesIO(content)))
+        theirs = embedded(Image.open(io.BytesIO(content)).convert("RGB"))
         assert np.abs(image[key] - theirs).max() < 2e-3, name
         if name in SEEN:
             assert image[key] @ embedded(SEEN[name]) > 0.98, name
@@ -298,7 +324,7 @@ def test_dirty_metadata_of_many_makings_is_one_pool(tmp_path: Path) -> None:
         texts[3], texts[4], texts[5] = "x" * 100_000, texts[4].upper(), None
         texts[6] = texts[7]  # within a shard
         texts[8] = uids[8]  # and across shards
-        seen |= {text for text in texts if uid_format.is_uid(text)}
+        seen |= {known for text in texts if (known := uid_format.normalized(text))}
         column = pa.array(texts, pa.string())
         column = column.dictionary_encode() if kind == "dictionary" else column.cast(kind)
         key = [raw, pa.array(range(36)), pa.array(["k" * 100_000] + ["k"] * 35)][number % 3]
@@ -321,12 +347,12 @@ def test_dirty_metadata_of_many_makings_is_one_pool(tmp_path: Path) -> None:
     assert run(*words, "--max-bad", "0.5") == 0
     samples = stats(out)["samples"]
     assert samples["read"] == 360
-    assert (samples["bad"], samples["duplicate"]) == (10 * 3 + 3, 10 + 9)
+    assert (samples["bad"], samples["duplicate"]) == (10 * 2 + 3, 10 + 9)
     assert samples["ranked"] == len(seen) - 3
     listed = pq.read_table(out / "bad_samples.parquet").to_pylist()
     reasons = [b["reason"] for b in listed]
     assert {r: reasons.count(r) for r in set(reasons)} == {
-        "malformed uid": 30, "score is NaN": 3, "repeated uid": 19
+        "malformed uid": 20, "score is NaN": 3, "repeated uid": 19
     }  # fmt: skip
     assert max(len(b["uid"] or "") for b in listed) == 300
     assert {b["shard"] for b in listed} == {f"s/{number}.tar" for number in range(10)}

@@ -15,6 +15,7 @@ from PIL import Image
 
 from d2filter.algorithm import scores
 from d2filter.cli import main
+from d2filter.formats import shardlist
 from d2filter.formats import uid as uid_format
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -72,9 +73,9 @@ def test_everything_is_accounted_for(finished: Path) -> None:
     }  # fmt: skip
     bad = pq.read_table(out / "bad_samples.parquet").to_pylist()
     assert sorted((b["stage"], b["reason"], b["key"]) for b in bad if b["status"] == "bad") == [
-        ("embed", "broken image", "0a"), ("embed", "broken image", "0b"),
-        ("embed", "broken image", "1a"), ("embed", "broken image", "1b"),
+        ("embed", "broken image", "0a"), ("embed", "broken image", "1a"),
         ("embed", "no image", "0c"), ("embed", "no image", "1c"),
+        ("embed", "too many pixels", "0b"), ("embed", "too many pixels", "1b"),
     ]  # fmt: skip
     messages = {b["key"]: b["message"] for b in bad}
     assert "DecompressionBomb" in messages["0b"]
@@ -215,6 +216,8 @@ def test_a_truncated_shard_is_reported_after_everything_is_done(
         (["--model", "ViT-B-32", "--pretrained", "/none.pt"], 1, "cannot be loaded"),
         (["--precision", "fp8"], 2, "precision is 'fp8', allowed are fp32"),
         (["--batch-size", "0"], 2, "batch-size is 0"),
+        (["--max-pixels", "0"], 2, "max-pixels is 0"),
+        (["--alpha", "gray"], 2, "--alpha"),
         (["--metadata-dir", "x"], 2, "shards and metadata-dir are both given"),
     ],
 )
@@ -252,7 +255,7 @@ def test_odd_names_shapes_and_depths(tmp_path: Path) -> None:
     out = tmp_path / "o"
     assert run("embed", "--shards", tmp_path / "s", "--max-bad", "1", "--out-dir", out) == 0
     bad = pq.read_table(out / "bad_samples.parquet").to_pylist()
-    assert [(b["key"], b["reason"]) for b in bad] == [("d", "broken image"), ("g", "broken image")]
+    assert [(b["key"], b["reason"]) for b in bad] == [("d", "broken image"), ("g", "unread format")]
     table = pq.read_table(out / "metadata/0.parquet").to_pydict()
     assert table["key"] == ["a", "b\\udcff", "c", "e", "f"]
     with np.load(out / "metadata/0.npz") as arrays:
@@ -299,6 +302,51 @@ def test_shards_that_did_not_change_are_not_embedded_again(
     assert not (out / "metadata/4.npz").exists()
     assert stats(out)["samples"]["read"] == 6 + 3 + 6
     assert run("verify", out) == 0
+
+
+def test_shards_whose_names_collide_lose_nothing(tmp_path: Path) -> None:
+    """One base name in two folders, one in another case, one spelled like a mark, one too long."""
+    marked = shardlist.unique_names([str(tmp_path / f"s/{f}/0.tar") for f in "ab"])[0]
+    names = ["a/0.tar", "b/0.tar", f"c/{marked}.tar", f"d/{marked.upper()}.TAR"]
+    names += ["a/x.tar", "a/X.tar", "a/tasks.tar", f"a/{'n' * 240}.tar", f"b/{'n' * 240}.tar"]
+    for number, name in enumerate(names):
+        files = [f for i in range(3) for f in made.members(f"{i}", 900 + 10 * number + i)]
+        made.write(tmp_path / "s" / name, files)
+    out = tmp_path / "o"
+    words = ("embed", "--shards", *(tmp_path / "s" / f for f in "abcd"), "--out-dir", out)
+    assert run(*words) == 0
+    tables = [pq.read_table(p).to_pydict() for p in (out / "metadata").glob("*.parquet")]
+    assert len(tables) == len(names)
+    assert {t["shard"][0] for t in tables} == {str(tmp_path / "s" / name) for name in names}
+    assert len({uid for t in tables for uid in t["uid"]}) == 3 * len(names)
+    assert run("verify", out, "--deep") == 0
+    assert run(*words) == 0
+
+
+def test_what_is_seen_through_a_transparent_picture_can_be_chosen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And another choice is another making."""
+    drawn = Image.open(io.BytesIO(made.picture(3))).convert("RGBA")
+    drawn.paste((0, 0, 0, 0), (0, 0, 64, 40))
+    files = [("a.png", made.png(drawn)), ("a.txt", b"a red star"), *made.members("b", 5)]
+    files += [("c.png", made.black_png_with_alpha()), ("c.txt", b"nothing")]
+    made.write(tmp_path / "s/0.tar", files)
+    rows = {}
+    for alpha in ("drop", "black", "white"):
+        out = tmp_path / alpha
+        words = ("embed", "--shards", tmp_path / "s", "--alpha", alpha, "--out-dir", out)
+        assert run(*words) == 0
+        with np.load(out / "metadata/0.npz") as arrays:
+            rows[alpha] = arrays["tiny_img"].astype(np.float64)
+        figures = json.loads((out / "completions/embed.json").read_text())["stats"]
+        assert (figures["alpha"], figures["one_color"]) == (2, 1)
+    assert (rows["drop"][:2] == rows["black"][:2]).all()
+    assert rows["white"][0] @ rows["black"][0] < 0.95
+    assert (rows["white"][1] == rows["black"][1]).all()
+    capsys.readouterr()
+    assert run(*words[:-4], "--alpha", "drop", "--out-dir", tmp_path / "white") == 1
+    assert "alpha" in capsys.readouterr().err
 
 
 def test_other_weights_at_the_same_path_are_noticed(

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import re
+import struct
+import subprocess
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import shards as made
 from PIL import Image
@@ -22,22 +30,38 @@ from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import Plan
 from d2filter.formats.webdataset import LostTail, Sample, list_shards
 from d2filter.models.clip import Clip
-from d2filter.stages import embed
+from d2filter.stages import embed, pictures
 
 
-def decoded(
-    samples: Iterator[Sample], transform: Any = lambda picture: 0, side: int = 0
-) -> Iterator[Any]:
-    model = Clip(model=None, transform=transform, tokenize=str, device="cpu", dtype=None)  # type: ignore[arg-type]
+def first_pixel(picture: Image.Image) -> Any:
+    """A transform that loads a picture and takes next to nothing of it."""
+    return np.asarray(picture.convert("RGB").crop((0, 0, 2, 1))).transpose(2, 0, 1)
+
+
+def decoded(samples: Iterator[Sample], transform: Any = first_pixel, **options: Any) -> Any:
+    """What comes of samples in batches of 8. transform: PIL image → (3, height, width)."""
+    network = SimpleNamespace(visual=SimpleNamespace(image_size=200))
+    model = Clip(model=network, transform=transform, tokenize=str, device="cpu", dtype=None)  # type: ignore[arg-type]
+    config = EmbedConfig(shards=("s",), batch_size=8, **options)
     with ThreadPoolExecutor(4) as pool:
-        yield from embed._decoded(pool, samples, model, 8, side)
+        yield from pictures.decoded(pool, samples, model, config)
+
+
+def sample(content: bytes, key: str = "a") -> Sample:
+    return Sample(key=key, image=content, caption="x")
+
+
+def saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, kind, **options)
+    return stream.getvalue()
 
 
 @pytest.mark.parametrize(("bound", "ahead"), [(1 << 30, 17), (10_000, 9)])
 def test_encoded_pictures_wait_within_bounds(
     monkeypatch: pytest.MonkeyPatch, bound: int, ahead: int
 ) -> None:
-    monkeypatch.setattr(embed, "_AHEAD_BYTES", bound)
+    monkeypatch.setattr(pictures, "_AHEAD_BYTES", bound)
     picture = made.picture(1).ljust(1250, b"\0")[:1250]
     begun = 0
     most = 0
@@ -117,11 +141,14 @@ def test_the_next_batch_is_made_ready_while_the_model_runs(
 def test_fast_decoding_keeps_the_side_that_was_asked_for(
     size: tuple[int, int], kind: str, seen: tuple[int, int]
 ) -> None:
-    stream = io.BytesIO()
-    Image.new("RGB", size, "red").save(stream, kind)
-    sample = Sample(key="a", image=stream.getvalue(), caption="x")
     got: list[Any] = []
-    (ready,) = decoded(iter([sample]), lambda picture: got.append(picture.size), side=400)
+
+    def transform(picture: Image.Image) -> Any:
+        got.append(picture.size)
+        return first_pixel(picture)
+
+    one = sample(saved(Image.new("RGB", size, "red"), kind))
+    (ready,) = decoded(iter([one]), transform, fast_decode=True)  # of 200 pixels: keeps 400
     assert got == [seen]
     assert (ready.width, ready.height) == size
 
@@ -161,35 +188,309 @@ def test_a_model_that_fails_ends_the_shard(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "o/metadata").exists()
 
 
-def test_large_pictures_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embed, "_LARGE_PIXELS", 30 * 30)
-    inside: dict[str, set[int]] = {"small": set(), "large": set()}
-    together = {"small": 0, "large": 0}
+def test_pictures_in_memory_at_once_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together they take no more than the largest that is allowed; that one comes alone."""
+    config = EmbedConfig(shards=("s",), max_pixels=40 * 40)
+    most = pictures.bytes_at_once(config)
+    assert most == 40 * 40 * 20
+    inside: dict[int, int] = {}
+    sums, counts = [], []
 
-    def transform(picture: Image.Image) -> int:
-        kind = "large" if picture.size[0] > 30 else "small"
-        here = threading.get_ident()
-        inside[kind].add(here)
+    def transform(picture: Image.Image) -> Any:
+        inside[threading.get_ident()] = picture.width * picture.height * 20
         time.sleep(0.02)
-        together[kind] = max(together[kind], len(inside[kind]))
-        inside[kind].discard(here)
-        return 0
+        sums.append(sum(inside.values()))
+        counts.append(len(inside))
+        del inside[threading.get_ident()]
+        return first_pixel(picture)
 
-    def png(size: int) -> bytes:
-        stream = io.BytesIO()
-        Image.new("RGB", (size, size)).save(stream, "PNG")
-        return stream.getvalue()
+    monkeypatch.setattr(pictures, "_BYTES_A_PIXEL", {})
+    sizes = [40] * 6 + [20] * 24 + [40] * 6
+    samples = [
+        sample(made.png(Image.new("RGB", (size, size))), str(i)) for i, size in enumerate(sizes)
+    ]
+    got = list(decoded(iter(samples), transform, max_pixels=40 * 40))
+    assert [item.sample.key for item in got] == [str(i) for i in range(36)]
+    assert max(sums) <= most
+    assert max(counts) == 4
 
-    pictures = [png(40)] * 12 + [png(20)] * 12
-    samples = (Sample(key=str(i), image=p, caption="x") for i, p in enumerate(pictures))
-    assert len(list(decoded(samples, transform))) == 24
-    assert together["large"] == 1
-    assert together["small"] > 1
+
+PEAK = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+import torchvision.transforms as T
+from PIL import Image
+from d2filter.config import EmbedConfig
+from d2filter.formats.webdataset import Sample
+from d2filter.models.clip import Clip
+from d2filter.stages import pictures, worker
+
+shrink = T.Compose([T.Resize(64), T.CenterCrop(64), T.ToTensor()])
+model = Clip(None, shrink, str, "cpu", None)
+config = EmbedConfig(shards=("s",), max_pixels=int(sys.argv[1]))
+
+def run(content):
+    samples = [Sample(key=str(i), image=content, caption="x") for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pictures.decoded(pool, iter(samples), model, config))
+    assert all(isinstance(item, pictures.Ready) for item in got), got
+
+with open(sys.argv[2], "rb") as small:
+    run(small.read())
+for path in sys.argv[3:]:
+    content = open(path, "rb").read()
+    worker.reset_peak_rss()
+    before = worker.peak_rss_bytes()
+    run(content)
+    print(worker.peak_rss_bytes() - before)
+"""
+
+
+def test_decoding_takes_no_more_memory_than_is_asked_for(tmp_path: Path) -> None:
+    """Four of the largest pictures that are allowed, by four threads."""
+    wide, high = size = (2700, 2000)
+    deep = np.arange(wide * high, dtype=np.uint32).astype(np.uint16).reshape(high, wide)
+    layered = Image.new("RGBA", size, (9, 8, 7, 6))
+    kinds = {
+        "small": made.picture(1),
+        "gray16.png": saved(Image.fromarray(deep), "PNG", compress_level=1),
+        "rgba.png": saved(layered, "PNG", compress_level=1),
+        "progressive.jpg": saved(layered.convert("RGB"), "JPEG", progressive=True, subsampling=0),
+        "rgba.webp": saved(layered, "WEBP", method=0),
+        "rgba.tiff": saved(layered, "TIFF", compression="tiff_lzw"),
+        "rgba.avif": saved(layered, "AVIF", speed=10),
+    }
+    for name, content in kinds.items():
+        (tmp_path / name).write_bytes(content)
+    words = [
+        sys.executable,
+        "-c",
+        PEAK,
+        str(wide * high),
+        *(str(tmp_path / name) for name in kinds),
+    ]
+    # what the C library keeps for later allocations is not what a picture takes
+    setting = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=200, env=setting, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    asked = pictures.bytes_at_once(EmbedConfig(shards=("s",), max_pixels=wide * high))
+    peaks = dict(zip(list(kinds)[1:], map(int, done.stdout.split()), strict=True))
+    assert all(wide * high < peak <= asked for peak in peaks.values()), (peaks, asked)
+
+
+def test_pictures_with_too_many_pixels_are_bad_and_say_so() -> None:
+    from d2filter import config
+
+    assert config.MAX_PIXELS == Image.MAX_IMAGE_PIXELS
+    large, fair = Image.new("L", (101, 100)), Image.new("L", (100, 100))
+    contents = [made.png(large), made.png(fair), saved(large, "WEBP"), saved(large, "TIFF")]
+    contents.append(made.png(Image.new("L", (300, 300))))  # which Pillow refuses by itself
+    got = list(decoded((sample(c, str(i)) for i, c in enumerate(contents)), max_pixels=10_000))
+    assert [getattr(item, "reason", "") for item in got] == [
+        "too many pixels", "", "too many pixels", "too many pixels", "too many pixels"
+    ]  # fmt: skip
+    assert got[0].message == ("101 × 100 has 10100 pixels, at most 10000 are read (--max-pixels)")
+    assert "--max-pixels" in got[4].message
+    assert config.MAX_PIXELS == Image.MAX_IMAGE_PIXELS
+    # a limit above Pillow's own holds too
+    assert isinstance(next(decoded(iter([sample(contents[0])]), max_pixels=10**12)), pictures.Ready)
+
+
+def test_a_tile_of_a_small_tiff_may_not_be_large() -> None:
+    """It is decoded whole: 16 pixels would take gigabytes."""
+    tags = {256: 16, 257: 16, 258: 8, 259: 1, 262: 1, 322: 30_000, 323: 30_000, 324: 200, 325: 256}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    content = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(400)
+    (got,) = decoded(iter([sample(content)]))
+    assert (got.reason, got.message) == (
+        "too many pixels",
+        "a tile of the picture has 900000000 pixels, at most 89478485 are read (--max-pixels)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("begin", "reason", "said"),
+    [
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "unread format", "it is a JPEG 2000 picture; JPEG, PNG,"),
+        (b"\0\0\0\x20ftypheic", "unread format", "it is a HEIC picture; "),
+        (b"8BPS", "unread format", "it is a PSD picture; "),
+        (b"%!PS-Adobe", "unread format", "it is a PostScript file; "),
+        (b"<!doctype html><title>404", "unread format", "it is an HTML page; "),
+        (b"\x89PNG\r\n\x1a\n", "broken image", "it begins like a PNG picture and is none"),
+        (
+            b"\1\2\3\4\5\6\7\x08\x09",
+            "broken image",
+            "begins with the bytes 01 02 03 04 05 06 07 08",
+        ),
+    ],
+)
+def test_what_is_no_picture_that_is_read_is_named(begin: bytes, reason: str, said: str) -> None:
+    (got,) = decoded(iter([sample(begin + bytes(100))]))
+    assert got.reason == reason
+    assert said in got.message
+    assert "0x" not in got.message
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "TIFF", "JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_formats_are_read_by_their_content(kind: str) -> None:
+    picture = Image.open(io.BytesIO(made.picture(1)))
+    (got,) = decoded(iter([sample(saved(picture, kind))]))
+    assert (got.width, got.height) == picture.size
+
+
+def translucent(mode: str) -> Image.Image:
+    """A square picture of a mode, with what lies below transparent pixels in another color."""
+    base = Image.open(io.BytesIO(made.picture(4))).convert("RGB").resize((300, 300))
+    mask = Image.new("L", base.size, 255)
+    mask.paste(0, (60, 40, 250, 200))
+    mask.paste(99, (10, 210, 200, 290))
+    base.paste((255, 0, 180), (60, 40, 250, 200))
+    if mode == "P+":
+        palette = base.quantize(32)
+        palette.info["transparency"] = bytes([0, 60, 120] + [255] * 29)
+        return palette
+    layered = base.convert("RGBA")
+    layered.putalpha(mask)
+    return layered.convert(mode) if mode in ("RGBA", "LA") else base.convert(mode)
+
+
+MODES = {
+    "RGBA": "PNG",
+    "LA": "PNG",
+    "P+": "PNG",
+    "P": "PNG",
+    "1": "PNG",
+    "L": "PNG",
+    "CMYK": "JPEG",
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pictures_are_seen_as_open_clips_training_sees_them(mode: str) -> None:
+    """webdataset's decoder as open_clip's trainer calls it, then the transform for training, with
+    the whole picture in place of a part by chance.
+    """
+    import open_clip
+    import torch
+    import webdataset as wds
+
+    content = saved(translucent(mode), MODES[mode])
+    whole = open_clip.transform.AugmentationCfg(scale=(1.0, 1.0))
+    train = open_clip.image_transform(64, is_train=True, aug_cfg=whole)
+    extension = "jpg" if MODES[mode] == "JPEG" else "png"
+    stage = wds.decode("pilrgb")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow's, of palettes
+        (theirs,) = stage(iter([{"__key__": "a", extension: content}]))
+    plain = open_clip.image_transform(64, is_train=False)
+    (ours,) = decoded(iter([sample(content)]), plain)
+    assert torch.equal(train(theirs[extension]), ours.tensor)
+    assert ours.alpha == (mode in ("RGBA", "LA", "P+"))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P+"])
+@pytest.mark.parametrize(("alpha", "value"), [("white", 255), ("black", 0)])
+def test_transparent_pictures_are_put_on_a_ground(mode: str, alpha: str, value: int) -> None:
+    seen: list[Any] = []
+
+    def transform(picture: Image.Image) -> Any:
+        seen.append(np.asarray(picture.convert("RGB")).astype(int))
+        return first_pixel(picture)
+
+    picture = translucent(mode)
+    (got,) = decoded(iter([sample(saved(picture, "PNG"))]), transform, alpha=alpha)
+    assert got.alpha
+    layered = np.asarray(picture.convert("RGBA")).astype(float)
+    share = layered[..., 3:] / 255
+    expected = share * layered[..., :3] + (1 - share) * value
+    assert np.abs(seen[0] - expected).max() <= 1
+    if mode != "P+":
+        assert (seen[0][50:190, 70:240] == value).all()
+
+
+def test_opaque_pictures_have_no_alpha_whatever_their_mode() -> None:
+    opaque = Image.open(io.BytesIO(made.picture(1))).convert("RGBA")
+    (got,) = decoded(iter([sample(made.png(opaque))]))
+    assert not got.alpha
+    # 16 bits of gray with a transparent value: Pillow cannot layer it
+    deep = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257)
+    (got,) = decoded(iter([sample(saved(deep, "PNG", transparency=0))]))
+    assert isinstance(got, pictures.Ready)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_deep_gray_is_scaled_in_parts_as_whole(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(pictures, "_ROWS", 1000)
+    values = np.random.default_rng(0).integers(0, 65536, (77, 90), dtype=np.uint16)
+    seen: list[Any] = []
+
+    def transform(picture: Image.Image) -> Any:
+        seen.append(np.asarray(picture))
+        return first_pixel(picture)
+
+    list(decoded(iter([sample(saved(Image.fromarray(values), kind))]), transform))
+    assert (seen[0] == values // 257).all()
+    wide = Image.fromarray(values.astype(np.int32) * 3 - 40_000)
+    whole = (np.asarray(wide).astype(np.float64) / 257).clip(0, 255).astype("u1")
+    assert (np.asarray(pictures._eight_bit(wide)) == whole).all()
+
+
+def test_pictures_of_one_color_are_counted() -> None:
+    import open_clip
+
+    transform = open_clip.image_transform(32, is_train=False)
+    spot = Image.new("RGB", (64, 64), "white")
+    spot.paste("black", (30, 30, 40, 40))
+    flat = [Image.new("RGBA", (50, 40), (9, 9, 9, 0)), Image.new("L", (70, 70), 255), spot]
+    samples = [sample(made.png(picture)) for picture in flat]
+    assert [got.one_color for got in decoded(iter(samples), transform)] == [True, True, False]
+
+
+REPEAT = """
+import sys
+from pathlib import Path
+from d2filter.config import EmbedConfig
+from d2filter.formats.paths import Folder
+from d2filter.formats.webdataset import shard_at
+from d2filter.stages import embed, pictures
+
+shard, out = sys.argv[1:]
+config = EmbedConfig(shards=(shard,), batch_size=4)
+embed.embed_shard(report=lambda done: None, out=Folder(out), shard=shard_at(shard), config=config)
+"""
+
+
+def test_the_ledger_of_a_dirty_shard_is_the_same_in_every_run(tmp_path: Path) -> None:
+    """To the last byte: messages hold no addresses, and no order of threads."""
+    jpg = made.picture(1)
+    bad = {
+        "noise": bytes(range(256)), "cut": jpg[:300], "html": b"<html>", "gif": b"GIF89a",
+        "jp2": b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(99), "tiff": b"II*\0" + bytes(50),
+        "webp": b"RIFF....WEBPVP8 ", "bmp": b"BM" + bytes(60), "png": b"\x89PNG\r\n\x1a\n",
+        "avif": b"\0\0\0\x20ftypavif" + bytes(40),
+    }  # fmt: skip
+    files = made.members("whole", 1)
+    for key, content in bad.items():
+        files += [(f"{key}.jpg", content), (f"{key}.txt", b"x")]
+    for key, text in (("half", b'{"a":'), ("list", b"[]"), ("deep", b"[" * 99_999)):
+        files += [(f"{key}.jpg", jpg), (f"{key}.json", text)]
+    files += [("latin.jpg", jpg), ("latin.txt", b"\xff"), ("a.b.jpg", jpg), ("c.txt", b"x")]
+    path = made.write(tmp_path / "0.tar", files)
+    for out in ("o", "p"):
+        words = [sys.executable, "-c", REPEAT, str(path), str(tmp_path / out)]
+        subprocess.run(words, check=True, timeout=120)
+    one, two = (tmp_path / out / "ledger/embed/0.parquet" for out in ("o", "p"))
+    assert one.read_bytes() == two.read_bytes()
+    told = pq.read_table(one).to_pylist()
+    assert len(told) == len(bad) + 6
+    assert not [entry for entry in told if re.search("0x[0-9a-f]{6}", entry["message"])]
 
 
 def test_what_waits_for_its_batch_holds_no_encoded_picture() -> None:
     picture = made.picture(1)
-    (ready,) = decoded(iter([Sample(key="a", image=picture, caption="x")]))
+    (ready,) = decoded(iter([sample(picture)]))
     assert ready.sample.image == b""
     assert embed._row(ready, shard())["sha256"] == hashlib.sha256(picture).hexdigest()
 
@@ -221,14 +522,15 @@ class Rehearsed:
     def map(self, stage: str, tasks: list[Any], **options: Any) -> list[dict[str, Any]]:
         self.asked[stage] = options
         figures = {"device": self._found, "peak_rss_bytes": 3_000_000_000}
-        return [{**figures, "read": 1, "reasons": {}, "lost": ""} for _ in tasks]
+        counts = {"alpha": 2, "one_color": 3, "uids_replaced": 4}
+        return [{**figures, **counts, "read": 1, "reasons": {}, "lost": ""} for _ in tasks]
 
 
-def build(runner: Any, batch_size: int) -> None:
+def build(runner: Any, batch_size: int) -> dict[str, Any]:
     config = EmbedConfig(shards=("s",), batch_size=batch_size)
     one = shard()
-    plan = Plan(stage="embed", options={}, upstream="", inputs=(one.info,))
-    embed.build(runner, Folder("memory://embed/o"), [one], config, plan)
+    plan = Plan(stage="embed", options={}, upstream="", inputs=(one.info, one.info))
+    return embed.build(runner, Folder("memory://embed/o"), [one, one], config, plan, {".json": 5})
 
 
 @pytest.mark.parametrize(
@@ -244,12 +546,20 @@ def test_shards_run_where_the_rehearsal_ran_and_ask_for_the_memory_that_it_took(
     asked = runner.asked["embed"]
     assert (asked["on_gpu"], asked["share_node"]) == (on_gpu, True)
     assert runner.asked["embed-model"]["on_gpu"]
-    # two batches of files of 1 MB, and five of tensors of 336 × 336
-    assert asked["memory"] == 3_000_000_000 + 128 * 2**20 + 5 * 64 * 3 * 336 * 336 * 4
+    # two batches of files of 1 MB, five of tensors of 336 × 336, and the largest picture
+    model, decoding = 3_000_000_000, 20 * Image.MAX_IMAGE_PIXELS
+    assert asked["memory"] == model + decoding + 128 * 2**20 + 5 * 64 * 3 * 336 * 336 * 4
     build(runner, 100_000)
     assert (
-        runner.asked["embed"]["memory"] < 3_000_000_000 + (512 << 20) + 500_000 * 3 * 336 * 337 * 4
+        runner.asked["embed"]["memory"]
+        < model + decoding + (512 << 20) + 500_000 * 3 * 336 * 337 * 4
     )
+
+
+def test_what_people_should_know_of_a_pool_is_in_the_figures() -> None:
+    figures = build(Rehearsed("cpu", "cpu"), 64)
+    counts = {name: figures[name] for name in ("alpha", "one_color", "uids_replaced", "left_out")}
+    assert counts == {"alpha": 4, "one_color": 6, "uids_replaced": 8, "left_out": {".json": 5}}
 
 
 def test_a_torch_without_cuda_is_told_to_those_who_must_have_it() -> None:

@@ -54,7 +54,7 @@ def test_everything_is_packed_or_has_a_reason(folder: Path, tmp_path: Path) -> N
         "captioned image of a type that CLIP training does not read (.svg)": 1,
         "image without a caption of a type that CLIP training does not read (.svg)": 1,
         "image without a caption": 1,
-        "broken image (UnidentifiedImageError)": 1,
+        "broken image (of no known kind)": 1,
         "empty file": 1,
         "empty caption": 1,
         "caption (.txt) is no UTF-8": 1,
@@ -230,4 +230,4 @@ def test_no_decoder_but_those_of_pictures_is_started(tmp_path: Path) -> None:
     (root / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
     (root / "eps.txt").write_text("PostScript under another name")
     packed = pack.pack(root, Folder(str(tmp_path / "out")))
-    assert packed.skipped == {"broken image (UnidentifiedImageError)": 1}
+    assert packed.skipped == {"no image that is read: a PostScript file": 1}
