@@ -295,10 +295,19 @@ def default_selection(config: SelectConfig) -> SelectConfig:
     return config
 
 
+_OF_PICTURES = {
+    "alpha": "with transparency",
+    "one_color": "of one color",
+    "uids_replaced": "with an id that is no uid",
+}
+
+
 def _brief(stage: str, figures: dict[str, Any]) -> str:
     """One line of a stage's figures for people."""
     if stage in ("embed", "catalog"):
-        return ", ".join(f"{count:,} {name}" for name, count in figures["samples"].items())
+        counted = [f"{count:,} {name}" for name, count in figures["samples"].items()]
+        counted += [f"{figures[n]:,} {what}" for n, what in _OF_PICTURES.items() if figures.get(n)]
+        return ", ".join(counted)
     if stage == "graph":
         low, high = figures["recall_ci"]
         how = "exact" if figures["nlist"] == 1 else f"{figures['nprobe']}/{figures['nlist']} cells"
