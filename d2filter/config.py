@@ -316,7 +316,7 @@ class SelectConfig:
     budget: int | None = None
     """number of samples to keep"""
     min_score: float | None = None
-    """raw difficulty below which a sample is dropped from within the budget"""
+    """score, as the metadata has it, below which a sample is dropped from within the budget"""
     also: tuple[str, ...] = ()
     """further shares of the same ranking, a file each"""
 

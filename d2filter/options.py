@@ -164,8 +164,8 @@ def catalog(parser: argparse.ArgumentParser) -> None:
         "--keep-first",
         choices=["high", "low"],
         default="",
-        help="which end of the score goes first; low turns its sign (default: the score's own, "
-        "high of a column)",
+        help="which end of the score goes first; low turns its sign in the run's files, not for "
+        "--min-score (default: the score's own, high of a column)",
     )
     group.add_argument(
         "--clip-scores", type=_share, default=default.clip_scores, metavar="SHARE",
@@ -370,8 +370,10 @@ def select(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--budget", type=int, default=None, help="number of samples to keep")
     group.add_argument(
-        "--min-score", type=float, default=None, help="drop lower scores within the budget"
-    )
+        "--min-score", type=float, default=None,
+        help="drop samples of a lower score within the budget: the score as the metadata has it, "
+        "whichever end is kept first",
+    )  # fmt: skip
 
 
 def sweep(parser: argparse.ArgumentParser) -> None:
@@ -466,7 +468,9 @@ def plan(parser: argparse.ArgumentParser) -> None:
     """Of the command that predicts."""
     default = config.GraphConfig()
     group = parser.add_argument_group("pool")
-    group.add_argument("--samples", type=_count, default=0, metavar="N", help="12800000 or 12.8e6")
+    group.add_argument(
+        "--samples", type=_count, default=0, metavar="N", help="12800000, 12.8e6 or 12.8M"
+    )
     group.add_argument("--dim", type=int, default=768, help="of one embedding")
     group.add_argument(
         "--metadata-dir", default="", help="count and measure the rows of a real pool instead"
@@ -508,9 +512,17 @@ def plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    value = float(text.replace(",", "").replace("_", ""))
-    if not 1 <= value <= 1e15 or value != int(value):
-        raise argparse.ArgumentTypeError(f"{text!r}, allowed is a whole number: 12.8e6")
+    word = text.strip().replace(",", "").replace("_", "")
+    times = {"k": 10**3, "m": 10**6, "b": 10**9}.get(word[-1:].lower(), 1)
+    try:
+        value = Decimal(word if times == 1 else word[:-1]) * times
+        whole = value.is_finite() and 1 <= value <= 10**15 and value == int(value)
+    except InvalidOperation:
+        whole = False
+    if not whole:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, allowed is a whole number: 12800000, 12.8e6 or 12.8M (K, M, B)"
+        )
     return int(value)
 
 

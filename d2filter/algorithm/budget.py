@@ -59,18 +59,19 @@ def raw_scores(difficulty: npt.NDArray[np.float32], kept_first: str) -> npt.NDAr
 
 def kept_mask(
     rank: npt.NDArray[np.int64],
-    difficulty: npt.NDArray[np.float32],
+    scores: npt.NDArray[np.float32],
     size: int,
     min_score: float | None = None,
 ) -> npt.NDArray[np.bool_]:
     """True for the rows among the first `size` ranks, shape (n,) bool.
 
-    rank: (n,) int64, 0 = first. difficulty: (n,) float32, raw. `min_score` then drops rows of
-    lower raw difficulty from that prefix; it never lets later ranks move up.
+    rank: (n,) int64, 0 = first. scores: (n,) float32, `raw_scores`. `min_score` then drops rows of
+    lower scores from that prefix, whichever end of the scores goes first; it never lets later ranks
+    move up.
     """
     kept = rank < size
     if min_score is not None:
         # in float32, as scores are stored: 0.7 must keep a score of 0.7
         with np.errstate(over="ignore"):  # beyond float32 lies what none, or all, of them reach
-            kept &= difficulty >= np.float32(min_score)
+            kept &= scores >= np.float32(min_score)
     return kept

@@ -12,6 +12,7 @@ import numpy as np
 import pools
 import pytest
 
+from d2filter import options
 from d2filter.cli import main
 from d2filter.config import CatalogConfig
 from d2filter.errors import UsageError
@@ -205,7 +206,10 @@ def test_only_valid_rows_of_real_metadata_are_measured(tmp_path: Path) -> None:
         ((), "nothing to plan"),
         (("--samples", "1e6", "--nodes", "0"), "nodes is 0"),
         (("--samples", "1e6", "--fraction", "2"), "fraction is 2"),
-        (("--samples", "lots"), "lots"),
+        (("--samples", "lots"), "'lots', allowed is a whole number"),
+        (("--samples", "M"), "'M', allowed is a whole number"),
+        (("--samples", "1.5"), "allowed is a whole number"),
+        (("--samples", "nan"), "allowed is a whole number"),
         (("--samples", "0.5"), "allowed is a whole number"),
         (("--samples", "1e8", "--disk", "1GB"), "run directory grows to"),
         (("--samples", "1e8", "--memory", "2GB", "--cpus", "8"), "a task may use"),
@@ -221,6 +225,17 @@ def test_what_cannot_work_is_refused_and_says_what_would(
     error = capsys.readouterr().err
     assert text in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("128M", 128_000_000), ("12.8m", 12_800_000), ("1.28B", 1_280_000_000), ("5k", 5000),
+        ("12.8e6", 12_800_000), ("12,800,000", 12_800_000), ("1_000", 1000),
+    ],
+)  # fmt: skip
+def test_samples_are_counted_as_people_write_them(text: str, count: int) -> None:
+    assert options._count(text) == count
 
 
 def test_what_a_refusal_asks_for_is_enough() -> None:
