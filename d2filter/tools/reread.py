@@ -106,7 +106,7 @@ def rows(folder: Folder, known: catalog.Samples) -> Breaches:
         same[same] = (known.features[at[same]] == read.features[good[same]]).all(axis=1)
         if compared:
             here = np.flatnonzero(same)
-            same[here] = known.difficulty[at[here]] == read.difficulty[good[here]]
+            same[here] = known.difficulty[at[here]] == _clipped(record, config, read)[good[here]]
         other = [r for r in good[~same].tolist() if _uid(read, r) not in repeated]
         if other:
             out.append(
@@ -127,6 +127,17 @@ def rows(folder: Folder, known: catalog.Samples) -> Breaches:
         if counts[name] != number
     ]
     return out
+
+
+def _clipped(
+    record: dict[str, Any], config: CatalogConfig, read: metadata.Rows
+) -> npt.NDArray[np.float32]:
+    """Difficulties as the catalog holds them: clipped where it was told to."""
+    told = record["stats"].get("clipped")
+    if told is None:
+        return read.difficulty
+    low, high = sorted(config.raw(told[end]) for end in ("from", "to"))
+    return np.clip(read.difficulty, np.float32(low), np.float32(high))
 
 
 def _outside(config: CatalogConfig) -> tuple[metadata.Outside, bool]:

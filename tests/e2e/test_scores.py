@@ -210,7 +210,7 @@ def test_a_log_decides_the_difficulty_and_what_it_lacks_is_bad(
         (lambda t: changed(t, "epoch", [10] * len(t)), "has not one row for each of the 1 epochs"),
         (lambda t: changed(t, "label", [7] * len(t)), "has a label outside 0 to 2"),
         (lambda t: changed(t, "label", list(range(len(t)))), "has more than one label"),
-        (lambda t: changed(t, "uid", ["cat"] * len(t)), "is not 32 lowercase hex digits"),
+        (lambda t: changed(t, "uid", ["cat"] * len(t)), "'cat' in row 0 is no uid"),
         (
             lambda t: changed(t, "probabilities", [[0.5]] + [[0.5, 0.5]] * (len(t) - 1)),
             "one length",

@@ -31,6 +31,7 @@ from d2filter.config import CatalogConfig
 from d2filter.errors import D2FilterError, InputError
 from d2filter.formats import metadata, npz, tarindex, traininglog, uid, webdataset
 from d2filter.formats.paths import Folder
+from d2filter.formats.tables import shown
 
 _MEMORY = 1 << 30
 # a memory disk where there is one: thousands of small files are written
@@ -542,9 +543,9 @@ def read_pair(table: bytes, arrays: bytes, config: CatalogConfig) -> metadata.Ro
     assert np.isfinite(rows.difficulty[good]).all()
     hexes = uid.to_hex(rows.hi, rows.lo)
     for i in range(n):
-        shown = metadata.shown(rows.uid[i])
-        assert shown is None or len(shown) <= 300
-        assert not good[i] or shown == hexes[i]
+        text = shown(rows.uid[i])
+        assert text is None or len(text) <= 300
+        assert not good[i] or uid.normalized(text) == hexes[i]
     for column in (rows.shard, rows.key, rows.group):
         assert column.type == pa.string()
         assert len(column.to_pylist()) == n

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2filter.algorithm import features
+from d2filter.algorithm import features, scores
 from d2filter.config import CatalogConfig
 from d2filter.formats import catalog, metadata
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
 from d2filter.stages import catalog as stage
+from d2filter.stages import score
+from d2filter.stages.runner import Runner
 
 
 def samples(rows: list[tuple[int, float, float, str]]) -> catalog.Samples:
@@ -179,3 +182,32 @@ def test_entries_of_bad_rows_show_the_value_and_are_the_same_each_time(tmp_path:
         f"{where} 5",
     ]
     assert "0x" not in "".join(table["message"]).replace("\\x1b", "")
+
+
+def test_two_spellings_of_one_uid_are_one_sample(tmp_path: Path) -> None:
+    pool = pools.make(4, 4, copies=0)
+    pool["uid"] = ["ab" * 16, "AB" * 16, str(uuid.UUID("ab" * 16)), "cd" * 16]
+    source = Folder(str(pools.write(tmp_path / "m", pool)))
+    out = Folder(str(tmp_path / "o"))
+    stage.read_group(
+        report=lambda n: None, out=out, source=source, names=["00000"], run_name="r",
+        config=CatalogConfig(),
+    )  # fmt: skip
+    merged = stage.merge_range(
+        report=lambda n: None, out=out, runs=["r"], number=0, low="0" * 32, high=""
+    )
+    assert (merged["ranked"], merged["duplicate"]) == (2, 2)
+
+
+def test_a_score_of_the_pool_that_nothing_computes_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = scores.Score(name="beauty", kept_first="high", meaning="better", needs="pool", says="")
+    monkeypatch.setitem(scores.SCORES, "beauty", new)
+    part = samples([(1, 1.0, 0.0, "k")])
+    catalog.publish_part(Folder(str(tmp_path)).sub("catalog"), 0, part)
+    config, out = CatalogConfig(score="beauty"), Folder(str(tmp_path))
+    with pytest.raises(ValueError, match="beauty"):
+        score.build(Runner(out), out, config, "f", 0)
+    with pytest.raises(ValueError, match="beauty"):
+        score.score_part(report=lambda n: None, out=out, number=0, config=config)
