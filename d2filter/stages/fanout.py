@@ -249,7 +249,7 @@ def reason_of(error: BaseException) -> str:
     """Why Ray lost a worker, in a line."""
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError" or "running low on memory" in text:
-        found = re.search(r"was ([\d.]+ ?\w+) ?/ ?([\d.]+ ?\w+)", text)
+        found = re.search(r"was ([\d.]+ ?\w+)(?: used)? ?/ ?([\d.]+ ?\w+)", text)
         used = f", {found[1]} of {found[2]} were in use" if found else ""
         return f"its worker was killed because its node ran low on memory{used}"
     if type(error).__name__ == "WorkerCrashedError":
