@@ -193,11 +193,15 @@ class Cluster:
         # a power loss closes no connection: Ray waits for seven minutes otherwise
         self.environment["RAY_grpc_client_keepalive_time_ms"] = "2000"
         self.environment["RAY_grpc_client_keepalive_timeout_ms"] = "3000"
-        # what is shipped comes without compiled code, and most of the time is compiling
+        # most of the time is compiling: what this machine has compiled of these sources is shipped
+        # with them, which Ray would leave out (numba knows it by their content)
+        self.environment["RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES"] = ".git"
         self.environment["NUMBA_OPT"] = "0"
+        self.environment.pop("NUMBA_CACHE_DIR", None)
+        self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
         self._ship = self._place / "ship"
         for source in SOURCES:
-            left_out = shutil.ignore_patterns("__pycache__", "results")
+            left_out = shutil.ignore_patterns("*.pyc", "results")
             shutil.copytree(source, self._ship / source.name, ignore=left_out)
         self._make: Any = Corner
         if self._outside is not None:

@@ -175,7 +175,8 @@ class FanOut:
                 )
             pause = _FIRST_PAUSE * 2 ** (tried - 1)
             tell(
-                f"{what} is tried again in {pause:g} s, attempt {tried + 1} of {ATTEMPTS}: {reason}"
+                f"{what} is tried again in {pause:g} s, attempt {tried + 1} of {ATTEMPTS}: "
+                f"its worker died ({reason})"
             )
             self._log(
                 "task tried again", task=task.name, attempt=tried + 1, pause=pause, reason=reason
@@ -249,11 +250,11 @@ def reason_of(error: BaseException) -> str:
     """Why Ray lost a worker, in a line."""
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError" or "running low on memory" in text:
-        found = re.search(r"was ([\d.]+ ?\w+) ?/ ?([\d.]+ ?\w+)", text)
+        found = re.search(r"was ([\d.]+ ?\w+)(?: used)? ?/ ?([\d.]+ ?\w+)", text)
         used = f", {found[1]} of {found[2]} were in use" if found else ""
-        return f"its worker was killed because its node ran low on memory{used}"
+        return f"killed because its node ran low on memory{used}"
     if type(error).__name__ == "WorkerCrashedError":
-        return "its worker died; where memory is short, the system kills processes (see dmesg)"
+        return "where memory is short the system kills processes, see dmesg"
     return first_line(error)
 
 

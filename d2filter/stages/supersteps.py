@@ -227,12 +227,13 @@ class _Driver:
                 f"rank: the worker of {self._partitions_of(a)} failed {self._restarts[a]} times: "
                 f"{first_line(error)}; give the ranking more memory or more nodes"
             ) from error
-        tell(f"rank: the worker of {self._partitions_of(a)} is started again: {reason_of(error)}")
-        told = {"partitions": self._partitions_of(a), "restarts": self._restarts[a]}
+        reason, here = reason_of(error), self._partitions_of(a)
+        tell(f"rank: the worker of {here} died and is started again ({reason})")
+        told = {"partitions": here, "restarts": self._restarts[a]}
         with contextlib.suppress(OSError, StorageError):
             logs.append(
                 self._arguments[0], logs.DRIVER, "worker lost", stage="rank", **told,
-                reason=reason_of(error),
+                reason=reason,
             )  # fmt: skip
         for b in gone:
             # without a CPU of its own: where its node was lost there may be none

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -323,11 +324,10 @@ def test_a_line_beside_a_bar_is_a_line_of_its_own(monkeypatch: pytest.MonkeyPatc
                 "10.0.0.1, ID: 5f) where the task (task ID: 1, name=run_task) was running was "
                 "30.50GB / 32.00GB (0.953), which exceeds the memory usage threshold of 0.95."
             ),
-            "its worker was killed because its node ran low on memory, 30.50GB of 32.00GB were in "
-            "use",
+            "killed because its node ran low on memory, 30.50GB of 32.00GB were in use",
         ),
         (ray.exceptions.OutOfMemoryError("words of another version"), "ran low on memory"),
-        (ray.exceptions.WorkerCrashedError(), "where memory is short, the system kills processes"),
+        (ray.exceptions.WorkerCrashedError(), "where memory is short the system kills processes"),
         (ray.exceptions.ActorDiedError(), "actor died"),
     ],
 )
@@ -335,6 +335,42 @@ def test_the_reason_of_a_loss_is_one_line(error: Exception, said: str) -> None:
     reason = fanout.reason_of(error)
     assert said in reason
     assert "\n" not in reason
+
+
+KILLED_FOR_MEMORY = """
+import sys
+from d2filter.formats.paths import Folder
+from d2filter.stages import fanout
+from d2filter.stages.runner import Runner
+from d2filter.stages.worker import Task
+
+def work(report):
+    import time
+    time.sleep(60)
+
+fanout._FIRST_PAUSE, fanout.ATTEMPTS = 0.1, 2
+runner = Runner(Folder(sys.argv[1]))
+try:
+    runner.map("s", [Task(name="t", run=work, arguments={})], fingerprint="1", label="s")
+finally:
+    runner.close()
+"""
+
+
+def test_a_worker_that_ray_kills_for_memory_is_told_of_with_the_figures(out: Folder) -> None:
+    """In a Ray of its own, which takes a hundredth of this machine's memory for too much."""
+    limit = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_FOR_MEMORY, out.url], env={**os.environ, **limit},
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    low = r"killed because its node ran low on memory, [\d.]+GB of [\d.]+GB were in use"
+    first, *_, last = done.stderr.splitlines()
+    assert re.fullmatch(
+        rf"d2filter: s task t is tried again in 0.1 s, attempt 2 of 2: its worker died \({low}\)",
+        first,
+    )
+    assert re.search(rf"s task t: its worker died 2 times \({low}\): give it more memory", last)
 
 
 def test_processes_are_as_many_as_cpus_and_memory_hold(
