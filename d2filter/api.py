@@ -60,9 +60,11 @@ class RankedPool:
         fraction outside (0, 1] or a size below 1.
         """
         exact = None if fraction is None else budget.parse_fraction(fraction)
-        checked = SelectConfig(fraction=exact, budget=size, min_score=min_score)
+        checked = SelectConfig(fraction=exact, budget=_index(size), min_score=_float(min_score))
         count = budget.budget_of(len(self.rank), fraction=checked.fraction, budget=checked.budget)
-        rows = np.flatnonzero(budget.kept_mask(self.rank, self.difficulty, count, min_score))
+        rows = np.flatnonzero(
+            budget.kept_mask(self.rank, self.difficulty, count, checked.min_score)
+        )
         kept: I64 = rows[np.argsort(self.rank[rows])]
         return kept
 
@@ -106,19 +108,19 @@ def rank(
     [1, 2]
     """
     graph_config = GraphConfig(
-        n_neighbors=_index(n_neighbors), target_recall=target_recall,
+        n_neighbors=_index(n_neighbors), target_recall=_float(target_recall),
         exact_below=_index(exact_below), seed=_index(seed),
     )  # fmt: skip
     rank_config = RankConfig(
-        gamma=gamma,
-        gamma_forward=gamma_forward,
+        gamma=_float(gamma),
+        gamma_forward=_float(gamma_forward),
         kernel=kernel,
         forward=forward,
         reverse=reverse,
         undirected=undirected,
         gamma_scale=gamma_scale,
         cut_hardest=_decimal(cut_hardest),
-        collapse_copies=collapse_copies,
+        collapse_copies=_float(collapse_copies),
         group_budgets=group_budgets,
     )
     modalities, difficulty = arrays.modalities(embeddings), arrays.difficulty(scores)
@@ -209,6 +211,16 @@ def _decimal(value: float | str | Decimal) -> Decimal:
         return Decimal("NaN")  # which the configuration refuses by name
 
 
+def _float(value: Any) -> Any:
+    """A float of any type of number; the configuration refuses what is none."""
+    if value is None or isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return value
+
+
 def _rows(numbers: I64, order: I64) -> I64:
     """Row numbers of the sorted pool as row numbers of the caller; −1 stays."""
     return np.where(numbers >= 0, order[numbers], -1)
@@ -217,11 +229,12 @@ def _rows(numbers: I64, order: I64) -> I64:
 def _ids(uids_hex: Any, n: int) -> tuple[uids.U64, uids.U64]:
     if uids_hex is None:
         return np.zeros(n, np.uint64), np.arange(n, dtype=np.uint64)
-    if len(uids_hex) != n:
-        raise InputError(f"uids_hex has {len(uids_hex)} entries and scores has {n}")
+    given = arrays.labels(uids_hex)
+    if given.shape != (n,):
+        raise InputError(f"uids_hex has shape {given.shape} and scores has {n} entries")
     import pyarrow as pa
 
-    words = [uid if isinstance(uid, str) else None for uid in arrays.labels(uids_hex)]
+    words = [uid if isinstance(uid, str) else None for uid in given]
     hi, lo, valid = uid_format.parse(pa.array(words, pa.string()))
     arrays.refuse(~valid, "uid is not 32 lowercase hex digits")
     order = uids.ascending(hi, lo)
