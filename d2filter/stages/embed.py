@@ -11,7 +11,7 @@ import numpy as np
 
 from d2filter.config import EmbedConfig
 from d2filter.errors import InputError, UsageError
-from d2filter.formats import ledger, metadata, webdataset
+from d2filter.formats import ledger, metadata, shardlist, webdataset
 from d2filter.formats.paths import Checksums, Folder
 from d2filter.formats.runstate import Plan
 from d2filter.models import clip
@@ -72,6 +72,7 @@ def build(
         "shards": len(shards),
         **{name: sum(figures[name] for figures in done) for name in _COUNTS},
         "left_out": left_out,
+        "alerts": [f"not read, beside the shards: {shardlist.says(left_out)}"] if left_out else [],
         "checksums": checksums_of(done),
         "device": sorted({figures["device"] for figures in done}),
         "peak_rss": max(figures["peak_rss_bytes"] for figures in done),

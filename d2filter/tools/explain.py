@@ -89,8 +89,9 @@ def explain(folder: Folder, uids_hex: Sequence[str]) -> list[Explained | NotRank
     RunStateError when nothing is ranked yet.
     """
     for text in uids_hex:
-        if not uid_format.is_uid(text):
-            raise UsageError(f"{text!r} is no uid: give 32 lowercase hex digits")
+        if uid_format.normalized(text) is None:
+            raise UsageError(f"{text!r} is no uid: give 32 hex digits")
+    uids_hex = [str(uid_format.normalized(text)) for text in uids_hex]
     run = _Run(folder)
     pairs = np.array([uid_format.from_hex(text) for text in uids_hex], np.uint64).reshape(-1, 2)
     rows = run.ranking.find_all(pairs[:, 0], pairs[:, 1])

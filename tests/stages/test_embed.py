@@ -560,6 +560,7 @@ def test_what_people_should_know_of_a_pool_is_in_the_figures() -> None:
     figures = build(Rehearsed("cpu", "cpu"), 64)
     counts = {name: figures[name] for name in ("alpha", "one_color", "uids_replaced", "left_out")}
     assert counts == {"alpha": 4, "one_color": 6, "uids_replaced": 8, "left_out": {".json": 5}}
+    assert figures["alerts"] == ["not read, beside the shards: 5 .json"]
 
 
 def test_a_torch_without_cuda_is_told_to_those_who_must_have_it() -> None:
