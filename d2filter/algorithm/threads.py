@@ -109,7 +109,11 @@ os.register_at_fork(after_in_child=_after_fork)
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Products take one thread each, until the last of those who asked for it is done."""
+    """Products take one thread each, until the last of those who asked for it is done.
+
+    OpenBLAS takes a number from the thread that set one before: where another thread is the last,
+    products may stay at one thread, which changes their speed alone.
+    """
     import threadpoolctl
 
     global _blas_users, _blas_limit

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -87,21 +86,12 @@ def test_products_take_one_thread_until_the_last_caller_is_done() -> None:
 
     _ = np.ones((2, 2)) @ np.ones((2, 2))
     before = blas()
-    inside, leave = threading.Event(), threading.Event()
-
-    def other() -> None:
-        with threads.one_blas_thread():
-            inside.set()
-            leave.wait(30)
-
     with threads.one_blas_thread():
-        thread = threading.Thread(target=other)
-        thread.start()
-        assert inside.wait(30)
-    assert blas() == {1}
-    leave.set()
-    thread.join()
+        with threads.one_blas_thread():
+            assert blas() == {1}
+        assert blas() == {1}
     assert blas() == before
+    assert not threads._blas_users
 
 
 def results() -> list[np.ndarray]:
