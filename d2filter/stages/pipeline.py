@@ -168,7 +168,10 @@ class Pipeline:
         before = self.state.require("catalog")
         plan = self._plans.graph(before["fingerprint"]).plan
         build = grouped.build if before["options"]["group_column"] else graph.build
-        self._stage(plan, lambda: build(self._runner, self.out, self.config, plan.fingerprint))
+        # lists longer than there are others would be padding, of terabytes if k is a typing error
+        k = min(self.config.graph.n_neighbors, max(1, before["stats"]["samples"]["ranked"] - 1))
+        config = replace(self.config, graph=replace(self.config.graph, n_neighbors=k))
+        self._stage(plan, lambda: build(self._runner, self.out, config, plan.fingerprint))
         graph.tidy(self.out)
 
     def _rank(self) -> None:

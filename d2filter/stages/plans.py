@@ -165,9 +165,12 @@ class Plans:
 
     def _neighbors(self) -> int:
         """How many neighbors of each list count. Raises UsageError for more than there are."""
-        done = self._state.done("graph") is not None
-        there = graph.width(self._out.sub("graph")) if done else self._config.graph.n_neighbors
+        made = self._state.done("graph")
+        asked = made["options"]["n_neighbors"] if made else self._config.graph.n_neighbors
+        there = graph.width(self._out.sub("graph")) if made else asked
         wanted = self._config.rank.n_neighbors or there
+        if wanted == asked:  # of a small pool there are fewer
+            return min(wanted, there)
         if wanted > there:
             raise UsageError(
                 f"n-neighbors is {wanted}, the graph of {self._out.url} has {there}: rank with at "

@@ -305,3 +305,15 @@ def test_one_command_at_a_time_writes_to_a_run_directory(
     assert run("select", "--out-dir", out, "--fraction", 0.2) == 0
     assert len(np.load(out / "subset.npy")) == 80
     assert not (out / lock.LOCK).exists()
+
+
+def test_more_neighbors_than_there_are_others_make_no_longer_lists(tmp_path: Path) -> None:
+    folder = pools.write(tmp_path / "m", pools.make(40, 8))
+    subsets = []
+    for k in (39, 1_000_000):
+        out = tmp_path / f"{k}"
+        assert run("run", "--metadata-dir", folder, "--out-dir", out, "--n-neighbors", k) == 0
+        assert run("verify", out) == 0
+        assert sum(p.stat().st_size for p in (out / "graph").iterdir()) < 1_000_000
+        subsets.append((out / "subset.npy").read_bytes())
+    assert subsets[0] == subsets[1]
