@@ -372,6 +372,8 @@ class RunConfig:
     """where models and products run; auto: on GPUs where the cluster has any"""
     overwrite: tuple[str, ...] = ()
     """stages whose results may be replaced"""
+    heal: bool = False
+    """whether damaged files, and shards that changed, are made again"""
 
     def __post_init__(self) -> None:
         if not self.out_dir:

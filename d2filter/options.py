@@ -82,6 +82,11 @@ def common(parser: argparse.ArgumentParser) -> None:
         help="make this stage of the command, and all after it, anew",
     )
     group.add_argument(
+        "--heal", action="store_true",
+        help="make again what was damaged (see verify) and embed shards that changed, and all that "
+        "follows from them",
+    )  # fmt: skip
+    group.add_argument(
         "--dry-run", action="store_true", help="say what would be done, and change nothing"
     )
     group.add_argument("--config", default="", help="YAML file with the same option names")
@@ -578,6 +583,7 @@ def run_config(arguments: argparse.Namespace) -> config.RunConfig:
         address=arguments.address,
         device=given.get("device", "auto"),
         overwrite=tuple(arguments.overwrite),
+        heal=arguments.heal,
     )
 
 

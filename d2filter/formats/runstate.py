@@ -18,20 +18,21 @@ from importlib import metadata
 from typing import Any
 
 import d2filter
-from d2filter.errors import RunStateError
+from d2filter.errors import InputError, RunStateError
 from d2filter.formats import logs
-from d2filter.formats.paths import FileInfo, Folder, read_jsons, remove_leftovers
+from d2filter.formats.paths import FileInfo, Folder, checksum, read_jsons, remove_leftovers
 
 STAGES = ("embed", "catalog", "graph", "rank", "select")
 REPORT = "report.html"
 # stages whose outputs stay in place while others are made, and are replaced file by file
 _REPLACED = ("select",)
 _REPORTED = "completions/report.json"
-# what each stage writes, for --overwrite; ledger and completions go with it
+# what each stage writes, first the folder whose files its record lists; ledger and completions go
+# with it
 _OUTPUTS = {
     "embed": ("metadata", "completions/embed-model"),
     "catalog": ("catalog",),
-    "graph": ("index", "graph"),
+    "graph": ("graph", "index"),
     "rank": ("ranking", "ranking-work"),
     "select": ("subset.npy", "subsets", "kept"),
 }
@@ -76,6 +77,14 @@ class Plan:
     def _digest(self, inputs: Sequence[FileInfo]) -> str:
         files = [[f.name, f.size, f.version] for f in inputs]
         return digest([self.stage, d2filter.__version__, self.options, self.upstream, files])
+
+
+def _is_as_told(home: Folder, name: str, told: list[int | str]) -> bool:
+    """Whether a file is there with the size and sum that were recorded."""
+    try:
+        return checksum(home, name) == told
+    except InputError:
+        return False
 
 
 def _split_record(stage: str) -> str:
@@ -186,9 +195,30 @@ class RunState:
             remove_leftovers(self.folder, output)
         return why
 
-    def make_room(self, plan: Plan) -> None:
+    def heal(self, plan: Plan) -> bool:
+        """Remove what was damaged since a stage was done, and the stages that follow from it;
+        returns whether there was anything. Of independent parts those go that were damaged or whose
+        input changed. A damaged selection stays until its successor is there.
+        """
+        record = self.done(plan.stage)
+        if record is None:
+            return False
+        home = self.home(plan.stage)
+        damaged = any(not _is_as_told(home, n, told) for n, told in record["checksums"].items())
+        changed = plan.independent and record["fingerprint"] != plan.fingerprint
+        if not (damaged or changed):
+            return False
+        if plan.stage not in _REPLACED:
+            self.make_room(plan, by_content=True)
+        return True
+
+    def home(self, stage: str) -> Folder:
+        """Where the files lie that the record of a stage lists."""
+        return self.folder if stage in _REPLACED else self.folder.sub(_OUTPUTS[stage][0])
+
+    def make_room(self, plan: Plan, *, by_content: bool = False) -> None:
         """Remove what a stage and those after it left, but not independent parts still planned
-        whose files are there.
+        whose files are there. by_content: files that are not what was published do not count.
 
         Whether such a part is made again is decided by its own fingerprint.
         """
@@ -204,11 +234,15 @@ class RunState:
             for name in folder.names():
                 if name.rpartition(".")[0] not in planned:
                     folder.remove(name)
-        there = {info.name: info.size for info in self.folder.sub(_OUTPUTS[stage][0]).files()}
+        home = self.home(stage)
+        there = {info.name: info.size for info in home.files()}
         marks = self.folder.sub(f"completions/{stage}")
         for name, record in read_jsons(marks, marks.names(".json")).items():
-            told = record.get("checksums", {})
-            if any(there.get(file) != size for file, (size, _) in told.items()):
+            files = record.get("checksums", {})
+            whole = all(there.get(file) == size for file, (size, _) in files.items())
+            if not whole or (
+                by_content and not all(_is_as_told(home, file, t) for file, t in files.items())
+            ):
                 marks.remove(name)
 
     def set_task_split(self, stage: str, split: dict[str, Any]) -> None:
@@ -324,6 +358,7 @@ class RunState:
         return RunStateError(
             f"{self.folder.url} holds a finished {stage} of other making: {difference}; "
             f"use another --out-dir, the options of before, or --overwrite {stage}"
+            + (" (--heal embeds only what changed)" if stage == "embed" else "")
         )
 
     def _difference(self, record: dict[str, Any], plan: Plan) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import d2filter
 from d2filter.config import RunConfig, SelectConfig
-from d2filter.errors import D2FilterError, RecallError, TooManyBadError
+from d2filter.errors import D2FilterError, RecallError, TooManyBadError, UsageError
 from d2filter.formats import ledger, lock, logs
 from d2filter.formats.paths import Folder, absolute, remove_leftovers
 from d2filter.formats.runstate import STAGES, Plan, RunState
@@ -83,6 +83,8 @@ class Pipeline:
 
     def preview(self, command: str) -> list[str]:
         """What `run` would do, a line a stage; writes nothing. Raises what it would refuse."""
+        if self.config.heal:
+            raise UsageError("heal compares files while it runs: leave out --dry-run, or --heal")
         lines = []
         anew = False
         stages = self._plans.stages(command)
@@ -230,10 +232,14 @@ class Pipeline:
 
     def _stage(self, plan: Plan, build: Callable[[], dict[str, Any]]) -> None:
         # only now, when its input was looked at: a mistyped folder must not cost a finished run
-        if plan.stage in self.config.overwrite:
-            if plan.stage != "select":  # its files are replaced one by one
-                self.state.clear_from(plan.stage)
-        elif self._is_done(plan):
+        again = plan.stage in self.config.overwrite
+        if again and plan.stage != "select":  # its files are replaced one by one
+            self.state.clear_from(plan.stage)
+        elif not again and self.config.heal:
+            again = self.state.heal(plan)
+            if again:
+                self._say(f"{plan.stage:<9} is healed: files were damaged, or shards changed")
+        if not again and self._is_done(plan):
             self._say(f"{plan.stage:<9} done before")
             return
         why = self.state.begin(plan)

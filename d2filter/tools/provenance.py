@@ -15,7 +15,6 @@ from d2filter.formats.runstate import STAGES, RunState, differing_input
 Breaches = list[str]
 Records = dict[str, dict[str, Any]]
 
-_HOMES = {"embed": "metadata", "catalog": "catalog", "graph": "graph", "rank": "ranking"}
 _SHOWN = 3
 
 
@@ -28,7 +27,7 @@ def records(folder: Folder) -> Records:
 
 def home(folder: Folder, stage: str) -> Folder:
     """Where the files lie that the record of a stage lists."""
-    return folder.sub(_HOMES[stage]) if stage in _HOMES else folder
+    return RunState(folder).home(stage)
 
 
 def follow(folder: Folder) -> Breaches:

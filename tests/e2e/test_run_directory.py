@@ -172,6 +172,46 @@ def test_anew_is_anew(tmp_path: Path) -> None:
     assert run("verify", tmp_path / "o") == 0
 
 
+def test_healing_makes_again_what_is_damaged_or_changed_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(3):
+        content = [m for i in range(6) for m in shards.members(f"{number}{i:03d}", 9 * number + i)]
+        shards.write(tmp_path / f"s/{number}.tar", content)
+    out = tmp_path / "o"
+    words = ("run", "--shards", tmp_path / "s", "--out-dir", out, "--max-bad", 1)
+    assert run(*words) == 0
+    subset = (out / "subset.npy").read_bytes()
+    whole = state(out)
+    assert run(*words, "--heal") == 0
+    assert {n: v for n, v in state(out).items() if n.startswith(("metadata/", "graph/"))} == {
+        n: v for n, v in whole.items() if n.startswith(("metadata/", "graph/"))
+    }
+    damaged = out / "metadata/1.npz"
+    content_of_it = damaged.read_bytes()
+    damaged.write_bytes(content_of_it[:-200] + bytes(100) + content_of_it[-100:])
+    assert run(*words, "--heal") == 0
+    assert "embed     is healed" in capsys.readouterr().out
+    assert damaged.read_bytes() == content_of_it
+    for name in ("metadata/0.npz", "metadata/2.npz"):
+        assert state(out)[name] == whole[name], "a whole shard was embedded again"
+    for name in ("subset.npy", "ranking/part-00000.parquet", "graph/part-00000.parquet"):
+        path = out / name
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+        assert run("verify", out) == 1
+        assert run(*words, "--heal") == 0
+        assert run("verify", out) == 0
+    assert (out / "subset.npy").read_bytes() == subset
+    more = [m for i in range(6) for m in shards.members(f"new{i:03d}", 99 + i)]
+    shards.write(tmp_path / "s/1.tar", more)
+    assert run(*words) == 1
+    assert "--heal embeds only what changed" in capsys.readouterr().err
+    assert run(*words, "--heal") == 0
+    assert state(out)["metadata/0.npz"] == whole["metadata/0.npz"]
+    assert run("verify", out, "--deep") == 0
+    assert run(*words, "--heal", "--dry-run") == 2
+
+
 @pytest.mark.parametrize("when", ["parquet", "npz"])
 def test_metadata_that_changes_while_it_is_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], when: str
