@@ -26,7 +26,7 @@ class _State:
     """the first one; 0 for none"""
     held = 0
     since = 0.0
-    """when the outermost `held` began"""
+    """when the first one came"""
     pending = False
 
 
@@ -52,7 +52,8 @@ def raising() -> Iterator[None]:
         yield
     finally:
         if _State.received:
-            _hold()
+            # the clean-up of a command that was interrupted
+            _State.held += 1
         else:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -61,7 +62,7 @@ def raising() -> Iterator[None]:
 @contextlib.contextmanager
 def held() -> Iterator[None]:
     """Signals that come within it raise KeyboardInterrupt at its end."""
-    _hold()
+    _State.held += 1
     try:
         yield
     finally:
@@ -92,16 +93,12 @@ def kept() -> Iterator[None]:
                     signal.signal(number, handler)
 
 
-def _hold() -> None:
-    if not _State.held:
-        _State.since = time.monotonic()
-    _State.held += 1
-
-
 def _handle(number: int, frame: object) -> None:
-    _State.received = _State.received or number
+    first, now = not _State.received, time.monotonic()
+    if first:
+        _State.received, _State.since = number, now
     if not _State.held:
         raise KeyboardInterrupt
-    _State.pending = True
-    if time.monotonic() - _State.since > _PATIENCE_SECONDS:
+    if not first and now - _State.since > _PATIENCE_SECONDS:
         os._exit(128 + _State.received)
+    _State.pending = True

@@ -297,6 +297,12 @@ class Command:
             raise
         return self._driver.returncode, self._stderr.read_text(errors="replace")
 
+    @property
+    def pid(self) -> int:
+        """Of the driver."""
+        assert self._driver is not None
+        return self._driver.pid
+
     def kill(self) -> None:
         """SIGKILL to the driver."""
         assert self._driver is not None

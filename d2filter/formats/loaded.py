@@ -133,6 +133,7 @@ def plain_uid(meta: object) -> bytes | None:
         or meta[end : end + 1] != b'"'
         or meta[at - 1] == _BACKSLASH
         or meta[:1] != b"{"
+        or meta[-1:] not in (b"}", b"\n")  # cut off
         or meta.count(b"{") != 1
         or meta.count(_KEY) != 1
     ):

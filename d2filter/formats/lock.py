@@ -57,19 +57,34 @@ class Holder:
 
 
 def read(folder: Folder) -> Holder | None:
-    """Who holds the lock of a run directory, dead or alive; None for nobody."""
+    """Who holds the lock of a run directory, dead or alive; None for nobody.
+
+    Raises InputError for a file that cannot be read or is no lock.
+    """
+    found = folder.read_json(LOCK)
     try:
-        found = folder.read_json(LOCK)
         return None if found is None else Holder(**found)
-    except (InputError, TypeError):
-        return None  # no lock of ours: half of one cannot be, it is published whole
+    except TypeError as error:
+        raise InputError(
+            f"{folder.where(LOCK)} is no lock of this version of d2filter: remove it if no command "
+            "writes to this run directory"
+        ) from error
 
 
 def alive_here(holder: Holder) -> bool | None:
     """Whether the owner's process runs; None when it is of another machine or container."""
-    if holder.machine != _machine():
+    if holder.machine != _machine() or not holder.born:
         return None
-    return _born(holder.pid) == holder.born
+    born = _born(holder.pid)
+    if born:
+        return born == holder.born
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return None  # hidden from this user: its heartbeat tells
 
 
 @contextlib.contextmanager
@@ -102,7 +117,7 @@ def hold(
     finally:
         ended.set()
         heart.join()
-        with contextlib.suppress(OSError, StorageError), _alone(folder):
+        with contextlib.suppress(OSError, StorageError, InputError), _alone(folder):
             if _is(folder, mine):
                 folder.remove(LOCK)
 
@@ -115,10 +130,10 @@ def _take(folder: Folder, mine: Holder, say: Callable[[str], None], stale: float
     since = time.monotonic()
     while True:
         with _alone(folder):
-            other = read(folder)
+            other = _look(folder)
             quiet = other == watched and time.monotonic() - since > stale
             if other is None or alive_here(other) is False or quiet:
-                folder.publish_json(LOCK, asdict(mine))
+                _write(folder, mine)
                 break
         if alive_here(other) or (watched is not None and other != watched):
             raise LockedError(
@@ -141,19 +156,38 @@ def _take(folder: Folder, mine: Holder, say: Callable[[str], None], stale: float
             )
 
 
-def _is(folder: Folder, mine: Holder) -> bool:
+def _look(folder: Folder) -> Holder | None:
+    """Who holds the lock. Some file systems replace a file by removing it first: one that is not
+    there is looked for again.
+    """
     found = read(folder)
+    if found is None and folder.local is None:
+        time.sleep(_SETTLE_SECONDS)
+        found = read(folder)
+    return found
+
+
+def _is(folder: Folder, mine: Holder) -> bool:
+    found = _look(folder)
     return found is not None and found.token == mine.token
+
+
+def _write(folder: Folder, mine: Holder) -> None:
+    """With the owner's mark on the temporary file, so that the next one removes it after a kill."""
+    folder.owned_by(Owner(folder.url, mine.token, holds=False)).publish_json(LOCK, asdict(mine))
 
 
 def _keep_beating(folder: Folder, mine: Holder, beat: float, ended: threading.Event) -> None:
     while not ended.wait(beat):
         # a storage that is away for a while costs a beat; whoever publishes will notice a loss
-        with contextlib.suppress(OSError, StorageError), _alone(folder):
-            if not _is(folder, mine):
+        with contextlib.suppress(OSError, StorageError, InputError), _alone(folder):
+            found = _look(folder)
+            if found is None:
+                continue
+            if found.token != mine.token:
                 return
             mine = replace(mine, beat=mine.beat + 1, seen=time.time())
-            folder.publish_json(LOCK, asdict(mine))
+            _write(folder, mine)
 
 
 @contextlib.contextmanager
@@ -182,10 +216,12 @@ def _machine() -> str:
 
 
 def _born(pid: int) -> str:
-    """Start time of a process; empty when there is none, or it is a zombie."""
+    """Start time of a process; empty when it cannot be seen. A zombie has ended."""
     # the name, before the last parenthesis, may hold anything
     fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return fields[19] if len(fields) > 19 and fields[0] not in ("Z", "X") else ""
+    if fields and fields[0] in ("Z", "X"):
+        return "ended"
+    return fields[19] if len(fields) > 19 else ""
 
 
 def _text(path: str) -> str:

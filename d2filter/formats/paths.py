@@ -39,6 +39,7 @@ LOCK = "lock.json"
 _READERS = 16
 _BLOCK = 1 << 20
 _OWNED = re.compile(rf"{re.escape(TEMPORARY)}([0-9a-f]{{12}})-")
+_REPLACED_SECONDS = 1.0  # a remote lock may be away while it is replaced
 _FORGOTTEN_SECONDS = 3600.0  # a temporary file of no owner, unchanged for as long, is a leftover
 
 
@@ -58,10 +59,19 @@ class Owner:
 
     url: str
     token: str
+    holds: bool = True
+    """False: it has not got the lock yet, and only marks its temporary files"""
 
     def check(self) -> None:
         """Raise LockedError when another command has taken the run directory over."""
-        held = Folder(self.url).read_json(LOCK)
+        if not self.holds:
+            return
+        folder = Folder(self.url)
+        held = folder.read_json(LOCK)
+        if held is None and folder.local is None:
+            # some file systems replace a file by removing it first
+            time.sleep(_REPLACED_SECONDS)
+            held = folder.read_json(LOCK)
         if not isinstance(held, dict) or held.get("token") != self.token:
             raise LockedError(
                 f"{self.url} was taken over by another command, which goes on with it: this one "

@@ -198,10 +198,13 @@ class RunState:
     def heal(self, plan: Plan) -> bool:
         """Remove what was damaged since a stage was done, and the stages that follow from it;
         returns whether there was anything. Of independent parts those go that were damaged or whose
-        input changed. A damaged selection stays until its successor is there.
+        input changed. A damaged selection stays until its successor is there. Nothing goes where a
+        stage was made with other options or by another version, which is refused as ever.
         """
         record = self.done(plan.stage)
-        if record is None:
+        if record is None or record["d2filter"] != d2filter.__version__:
+            return False
+        if plan.stage not in _REPLACED and _changed(record["options"], plan.options):
             return False
         home = self.home(plan.stage)
         damaged = any(not _is_as_told(home, n, told) for n, told in record["checksums"].items())

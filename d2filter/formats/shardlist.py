@@ -31,7 +31,7 @@ COMPRESSED = tuple(
 )
 """endings of compressed tars: they are taken for shards, and lost by name"""
 
-_PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jp2")
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jp2")
 # files of a shard are called like it: with an ending, and a mark while they are written, they must
 # stay within the 143 bytes that encrypted file systems allow
 _LONGEST_NAME = 96
@@ -275,7 +275,7 @@ class _Listing:
         """What to say where a name matches nothing."""
         there = self._left_out.get(name, Counter())
         held = says(dict(there.most_common(3)))
-        if any(there[f".{ending}"] for ending in _PICTURES):
+        if any(there[f".{ending}"] for ending in PICTURES):
             return (
                 f"{clean(name)} holds no shards but pictures ({held}): `d2filter pack "
                 f"{clean(name)} --shards OUT` makes shards of a folder of pictures"
@@ -305,6 +305,8 @@ class _Listing:
 
     def _in_folder(self, url: str) -> list[tuple[str, FileInfo]]:
         files = Folder(url).names() if is_web(url) else list(self._files(url) or {})
+        # what a Mac adds beside a file on other disks
+        files = [name for name in files if not name.startswith("._")]
         taken = [name for name in files if _is_tar(name)]
         counts = Counter(_ending(name) for name in files if not _is_tar(name))
         folders = _folders_inside(url)

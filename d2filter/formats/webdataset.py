@@ -20,6 +20,7 @@ from d2filter.errors import InputError
 from d2filter.formats import filetype, tarindex
 from d2filter.formats import uid as uid_format
 from d2filter.formats.shardlist import (
+    PICTURES,
     Shard,
     clean,
     encodable,
@@ -161,7 +162,7 @@ def _beside_their_key(found: tarindex.Key) -> list[Sample]:
             f"{key[-100:]}: rename it without that dot",
         )
         for extension in found.members
-        if "." in extension and extension.rpartition(".")[2] in IMAGE_SUFFIXES
+        if "." in extension and extension.rpartition(".")[2] in PICTURES
     ]
 
 

@@ -92,6 +92,7 @@ class Pipeline:
         for stage in stages:
             planned = self._plan(stage, upstream)
             if planned is None:
+                self._require_no_catalog_anew()
                 lines.append(f"{stage:<9} done before")
                 upstream = self.state.require(stage)["fingerprint"]
                 continue
@@ -135,11 +136,12 @@ class Pipeline:
         self._stage(planned.plan, build)
 
     def _catalog(self) -> None:
-        from d2filter.stages import catalog
+        from d2filter.stages import catalog, spread
 
         embedded = self.state.done("embed")
         planned = self._plans.catalog(embedded["fingerprint"] if embedded else "")
         if planned is None:
+            self._require_no_catalog_anew()
             self._say("catalog   done before")
             return
         plan, source = planned.plan, planned.source
@@ -163,6 +165,16 @@ class Pipeline:
             return figures
 
         self._stage(plan, build)
+        spread.tidy(self.out)
+
+    def _require_no_catalog_anew(self) -> None:
+        """Raise UsageError when a catalog is to be made again whose metadata is not given."""
+        for option, given in (
+            ("overwrite catalog", "catalog" in self.config.overwrite),
+            ("heal", self.config.heal),
+        ):
+            if given:
+                raise UsageError(f"{option} needs the metadata again: give --metadata-dir")
 
     def _graph(self) -> None:
         from d2filter.stages import graph, grouped

@@ -166,11 +166,12 @@ class Plans:
     def _neighbors(self) -> int:
         """How many neighbors of each list count. Raises UsageError for more than there are."""
         made = self._state.done("graph")
-        asked = made["options"]["n_neighbors"] if made else self._config.graph.n_neighbors
-        there = graph.width(self._out.sub("graph")) if made else asked
+        there = self._config.graph.n_neighbors
+        if made is not None:
+            there = graph.width(self._out.sub("graph"))
         wanted = self._config.rank.n_neighbors or there
-        if wanted == asked:  # of a small pool there are fewer
-            return min(wanted, there)
+        if made is not None and wanted == made["options"].get("n_neighbors"):
+            return min(wanted, there)  # a small pool has fewer
         if wanted > there:
             raise UsageError(
                 f"n-neighbors is {wanted}, the graph of {self._out.url} has {there}: rank with at "

@@ -29,7 +29,7 @@ from d2filter.errors import InputError, RunStateError, TooManyBadError, UsageErr
 from d2filter.formats import lock, tables, tarwriter, webdataset
 from d2filter.formats import subset as subset_format
 from d2filter.formats.kept import Kept
-from d2filter.formats.paths import FileInfo, Folder
+from d2filter.formats.paths import FileInfo, Folder, remove_leftovers
 from d2filter.formats.runstate import digest
 from d2filter.stages import fill
 from d2filter.stages.placing import Placing, Rows
@@ -93,10 +93,12 @@ def reshard(
         _require_room(out, plan)
         state.publish_json(_PLAN, plan)
         runner.folder, own = state, Folder(out.url, state.owner)
+        remove_leftovers(own, "")
         figures: Figures | None = state.read_json(marker("reshard", "finish"))
         if figures is None or figures["fingerprint"] != fingerprint:
             figures = _make(runner, own, shards, wanted, config, fingerprint)
         state.remove(_WORK)
+        remove_leftovers(own, "", own=True)
     share = figures["missing"] / max(1, len(subset))
     if share > config.max_missing:
         lost = figures["lost_shards"]
@@ -145,12 +147,14 @@ def _make(
     searched: set[int] = set()
     placed = 0
 
+    plain = all(shard.url == shard.address for shard in shards)
+    edges = _bounds(shards)
+
     def private(rows: Rows) -> dict[int, str]:
         """URLs of a new shard's inputs by number, where they are more than is recorded of them."""
-        if all(shard.url == shard.address for shard in shards):
+        if plain:
             return {}
-        bounds = _bounds(shards)
-        inputs = (range(*bounds[index : index + 2]) for index in np.unique(rows.index).tolist())
+        inputs = (range(*edges[index : index + 2]) for index in np.unique(rows.index).tolist())
         return {n: shards[n].url for n in itertools.chain(*inputs)}
 
     def then(name: str, figures: Figures) -> list[Task]:

@@ -331,8 +331,10 @@ def _largest_node(ray: Any) -> int:
 
 
 def _node_bytes(ray: Any) -> int:
-    """Memory that Ray hands out on the smallest node that is alive, in bytes."""
-    return min((_count(node, "memory") for node in _alive(ray)), default=0)
+    """Memory that Ray hands out on the smallest node that takes tasks, in bytes: not on a head
+    without CPUs.
+    """
+    return min((_count(n, "memory") for n in _alive(ray) if _count(n, "CPU")), default=0)
 
 
 def _cpus_of_task(nodes: Sequence[dict[str, Any]], tasks: int, memory: int) -> int:

@@ -117,11 +117,15 @@ def settle(
             }
         }  # fmt: skip
     alerts = _judge(each, out, config, parts, name)
-    out.sub("catalog").remove(FOLDER)
     there = [f for f in parts if f["ranked"]]
     ends = [min(f["min"] for f in there), max(f["max"] for f in there)]
     figures = {"difficulty": {"min": ends[0], "max": ends[1]}, **clipped}
     return Settled(parts=parts, figures=figures, alerts=alerts, peak=max(peaks))
+
+
+def tidy(out: Folder) -> None:
+    """Remove what only settling needs. After the stage is recorded as done: a rerun reads it."""
+    out.sub("catalog").remove(FOLDER)
 
 
 def _judge(

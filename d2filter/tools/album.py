@@ -180,7 +180,7 @@ class _Filling:
         # what is missing after a break is counted by `miss`
         with contextlib.suppress(webdataset.LostTail):
             for sample in webdataset.read_samples(shard, keys):
-                uid = sample.uid if keys is None else keys[sample.key]
+                uid = sample.uid if keys is None else keys.get(sample.key)
                 # of a key that comes again the one with the uid
                 if uid in wanted and (uid not in self.pictures or (keys and uid == sample.uid)):
                     self._add(str(uid), sample)

@@ -190,6 +190,8 @@ class Keep:
             self._held += 1 + len(found)
             while self._held > _KEYS_HELD and len(self._shards) > 1:
                 self._held -= 1 + len(self._shards.popitem(last=False)[1])
+        else:
+            self._shards.move_to_end(url)
         return found
 
     def _without_url(self, kept: Kept) -> _Uids:

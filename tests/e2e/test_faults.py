@@ -186,8 +186,10 @@ def test_a_task_whose_workers_all_die_is_named_and_stops_no_other(
     code, said = doomed.wait(slay)
     assert code == 1
     assert len(dead) == 5
-    (line,) = said.strip().splitlines()
+    *retries, line = said.strip().splitlines()
     assert "catalog task read-00003: its worker died 5 times" in line
+    assert len(retries) == 4
+    assert all("catalog task read-00003 is tried again" in retry for retry in retries)
     assert len(line) < 400
     done = {p: p.stat().st_mtime_ns for p in (out / "completions/catalog").glob("read-*.json")}
     assert {path.name for path in done} == {f"read-{n:05d}.json" for n in (0, 1, 2, 4, 5)}

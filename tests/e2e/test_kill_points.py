@@ -24,6 +24,7 @@ from d2filter.formats.paths import Folder
 from d2filter.tools import provenance
 
 KILLS = 5  # of one play
+DRAWS = 5  # until the first command is killed
 ORDINARY, ALL = 1, 10  # plays of each scenario: 4 × 5 points in every run, and 200 a night
 SIGKILLED = -9
 
@@ -45,8 +46,8 @@ class Scenario:
     """the command that is under way, or done"""
     then: tuple[object, ...]
     """the command that comes after it, with other options"""
-    whole: bool
-    """whether `first` ends before `then` begins; else it is given up at its first kill"""
+    at: str = ""
+    """the stage in which the driver of `first` dies; empty: `first` ends before `then` begins"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,8 @@ class Known:
     points: int
     start: Path | None
     """a copy of what `first` leaves, where it ends before"""
+    deaths: tuple[int, ...] = ()
+    """points of the driver of `first` in the stage where it is to die"""
 
 
 @pytest.fixture(scope="module")
@@ -85,27 +88,25 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
             m for i in range(40) for m in shards.members(f"{number}{i:04d}", 100 * number + i)
         ]
         shards.write(folder / f"s/{number:05d}.tar", content)
-    run = ("run", "--metadata-dir", plain, *OPTIONS)
+    run = ("run", "--metadata-dir", plain, "--clip-scores", "0.01", *OPTIONS)
     classes = ("run", "--metadata-dir", grouped, "--group-column", "label", *OPTIONS)
     embed = ("run", "--shards", folder / "s", "--batch-size", 16, "--best-effort", *OPTIONS)
     return {
         "another split": Scenario(
             first=(*run, "--partitions", 4),
             then=(*run, "--partitions", 2),
-            whole=False,
+            at="catalog",
         ),
         "another split of classes": Scenario(
-            first=(*classes, "--partitions", 5), then=(*classes, "--partitions", 2), whole=False
+            first=(*classes, "--partitions", 5), then=(*classes, "--partitions", 2), at="graph"
         ),
         "anew, another budget": Scenario(
             first=(*embed, "--partitions", 2),
             then=(*embed, "--partitions", 2, "--fraction", "0.2,0.1", "--overwrite", "embed"),
-            whole=True,
         ),
         "another budget": Scenario(
             first=(*run, "--partitions", 1, "--fraction", "0.3,0.5"),
             then=("select", "--fraction", "0.1,0.2"),
-            whole=True,
         ),
     }
 
@@ -114,17 +115,19 @@ def play(
     command: faults.Command,
     once: bool = False,
     after_a_kill: Callable[[], None] = lambda: None,
-) -> None:
-    """Give a command until it ends by itself; `once`: only until the driver was killed."""
-    for _ in range(4 * KILLS):
+) -> int:
+    """Give a command until it ends by itself; `once`: only until the driver was killed. Returns
+    how often it was.
+    """
+    for deaths in range(4 * KILLS):
         command.start()
         code, said = command.wait()
         if code != SIGKILLED:
             assert code == 0, said
-            return
+            return deaths
         after_a_kill()
         if once:
-            return
+            return 1
     pytest.fail("it never ends")
 
 
@@ -142,8 +145,20 @@ def known(
             scenario = scenarios[name]
             folder = tmp_path_factory.mktemp("known")
             out, start = folder / "o", None
-            killing.watch(out)
-            if scenario.whole:
+            deaths: list[int] = []
+            if scenario.at:
+                killing.watch(folder / "f")
+                command = faults.Command(machines, scenario.first, folder / "f")
+                play(command)
+                deaths = [
+                    number
+                    for number, (pid, _, path) in enumerate(map(str.split, killing.passed()))
+                    if int(pid) == command.pid and f"/{scenario.at}" in path
+                ]
+                assert deaths
+                killing.watch(out)
+            else:
+                killing.watch(out)
                 play(faults.Command(machines, scenario.first, out))
                 start = Path(shutil.copytree(out, folder / "start"))
                 killing.watch(out)
@@ -151,7 +166,7 @@ def known(
             assert cli.main(["verify", str(out)]) == 0
             found[name] = Known(
                 scenario=scenario, files=faults.files(out), points=len(killing.passed()),
-                start=start,
+                start=start, deaths=tuple(deaths),
             )  # fmt: skip
         return found[name]
 
@@ -211,15 +226,24 @@ def test_a_kill_at_any_publication_or_removal_leaves_no_trace(
 
     if whole.start is not None:
         shutil.copytree(whole.start, out)
-        killing.watch(out, drawn(seed, whole.points))
     else:
-        killing.watch(out, drawn(seed, whole.points))
-        play(faults.Command(machines, scenario.first, out), once=True)
+        # points of workers come between those of the driver in another order each time
+        for number in np.random.default_rng(seed).permutation(whole.deaths)[:DRAWS].tolist():
+            killing.watch(out, [number])
+            if play(faults.Command(machines, scenario.first, out), once=True):
+                break
+            shutil.rmtree(out)
+        else:
+            pytest.fail("the driver of the first command could not be killed")
+    kills = drawn(seed, whole.points)
+    killing.watch(out, kills)
     play(faults.Command(machines, scenario.then, out, before=OTHER_TASKS), after_a_kill=look)
     machines.wait_until_idle()
+    # what the first command has finished is not done again, and has no points then
+    assert sum(kill < len(killing.passed()) for kill in kills) >= 2
     found = faults.files(out)
     assert found["subset.npy"] == whole.files["subset.npy"]
-    if scenario.whole:
+    if not scenario.at:
         assert found.keys() == whole.files.keys()
         assert [n for n, content in found.items() if content != whole.files[n]] == []
     # a stage that was finished before the other split stays as it is: no file of both is there

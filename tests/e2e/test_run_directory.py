@@ -210,6 +210,13 @@ def test_healing_makes_again_what_is_damaged_or_changed_and_nothing_else(
     assert state(out)["metadata/0.npz"] == whole["metadata/0.npz"]
     assert run("verify", out, "--deep") == 0
     assert run(*words, "--heal", "--dry-run") == 2
+    # other options are refused as ever, and nothing is removed for them
+    before = state(out)
+    damaged.write_bytes(damaged.read_bytes() + b"x")
+    assert run(*words, "--heal", "--alpha", "white") == 1
+    assert "alpha was 'drop' and is 'white'" in capsys.readouterr().err
+    assert state(out).keys() == before.keys()
+    assert state(out)["subset.npy"] == before["subset.npy"]
 
 
 @pytest.mark.parametrize("when", ["parquet", "npz"])
@@ -249,6 +256,18 @@ def test_metadata_that_changes_while_it_is_read_is_refused(
             )  # fmt: skip
         assert ray.is_initialized()
     assert calls
+
+
+@pytest.mark.parametrize("words", [("--overwrite", "catalog"), ("--heal",)])
+def test_a_catalog_is_not_made_anew_without_its_metadata(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    out = copy_of(finished, tmp_path)
+    before = state(out)
+    for command in ("graph", "run"):
+        assert run(command, "--out-dir", out, *words) == 2
+        assert "give --metadata-dir" in capsys.readouterr().err
+    assert state(out) == before
 
 
 def test_wrong_paths_create_nothing(

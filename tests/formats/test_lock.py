@@ -14,7 +14,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from d2filter.errors import LockedError
+from d2filter.errors import InputError, LockedError
 from d2filter.formats import lock
 from d2filter.formats.paths import LOCK, Folder, Owner, remove_leftovers
 
@@ -99,6 +99,44 @@ def test_a_pid_that_is_used_again_is_no_owner(tmp_path: Path) -> None:
     assert lock.alive_here(mine)
     assert lock.alive_here(replace(mine, born="1")) is False
     assert lock.alive_here(there) is None
+
+
+def test_a_process_that_cannot_be_seen_is_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/proc may hide the processes of other users."""
+    folder = Folder(str(tmp_path))
+    with lock.hold(folder, "run"):
+        holder = lock.read(folder)
+        assert holder is not None
+        monkeypatch.setattr(lock, "_born", lambda pid: "")
+        assert lock.alive_here(holder) is None
+        assert lock.alive_here(replace(holder, pid=2**22 + 1)) is False
+
+
+def test_what_is_no_lock_is_refused_and_not_replaced(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    (tmp_path / LOCK).write_text('{"other": 1}')
+    with pytest.raises(InputError, match="is no lock"), lock.hold(folder, "run"):
+        pytest.fail("it was taken")
+    assert (tmp_path / LOCK).read_text() == '{"other": 1}'
+
+
+def test_a_lock_that_is_away_for_a_moment_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems replace a file by removing it first."""
+    folder = Folder("memory://away")
+    with lock.hold(folder, "run", beat=0.1) as owned:
+        found = fsspec.filesystem("memory").cat("/away/lock.json")
+        fsspec.filesystem("memory").rm("/away/lock.json")
+        back = threading.Timer(0.3, fsspec.filesystem("memory").pipe, ("/away/lock.json", found))
+        back.start()
+        owned.publish_json("a.json", 1)
+        back.join()
+        time.sleep(1.0)
+        later = lock.read(folder)
+        assert later is not None
+        assert later.beat >= 1, "the heart has stopped"
+    assert lock.read(folder) is None
 
 
 def test_a_living_owner_elsewhere_is_seen_by_its_heartbeat(folder: Folder) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from d2filter import cli, options
-from d2filter.algorithm import knn
+from d2filter.algorithm import knn, sizes, sketch
 from d2filter.config import RunConfig, parse_bytes
 from d2filter.errors import UsageError
-from d2filter.stages import graph
 from jobs import run, runs
 
 GIVEN = {
@@ -63,18 +61,15 @@ def test_partitions_fit_their_workers_at_the_longest_sketch(name: str, samples: 
     """As many as the graph itself would choose for that memory, or more."""
     found = configuration(name)
 
-    class Nodes:
-        @staticmethod
-        def resources() -> tuple[int, int, int]:
-            return 64, 4, 10**12
-
-    steps: Any = object.__new__(graph._Steps)
-    steps._runner, steps.total, steps._row_bytes = Nodes, int(samples), 2 * 1536
-    steps._memory = found.memory_per_worker
+    row_bytes = 2 * 1536
     # with a refinement pass lists are longer
     for passes in (0, 1):
-        needed = steps._partitions(knn.list_width(1, passes), 768)
-        assert needed <= found.partitions <= 1.1 * needed
+        places = sketch.places(knn.list_width(1, passes), identity=row_bytes == 2 * 768)
+        cut = sizes.cut(
+            int(samples), sizes.graph_row(row_bytes, 768, places), nodes=4, cpus=64,
+            node_bytes=10**12, memory=found.memory_per_worker,
+        )  # fmt: skip
+        assert cut.partitions <= found.partitions <= 1.1 * cut.partitions
 
 
 def test_set_stands_for_what_the_run_has_and_may_come_several_times(
