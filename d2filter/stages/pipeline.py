@@ -169,12 +169,9 @@ class Pipeline:
 
     def _require_no_catalog_anew(self) -> None:
         """Raise UsageError when a catalog is to be made again whose metadata is not given."""
-        for option, given in (
-            ("overwrite catalog", "catalog" in self.config.overwrite),
-            ("heal", self.config.heal),
-        ):
-            if given:
-                raise UsageError(f"{option} needs the metadata again: give --metadata-dir")
+        if self.config.heal or "catalog" in self.config.overwrite:
+            option = "heal" if self.config.heal else "overwrite catalog"
+            raise UsageError(f"{option} needs the metadata again: give --metadata-dir")
 
     def _graph(self) -> None:
         from d2filter.stages import graph, grouped
