@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -234,7 +235,7 @@ def _scaled(features: torch.Tensor) -> torch.Tensor:
 
 def _words(caption: str) -> list[str]:
     words = "".join(c if c.isalnum() else " " for c in caption.lower()).split()
-    return words + [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)]
+    return words + [f"{a} {b}" for a, b in itertools.pairwise(words)]
 
 
 def _bags(captions: list[str], words: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
