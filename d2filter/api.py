@@ -7,13 +7,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING, Any
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from d2filter import arrays
-from d2filter.algorithm import budget, features, knn, ranking, uids
+from d2filter.algorithm import budget, features, knn, pairs, ranking, uids
 from d2filter.algorithm import groups as grouping
 from d2filter.config import GraphConfig, RankConfig, SelectConfig
 from d2filter.errors import InputError
@@ -46,6 +47,8 @@ class RankedPool:
     """(n,) scores as given"""
     recall: knn.Recall
     """measured recall@k of `neighbors`"""
+    gamma: float
+    """as given, or as found for `tuned_for`"""
 
     def select(
         self,
@@ -73,16 +76,17 @@ def rank(
     embeddings: Any,
     scores: Any,
     *,
-    n_neighbors: int = 1,
-    gamma: float = 1.0,
+    n_neighbors: int = 10,
+    gamma: float | Literal["auto"] = "auto",
+    tuned_for: float | str | Decimal = "0.3",
     gamma_forward: float | None = None,
-    kernel: str = "rbf",
+    kernel: str = "local",
     forward: str = "sum",
     reverse: str = "weighted",
     undirected: bool = False,
     gamma_scale: str = "none",
     cut_hardest: float | str | Decimal = 0,
-    collapse_copies: float | None = None,
+    collapse_copies: float | Literal["auto"] | None = "auto",
     groups: Any = None,
     group_budgets: str = "proportional",
     uids_hex: Sequence[str] | None = None,
@@ -96,11 +100,13 @@ def rank(
     embeddings: (n, d) numbers, or several such arrays, each normalized on its own and concatenated
     (image and text make `image|text`). scores: (n,) difficulty, higher is kept first, rounded to
     float32. Arrays may be NumPy's, PyTorch's (of any floating type and device), columns of pandas,
-    Polars or Arrow, or lists of rows. n_neighbors: of a sample, n − 1 at most. uids_hex: ids that
-    decide ties; without them the row number does. groups: (n,) classes; neighbors are then of the
-    same class, and every budget gives each class its share (group_budgets: proportional or
-    uniform). Other arguments are those of the command line. Raises InputError, naming the first bad
-    row, for values that cannot be ranked, integer scores too that float32 would make equal.
+    Polars or Arrow, or lists of rows. n_neighbors: of a sample, n − 1 at most. gamma: auto fits it
+    to tuned_for, the share that is to be kept; other shares are prefixes of the same ranking.
+    uids_hex: ids that decide ties; without them the row number does. groups: (n,) classes;
+    neighbors are then of the same class, and every budget gives each class its share
+    (group_budgets: proportional or uniform). Other arguments are those of the command line. Raises
+    InputError, naming the first bad row, for values that cannot be ranked, integer scores too that
+    float32 would make equal.
 
     >>> import numpy as np
     >>> pool = rank(np.eye(4, dtype=np.float32), [0.1, 0.4, 0.3, 0.2])
@@ -113,6 +119,7 @@ def rank(
     )  # fmt: skip
     rank_config = RankConfig(
         gamma=_float(gamma),
+        tuned_for=budget.parse_fraction(tuned_for),
         gamma_forward=_float(gamma_forward),
         kernel=kernel,
         forward=forward,
@@ -137,14 +144,21 @@ def rank(
         target_recall=graph_config.target_recall, exact_below=graph_config.exact_below,
         seed=graph_config.seed,
     )  # fmt: skip
-    last = rank_config.last_of(difficulty[order], hi, lo, graph.neighbors, graph.sqdist)
+    settled, last = rank_config.settled_on(
+        difficulty[order],
+        hi,
+        lo,
+        graph.neighbors,
+        graph.sqdist,
+        _wrong_share(modalities, rows, hi, lo),
+    )
     ranked = ranking.rank_graph(
         hi,
         lo,
         difficulty[order],
         graph.neighbors,
         graph.sqdist,
-        scheme=rank_config.scheme_on(graph.sqdist),
+        scheme=rank_config.scheme(settled),
         undirected=rank_config.undirected,
         late=last,
     )
@@ -162,6 +176,7 @@ def rank(
         sqdist=graph.sqdist[back],
         difficulty=difficulty,
         recall=knn.pooled([(one.size, one.recall) for one in classes]),
+        gamma=settled.gamma,
     )
 
 
@@ -177,6 +192,20 @@ def explain(out: str | os.PathLike[str], uid: str) -> Explained | NotRanked:
     from d2filter.tools.explain import explain as explain_all
 
     return explain_all(Folder(absolute(os.fspath(out))), [uid])[0]
+
+
+def _wrong_share(
+    modalities: list[npt.NDArray[Any]], rows: features.F16, hi: uids.U64, lo: uids.U64
+) -> Fraction | None:
+    """The share of pairs that match no better than random ones, where the arrays are pairs."""
+    widths = [array.shape[1] for array in modalities]
+    if len(widths) != 2 or widths[0] != widths[1]:
+        return None
+    some = rows[uids.hash_sample(hi, lo, pairs.SAMPLE, salt=uids.SALT_PAIRS)]
+    if len(some) < pairs.LEAST:
+        return None
+    found = pairs.like_random(some[:, : widths[0]], some[:, widths[0] :])
+    return Fraction(found, len(some))
 
 
 def _classes(groups: Any, n: int) -> I64:

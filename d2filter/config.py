@@ -10,15 +10,18 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any, Literal, cast
 
-from d2filter.algorithm import groups, late, schemes, scores, selectors, uids
+from d2filter.algorithm import groups, late, schemes, scores, selectors, settling, uids
 from d2filter.algorithm.budget import parse_fraction
 from d2filter.errors import UsageError
 
 FeatureType = Literal["image|text", "image", "text"]
 METHODS = ("d2", *selectors.SELECTORS)
 GAMMA_SCALES = ("none", "median")
+AUTO: Literal["auto"] = "auto"
+TUNED_FOR = Decimal("0.3")  # where nothing says which budget a ranking is for
 FEATURE_TYPES: tuple[FeatureType, ...] = ("image|text", "image", "text")
 DEVICES = ("auto", "cpu", "cuda")
 ALPHAS = ("drop", "white", "black")
@@ -192,7 +195,7 @@ class CatalogConfig:
 class GraphConfig:
     """Samples → kNN graph."""
 
-    n_neighbors: int = 1
+    n_neighbors: int = 10
     """k, the length of each list"""
     target_recall: float = 0.95
     """recall@k that the calibration aims at"""
@@ -220,12 +223,16 @@ class RankConfig:
     """d2, or a selector to compare it with"""
     seed: int = 0
     """of the hashes that a selector chooses by; D2 needs none"""
-    gamma: float = 1.0
-    """kernel width of the reverse pass, and of the forward pass unless that is given"""
+    gamma: float | Literal["auto"] = AUTO
+    """kernel width of the reverse pass, and of the forward pass unless that is given; auto: see
+    `algorithm/tuning.py`"""
+    tuned_for: Decimal | None = None
+    """kept share that auto settings are for; None: that of the selection, else 0.3"""
     gamma_forward: float | None = None
     """kernel width of the forward pass; None: gamma"""
-    kernel: str = "rbf"
-    """rbf: weight = exp(−gamma·d²); exp: exp(−gamma·d)"""
+    kernel: str = "local"
+    """local: weight = exp(−gamma·(d²/(σ_i·σ_j))²), σ: distance to the own k-th neighbor; rbf:
+    exp(−gamma·d²); exp: exp(−gamma·d)"""
     forward: str = "sum"
     """what the forward pass makes of a score: sum, product or none"""
     reverse: str = "weighted"
@@ -235,14 +242,15 @@ class RankConfig:
     n_neighbors: int = 0
     """neighbors of each list that count; 0: all that the graph has"""
     gamma_scale: str = "none"
-    """median: gamma is for distances in units of the median between neighbors"""
+    """median: gamma is for distances in units of the median between neighbors; of the kernels rbf
+    and exp, and always so where gamma is auto"""
     group_budgets: str = "proportional"
     """of a graph with classes: proportional to their sizes, or uniform"""
     cut_hardest: Decimal = Decimal(0)
     """share of the samples, highest difficulty first, that rank after everything else"""
-    collapse_copies: float | None = None
+    collapse_copies: float | Literal["auto"] | None = AUTO
     """neighbors up to this squared distance are copies: all but the best rank after everything
-    else; None: no"""
+    else; auto: see `algorithm/copies.py`; None: no"""
 
     def __post_init__(self) -> None:
         if self.n_neighbors:
@@ -253,14 +261,22 @@ class RankConfig:
                 f"cut-hardest is {self.cut_hardest}, allowed is 0 to below 1: --cut-hardest 0.4"
             )
         copies = self.collapse_copies
-        if copies is not None and not (_finite(copies) and 0 <= copies <= 4):
+        if copies not in (None, AUTO) and not (_finite(copies) and 0 <= float(copies) <= 4):
             raise UsageError(
-                f"collapse-copies is {self.collapse_copies}, allowed is a squared distance of 0 "
-                "(identical) to 4: --collapse-copies 0.01"
+                f"collapse-copies is {self.collapse_copies}, allowed are auto, none, or a squared "
+                "distance of 0 (identical) to 4: --collapse-copies 0.01"
             )
-        for name, value in (("gamma", self.gamma), ("gamma-forward", self.gamma_forward)):
-            if value is not None and not (_finite(value) and value >= 0):
-                raise UsageError(f"{name} is {value}, allowed is a finite number of at least 0")
+        if self.gamma != AUTO and not (_finite(self.gamma) and float(self.gamma) >= 0):
+            raise UsageError(
+                f"gamma is {self.gamma}, allowed are auto and finite numbers of at least 0"
+            )
+        forward = self.gamma_forward
+        if forward is not None and not (_finite(forward) and forward >= 0):
+            raise UsageError(
+                f"gamma-forward is {forward}, allowed is a finite number of at least 0"
+            )
+        if self.tuned_for is not None:
+            parse_fraction(self.tuned_for)
         for name, word, known in (
             ("method", self.method, METHODS),
             ("kernel", self.kernel, schemes.KERNELS),
@@ -275,36 +291,59 @@ class RankConfig:
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> RankConfig:
         """From `options_of` one, as a run's record holds it."""
-        return cls(**{**options, "cut_hardest": Decimal(options["cut_hardest"])})
+        told = {"cut_hardest": Decimal(options["cut_hardest"])}
+        if options.get("tuned_for") is not None:
+            told["tuned_for"] = Decimal(options["tuned_for"])
+        if options["gamma_forward"] == options["gamma"]:
+            options = {**options, "gamma_forward": None}
+        return cls(**{**options, **told})
 
-    def scheme_on(self, sqdist: late.F32) -> schemes.Scheme:
-        """How messages are made on a graph with these squared distances, (n, k)."""
-        return self.scheme.per(late.unit(sqdist)) if self.gamma_scale == "median" else self.scheme
+    @property
+    def wanted(self) -> settling.Wanted:
+        """What has to be found on the pool before the ranking begins."""
+        auto = self.gamma == AUTO
+        is_local = self.kernel == "local"
+        return settling.Wanted(
+            kernel=self.kernel,
+            gamma=None if self.gamma == AUTO else float(self.gamma),
+            median=not is_local and (auto or self.gamma_scale == "median"),
+            cut_hardest=self.cut_hardest,
+            copies=self.collapse_copies,
+            tuned_for=TUNED_FOR if self.tuned_for is None else self.tuned_for,
+            d2=self.method == "d2",
+        )
 
-    def last_of(
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the ranking depends on the budget that it is for."""
+        return self.method == "d2" and self.gamma == AUTO
+
+    def settled_on(
         self,
         difficulty: late.F32,
         hi: uids.U64,
         lo: uids.U64,
         neighbors: late.I64,
         sqdist: late.F32,
-    ) -> late.Bools:
-        """Which samples of a graph rank after everything else, see `late.mask`."""
-        return late.mask(
-            difficulty, hi, lo, neighbors, sqdist, cut_hardest=self.cut_hardest,
-            collapse_copies=self.collapse_copies,
-        )  # fmt: skip
+        wrong: Fraction | None,
+    ) -> tuple[settling.Settled, late.Bools]:
+        """What this asks for, found on a pool in one piece, and which samples (n,) rank after
+        everything else. wrong: share of pairs that match no better than random ones, see `pairs`.
+        """
+        return settling.settle(self.wanted, difficulty, hi, lo, neighbors, sqdist, wrong)
 
-    @property
-    def scheme(self) -> schemes.Scheme:
-        """How messages are made."""
-        return schemes.Scheme(
+    def scheme(self, settled: settling.Settled) -> schemes.Scheme:
+        """How messages are made, with what was found on the pool."""
+        forward = settled.gamma if self.gamma_forward is None else self.gamma_forward
+        made = schemes.Scheme(
             kernel=self.kernel,
             forward=self.forward,
             reverse=self.reverse,
-            gamma_forward=self.gamma if self.gamma_forward is None else self.gamma_forward,
-            gamma_reverse=self.gamma,
+            gamma_forward=forward,
+            gamma_reverse=settled.gamma,
+            floor=settled.floor,
         )
+        return made.per(settled.unit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

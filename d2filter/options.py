@@ -24,7 +24,10 @@ class Recipe:
     values: dict[str, Any]
 
 
-_CLASSES = {"n_neighbors": 5, "gamma": 1.0, "gamma_scale": "median"}
+_CLASSES = {
+    "n_neighbors": 5, "gamma": 1.0, "kernel": "rbf", "gamma_scale": "median",
+    "collapse_copies": None,
+}  # fmt: skip
 
 RECIPES = {
     "datacomp": Recipe(
@@ -33,20 +36,12 @@ RECIPES = {
             "feature_type": "image|text",
             "n_neighbors": 1,
             "gamma": 1.0,
+            "kernel": "rbf",
+            "collapse_copies": None,
             "fraction": "0.3",
         },
     ),
-    # the others are what jobs/results/bench_planted.md and bench_supervised.md found best
-    "web": Recipe(
-        says="image-text pairs from the web, with near-copies and wrong captions",
-        values={
-            "feature_type": "image|text",
-            "n_neighbors": 10,
-            "gamma": 10.0,
-            "gamma_scale": "median",
-            "fraction": "0.3",
-        },
-    ),
+    # the others are what jobs/results/bench_supervised.md found best
     "labels": Recipe(
         says="clean classes, a score that puts hard samples first",
         values=_CLASSES,
@@ -60,7 +55,9 @@ RECIPES = {
         values={
             "n_neighbors": 10,
             "gamma": 0.1,
+            "kernel": "rbf",
             "gamma_scale": "median",
+            "collapse_copies": None,
             "cut_hardest": Decimal("0.2"),
         },
     ),
@@ -314,13 +311,24 @@ def rank(parser: argparse.ArgumentParser) -> None:
         ),
     )
     group.add_argument(
-        "--gamma", type=float, default=default.gamma, help="kernel width: weight = exp(-gamma·d²)"
-    )
+        "--gamma", type=_gamma, default=default.gamma, metavar="X",
+        help="how close is close: auto fits it to the budget and the pool, a number is used as it "
+        "is (default: auto)",
+    )  # fmt: skip
+    group.add_argument(
+        "--tune-for", dest="tuned_for", type=_share, default=None, metavar="SHARE",
+        help="kept share that --gamma auto is for (default: that of --fraction or --budget)",
+    )  # fmt: skip
     group.add_argument(
         "--gamma-forward", type=float, default=None, help="of the forward pass, if another"
     )
     for name, choices, text in (
-        ("kernel", schemes.KERNELS, "rbf: of the squared distance; exp: exp(-gamma·d)"),
+        (
+            "kernel",
+            schemes.KERNELS,
+            "weight of an edge: local: exp(-gamma·x²), x: squared distance in units of those to "
+            "the k-th neighbors of both ends; rbf: exp(-gamma·d²); exp: exp(-gamma·d)",
+        ),
         ("forward", schemes.FORWARD, "how a score takes in those of its neighbors"),
         (
             "reverse",
@@ -355,13 +363,14 @@ def rank(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--collapse-copies",
-        type=float,
+        type=_copies,
         nargs="?",
         const=0.0,
-        default=None,
+        default=default.collapse_copies,
         metavar="SQDIST",
-        help="of neighbors up to this squared distance (0: identical) the best one stays, the "
-        "others rank after everything else",
+        help="of neighbors up to this squared distance (0: identical; auto: where the pool's "
+        "distances have a gap; none) the best one stays, the others rank after everything else "
+        "(default: auto)",
     )
 
 
@@ -387,13 +396,14 @@ def sweep(parser: argparse.ArgumentParser) -> None:
     many: list[tuple[str, Callable[[str], Any], str, str]] = [
         ("--method", str, default.method, f"some of {', '.join(config.METHODS)}"),
         ("--n-neighbors", int, "0", "k, up to that of the graph; 0: all it has"),
-        ("--gamma", float, f"{default.gamma:g}", "kernel widths"),
+        ("--gamma", _gamma, str(default.gamma), "kernel widths, or auto"),
+        ("--tune-for", Decimal, str(config.TUNED_FOR), "kept shares that --gamma auto is for"),
         ("--gamma-scale", str, default.gamma_scale, f"some of {', '.join(config.GAMMA_SCALES)}"),
         ("--kernel", str, default.kernel, f"some of {', '.join(schemes.KERNELS)}"),
         ("--forward", str, default.forward, f"some of {', '.join(schemes.FORWARD)}"),
         ("--reverse", str, default.reverse, f"some of {', '.join(schemes.REVERSE)}"),
         ("--cut-hardest", Decimal, "0", "shares that rank last"),
-        ("--collapse-copies", _sqdist, "none", "squared distances of copies, or none"),
+        ("--collapse-copies", _copies, "auto", "squared distances of copies, auto or none"),
         ("--fraction", str, "0.1,0.3,0.5", "budgets"),
     ]
     for name, convert, given, text in many:
@@ -543,8 +553,24 @@ def _comma_separated(convert: Callable[[str], Any]) -> Callable[[str], list[Any]
     return values
 
 
-def _sqdist(text: str) -> float | None:
-    return None if text == "none" else float(text)
+def _copies(text: str) -> float | str | None:
+    if text in ("none", "auto"):
+        return None if text == "none" else text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, allowed are auto, none and a squared distance such as 0.01"
+        ) from None
+
+
+def _gamma(text: str) -> float | str:
+    if text == config.AUTO:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, allowed are auto and a number") from None
 
 
 def run_config(arguments: argparse.Namespace) -> config.RunConfig:
@@ -552,7 +578,8 @@ def run_config(arguments: argparse.Namespace) -> config.RunConfig:
     given = vars(arguments)
 
     def pick(part: Any, **special: Any) -> Any:
-        fields = {f: given[f] for f in part.__dataclass_fields__ if given.get(f) is not None}
+        # none is a value of copies only, elsewhere it means that nothing was said
+        fields = {f: given[f] for f in part.__dataclass_fields__ if _is_given(given, f)}
         return part(**{**fields, **special})
 
     # the first of several is that of subset.npy
@@ -585,6 +612,10 @@ def run_config(arguments: argparse.Namespace) -> config.RunConfig:
         overwrite=tuple(arguments.overwrite),
         heal=arguments.heal,
     )
+
+
+def _is_given(options: dict[str, Any], name: str) -> bool:
+    return name in options and (options[name] is not None or name == "collapse_copies")
 
 
 def _tuple(value: str | Sequence[str]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import compiled, features, threads, uids
+from d2filter.algorithm import compiled, features, local, threads, uids
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
@@ -195,6 +195,22 @@ def without(edges: Edges, late: Bool) -> Edges:
     left = _keep_others(edges.start, edges.target, edges.sqdist, late, start, target, sqdist)
     # copies: views would hold the memory of those that are gone
     return replace(edges, start=start, target=target[:left].copy(), sqdist=sqdist[:left].copy())
+
+
+def made_relative(edges: Edges, reach: F32, floor: float) -> Edges:
+    """The same with `local.relative` in place of squared distances. reach: (m,) by node."""
+    made = np.empty_like(edges.sqdist)
+
+    def scale(some: slice) -> None:
+        inside = slice(int(edges.start[some.start]), int(edges.start[some.stop]))
+        degrees = np.diff(edges.start[some.start : some.stop + 1])
+        source = np.repeat(reach[some], degrees)
+        made[inside] = local.relative(
+            edges.sqdist[inside], source, reach[edges.target[inside]], floor
+        )
+
+    threads.in_blocks(scale, edges.nodes, _BLOCK)
+    return replace(edges, sqdist=made)
 
 
 def whole(neighbors: I64, sqdist: F32, *, both_ways: bool) -> tuple[I64, I64, F32]:

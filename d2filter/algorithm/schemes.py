@@ -37,9 +37,14 @@ class Scheme:
     reverse: str = "weighted"
     gamma_forward: float = 1.0
     gamma_reverse: float = 1.0
+    floor: float = 0.0
+    """of the kernel local: the smallest σ² of a sample (`local.py`)"""
 
     def forward_weights(self, sqdist: F32) -> F32:
-        """Weights of the forward pass, same shape as `sqdist`; 0 where it is inf."""
+        """Weights of the forward pass, same shape as `sqdist`; 0 where it is inf.
+
+        For the kernel local, here and in the reverse pass, `sqdist` is what `local.relative` gives.
+        """
         return messages.edge_weights(sqdist, self.gamma_forward, KERNELS[self.kernel])
 
     def reverse_weights(self, sqdist: F32) -> F32:
@@ -66,6 +71,11 @@ class Scheme:
         return replace(self, gamma_forward=forward, gamma_reverse=reverse)
 
     @property
+    def is_local(self) -> bool:
+        """Whether distances are to be made relative to those around both ends first."""
+        return self.kernel == "local"
+
+    @property
     def one_weight(self) -> bool:
         """Whether both passes weigh an edge alike."""
         return self.reverse == "weighted" and self.gamma_forward == self.gamma_reverse
@@ -83,6 +93,11 @@ def _rbf(sqdist: F64) -> F64:
 def _exp(sqdist: F64) -> F64:
     """exp(−gamma·d)."""
     return np.sqrt(sqdist)
+
+
+def _local(relative: F64) -> F64:
+    """exp(−gamma·(d²/(σ_i·σ_j))²), of what `local.relative` has made of d²."""
+    return relative
 
 
 def _own(scores: F64) -> I64:
@@ -121,7 +136,7 @@ def _no_reverse(sqdist: F32, weigh: Weigh) -> F32:
     return np.zeros_like(sqdist)
 
 
-KERNELS: dict[str, Kernel] = {"rbf": _rbf, "exp": _exp}
+KERNELS: dict[str, Kernel] = {"rbf": _rbf, "exp": _exp, "local": _local}
 FORWARD: dict[str, Forward] = {"sum": _sum, "product": _product, "none": _no_forward}
 REVERSE: dict[str, Reverse] = {
     "weighted": _weighted,

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import cut, messages, supersteps, uids
+from d2filter.algorithm import cut, local, messages, supersteps, uids
 from d2filter.algorithm.schemes import Scheme
 
 F32 = npt.NDArray[np.float32]
@@ -76,6 +76,8 @@ class Known:
     difficulty: F32
     late: Bool
     """which rank after everything else"""
+    reach: F32
+    """squared distances to their last neighbors"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +94,20 @@ class Outcome:
 class Share:
     """One partition of a ranking."""
 
-    def __init__(self, rows: Rows, starts: I64, number: int, late: Bool | None = None) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        starts: I64,
+        number: int,
+        late: Bool | None = None,
+        reach: F32 | None = None,
+    ) -> None:
         """starts: (P + 1,) first graph id of each partition. late: (n,) which of the rows rank
-        after everything else, see `late.py`. The rows are let go at `begin`.
+        after everything else, see `late.py`. reach: (n,) squared distances to the last neighbors,
+        where `rows` come without their lists. The rows are let go at `begin`.
         """
         self.size = len(rows.hi)
+        self.reach = local.reach(rows.sqdist) if reach is None else reach
         self._late = np.zeros(self.size, np.bool_) if late is None else late
         self._rows: Rows | None = rows
         self._starts = starts
@@ -140,7 +151,7 @@ class Share:
         rows = self._held()
         return Known(
             ids=ids, hi=rows.hi[at], lo=rows.lo[at], difficulty=rows.difficulty[at],
-            late=self._late[at],
+            late=self._late[at], reach=self.reach[at],
         )  # fmt: skip
 
     def begin(
@@ -169,6 +180,10 @@ class Share:
         late = edges.spread(self._late, known.late)
         if late.any():
             edges = cut.without(edges, late)
+        if scheme.is_local:
+            reach = edges.spread(self.reach, known.reach)
+            edges = cut.made_relative(edges, reach, scheme.floor)
+            del reach
         # the lists are edges now: what follows needs their memory
         del rows, source, target, sqdist
         self._rows = self._halo = None

@@ -73,6 +73,8 @@ class Rows:
     difficulty: npt.NDArray[np.float32]
     features: features.F16
     """(n, d) fixed float16 features"""
+    are_pairs: bool
+    """whether the features are an image and a text embedding of one width"""
     has_score: bool
     """whether the file brought the score; computed otherwise"""
     merged: tuple[int, int]
@@ -278,6 +280,7 @@ def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outsid
     return Rows(
         hi=hi,
         lo=lo,
+        are_pairs=wanted == [image, text] and arrays[image].shape[1] == arrays[text].shape[1],
         has_score=has_score,
         merged=merged,
         reason=_judge(known, difficulty, by_kind, fixed, logged, classed),

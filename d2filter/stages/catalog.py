@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from d2filter.algorithm import pairs as pairs_of
 from d2filter.algorithm import sizes, uids
 from d2filter.config import CatalogConfig
 from d2filter.errors import InputError
@@ -25,6 +26,7 @@ from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_columns, write_columns
 from d2filter.formats.runstate import RunState, digest
 from d2filter.stages import score, spread
+from d2filter.stages.index import sample_by_hash
 from d2filter.stages.runner import Runner
 from d2filter.stages.worker import Report, Task, checksums_of
 
@@ -122,6 +124,14 @@ def build(
     described = config.describe(read[0]["has_score"])
     settled = spread.settle(runner, out, config, fingerprint, memory, merged, described["name"])
     sums.update(checksums_of(settled.parts))
+    matched: dict[str, Any] = {}
+    if all(figures["are_pairs"] for figures in read):
+        task = Task(name="pairs", run=match_pairs, arguments={"out": out})
+        (found,) = runner.map(
+            "catalog", [task], fingerprint=fingerprint, label="pairs", memory=memory
+        )
+        matched = {"pairs": found["pairs"]} if found["pairs"] else {}
+        peaks.append(found["peak_rss_bytes"])
     return {
         "samples": {
             "read": total,
@@ -136,6 +146,7 @@ def build(
         "score": described,
         "parts": len(ranges),
         **settled.figures,
+        **matched,
         "alerts": [*_alerts(source, read, described["name"]), *settled.alerts],
         "peak_rss": max(*peaks, settled.peak, *(f["peak_rss_bytes"] for f in [*read, *merged])),
     }
@@ -216,6 +227,7 @@ def read_group(
         "dimension": samples.features.shape[1],
         "first_file": names[0],
         "has_score": first is not None and first.has_score,
+        "are_pairs": first is not None and first.are_pairs,
         "merged": merged,
         "marks": marks,
         "contents": held,
@@ -280,6 +292,19 @@ def merge_range(
         "duplicate": repeats.size,
         "checksums": sums,
     }
+
+
+def match_pairs(*, report: Report, out: Folder) -> dict[str, Any]:
+    """Task: how many of some pairs match no better than random ones (`algorithm/pairs.py`)."""
+    layout = catalog.layout(out.sub("catalog"))
+    salt = uids.SALT_PAIRS
+    rows = layout.gather(sample_by_hash(layout, {salt: pairs_of.SAMPLE}, 0)[salt])
+    report(layout.total)
+    if len(rows) < pairs_of.LEAST:
+        return {"pairs": {}}
+    width = rows.shape[1] // 2
+    found = pairs_of.like_random(rows[:, :width], rows[:, width:])
+    return {"pairs": {"looked_at": len(rows), "like_random": found}}
 
 
 def distinct(

@@ -1,22 +1,25 @@
-"""What a ranking has to know of the whole pool before it begins: the unit of distances, and which
-samples rank last (`algorithm/late.py`). Counts and edges between copies travel, samples do not.
+"""What a ranking has to know of the whole pool before it begins (`algorithm/settling.py`), found on
+the parts of a graph. Counts, edges between copies and some lists travel, samples do not.
 
-ranking-work/upper-00000.*       counts of sqdist and of difficulty, see `quantile`; and
+ranking-work/upper-00000.*       counts of distances and of difficulty, see `quantile`; and
                                  lower-00000.*
 ranking-work/near-00000.*        edges between copies that begin in a part
 ranking-work/copies.ids.npy      graph ids, ascending, of those that a better copy stands for
+ranking-work/lists-00000.*       of a part, lists that gamma is found on: neighbors, sqdist, reach
+ranking-work/asked.ids.npy       graph ids, ascending, of the samples that these name
+ranking-work/answers-00000.*     of those in a part: reach, and whether they rank last
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import late, quantile
-from d2filter.config import RankConfig
+from d2filter.algorithm import copies, late, local, quantile, settling, tuning
 from d2filter.formats import graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_array, read_columns, write_columns
@@ -26,50 +29,110 @@ Figures = dict[str, Any]
 I64 = npt.NDArray[np.int64]
 
 WORK = "ranking-work"
+WHOLE = 4_000_000
+"""neighbors of a graph that one task holds: below 200 MB"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settled:
-    """What all partitions of a ranking share."""
-
-    k: int
-    """neighbors of each list that count"""
-    unit: float = 1.0
-    """squared distance that gamma is in units of"""
-    above: float | None = None
-    """samples of higher difficulty rank last"""
-    copies: int = 0
-    """samples in copies.ids.npy, which rank last"""
+Settled = settling.Settled
 
 
-def settle(each: Any, run: Any, out: Folder, config: RankConfig, k: int, total: int) -> Settled:
-    """Find what `config` asks for. each(label, task, **arguments) runs a task on every part, run
-    does so on none in particular; both return figures.
+def settle(
+    each: Any,
+    run: Any,
+    out: Folder,
+    wanted: settling.Wanted,
+    k: int,
+    total: int,
+    wrong: Fraction | None,
+) -> Settled:
+    """Find what is wanted; `settling.settle` does the same in one piece. k: neighbors of each list
+    that count. each(label, task, **arguments) runs a task on every part, run does so on none in
+    particular; both return figures.
     """
-    cut = late.cut_size(total, config.cut_hardest)
-    median = config.gamma_scale == "median"
-    unit, above, copies = 1.0, None, 0
-    if cut or median:
-        wanted = {"k": k, "distances": median, "difficulties": bool(cut)}
-        each("upper", count_upper, **wanted)
-        upper = _summed(out, "upper")
-        places: dict[str, tuple[int, int]] = {}
-        if cut:
-            places["difficulty"] = quantile.locate(upper["difficulty"], total - 1 - cut)
-        edges = int(upper["sqdist"].sum())
-        if edges:
-            places["sqdist"] = quantile.locate(upper["sqdist"], (edges - 1) // 2)
-        each("lower", count_lower, **wanted, bins={name: at for name, (at, _) in places.items()})
-        lower = _summed(out, "lower")
-        values = {
-            name: quantile.value_of(at, quantile.locate(lower[name], rest)[0])
-            for name, (at, rest) in places.items()
-        }
-        unit, above = values.get("sqdist", 1.0), values.get("difficulty")
-    if config.collapse_copies is not None:
-        each("near", near, k=k, most=config.collapse_copies, above=above)
-        copies = run("copies", join_copies, above=above)["copies"]
-    return Settled(k=k, unit=unit, above=above, copies=copies)
+    if total * k <= WHOLE:
+        found: Settled = run("settle", settle_whole, wanted=wanted, k=k, wrong=wrong)["settled"]
+        return found
+    cut = late.cut_size(total, wanted.cut_hardest)
+    values, counts = _places(each, out, wanted, k, total, cut)
+    median_reach = values.get("reach", 0.0)
+    most: float | None
+    most = (
+        copies.threshold(counts["nearest"], median_reach)
+        if wanted.copies == "auto"
+        else wanted.copies
+    )
+    above = values.get("difficulty")
+    found = Settled(
+        k=k,
+        gamma=0.0 if wanted.gamma is None else wanted.gamma,
+        unit=values.get("sqdist", 1.0),
+        floor=local.floor_of(median_reach),
+        above=above,
+        copies_sqdist=most,
+    )
+    if most is not None:
+        each("near", near, k=k, most=most, above=above)
+        found = replace(found, copies=run("copies", join_copies, above=above)["copies"])
+    if wanted.tunes:
+        each("lists", write_lists, k=k, settled=found)
+        run("asked", gather_asked)
+        answers = each("answers", answer, k=k, settled=found)
+        last = sum(figures["last"] for figures in answers)
+        tuned = run(
+            "gamma", find_gamma, wanted=wanted, settled=found, total=total, wrong=wrong, last=last
+        )["tuned"]
+        found = replace(found, gamma=tuned["gamma"], tuned=tuned)
+    return found
+
+
+def settle_whole(
+    *, report: Report, out: Folder, wanted: settling.Wanted, k: int, wrong: Fraction | None
+) -> Figures:
+    """Task: all of it for a graph that is held at once: a task less for each part and step."""
+    whole = graph.read(out.sub("graph"))
+    found, last = settling.settle(
+        wanted, whole.difficulty, whole.hi, whole.lo, whole.neighbors[:, :k], whole.sqdist[:, :k],
+        wrong,
+    )  # fmt: skip
+    if found.above is not None:
+        last &= whole.difficulty <= np.float32(found.above)
+    write_columns(out.sub(WORK), "copies", ids=np.flatnonzero(last))
+    report(last.size)
+    return {"settled": found}
+
+
+def _places(
+    each: Any, out: Folder, wanted: settling.Wanted, k: int, total: int, cut: int
+) -> tuple[dict[str, float], dict[str, I64]]:
+    """Quantiles of the whole pool by name, and counts of upper halves."""
+    kinds = [
+        name
+        for name, needed in (
+            ("difficulty", bool(cut)),
+            ("sqdist", wanted.median),
+            ("reach", wanted.reaches),
+            ("nearest", wanted.copies == "auto"),
+        )
+        if needed
+    ]
+    if not kinds:
+        return {}, {}
+    each("upper", count_upper, k=k, kinds=kinds)
+    upper = _summed(out, "upper", kinds)
+    places: dict[str, tuple[int, int]] = {}
+    for name in kinds:
+        held = int(upper[name].sum())
+        if name == "difficulty":
+            places[name] = quantile.locate(upper[name], total - 1 - cut)
+        elif name != "nearest" and held:
+            places[name] = quantile.locate(upper[name], (held - 1) // 2)
+    each("lower", count_lower, k=k, bins={name: at for name, (at, _) in places.items()})
+    lower = _summed(out, "lower", list(places))
+    values = {
+        name: quantile.value_of(at, quantile.locate(lower[name], rest)[0])
+        for name, (at, rest) in places.items()
+    }
+    return values, upper
 
 
 def late_rows(
@@ -87,28 +150,23 @@ def late_rows(
     return rows
 
 
-def count_upper(
-    *, report: Report, out: Folder, number: int, k: int, distances: bool, difficulties: bool
-) -> Figures:
+def count_upper(*, report: Report, out: Folder, number: int, k: int, kinds: list[str]) -> Figures:
     """Task: upper halves of the keys of a part."""
-    values = _values(out, number, k, distances=distances, difficulties=difficulties)
+    values = _values(out, number, k, kinds)
     counts = {name: quantile.upper_counts(some) for name, some in values.items()}
     write_columns(out.sub(WORK), f"upper-{number:05d}", **counts)
-    report(values["difficulty"].size)
+    report(max(some.size for some in values.values()))
     return {}
 
 
 def count_lower(
-    *, report: Report, out: Folder, number: int, k: int, distances: bool, difficulties: bool,
-    bins: dict[str, int],
-) -> Figures:  # fmt: skip
+    *, report: Report, out: Folder, number: int, k: int, bins: dict[str, int]
+) -> Figures:
     """Task: lower halves of those that share the upper half of what is looked for."""
-    values = _values(out, number, k, distances=distances, difficulties=difficulties)
-    counts = {
-        name: quantile.lower_counts(some, bins.get(name, -1)) for name, some in values.items()
-    }
+    values = _values(out, number, k, list(bins))
+    counts = {name: quantile.lower_counts(some, bins[name]) for name, some in values.items()}
     write_columns(out.sub(WORK), f"lower-{number:05d}", **counts)
-    report(values["difficulty"].size)
+    report(max((some.size for some in values.values()), default=0))
     return {}
 
 
@@ -162,25 +220,110 @@ def join_copies(*, report: Report, out: Folder, above: float | None) -> Figures:
     return {"copies": int(found.size)}
 
 
+def write_lists(*, report: Report, out: Folder, number: int, k: int, settled: Settled) -> Figures:
+    """Task: the lists of a part that gamma is found on, and the samples that they name."""
+    held = graph.read_columns(out.sub("graph"), number, "uid_hi", "uid_lo", "difficulty")
+    starts = graph.starts(out.sub("graph"))
+    chosen = tuning.chosen_rows(held["uid_hi"], held["uid_lo"], int(starts[-1]))
+    rows = np.flatnonzero(chosen & ~late_rows(out, number, held["difficulty"], settled))
+    lists = graph.read_columns(out.sub("graph"), number, "neighbors", "sqdist")
+    neighbors, sqdist = lists["neighbors"][:, :k], lists["sqdist"][:, :k]
+    reach = local.reach(sqdist)
+    write_columns(
+        out.sub(WORK), f"lists-{number:05d}", neighbors=neighbors[rows], sqdist=sqdist[rows],
+        reach=reach[rows],
+    )  # fmt: skip
+    report(reach.size)
+    return {"lists": int(rows.size)}
+
+
+def gather_asked(*, report: Report, out: Folder) -> Figures:
+    """Task: graph ids, ascending, of all samples that the chosen lists name."""
+    work = out.sub(WORK)
+    starts = graph.starts(out.sub("graph"))
+    named = [
+        np.unique(read_array(work, f"lists-{p:05d}.neighbors.npy")) for p in range(len(starts) - 1)
+    ]
+    ids = np.unique(np.concatenate(named))
+    write_columns(work, "asked", ids=ids[ids >= 0])
+    report(int(starts[-1]))
+    return {"asked": int(ids.size)}
+
+
+def answer(*, report: Report, out: Folder, number: int, k: int, settled: Settled) -> Figures:
+    """Task: reach of the samples of a part that were asked about, and whether they rank last."""
+    starts = graph.starts(out.sub("graph"))
+    ids = read_array(out.sub(WORK), "asked.ids.npy")
+    mine = ids[np.searchsorted(ids, starts[number]) : np.searchsorted(ids, starts[number + 1])]
+    held = graph.read_columns(out.sub("graph"), number, "difficulty", "sqdist")
+    rows = mine - starts[number]
+    last = late_rows(out, number, held["difficulty"], settled)
+    write_columns(
+        out.sub(WORK), f"answers-{number:05d}", reach=local.reach(held["sqdist"][rows, :k]),
+        last=last[rows],
+    )  # fmt: skip
+    report(last.size)
+    return {"last": int(last.sum())}
+
+
+def find_gamma(
+    *,
+    report: Report,
+    out: Folder,
+    wanted: settling.Wanted,
+    settled: Settled,
+    total: int,
+    wrong: Fraction | None,
+    last: int,
+) -> Figures:
+    """Task: gamma, from the chosen lists and the answers. last: samples that rank last."""
+    work = out.sub(WORK)
+    parts = len(graph.starts(out.sub("graph"))) - 1
+    ids = read_array(work, "asked.ids.npy")
+
+    def column(stem: str, name: str) -> Any:
+        return np.concatenate(
+            [read_array(work, f"{stem}-{p:05d}.{name}.npy") for p in range(parts)]
+        )
+
+    neighbors = column("lists", "neighbors")
+    there = neighbors >= 0
+    at = np.searchsorted(ids, np.where(there, neighbors, ids[0] if ids.size else 0))
+    reach, late_ones = column("answers", "reach"), column("answers", "last")
+    if not ids.size:
+        reach, late_ones = np.zeros(1, np.float32), np.zeros(1, np.bool_)
+    lists = settling.Lists(
+        sqdist=column("lists", "sqdist"),
+        reach=column("lists", "reach"),
+        reach_of=reach[at],
+        through=there & ~late_ones[at],
+    )
+    tuned = settling.tune(wanted, lists, total, last, settled.floor, settled.unit, wrong)
+    report(total)
+    return {"tuned": tuned}
+
+
 def _values(
-    out: Folder, number: int, k: int, *, distances: bool, difficulties: bool
+    out: Folder, number: int, k: int, kinds: list[str]
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """What is counted of a part."""
+    """What is counted of a part, by name."""
     folder = out.sub("graph")
-    difficulty, sqdist = np.empty(0, np.float32), np.empty(0, np.float32)
-    if difficulties:
-        difficulty = graph.read_columns(folder, number, "difficulty")["difficulty"]
-    if distances:
-        sqdist = late.apart(graph.read_columns(folder, number, "sqdist")["sqdist"][:, :k])
-    return {"difficulty": difficulty, "sqdist": sqdist}
+    found: dict[str, npt.NDArray[np.float32]] = {}
+    if "difficulty" in kinds:
+        found["difficulty"] = graph.read_columns(folder, number, "difficulty")["difficulty"]
+    if set(kinds) - {"difficulty"}:
+        sqdist = graph.read_columns(folder, number, "sqdist")["sqdist"][:, :k]
+        made = {"sqdist": late.apart, "reach": local.reach, "nearest": settling.nearest}
+        found |= {name: make(sqdist) for name, make in made.items() if name in kinds}
+    return found
 
 
-def _summed(out: Folder, stem: str) -> dict[str, I64]:
+def _summed(out: Folder, stem: str, kinds: list[str]) -> dict[str, I64]:
+    if not kinds:
+        return {}
     parts = len(graph.starts(out.sub("graph"))) - 1
     total: dict[str, I64] = {}
     for number in range(parts):
-        for name, counts in read_columns(
-            out.sub(WORK), f"{stem}-{number:05d}", "difficulty", "sqdist"
-        ).items():
+        for name, counts in read_columns(out.sub(WORK), f"{stem}-{number:05d}", *kinds).items():
             total[name] = total.get(name, 0) + counts
     return total

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import backend, groups, late, messages, selectors, uids
+from d2filter.algorithm import backend, groups, messages, selectors, settling, uids
 from d2filter.algorithm import ranking as ranker
 from d2filter.config import RankConfig, RunConfig
 from d2filter.formats import catalog, graph, ranking
@@ -41,6 +42,7 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str, k: i
         "rounds": 0,
         "partitions": len(starts) - 1,
         "late": found["late"],
+        "copies_sqdist": found["copies_sqdist"],
         "checksums": found["checksums"],
         "peak_rss": found["peak_rss_bytes"],
     }
@@ -54,7 +56,7 @@ def rank_all(*, report: Report, out: Folder, config: RankConfig, k: int) -> Figu
     """
     backend.use_threads(assigned_cpus())
     known = read_pool(out, k, with_features=wants_features(config.method))
-    rank, last = ranks_of(known, config)
+    rank, last, settled = ranks_of(known, config)
     starts = graph.starts(out.sub("graph"))
     n = int(starts[-1])
     sums: Checksums = {}
@@ -72,9 +74,9 @@ def rank_all(*, report: Report, out: Folder, config: RankConfig, k: int) -> Figu
         )
         sums.update(ranking.publish_part(out.sub("ranking"), number, part))
         report(behind.size)
-    cut = int(late.hardest(known.part.difficulty, config.cut_hardest).sum())
-    late_ones = {"hardest": cut, "copies": int(last.sum()) - cut}
-    return {"late": late_ones, "checksums": sums}
+    late_ones = {"hardest": int(last.sum()) - settled.copies, "copies": settled.copies}
+    told = {"late": late_ones, "copies_sqdist": settled.copies_sqdist}
+    return {**told, "checksums": sums}
 
 
 class KnownPool:
@@ -127,19 +129,25 @@ def narrowed(part: graph.GraphPart, k: int) -> graph.GraphPart:
     )
 
 
-def ranks_of(known: KnownPool, config: RankConfig) -> tuple[I64, npt.NDArray[np.bool_]]:
-    """Rank of each row of the graph, D2 or any other method, and which samples rank last."""
+def ranks_of(
+    known: KnownPool, config: RankConfig, wrong: Fraction | None = None
+) -> tuple[I64, npt.NDArray[np.bool_], settling.Settled]:
+    """Rank of each row of the graph, D2 or any other method, which samples rank last, and what was
+    found on the pool before. wrong: share of pairs that match no better than random ones.
+    """
     part = known.part
-    last = config.last_of(part.difficulty, part.hi, part.lo, part.neighbors, part.sqdist)
+    settled, last = config.settled_on(
+        part.difficulty, part.hi, part.lo, part.neighbors, part.sqdist, wrong
+    )
     if config.method != "d2":
         rank = ranker.rank_by(config.method, known.by_uid(config), late=last[known.order])
-        return interleaved(known, rank[known.position], last, config), last
+        return interleaved(known, rank[known.position], last, config), last, settled
     found = ranker.rank_graph(
         part.hi, part.lo, part.difficulty, part.neighbors, part.sqdist,
-        scheme=config.scheme_on(part.sqdist),
+        scheme=config.scheme(settled),
         undirected=config.undirected, late=last,
     )  # fmt: skip
-    return interleaved(known, found.rank, last, config), last
+    return interleaved(known, found.rank, last, config), last, settled
 
 
 def interleaved(

@@ -7,11 +7,12 @@ sees what a run would.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from d2filter.algorithm import selectors
-from d2filter.config import CatalogConfig, RunConfig, options_of
+from d2filter.config import TUNED_FOR, CatalogConfig, RunConfig, options_of
 from d2filter.errors import UsageError
 from d2filter.formats import contents, graph, metadata, shardlist, webdataset
 from d2filter.formats.paths import FileInfo, Folder, absolute, is_within
@@ -151,12 +152,41 @@ class Plans:
         self._check_method()
         rank = self._config.rank
         options = options_of(rank)
-        options["gamma_forward"] = rank.scheme.gamma_forward
+        options["gamma_forward"] = rank.gamma if rank.gamma_forward is None else rank.gamma_forward
+        options["tuned_for"] = self._tuned_for(options)
         # all neighbors that the graph has, and as many as it has, are one plan
         options["n_neighbors"] = self._neighbors()
         if rank.method == "d2":
             options["seed"] = 0  # it needs none
         return Planned(plan=Plan(stage="rank", options=options, upstream=upstream))
+
+    def _tuned_for(self, options: dict[str, Any]) -> str | None:
+        """The kept share that auto settings are for: what is asked for, else that of a ranking that
+        is there and is otherwise the same, so that another budget of it needs no other ranking,
+        else that of the selection.
+        """
+        rank, select = self._config.rank, self._config.select
+        if not rank.is_tuned:
+            return None
+        if rank.tuned_for is not None:
+            return str(rank.tuned_for)
+        made = self._state.done("rank")
+        if made is not None and "rank" not in self._config.overwrite:
+            before = made["options"]
+            known = {name: before.get(name) for name in options if name != "tuned_for"}
+            asked = {**options, "n_neighbors": self._neighbors()}
+            asked.pop("tuned_for")
+            if rank.method == "d2":
+                asked["seed"] = 0
+            if known == asked and before.get("tuned_for"):
+                return str(before["tuned_for"])
+        if select.fraction is not None:
+            return str(select.fraction)
+        catalog = self._state.done("catalog")
+        if select.budget is not None and catalog is not None:
+            ranked = max(1, catalog["stats"]["samples"]["ranked"])
+            return str(min(Decimal(1), Decimal(select.budget) / ranked))
+        return str(TUNED_FOR)
 
     def select(self, upstream: str) -> Planned:
         """One budget of it."""

@@ -4,8 +4,9 @@ settle (see `late`) → cut → describe → supersteps (actors, see `supersteps
 finish.
 
 ranking-work/cut-00000.*      edges that leave a partition: source, target, sqdist; start (P + 1,)
-ranking-work/known-00000.*    uid and difficulty of samples that others have edges with: ids, hi,
-                              lo, difficulty; start (P + 1,)
+ranking-work/reach-00000.npy  squared distances of its rows to their last neighbors
+ranking-work/known-00000.*    uid, difficulty and reach of samples that others have edges with: ids,
+                              hi, lo, difficulty, late, reach; start (P + 1,)
 ranking-work/state-*.npz      the last snapshot of each partition
 ranking-work/scores-00000.*   forward, final, suppressed_by of its rows; order: best key first
 ranking-work/best-00000.*     its keys in that order, and sampled-00000.*: some of them
@@ -19,6 +20,7 @@ All of ranking-work/ is removed when the ranking is done.
 from __future__ import annotations
 
 from dataclasses import fields
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from d2filter.algorithm import merge
 from d2filter.config import RunConfig
 from d2filter.formats import graph, ranking
 from d2filter.formats.paths import Folder
-from d2filter.formats.rows import read_array, read_columns, write_columns
+from d2filter.formats.rows import read_array, read_columns, write_array, write_columns
 from d2filter.stages import late, others, supersteps
 from d2filter.stages.late import WORK
 from d2filter.stages.runner import Runner
@@ -37,8 +39,17 @@ from d2filter.stages.worker import Report, Task, checksums_of
 Figures = dict[str, Any]
 
 
-def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str, k: int) -> Figures:
-    """Run all tasks; returns the stage's figures. k: neighbors of each list that count."""
+def build(
+    runner: Runner,
+    out: Folder,
+    config: RunConfig,
+    fingerprint: str,
+    k: int,
+    wrong: Fraction | None = None,
+) -> Figures:
+    """Run all tasks; returns the stage's figures. k: neighbors of each list that count. wrong:
+    share of pairs that match no better than random ones; None: it is not known.
+    """
     if config.rank.method != "d2":
         return others.build(runner, out, config, fingerprint, k)
     starts = graph.starts(out.sub("graph"))
@@ -72,12 +83,12 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str, k: i
     def alone(label: str, run: Any, **arguments: Any) -> Figures:
         return fan_out(label, [Task(name=label, run=run, arguments={"out": out, **arguments})])[0]
 
-    settled = late.settle(each, alone, out, config.rank, k, total)
+    settled = late.settle(each, alone, out, config.rank.wanted, k, total, wrong)
     ends = each("cut", cut, settled=settled)
     each("describe", describe, parts=parts, settled=settled)
     made = {
         "settled": settled,
-        "scheme": config.rank.scheme.per(settled.unit),
+        "scheme": config.rank.scheme(settled),
         "both_ways": config.rank.undirected,
         "budgets": config.rank.group_budgets,
         "fingerprint": fingerprint,
@@ -100,7 +111,7 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str, k: i
             "hardest": sum(f["late"] for f in ends) - settled.copies,
             "copies": settled.copies,
         },
-        "gamma_unit": settled.unit,
+        **told_of(settled),
         "difficulty_range": [made["low"], made["high"]],
         "partitions": parts,
         "checksums": checksums_of(finished),
@@ -127,6 +138,18 @@ def _supersteps(
     return runner.here("rank", task, fingerprint=fingerprint, skip=True)
 
 
+def told_of(settled: late.Settled) -> Figures:
+    """What was found on the pool, for the record of the stage."""
+    tuned = {name: value for name, value in settled.tuned.items() if name != "gamma"}
+    return {
+        "gamma": settled.gamma,
+        "gamma_unit": settled.unit,
+        "gamma_floor": settled.floor,
+        "copies_sqdist": settled.copies_sqdist,
+        **tuned,
+    }
+
+
 def tidy(out: Folder) -> None:
     """Remove what only the making of a ranking needs. After the stage is recorded as done."""
     out.remove(WORK)
@@ -142,6 +165,7 @@ def cut(*, report: Report, out: Folder, number: int, settled: late.Settled) -> F
         out.sub(WORK), f"cut-{number:05d}", start=leaving.start, source=leaving.source,
         target=leaving.target, sqdist=leaving.sqdist,
     )  # fmt: skip
+    write_array(out.sub(WORK), f"reach-{number:05d}.npy", one.reach)
     low, high = one.range()
     report(one.size)
     return {"edges": int(leaving.source.size), "low": low, "high": high, "late": one.late()}

@@ -434,14 +434,18 @@ class _Actor:
 
 
 def read_share(out: Folder, number: int, settled: Settled, *, lists: bool = True) -> share.Share:
-    """One partition, before it has heard of the others; lists: with its neighbors."""
+    """One partition, before it has heard of the others; lists: with its neighbors. Without them,
+    the task `cut` has run before.
+    """
     part = graph.read_part(out.sub("graph"), number, lists=lists)
     columns = {field.name: getattr(part, field.name) for field in fields(share.Rows)}
     if part.neighbors.shape[1] > settled.k:
         columns["neighbors"] = np.ascontiguousarray(part.neighbors[:, : settled.k])
         columns["sqdist"] = np.ascontiguousarray(part.sqdist[:, : settled.k])
     late = late_rows(out, number, part.difficulty, settled)
-    return share.Share(share.Rows(**columns), graph.starts(out.sub("graph")), number, late)
+    reach = None if lists else read_array(out.sub(WORK), f"reach-{number:05d}.npy")
+    starts = graph.starts(out.sub("graph"))
+    return share.Share(share.Rows(**columns), starts, number, late, reach)
 
 
 def read_cut(work: Folder, source: int, target: int, *names: str) -> dict[str, Any]:

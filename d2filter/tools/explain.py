@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from d2filter.algorithm import budget, messages
+from d2filter.algorithm import budget, local, messages, settling
 from d2filter.config import RankConfig
 from d2filter.errors import InputError, UsageError
 from d2filter.formats import kept as kept_format
@@ -102,6 +102,17 @@ def explain(folder: Folder, uids_hex: Sequence[str]) -> list[Explained | NotRank
     ]
 
 
+def settled_of(figures: dict[str, Any], options: RankConfig) -> settling.Settled:
+    """What was found on the pool before a ranking, from its record."""
+    gamma = figures.get("gamma", options.gamma)
+    return settling.Settled(
+        k=options.n_neighbors,
+        gamma=0.0 if isinstance(gamma, str) else float(gamma),
+        unit=figures.get("gamma_unit", 1.0),
+        floor=figures.get("gamma_floor", 1.0),
+    )
+
+
 class _Run:
     """What is asked of the files of one run."""
 
@@ -110,7 +121,8 @@ class _Run:
         rank = state.require("rank")
         self._folder = folder
         self._options = RankConfig.from_options(rank["options"])
-        self._scheme = self._options.scheme.per(rank["stats"].get("gamma_unit", 1.0))
+        self._scheme = self._options.scheme(settled_of(rank["stats"], self._options))
+        self._width = int(rank["options"]["n_neighbors"])
         self._range = rank["stats"].get("difficulty_range")
         self._select = state.done("select")
         self._kept_first = state.require("catalog")["stats"]["score"]["kept_first"]
@@ -128,6 +140,11 @@ class _Run:
         lists = {int(i): self._list(listed, at) for at, i in enumerate(sources)}
         ids = np.unique(np.concatenate([sources, *(lists[row][0] for row in rows.tolist())]))
         known = self.ranking.rows(ids, _RANKED)
+        if self._scheme.is_local:
+            reach = local.reach(self._graph.rows(ids, ("sqdist",))["sqdist"][:, : self._width])
+            lists_of = {row: self._weighed(row, lists[row], ids, reach) for row in lists}
+        else:
+            lists_of = {row: sqdist for row, (_, sqdist) in lists.items()}
         at = np.searchsorted(ids, rows)
         places = kept_format.places(self._folder, known["uid_hi"][at], known["uid_lo"][at])
         out = []
@@ -136,7 +153,7 @@ class _Run:
             own_at, others_at = np.searchsorted(ids, row), np.searchsorted(ids, others)
             own = {name: values[own_at][None] for name, values in known.items()}
             about = {name: values[others_at] for name, values in known.items()}
-            out.append(self._explained(row, suppressor, own, about, lists, places))
+            out.append(self._explained(row, suppressor, own, about, lists, lists_of, places))
         return out
 
     def _explained(
@@ -146,6 +163,7 @@ class _Run:
         own: Columns,
         others: Columns,
         lists: dict[int, List],
+        exponents: dict[int, npt.NDArray[np.float32]],
         places: dict[str, tuple[str, str]],
     ) -> Explained:
         """own: of the row itself; others: of its neighbors and, last, of its suppressor. places:
@@ -158,9 +176,13 @@ class _Run:
         kept = self._kept(others)
         d2 = self._options.method == "d2"
         late = own["forward"] == messages.FLOOR
-        gave = self._given(others, neighbors.size, sqdist) if d2 else np.zeros(neighbors.size)
+        gave = (
+            self._given(others, neighbors.size, exponents[row]) if d2 else np.zeros(neighbors.size)
+        )
         (own_kept,) = self._kept(own)
-        strongest = self._taken(row, suppressor, others, lists) if suppressor >= 0 else 0.0
+        strongest = 0.0
+        if suppressor >= 0:
+            strongest = self._taken(row, suppressor, others, lists, exponents)
         return Explained(
             uid=uid,
             shard=shard,
@@ -211,6 +233,13 @@ class _Run:
         there = neighbors >= 0
         return neighbors[there], sqdist[there]
 
+    def _weighed(self, row: int, listed: List, ids: I64, reach: Any) -> npt.NDArray[np.float32]:
+        """What the kernel local makes of the distances of a list. reach: of the samples `ids`."""
+        neighbors, sqdist = listed
+        own = np.full(neighbors.size, reach[np.searchsorted(ids, row)], np.float32)
+        theirs = reach[np.searchsorted(ids, neighbors)]
+        return local.relative(sqdist, own, theirs, self._scheme.floor)
+
     def _normalized(self, difficulty: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
         if self._range is None:
             return np.full(difficulty.size, np.nan)
@@ -223,13 +252,19 @@ class _Run:
         # what ranks after everything else sends nothing
         return np.where(others["forward"][:count] == messages.FLOOR, 0.0, weights * scores)
 
-    def _taken(self, row: int, suppressor: int, others: Columns, lists: dict[int, List]) -> float:
+    def _taken(
+        self,
+        row: int,
+        suppressor: int,
+        others: Columns,
+        lists: dict[int, List],
+        exponents: dict[int, npt.NDArray[np.float32]],
+    ) -> float:
         """The message of the strongest suppressor, over the edge that it came by."""
         for source, goal in ((suppressor, row), (row, suppressor)):
-            neighbors, sqdist = lists[source]
-            here = np.flatnonzero(neighbors == goal)
+            here = np.flatnonzero(lists[source][0] == goal)
             if here.size:
-                weight = self._scheme.reverse_weights(sqdist[here[:1]])
+                weight = self._scheme.reverse_weights(exponents[source][here[:1]])
                 return _unit(np.rint(float(weight[0]) * float(others["final"][-1])))
         return 0.0
 

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from d2filter import config
 from d2filter.algorithm import ranking
 from d2filter.algorithm.budget import parse_fraction
+from d2filter.algorithm.schemes import Scheme
 from d2filter.errors import InputError, UsageError
 from d2filter.formats import metadata, tables
 from d2filter.formats.paths import Folder, absolute, place_of
@@ -212,7 +213,7 @@ def _greedy(k: int) -> float:
     neighbors = rng.integers(0, _GREEDY_ROWS, (_GREEDY_ROWS, k))
     sqdist = np.sort(rng.random((_GREEDY_ROWS, k), np.float32), axis=1)
     started = time.monotonic()
-    ranking.rank_graph(uid, uid, score, neighbors, sqdist, scheme=config.RankConfig().scheme)
+    ranking.rank_graph(uid, uid, score, neighbors, sqdist, scheme=Scheme())
     return (time.monotonic() - started) / (_GREEDY_ROWS * (k + 3))
 
 

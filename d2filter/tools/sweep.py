@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import baselines, budget, coverage, late, selectors
+from d2filter.algorithm import baselines, budget, coverage, late, pairs, selectors
 from d2filter.config import RankConfig, options_of
 from d2filter.errors import UsageError
 from d2filter.formats.paths import Folder, read_jsons
@@ -81,7 +81,7 @@ def label(config: RankConfig) -> str:
     own = options_of(config)
     words = [config.method]
     if config.method == "d2":
-        words += [f"k={config.n_neighbors or 'all'}", f"gamma={config.gamma!r}"]
+        words += [f"k={config.n_neighbors or 'all'}", f"gamma={config.gamma}"]
     shown = ("method", "gamma", "n_neighbors") if config.method == "d2" else ("method",)
     words += [f"{n}={v}" for n, v in own.items() if n not in shown and v != default[n]]
     return " ".join(words)
@@ -170,13 +170,16 @@ class _Pool:
         self._cell = coverage.cells(p.features, p.hi, p.lo, cell_count(len(p.hi)))
         self._near = NEAR * late.unit(p.sqdist)
         self._spacing = coverage.spacing(p.sqdist)
-        score = RunState(folder).require("catalog")["stats"].get("score", {})
+        catalog = RunState(folder).require("catalog")["stats"]
+        self._wrong = pairs.wrong_share(catalog)
+        score = catalog.get("score", {})
         self._raw = budget.raw_scores(p.difficulty, score.get("kept_first", "high"))
         self._by_score = np.argsort(baselines.by_score(p.difficulty, p.hi, p.lo))
 
     def measured(self, config: RankConfig, fractions: Sequence[Decimal]) -> dict[str, Row]:
         """Measures of one setting, by fraction."""
-        ranks, _ = others.ranks_of(self._with(config.n_neighbors or self._k), config)
+        known = self._with(config.n_neighbors or self._k)
+        ranks, _, _ = others.ranks_of(known, config, self._wrong)
         rank = ranks[self._order]
         return {str(f): self._row(rank, f) for f in fractions}
 

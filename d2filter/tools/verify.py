@@ -15,7 +15,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from d2filter.algorithm import budget, certificate, cut, features, groups, messages, uids
+from d2filter.algorithm import (
+    budget,
+    certificate,
+    cut,
+    features,
+    groups,
+    local,
+    messages,
+    pairs,
+    settling,
+    uids,
+)
 from d2filter.config import RankConfig
 from d2filter.errors import InputError, VerificationError
 from d2filter.formats import catalog, graph, ledger, ranking, subset, tables
@@ -238,11 +249,15 @@ def _scores(run: _Run) -> Breaches:
         return _method(run, options)
     k = options.n_neighbors
     neighbors, distances = g.neighbors[:, :k], g.sqdist[:, :k]
-    scheme = options.scheme_on(distances)
-    last = options.last_of(g.difficulty, g.hi, g.lo, neighbors, distances)
+    unlike = pairs.wrong_share(run.records["catalog"]["stats"])
+    settled, last = options.settled_on(g.difficulty, g.hi, g.lo, neighbors, distances, unlike)
+    scheme = options.scheme(settled)
     source, target, sqdist = cut.whole(neighbors, distances, both_ways=options.undirected)
     through = ~last[source] & ~last[target]
     source, target, sqdist = source[through], target[through], sqdist[through]
+    if scheme.is_local:
+        reach = local.reach(distances)
+        sqdist = local.relative(sqdist, reach[source], reach[target], scheme.floor)
     start = np.searchsorted(source, np.arange(len(g.hi) + 1))
     earnest = g.difficulty[~last]
     scores = messages.normalized(g.difficulty, float(earnest.min()), float(earnest.max()))
@@ -250,7 +265,8 @@ def _scores(run: _Run) -> Breaches:
     gathered = messages.gather(scores, start, target, weights)
     forward = scheme.forward_scores(scores, gathered)
     forward[last] = messages.FLOOR
-    out = _count("forward scores are not those of the graph", forward != r["forward"])
+    out = _found(settled, run.records["rank"]["stats"])
+    out += _count("forward scores are not those of the graph", forward != r["forward"])
     # with classes, ranks are shared out afterwards: the greedy's own are those of the scores
     rank = np.empty(len(g.hi), np.int64)
     rank[np.lexsort((run.precedence, ~r["final"]))] = np.arange(rank.size)
@@ -271,13 +287,42 @@ def _scores(run: _Run) -> Breaches:
     return out
 
 
+def _found(settled: settling.Settled, figures: dict[str, Any]) -> Breaches:
+    """What was found on the pool before the ranking, found again: gamma above all."""
+    mine = {
+        "gamma": settled.gamma,
+        "gamma_unit": settled.unit,
+        "copies_sqdist": settled.copies_sqdist,
+    }
+    return [
+        f"{name} is {value}, found again on this graph, and {figures[name]} in the record"
+        for name, value in mine.items()
+        if name in figures and figures[name] != value
+    ]
+
+
+def _pairs(run: _Run) -> Breaches:
+    """The share of pairs that gamma was found with."""
+    told = run.records["catalog"]["stats"].get("pairs")
+    if not told:
+        return []
+    c = run.catalog
+    rows = c.features[uids.hash_sample(c.hi, c.lo, pairs.SAMPLE, salt=uids.SALT_PAIRS)]
+    width = rows.shape[1] // 2
+    found = {
+        "looked_at": len(rows),
+        "like_random": pairs.like_random(rows[:, :width], rows[:, width:]),
+    }
+    return [] if found == told else [f"pairs are {found}, and {told} in the record"]
+
+
 def _method(run: _Run, options: RankConfig) -> Breaches:
     """Another method than D2 is proven by doing it again."""
     from d2filter.stages import others
 
     features_too = others.wants_features(options.method)
     known = others.read_pool(run.folder, options.n_neighbors, with_features=features_too)
-    rank, _ = others.ranks_of(known, options)
+    rank, _, _ = others.ranks_of(known, options)
     return _count(f"ranks are not those of {options.method}", rank != run.ranking["rank"])
 
 
@@ -369,6 +414,7 @@ _STRUCTURE: dict[str, Callable[[_Run], Breaches]] = {
 _MEANING: dict[str, Callable[[_Run], Breaches]] = {
     "final scores fall with rank, ties by uid": _order,
     "the ranking is that of its method: for D2, of the sequential greedy on this graph": _scores,
+    "as many pairs match no better than random ones as gamma was found with": _pairs,
     "the subset is sorted, unique and the first B of the ranking": _subset,
     "the kept lists agree with the subset": _kept,
 }
