@@ -12,7 +12,7 @@ ranking-work/answers-00000.*     of those in a part: reach, and whether they ran
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from typing import Any
 
@@ -50,8 +50,7 @@ def settle(
     particular; both return figures.
     """
     if total * k <= WHOLE:
-        found: Settled = run("settle", settle_whole, wanted=wanted, k=k, wrong=wrong)["settled"]
-        return found
+        return Settled(**run("settle", settle_whole, wanted=wanted, k=k, wrong=wrong)["settled"])
     cut = late.cut_size(total, wanted.cut_hardest)
     values, counts = _places(each, out, wanted, k, total, cut)
     median_reach = values.get("reach", 0.0)
@@ -98,7 +97,7 @@ def settle_whole(
         last &= whole.difficulty <= np.float32(found.above)
     write_columns(out.sub(WORK), "copies", ids=np.flatnonzero(last))
     report(last.size)
-    return {"settled": found}
+    return {"settled": asdict(found)}
 
 
 def _places(
