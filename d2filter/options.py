@@ -368,8 +368,8 @@ def rank(parser: argparse.ArgumentParser) -> None:
         const=0.0,
         default=default.collapse_copies,
         metavar="SQDIST",
-        help="of neighbors up to this squared distance (0: identical; auto: where the pool's "
-        "distances have a gap; none) the best one stays, the others rank after everything else "
+        help="of neighbors up to this squared distance (0: identical; auto: near by the standard of the "
+        "pool; none) the best one stays, the others rank after everything else "
         "(default: auto)",
     )
 

@@ -87,11 +87,7 @@ def settle(
     median_reach = middle(reach) if wanted.reaches else 0.0
     unit = late.unit(sqdist) if wanted.median else 1.0
     most: float | None
-    if wanted.copies == "auto":
-        counts = quantile.upper_counts(nearest(sqdist))
-        most = copies.threshold(counts, median_reach)
-    else:
-        most = wanted.copies
+    most = copies.threshold(median_reach) if wanted.copies == "auto" else wanted.copies
     last = late.mask(
         difficulty, hi, lo, neighbors, sqdist, cut_hardest=wanted.cut_hardest, collapse_copies=most
     )
@@ -153,13 +149,6 @@ def tune(
     found = tuning.tune(exponents, near, kept, wrong)
     told = None if wrong is None else float(wrong)
     return {**asdict(found), "tuned_for": str(wanted.tuned_for), "wrong_share": told}
-
-
-def nearest(sqdist: F32) -> F32:
-    """Squared distances to the nearest neighbor, of those that have one."""
-    first = sqdist[:, 0] if sqdist.shape[1] else np.empty(0, np.float32)
-    found: F32 = first[np.isfinite(first)]
-    return found
 
 
 def middle(reach: F32) -> float:

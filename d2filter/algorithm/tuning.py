@@ -49,6 +49,8 @@ FIXED = 9.0
 """gamma of R: a neighbor within half the distance to the k-th counts as a copy (w = 0.57)"""
 UNKNOWN_WRONG = Fraction(1, 4)
 """taken for u where a pool cannot show it"""
+MOST_WRONG = Fraction(3, 4)
+"""beyond, it is the model that cannot judge these pairs, and u is taken as unknown"""
 
 _FRACTION = 20  # bits of the target
 
@@ -112,7 +114,8 @@ def tune(exponents: F32, near: F32, kept: Fraction, wrong: Fraction | None) -> T
     lists = len(exponents)
     whole = lists * messages.ONE
     distinct = share_of(near, FIXED) / whole
-    a = exponent(kept, UNKNOWN_WRONG if wrong is None else wrong, distinct)
+    known = wrong is not None and wrong <= MOST_WRONG
+    a = exponent(kept, wrong if wrong is not None and known else UNKNOWN_WRONG, distinct)
     # whole units: the last bits of a power differ between mathematical libraries
     units = round(float(kept) ** a * (1 << _FRACTION))
     low, high = 0, MOST * STEP

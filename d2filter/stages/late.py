@@ -52,14 +52,10 @@ def settle(
     if total * k <= WHOLE:
         return Settled(**run("settle", settle_whole, wanted=wanted, k=k, wrong=wrong)["settled"])
     cut = late.cut_size(total, wanted.cut_hardest)
-    values, counts = _places(each, out, wanted, k, total, cut)
+    values = _places(each, out, wanted, k, total, cut)
     median_reach = values.get("reach", 0.0)
     most: float | None
-    most = (
-        copies.threshold(counts["nearest"], median_reach)
-        if wanted.copies == "auto"
-        else wanted.copies
-    )
+    most = copies.threshold(median_reach) if wanted.copies == "auto" else wanted.copies
     above = values.get("difficulty")
     found = Settled(
         k=k,
@@ -102,20 +98,19 @@ def settle_whole(
 
 def _places(
     each: Any, out: Folder, wanted: settling.Wanted, k: int, total: int, cut: int
-) -> tuple[dict[str, float], dict[str, I64]]:
-    """Quantiles of the whole pool by name, and counts of upper halves."""
+) -> dict[str, float]:
+    """Quantiles of the whole pool by name."""
     kinds = [
         name
         for name, needed in (
             ("difficulty", bool(cut)),
             ("sqdist", wanted.median),
             ("reach", wanted.reaches),
-            ("nearest", wanted.copies == "auto"),
         )
         if needed
     ]
     if not kinds:
-        return {}, {}
+        return {}
     each("upper", count_upper, k=k, kinds=kinds)
     upper = _summed(out, "upper", kinds)
     places: dict[str, tuple[int, int]] = {}
@@ -123,15 +118,14 @@ def _places(
         held = int(upper[name].sum())
         if name == "difficulty":
             places[name] = quantile.locate(upper[name], total - 1 - cut)
-        elif name != "nearest" and held:
+        elif held:
             places[name] = quantile.locate(upper[name], (held - 1) // 2)
     each("lower", count_lower, k=k, bins={name: at for name, (at, _) in places.items()})
     lower = _summed(out, "lower", list(places))
-    values = {
+    return {
         name: quantile.value_of(at, quantile.locate(lower[name], rest)[0])
         for name, (at, rest) in places.items()
     }
-    return values, upper
 
 
 def late_rows(
@@ -312,7 +306,7 @@ def _values(
         found["difficulty"] = graph.read_columns(folder, number, "difficulty")["difficulty"]
     if set(kinds) - {"difficulty"}:
         sqdist = graph.read_columns(folder, number, "sqdist")["sqdist"][:, :k]
-        made = {"sqdist": late.apart, "reach": local.reach, "nearest": settling.nearest}
+        made = {"sqdist": late.apart, "reach": local.reach}
         found |= {name: make(sqdist) for name, make in made.items() if name in kinds}
     return found
 
