@@ -11,7 +11,7 @@ test:
 	$(PYTHON) -m pytest
 
 nightly:
-	$(PYTHON) -m pytest -m nightly -n 0
+	$(PYTHON) -m pytest -m nightly
 
 bench:
 	$(PYTHON) -m jobs.bench

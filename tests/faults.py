@@ -108,15 +108,16 @@ def kinds_of(seed: int) -> list[str]:
 
 
 class Machines:
-    """A cluster: a head without CPUs, where drivers connect, and nodes of one CPU each.
+    """A cluster: a head without CPUs, where drivers connect, and nodes beside it.
 
     Nothing in this process is connected to it, so a Ray of this process is not disturbed.
     """
 
-    def __init__(self, nodes: int = 2) -> None:
+    def __init__(self, nodes: int = 2, cpus: int = 1) -> None:
+        """nodes: besides the head; cpus: of each."""
         # apart from other clusters: whoever starts Ray without an address would join the latest
         self._place = tempfile.mkdtemp(prefix="d2f-", dir="/tmp")  # paths of sockets must be short
-        self._nodes = nodes
+        self._nodes, self._cpus = nodes, cpus
         self._absent: list[tuple[Any, list[int]]] = []
         self._start()
 
@@ -139,7 +140,7 @@ class Machines:
     def _add(self) -> Any:
         return self._cluster.add_node(
             wait=False,
-            num_cpus=1,
+            num_cpus=self._cpus,
             object_store_memory=_STORE_BYTES,
             include_dashboard=False,
         )

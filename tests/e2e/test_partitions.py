@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +13,7 @@ import numpy as np
 import pools
 import pyarrow as pa
 import pytest
+import ray
 
 from d2filter import cli
 from d2filter.algorithm import calibrate, features, knn, uids
@@ -254,11 +253,11 @@ def test_a_driver_killed_between_partitions_is_continued_with_another_number_of_
     metadata = pools.write(tmp_path / "m", pool, files=3)
     out = tmp_path / "o"
     words = ["run", "--metadata-dir", str(metadata), "--out-dir", str(out), *GRAPH]
+    words += ["--address", ray.get_runtime_context().gcs_address]
     for marker, partitions in (("route-00000", "3"), ("find-00001", "4"), ("find-00000", "3")):
         driver = subprocess.Popen(
             [sys.executable, "-m", "d2filter", *words, "--partitions", partitions],
             stdout=subprocess.DEVNULL,
-            start_new_session=True,
         )
         path = out / f"completions/graph/{marker}.json"
         before = path.stat().st_mtime_ns if path.exists() else 0
@@ -267,7 +266,7 @@ def test_a_driver_killed_between_partitions_is_continued_with_another_number_of_
                 break
             time.sleep(0.01)
         if driver.poll() is None:
-            os.killpg(driver.pid, signal.SIGKILL)
+            driver.kill()
         driver.wait()
         assert not (out / "subset.npy").exists()
     # 3 → 4 → 3: nothing of the first three may pass for part of the second; then as laid out
