@@ -53,7 +53,8 @@ def expected(scores: F64, size: int, temperature: float) -> I64:
 
     def copies(u: float, some: slice) -> I64:
         with np.errstate(over="ignore"):
-            return np.rint(np.log1p(u * odds[some]) * ONE).astype(np.int64)
+            units: I64 = np.rint(np.log1p(u * odds[some]) * ONE).astype(np.int64)
+        return units
 
     blocks = [slice(begin, begin + _BLOCK) for begin in range(0, odds.size, _BLOCK)]
     # doubles above 0 ascend as their bits do, and the sum with them

@@ -5,12 +5,15 @@ NAME-00000.hi.npy, .lo    uids of a bucket, ascending, distinct
 NAME-00000.v0.npy, …      float32, one file a column
 
 The bucket follows from a hash of the uid, so that all are of one size whatever uids look like. A
-task holds one bucket at a time, on a local disk only the pages of it that it looks at.
+task holds one bucket at a time, on a local disk only the pages of it that it looks at; what lies
+in an object store is fetched once by each process.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +25,14 @@ from d2filter.algorithm import uids
 from d2filter.errors import InputError
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
-from d2filter.formats.rows import read_array, write_array
+from d2filter.formats.rows import mapped, read_array, write_array
 
 F32 = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 Block = tuple[uids.U64, uids.U64, Sequence[F32]]
 """hi, lo and one array a column, all (n,)"""
 
+_FETCHED = 512  # arrays that a process keeps: of 300 million rows
 BUCKET_ROWS = 2_000_000
 ROW_BYTES = 100
 """of a row with one column, while its bucket is made"""
@@ -44,6 +48,8 @@ class Joined:
     columns: tuple[str, ...]
     rows: int
     """distinct uids"""
+    made: str
+    """names this making of it"""
 
     def find(self, hi: uids.U64, lo: uids.U64) -> tuple[Bools, dict[str, F32]]:
         """Which of some uids (n,) the table has, and the values of each column, NaN elsewhere."""
@@ -57,15 +63,28 @@ class Joined:
             if not mine.size:
                 continue
             stem = f"{self.name}-{number:05d}"
-            own = [read_array(self.folder, f"{stem}.{half}.npy") for half in ("hi", "lo")]
+            own = [self._array(f"{stem}.{half}.npy") for half in ("hi", "lo")]
             at = uids.positions(own[0], own[1], hi[mine], lo[mine])
             found = mine[at >= 0]
             there[found] = True
             for column, name in enumerate(self.columns):
                 if found.size:
-                    held = read_array(self.folder, f"{stem}.v{column}.npy")
+                    held = self._array(f"{stem}.v{column}.npy")
                     values[name][found] = held[at[at >= 0]]
         return there, values
+
+    def _array(self, name: str) -> npt.NDArray[Any]:
+        if self.folder.local is not None:
+            return read_array(self.folder, name)
+        return _fetched(self.folder.url, name, self.made)
+
+
+@functools.lru_cache(maxsize=_FETCHED)
+def _fetched(url: str, name: str, made: str) -> npt.NDArray[Any]:
+    """An array of an object store, in a file in TMPDIR: the next task of this process needs it
+    too. made: so that none of an earlier table is taken for it.
+    """
+    return mapped(read_array(Folder(url), name))
 
 
 def bucket_of(hi: uids.U64, lo: uids.U64, buckets: int) -> npt.NDArray[np.int64]:
@@ -106,7 +125,8 @@ def gather(
     bounds = np.searchsorted(bucket[order], np.arange(first, end + 1))
     total = 0
     for number, (begin, after) in zip(range(first, end), itertools.pairwise(bounds), strict=True):
-        hi, lo, *values = (array[order[begin:after]] for array in whole)
+        own: list[npt.NDArray[Any]] = [array[order[begin:after]] for array in whole]
+        hi, lo, values = own[0], own[1], own[2:]
         again = np.flatnonzero(uids.repeats(hi, lo))
         for column, value in zip(columns, values, strict=True):
             a, b = value[again - 1], value[again]
@@ -129,7 +149,8 @@ def gather(
 def publish(folder: Folder, name: str, *, buckets: int, columns: Sequence[str], rows: int) -> None:
     """Note what the buckets hold, when all are there."""
     folder.publish_json(
-        f"{name}.json", {"buckets": buckets, "columns": list(columns), "rows": rows}
+        f"{name}.json",
+        {"buckets": buckets, "columns": list(columns), "rows": rows, "made": uuid.uuid4().hex},
     )
 
 

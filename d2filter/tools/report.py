@@ -211,7 +211,7 @@ def _cards(m: measures.Measures) -> list[tuple[str, str, str]]:
     return [
         (f"{samples['read']:,}", "samples read", ""),
         (f"{samples['ranked']:,}", "ranked", ""),
-        (f"{samples['kept']:,}", "kept", f"{m.share:.1%} of the ranked"),
+        (f"{samples['kept']:,}", "kept", f"{m.share:.1%} of the ranked{_repeats(m.stats)}"),
         (f"{samples['read'] - samples['ranked']:,}", "not ranked", _not_ranked(samples)),
         (
             f"{graph['recall']:.4f}",
@@ -224,6 +224,12 @@ def _cards(m: measures.Measures) -> list[tuple[str, str, str]]:
             f"{graph['partitions']} partitions" if graph["partitions"] > 1 else "in one partition",
         ),
     ]
+
+
+def _repeats(stats: dict[str, Any]) -> str:
+    """How many those of a soft selection are with their repeats."""
+    total = stats["select"].get("total")
+    return f", {total:,} with repeats" if total else ""
 
 
 def _not_ranked(samples: dict[str, int]) -> str:

@@ -55,6 +55,21 @@ def test_a_table_is_a_dictionary_however_it_is_cut(
         assert np.array_equal(found["w"][at], -expected, equal_nan=True)
 
 
+def test_a_table_in_an_object_store_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder("memory://joined-once")
+    one = np.ones(1, np.uint64)
+    for value in (0.5, 0.25):
+        joined.gather(
+            folder, "t", [(one, one, [np.full(1, value, np.float32)])], "t", ["v"], 1, 0, 1
+        )
+        joined.publish(folder, "t", buckets=1, columns=["v"], rows=1)
+        table = joined.read(folder, "t")
+        assert table.find(one, one)[1]["v"].tolist() == [value]
+        with monkeypatch.context() as patch:
+            patch.setattr(joined, "read_array", None)  # would fail if anything were read
+            assert table.find(one, one)[1]["v"].tolist() == [value]
+
+
 def test_a_uid_with_two_values_is_refused(tmp_path: Path) -> None:
     hi, lo = np.array([1, 0, 1], np.uint64), np.array([5, 5, 5], np.uint64)
     block = (hi, lo, [np.array([0.5, 0.5, 0.75], np.float32)])
