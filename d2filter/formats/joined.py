@@ -113,7 +113,8 @@ def gather(
     for hi, lo, values in blocks:
         own = bucket_of(hi, lo, buckets)
         rows = np.flatnonzero((own >= first) & (own < end))
-        for kept, array in zip(held, (hi, lo, *values), strict=True):
+        arrays: list[npt.NDArray[Any]] = [hi, lo, *values]
+        for kept, array in zip(held, arrays, strict=True):
             kept.append(array[rows])
     kinds = (np.uint64, np.uint64, *(np.float32 for _ in columns))
     whole = [
@@ -125,8 +126,8 @@ def gather(
     bounds = np.searchsorted(bucket[order], np.arange(first, end + 1))
     total = 0
     for number, (begin, after) in zip(range(first, end), itertools.pairwise(bounds), strict=True):
-        own: list[npt.NDArray[Any]] = [array[order[begin:after]] for array in whole]
-        hi, lo, values = own[0], own[1], own[2:]
+        hi, lo = whole[0][order[begin:after]], whole[1][order[begin:after]]
+        values = [array[order[begin:after]] for array in whole[2:]]
         again = np.flatnonzero(uids.repeats(hi, lo))
         for column, value in zip(columns, values, strict=True):
             a, b = value[again - 1], value[again]
@@ -139,8 +140,8 @@ def gather(
                 )
         stays = np.ones(hi.size, np.bool_)
         stays[again] = False
-        arrays = {"hi": hi, "lo": lo, **{f"v{n}": value for n, value in enumerate(values)}}
-        for part, array in arrays.items():
+        named = {"hi": hi, "lo": lo, **{f"v{n}": value for n, value in enumerate(values)}}
+        for part, array in named.items():
             write_array(folder, f"{name}-{number:05d}.{part}.npy", array[stays])
         total += int(stays.sum())
     return total
