@@ -154,7 +154,7 @@ TWICE = [POOL["uid"][0]] * 2 + POOL["uid"][2:20]
     ("breaks", "column", "code", "said"),
     [
         (lambda t: t, "", 2, "has 2 columns beside uid (dfn, other): choose one"),
-        (lambda t: t, "dfm", 2, "has no column 'dfm' (did you mean dfn?)"),
+        (lambda t: t, "dfn2", 2, "has no column 'dfn2' (did you mean dfn?)"),
         (lambda t: t.drop_columns(["uid"]), "dfn", 1, "has no column uid"),
         (lambda t: t.select(["uid"]), "", 2, "has 0 columns beside uid"),
         (lambda t: changed(t, "uid", ["cat"] * len(t)), "dfn", 1, "'cat' in row 0 is no uid"),
@@ -302,10 +302,10 @@ def test_ranks_are_over_what_is_ranked(metadata: list[Path], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("--score", "0.7*clip_score+0.3*owm"), 2, "'0.3*owm': 'owm' is no computed score"),
-        (("--score", "0.7*clip_score+0.3*owm"), 2, "(did you mean own?)"),
+        (("--score", "0.7*clip_score+0.3*ovn"), 2, "'0.3*ovn': 'ovn' is no computed score"),
+        (("--score", "0.7*clip_score+0.3*own2"), 2, "(did you mean own?)"),
         (("--score", "beauty"), 2, "and no column of"),
-        (("--score", "clip_score+"), 2, "unreadable from 'its end'"),
+        (("--score", "clip_score+"), 2, "unreadable from '+' on"),
         (("--score", "clip_score 0.3"), 2, "unreadable from '0.3'"),
         (("--score", "own", "--score-column", "own"), 2, "both given"),
         (("--score", "own+el2n"), 2, "score own+el2n needs --training-log"),
