@@ -61,7 +61,7 @@ def of_terms(
     where: str,
 ) -> Scored:
     """Scores of the rows of a pair by terms. table, arrays: what it holds. ids: hi and lo of the
-    rows. where: its parquet file, for messages.
+    rows. where: its parquet file, for messages. Raises ValueError for an unknown score.
     """
     n = table.num_rows
     logged, listed = np.ones(n, np.bool_), np.ones(n, np.bool_)
@@ -78,10 +78,12 @@ def of_terms(
             case "log":
                 value, there = _of_log(outside, name, ids)
                 logged &= there
-            case "target":
+            case "target" if name == "norm_sim":
                 value = norm_sim(config, outside, arrays, where)
-            case "pair":
+            case "pair" if name == "clip_score":
                 value = clip_score(config, arrays, where)
+            case _ if needs:
+                raise ValueError(f"nothing here computes the score {name!r}")
             case _ if name in held:
                 value = held[name]
             case _:

@@ -38,6 +38,7 @@ F32 = npt.NDArray[np.float32]
 
 FOLDER = "scores"
 
+_OF_POOL = ("negclip_loss", "prototypicality")
 _CLUSTERS = 1000
 _ROWS_A_CLUSTER = 64  # that train it
 _KEYS = 4_000_000  # of the pool, at a time
@@ -46,7 +47,9 @@ _KEYS = 4_000_000  # of the pool, at a time
 def build(
     runner: Runner, out: Folder, config: CatalogConfig, fingerprint: str, memory: int
 ) -> tuple[list[Figures], int]:
-    """Score all parts anew; returns `part_figures` of each, and the peak memory of a task."""
+    """Score all parts anew; returns `part_figures` of each, and the peak memory of a task. Raises
+    ValueError for a score of the whole pool that nothing here computes.
+    """
     peaks: list[int] = []
     folder = out.sub("catalog")
     parts = len(catalog.layout(folder).starts) - 1
@@ -67,6 +70,7 @@ def build(
         peaks.extend(f["peak_rss_bytes"] for f in found)
         return found
 
+    _require_known(config)
     names = {term.name for term in config.terms}
     if "negclip_loss" in names:
         each("batches", score_batches, parts)
@@ -193,6 +197,7 @@ def score_part(*, report: Report, out: Folder, number: int, config: CatalogConfi
 
 def _values(folder: Folder, number: int, config: CatalogConfig) -> F32:
     """Values of all terms of a part, (n, terms)."""
+    _require_known(config)
     values: F32 = np.array(read_array(folder, f"{FOLDER}/terms-{number:05d}.npy"))
     layout = catalog.layout(folder)
     for at, term in enumerate(config.terms):
@@ -202,9 +207,13 @@ def _values(folder: Folder, number: int, config: CatalogConfig) -> F32:
             case "prototypicality":
                 centroids = read_array(folder, f"{FOLDER}/centroids.npy")
                 values[:, at] = scores.prototypicality(layout.part(number), centroids)
-            case name if name in scores.SCORES and scores.SCORES[name].needs == "pool":
-                raise ValueError(f"score {name!r} needs the pool, and nothing here computes it")
     return values
+
+
+def _require_known(config: CatalogConfig) -> None:
+    for name in (term.name for term in config.terms if term.name in scores.SCORES):
+        if scores.SCORES[name].needs == "pool" and name not in _OF_POOL:
+            raise ValueError(f"score {name!r} needs the pool, and nothing here computes it")
 
 
 def _ranks(folder: Folder, at: int, keys: I64, total: int) -> npt.NDArray[np.float64]:
