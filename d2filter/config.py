@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Any, Literal, cast
 
 from d2filter.algorithm import groups, late, schemes, scores, selectors, settling, uids
+from d2filter.algorithm import terms as summed
 from d2filter.algorithm.budget import parse_fraction
 from d2filter.errors import UsageError
 
@@ -29,6 +30,8 @@ PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16
 DEFAULT_ARCH = "l14"
 LEAST_MEMORY = 700_000_000  # of a worker: half of it is taken before it holds a sample
 BUNDLED_MODEL = "d2filter-tiny"
+# options of a catalog that say where something lies; its content counts, not the place
+CATALOG_SOURCES = ("score_target", "training_log", "score_file", "within")
 MAX_PIXELS = 89_478_485  # Pillow's own limit
 
 # names that DataComp's metadata gives to open_clip's models
@@ -92,7 +95,12 @@ class CatalogConfig:
     score_column: str = ""
     """parquet column with the difficulty; empty: clip_NAME_similarity_score, else the cosine"""
     score: str = ""
-    """one of `scores.SCORES`, computed; empty: the column"""
+    """terms of `scores.SCORES` and columns (`algorithm/terms.py`); empty: the column"""
+    score_file: str = ""
+    """scores from elsewhere: .parquet or .csv with uid, or a folder of them; score_column, or the
+    only other column, is the difficulty, unless score names its columns"""
+    within: str = ""
+    """subset as .npy, or run directory: samples outside of it are not ranked"""
     keep_first: str = ""
     """which end of the score goes first, high or low; empty: the score's own, high of a column"""
     score_target: str = ""
@@ -122,8 +130,8 @@ class CatalogConfig:
             )
         if not self.arch:
             raise UsageError("arch is empty: --arch l14 reads l14_img and l14_txt")
-        if self.score and self.score not in scores.SCORES:
-            raise UsageError(f"score is {self.score!r}, allowed are {', '.join(scores.SCORES)}")
+        written = summed.canonical(self.terms) if self.terms else ""
+        object.__setattr__(self, "score", written)  # one spelling, one fingerprint
         if self.score and self.score_column:
             raise UsageError("score and score-column are both given: name one of them")
         if self.keep_first not in ("", "high", "low"):
@@ -139,7 +147,7 @@ class CatalogConfig:
             ("target", "score-target", self.score_target),
             ("log", "training-log", self.training_log),
         ):
-            if (self.needs == need) != bool(value):
+            if (need in self.needs) != bool(value):
                 names = ", ".join(n for n, s in scores.SCORES.items() if s.needs == need)
                 raise UsageError(
                     f"{option} is for the scores {names}, and score is {self.score or 'a column'}"
@@ -147,7 +155,7 @@ class CatalogConfig:
                     else f"score {self.score} needs --{option}"
                 )
         both = self.feature_type == "image|text" and not self.feature_keys
-        if self.score == "negclip_loss" and not both:
+        if not both and any(term.name == "negclip_loss" for term in self.terms):
             raise UsageError(
                 "score negclip_loss needs both embeddings: use it with --feature-type 'image|text' "
                 "and without --feature-keys"
@@ -156,29 +164,48 @@ class CatalogConfig:
     @classmethod
     def from_options(cls, options: dict[str, Any], sources: dict[str, str]) -> CatalogConfig:
         """From a run's record, which tells apart what was asked and where it lay."""
-        places = {name: sources[name] for name in ("score_target", "training_log")}
+        places = {name: sources.get(name, "") for name in CATALOG_SOURCES}
         keys = tuple(options["feature_keys"])
         share = Decimal(options.get("clip_scores", "0"))
         return cls(**{**options, **places, "feature_keys": keys, "clip_scores": share})
 
-    def describe(self, has_column: bool) -> dict[str, str]:
+    def describe(self, has_column: bool, file_column: str = "") -> dict[str, str]:
         """What the difficulty is, for those who come after: name, meaning of a high score, the end
-        that is kept first. has_column: whether the metadata brought the score.
+        that is kept first. has_column: whether the metadata brought the score. file_column: that of
+        the score file.
         """
-        name = self.score or (self.score_name if has_column else "clip_score")
-        own = self.score or ("" if self.score_column else "clip_score")
+        name = self.score or file_column or (self.score_name if has_column else "clip_score")
+        given = self.score or self.score_column or self.score_file
+        own = self.score if self.score in scores.SCORES else "" if given else "clip_score"
         meaning = scores.SCORES[own].meaning if own else "unknown"
         return {"name": name, "high_is": meaning, "kept_first": self.first}
 
     @property
-    def needs(self) -> str:
-        """What the score is computed from: pair, target, pool or log; empty for a column."""
-        return scores.SCORES[self.score].needs if self.score else ""
+    def terms(self) -> tuple[summed.Term, ...]:
+        """The terms of the score; none without --score."""
+        return summed.parse(self.score) if self.score else ()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the terms are computed from: some of pair, target, pool and log."""
+        computed = [scores.SCORES[t.name] for t in self.terms if t.name in scores.SCORES]
+        return frozenset(score.needs for score in computed)
+
+    @property
+    def logged(self) -> tuple[str, ...]:
+        """Scores that are computed from the training log."""
+        names = dict.fromkeys(term.name for term in self.terms)
+        return tuple(n for n in names if n in scores.SCORES and scores.SCORES[n].needs == "log")
+
+    @property
+    def waits(self) -> bool:
+        """Whether the score needs the whole pool: a term does, or is ranked in it."""
+        return "pool" in self.needs or any(term.ranked for term in self.terms)
 
     @property
     def first(self) -> str:
         """The end of the score that is kept first: high or low."""
-        own = scores.SCORES[self.score].kept_first if self.score else "high"
+        own = scores.SCORES[self.score].kept_first if self.score in scores.SCORES else "high"
         return self.keep_first or own
 
     def raw(self, difficulty: float) -> float:
@@ -358,6 +385,9 @@ class SelectConfig:
     """score, as the metadata has it, below which a sample is dropped from within the budget"""
     also: tuple[str, ...] = ()
     """further shares of the same ranking, a file each"""
+    soft: float | None = None
+    """copies by score in place of a prefix (`algorithm/soft.py`): how much of the range of scores
+    is worth one more copy; None: each sample once or not at all"""
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> SelectConfig:
@@ -380,6 +410,11 @@ class SelectConfig:
             parse_fraction(self.fraction)
         if self.budget is not None:
             _at_least("budget", self.budget, 1)
+        if self.soft is not None and not (_finite(self.soft) and 0.001 <= self.soft <= 1000):
+            raise UsageError(
+                f"soft is {self.soft}, allowed is 0.001 to 1000, the share of the range of scores "
+                "that is worth one more copy: --soft 0.1"
+            )
         if self.min_score is not None and not _finite(self.min_score):
             raise UsageError(f"min-score is {self.min_score}, allowed is a finite number")
 

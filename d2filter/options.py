@@ -144,13 +144,26 @@ def catalog(parser: argparse.ArgumentParser) -> None:
         help="reads ARCH_img, ARCH_txt, clip_ARCH_similarity_score "
         f"(default: that of --model with --shards, else {default.arch})",
     )
-    group.add_argument("--score-column", default="", help="parquet column with the difficulty")
+    group.add_argument(
+        "--score-column", default="", help="column with the difficulty, of the parquet files or of "
+        "--score-file",
+    )  # fmt: skip
+    group.add_argument(
+        "--score-file", default="", metavar="FILE",
+        help="scores from elsewhere: .parquet or .csv with uid and columns, or a folder of them; "
+        "--score-column chooses one",
+    )  # fmt: skip
+    group.add_argument(
+        "--within", default="", metavar="SUBSET",
+        help="rank only samples of this subset: a .npy of (u8, u8), or a run directory",
+    )  # fmt: skip
     group.add_argument(
         "--score",
-        choices=list(scores.SCORES),
         default="",
-        metavar="NAME",
-        help="computes the difficulty:\n"
+        metavar="SCORE",
+        help="a name, or a sum such as 0.7*clip_score+0.3*column-rank(el2n) of raw values, or of "
+        "percentile ranks where scales differ; high goes first in a sum; a name is a column of "
+        "--score-file or of the parquet files, or computed:\n"
         + "\n".join(
             f"{one.name}: {one.says}; high is {one.meaning}, {one.kept_first} goes first"
             for one in scores.SCORES.values()
@@ -368,9 +381,9 @@ def rank(parser: argparse.ArgumentParser) -> None:
         const=0.0,
         default=default.collapse_copies,
         metavar="SQDIST",
-        help="of neighbors up to this squared distance (0: identical; auto: near by the standard of the "
-        "pool; none) the best one stays, the others rank after everything else "
-        "(default: auto)",
+        help="of neighbors up to this squared distance (0: identical; auto: a twentieth of the pool's "
+        "median to the k-th neighbor; none) the best one stays, the others rank after everything "
+        "else (default: auto)",
     )
 
 
@@ -387,6 +400,11 @@ def select(parser: argparse.ArgumentParser) -> None:
         "--min-score", type=float, default=None,
         help="drop samples of a lower score within the budget: the score as the metadata has it, "
         "whichever end is kept first",
+    )  # fmt: skip
+    group.add_argument(
+        "--soft", type=float, nargs="?", const=0.1, default=None, metavar="TEMPERATURE",
+        help="repeat samples by their score: the budget counts repeats, and a score higher by this "
+        "share of the scores' range is worth one more copy (without a number: 0.1)",
     )  # fmt: skip
 
 

@@ -40,6 +40,17 @@ def keys_counted(values: F32, halves: Sequence[int]) -> tuple[I64, I64]:
     return key.astype(np.int64), count.astype(np.int64)
 
 
+def keys(values: F32) -> I64:
+    """Integers (n,) that ascend as the values do; equal for equal values, −0 and 0 too."""
+    return _keys(values).astype(np.int64)
+
+
+def distinct(values: F32) -> tuple[I64, I64]:
+    """All keys of the values, ascending (m,), and how many have each."""
+    key, count = np.unique(_keys(values), return_counts=True)
+    return key.astype(np.int64), count.astype(np.int64)
+
+
 def locate(counts: I64, place: int) -> tuple[int, int]:
     """Bin of the value at a place (0 = smallest), and its place in there. Raises ValueError for a
     place that is not there.

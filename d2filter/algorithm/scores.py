@@ -63,7 +63,7 @@ def negclip_loss(image: Floats, text: Floats, *, temperature: float = 0.01) -> F
     # sums down the columns are carried from block to block, relative to the largest value so far
     top, total = np.full(n, -np.inf), np.zeros(n)
     for start, stop in blocks(n, n):
-        s = _pairwise(a[start:stop], b, False) / temperature
+        s = pairwise(a[start:stop], b, False) / temperature
         own[start:stop] = s[np.arange(stop - start), np.arange(start, stop)]
         largest = s.max(axis=1)
         along[start:stop] = largest + np.log(np.exp(s - largest[:, None]).sum(axis=1))
@@ -116,7 +116,7 @@ def norm_sim(image: Floats, target: Floats, *, p: float = math.inf) -> F32:
     _refuse_rows("target", wanted, "zero or not finite")
     out = np.empty(len(image), np.float32)
     for start, stop in blocks(len(image), max(wanted.shape)):
-        out[start:stop] = _p_norm(_pairwise(_unit(image[start:stop]), wanted, False), p)
+        out[start:stop] = _p_norm(pairwise(_unit(image[start:stop]), wanted, False), p)
     return out
 
 
@@ -139,7 +139,7 @@ def prototypicality(rows: Floats, centroids: Floats) -> F32:
         block = np.array(rows[start:stop], np.float64, order="C")
         block[~np.isfinite(block)] = np.nan
         with np.errstate(over="ignore"):
-            out[start:stop] = np.sqrt(_pairwise(block, centers, True).min(axis=1))
+            out[start:stop] = np.sqrt(pairwise(block, centers, True).min(axis=1))
     return out
 
 
@@ -192,7 +192,7 @@ def _refuse_rows(name: str, reference: F64, what: str) -> None:
         raise ValueError(f"{rows.size} {name}s are {what}, the first in row {rows[0]}: drop them")
 
 
-def _pairwise(x: F64, y: F64, squared: bool) -> F64:
+def pairwise(x: F64, y: F64, squared: bool) -> F64:
     """Products, or squared distances, of all rows of x (m, d) and y (t, d): (m, t) float64."""
     out = np.empty((len(x), len(y)), np.float64)
     # y goes by once for 32 rows of x

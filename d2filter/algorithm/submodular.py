@@ -1,9 +1,9 @@
-"""Greedy maximization of two submodular functions over the sparse neighbor graph.
+"""Greedy maximization of submodular functions over the sparse neighbor graph.
 
 Similarities are fixed point, int64 in units of 2⁻³² (`ONE` is 1.0), so that sums do not depend on
 the order of their terms and equal gains are equal. Pairs that no list names have similarity 0.
 
-Both functions are maximized lazily (Minoux 1978): gains only fall as the selection grows, so an old
+All are maximized lazily (Minoux 1978): gains only fall as the selection grows, so an old
 gain is an upper bound, and only the best bound has to be brought up to date. The result is that of
 the plain greedy, ties to the smaller row.
 """
@@ -56,6 +56,33 @@ def graph_cut(neighbors: npt.NDArray[np.integer], sqdist: F32, *, relevance: int
             "2 is the smallest with which no sample lowers the function"
         )
     order: I64 = _cut(*_edges(neighbors, sqdist), relevance)
+    return order
+
+
+def infomax(
+    difficulty: F32,
+    neighbors: npt.NDArray[np.integer],
+    sqdist: F32,
+    *,
+    redundancy: float = 1.0,
+) -> I64:
+    """Greedy order for f(S) = Σ_{i∈S} s'_i − λ·Σ_{{i,j}⊂S} w_ij, shape (n,) int64 (InfoMax, Tan et
+    al. 2025, who count each pair twice and solve a relaxation; this is the greedy).
+
+    s' is the difficulty scaled to 0 … 1 (`messages.normalized`), in units of 2⁻³²; arrays and w as
+    in `facility_location`; λ is `redundancy`. The gain of j is s'_j − λ·Σ_{i∈S} w_ij, and may be
+    negative; all samples are ranked all the same. Ties go to the smaller row. Unlike in D2, what is
+    taken lowers its neighbors by their likeness alone, not by its own score. Raises UsageError for
+    a redundancy outside 0 … 16.
+    """
+    if not 0 <= redundancy <= MOST_RELEVANCE:
+        raise UsageError(
+            f"redundancy is {redundancy}, allowed is 0 (score alone) to {MOST_RELEVANCE}"
+        )
+    gain = np.rint(messages.normalized(difficulty) * ONE).astype(np.int64)
+    start, target, weight = _edges(neighbors, sqdist)
+    taken = np.rint(redundancy * weight.astype(np.float64) * ONE).astype(np.int64)
+    order: I64 = _fall(start, target, taken, gain)
     return order
 
 
@@ -200,15 +227,26 @@ def _cover(start, target, weight):  # type: ignore[no-untyped-def]  # compiled b
 
 @compiled.njit()
 def _cut(start, target, weight, relevance):  # type: ignore[no-untyped-def]  # compiled by numba
-    """Graph cut to the end. Here the gains are kept up to date and only the heap is lazy."""
+    """Graph cut to the end."""
     n = start.size - 1
     gain = np.empty(n, np.int64)
+    taken = np.empty(weight.size, np.int64)
     for j in range(n):
         total = np.int64(ONE)
         for e in range(start[j], start[j + 1]):
             total += _fixed(weight[e])
+            taken[e] = 2 * _fixed(weight[e])
         # less w_jj, which is the same for all
         gain[j] = relevance * total
+    return _fall(start, target, taken, gain)
+
+
+@compiled.njit()
+def _fall(start, target, taken, gain):  # type: ignore[no-untyped-def]  # compiled by numba
+    """All nodes, the largest gain first; whoever goes takes `taken` from the gains of its edges.
+    Gains are kept up to date and only the heap is lazy.
+    """
+    n = gain.size
     key = gain.copy()
     node = _heap(key)
     order = np.empty(n, np.int64)
@@ -221,6 +259,6 @@ def _cut(start, target, weight, relevance):  # type: ignore[no-untyped-def]  # c
             continue
         order[n - size] = j
         for e in range(start[j], start[j + 1]):
-            gain[target[e]] -= 2 * _fixed(weight[e])
+            gain[target[e]] -= taken[e]
         size = _drop_root(key, node, size)
     return order

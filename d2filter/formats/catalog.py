@@ -32,6 +32,7 @@ F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
 
 _ROW_GROUP = 4096
+_TERM = "term-"  # columns of a run
 _MARKS = 16  # of a run, at least: parts come out even although runs are short
 
 _SCHEMA = pa.schema(
@@ -59,6 +60,8 @@ class Samples:
     key: Any
     group: Any
     """arrow string array: the class, null where there are none"""
+    terms: F32 | None = None
+    """(n, terms) of a score that waits for the pool; only until it is there"""
 
     def take(self, rows: npt.NDArray[np.int64]) -> Samples:
         """The given rows, in that order."""
@@ -71,6 +74,7 @@ class Samples:
             shard=self.shard.take(index),
             key=self.key.take(index),
             group=self.group.take(index),
+            terms=None if self.terms is None else self.terms[rows],
         )
 
 
@@ -84,7 +88,12 @@ def concatenate(parts: list[Samples]) -> Samples:
         shard=pa.concat_arrays([p.shard for p in parts]),
         key=pa.concat_arrays([p.key for p in parts]),
         group=pa.concat_arrays([p.group for p in parts]),
+        terms=_all_terms([p.terms for p in parts if p.terms is not None]),
     )
+
+
+def _all_terms(parts: list[F32]) -> F32 | None:
+    return np.concatenate(parts) if parts else None
 
 
 def publish_run(folder: Folder, name: str, samples: Samples) -> list[str]:
@@ -99,6 +108,9 @@ def publish_run(folder: Folder, name: str, samples: Samples) -> list[str]:
         pa.binary(2 * width), len(packed), [None, pa.py_buffer(packed)]
     )
     table = _table(ordered).append_column(pa.field("features", pa.binary(2 * width)), binary)
+    if ordered.terms is not None:
+        for number, values in enumerate(ordered.terms.T):
+            table = table.append_column(f"{_TERM}{number}", pa.array(values))
     with folder.publish(f"runs/{name}.parquet") as path:
         pq.write_table(
             table, path, compression="none", use_dictionary=False, row_group_size=_ROW_GROUP
@@ -230,4 +242,10 @@ def _samples(table: Any, wide: F16) -> Samples:
         shard=table.column("shard").combine_chunks(),
         key=table.column("key").combine_chunks(),
         group=table.column("group").combine_chunks(),
+        terms=_terms(table),
     )
+
+
+def _terms(table: Any) -> F32 | None:
+    columns = [table.column(n).to_numpy() for n in table.column_names if n.startswith(_TERM)]
+    return np.stack(columns, axis=1) if columns else None

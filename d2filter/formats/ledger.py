@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +27,7 @@ class Entry:
     """One sample that is not ranked."""
 
     stage: str
-    status: Literal["bad", "duplicate"]
+    status: Literal["bad", "duplicate", "outside"]
     reason: str
     """one of few words, to count by"""
     message: str = ""
@@ -37,14 +37,36 @@ class Entry:
     uid: str | None = None
 
 
-def publish_entries(folder: Folder, stage: str, task: str, entries: Sequence[Entry]) -> None:
-    """Write one task's part; an empty part is written too, so that a rerun replaces an old one."""
+def outside(stage: str, reason: str, shard: Any, key: Any, uid: Sequence[str]) -> Any:
+    """Entries of samples that are not looked at, as a table: there may be millions. shard, key:
+    (n,) arrow string arrays; uid: (n,).
+    """
+    coded = shard.dictionary_encode()
+    known = [_recorded("shard", url) for url in coded.dictionary.to_pylist()]
+    columns = {
+        "shard": pa.array(known, pa.string()).take(coded.indices),
+        "key": key,
+        "uid": pa.array(uid, pa.string()),
+        "stage": pa.repeat(stage, len(uid)),
+        "status": pa.repeat("outside", len(uid)),
+        "reason": pa.repeat(reason, len(uid)),
+        "message": pa.nulls(len(uid), pa.string()),
+    }
+    return pa.table(columns, schema=_SCHEMA)
+
+
+def publish_entries(
+    folder: Folder, stage: str, task: str, entries: Sequence[Entry], more: Sequence[Any] = ()
+) -> None:
+    """Write one task's part; an empty part is written too, so that a rerun replaces an old one.
+    more: tables of `outside`.
+    """
     columns = {
         name: pa.array([_recorded(name, getattr(e, name)) for e in entries], pa.string())
         for name in _SCHEMA.names
     }
     with folder.publish(f"ledger/{stage}/{task}.parquet") as path:
-        pq.write_table(pa.table(columns, schema=_SCHEMA), path)
+        pq.write_table(pa.concat_tables([pa.table(columns, schema=_SCHEMA), *more]), path)
 
 
 def _recorded(column: str, text: str | None) -> str | None:

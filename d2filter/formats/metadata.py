@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 from d2filter.algorithm import features, scores, uids
 from d2filter.config import CatalogConfig
 from d2filter.errors import InputError
-from d2filter.formats import columns, npz, tables, traininglog
+from d2filter.formats import columns, npz, scored, tables
+from d2filter.formats import outside as outside_format
 from d2filter.formats import uid as uid_format
-from d2filter.formats.addresses import file_name
-from d2filter.formats.paths import Checksums, FileInfo, Folder, absolute, place_of
+from d2filter.formats.outside import Outside
+from d2filter.formats.paths import Checksums, FileInfo, Folder
 from d2filter.text import redacted
 
 # reasons, by code in `Rows.reason`; 0 is a valid row
@@ -36,7 +37,10 @@ REASONS = (
     "no class",
     "non-finite embedding",
     "zero embedding",
+    "no row in the score file",
+    "outside of the subset",
 )
+OUTSIDE = REASONS.index("outside of the subset")
 
 _FOLDERS_LOOKED_AT = 100
 EMBED_SCHEMA = pa.schema(
@@ -71,6 +75,8 @@ class Rows:
     reason: npt.NDArray[np.uint8]
     """(n,) index into REASONS; 0 for a valid row"""
     difficulty: npt.NDArray[np.float32]
+    terms: npt.NDArray[np.float32] | None
+    """(n, terms) of a score that waits for the pool (`formats/scored.py`); None of others"""
     features: features.F16
     """(n, d) fixed float16 features"""
     are_pairs: bool
@@ -162,38 +168,15 @@ def _some(names: Sequence[str]) -> str:
     return tables.listed(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outside:
-    """What scores need beside the metadata."""
-
-    target: npt.NDArray[Any] | None = None
-    """(t, d) image embeddings of a target set"""
-    log: traininglog.Scored | None = None
-
-
-def outside_files(config: CatalogConfig) -> list[FileInfo]:
-    """Files that a score needs beside the metadata, by names that no file of that has. Raises
-    InputError for one that is not there.
-    """
-    if config.training_log:
-        place, logged = traininglog.files(config.training_log)
-        return [replace(i, name=f"training-log/{file_name(place.where(i.name))}") for i in logged]
-    if not config.score_target:
-        return []
-    folder, name = place_of(absolute(config.score_target))
-    info = folder.info(name)
-    if info is None or not info.name.endswith((".npy", ".npz")):
-        raise InputError(f"score-target {config.score_target} is no .npy or .npz file")
-    return [replace(info, name=f"score-target/{info.name}")]
-
-
-def read_target(url: str, arch: str) -> npt.NDArray[Any]:
-    """A target set: .npy (t, d), or the ARCH_img of an .npz. Raises InputError."""
-    folder, name = place_of(absolute(url))
-    if file_name(url).endswith(".npz"):
-        key = f"{arch}_img"
-        return npz.read_arrays(folder, name, {key: npz.Need("the score target", "--arch")})[key]
-    return npz.read_array(folder, name, f"score-target {url}")
+def check_score(source: Folder, pairs: Sequence[Pair], config: CatalogConfig) -> None:
+    """Raise UsageError for a score that names no column, by the first pair, if there is one."""
+    if pairs and config.terms:
+        name = f"{pairs[0].name}.parquet"
+        with tables.open_table(source, name) as parquet:
+            there = parquet.schema_arrow.names
+        outside_format.check_terms(config, source.where(name), there)
+    elif config.score_file:
+        outside_format.file_columns(config)
 
 
 def read_pair(
@@ -217,15 +200,17 @@ def read_pair(
 
 
 def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outside) -> Rows:
-    there, rows = _columns(folder, f"{name}.parquet", config)
+    terms = outside.terms(config)
+    score_columns = scored.columns_of(terms, outside)
+    there, rows = _columns(folder, f"{name}.parquet", config, score_columns)
     image, text = f"{config.arch}_img", f"{config.arch}_txt"
     wanted = list(config.feature_keys) or {
         "image|text": [image, text], "image": [image], "text": [text],
     }[config.feature_type]  # fmt: skip
     score_name = config.score_name
-    has_score = score_name in there and not config.score
-    from_pair = not config.score and not has_score
-    for_score = [image, text] if from_pair else _of_score(config)
+    has_score = score_name in there and not terms
+    from_pair = not terms and not has_score
+    for_score = [image, text] if from_pair else scored.arrays_of(config, terms)
     chosen = "--feature-keys" if config.feature_keys else "--arch"
     needed = {key: npz.Need("the features", chosen) for key in wanted}
     why = f"the score, as there is no column {score_name}" if from_pair else config.score
@@ -234,57 +219,48 @@ def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outsid
         needed[key] = npz.Need(both, chosen if key in needed else "--arch")
     # the parquet's rows last: what two files agree on is not the claim of one
     arrays = npz.read_arrays(folder, f"{name}.npz", needed, rows)
-    table = _read_table(folder, f"{name}.parquet", list(_kinds(config, there)))
+    table = _read_table(folder, f"{name}.parquet", list(_kinds(config, there, score_columns)))
     where = folder.where(f"{name}.parquet")
     if table.num_rows != rows:
         raise InputError(f"{where} has {table.num_rows} rows and its footer says {rows}")
-    logged = np.ones(table.num_rows, np.bool_)
+    everyone = np.ones(table.num_rows, np.bool_)
     try:
         hi, lo, known = uid_format.parse(table.column("uid"))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise InputError(f"{where}: column uid must hold strings: {error}") from error
+    by_terms = None
     merged = (0, 0)
-    if has_score:
+    if terms:
+        by_terms = scored.of_terms(config, terms, outside, table, arrays, (hi, lo), where)
+        difficulty, merged = by_terms.difficulty, by_terms.merged
+    elif has_score:
         column = table.column(score_name)
         difficulty, merged = columns.as_float32(column, f"{where}: column {score_name}")
-    elif config.needs == "pool":
-        difficulty = np.zeros(table.num_rows, np.float32)
-    elif config.needs == "log":
-        difficulty, logged = _logged(outside, hi, lo)
-    elif config.score == "norm_sim":
-        assert outside.target is not None
-        widths = (outside.target.shape[1], arrays[image].shape[1])
-        if widths[0] != widths[1]:
-            raise InputError(
-                f"score-target {config.score_target} has embeddings of dimension {widths[0]}, "
-                f"{image} of {where.removesuffix('.parquet')}.npz of {widths[1]}: use one model"
-            )
-        difficulty = scores.norm_sim(arrays[image], outside.target)
-    elif from_pair or config.score == "clip_score":
-        widths = (arrays[image].shape[1], arrays[text].shape[1])
-        if widths[0] != widths[1]:
-            raise InputError(
-                f"{where.removesuffix('.parquet')}.npz: {image} has dimension {widths[0]} and "
-                f"{text} {widths[1]}: a score needs both in one space, or name a --score-column"
-            )
-        difficulty = scores.clip_score(arrays[image], arrays[text])
     else:
-        raise _unknown(config)
+        difficulty = scored.clip_score(config, arrays, where)
     difficulty = scores.difficulty(difficulty, config.first)
     group = columns.strings(table, config.group_column, where)
-    classed = np.ones(table.num_rows, np.bool_)
+    classed = everyone
     if config.group_column:
         classed = group.is_valid().to_numpy(zero_copy_only=False)
     fixed = features.fix([arrays[key] for key in wanted], normalize=config.normalize)
     by_kind = {{image: "image", text: "text"}.get(key, key): arrays[key] for key in arrays}
+    lacking = {
+        "malformed uid": ~known,
+        "outside of the subset": ~_inside(outside, hi, lo),
+        "no row in the training log": ~(everyone if by_terms is None else by_terms.logged),
+        "no row in the score file": ~(everyone if by_terms is None else by_terms.listed),
+        "no class": ~classed,
+    }
     return Rows(
         hi=hi,
         lo=lo,
         are_pairs=wanted == [image, text] and arrays[image].shape[1] == arrays[text].shape[1],
         has_score=has_score,
         merged=merged,
-        reason=_judge(known, difficulty, by_kind, fixed, logged, classed),
+        reason=_judge(lacking, difficulty, by_kind, fixed),
         difficulty=difficulty,
+        terms=None if by_terms is None else by_terms.terms,
         features=fixed,
         uid=table.column("uid"),
         shard=columns.strings(table, "shard", where),
@@ -293,21 +269,9 @@ def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outsid
     )
 
 
-def _of_score(config: CatalogConfig) -> list[str]:
-    """Arrays that a computed score needs in each pair. Raises ValueError for an unknown score."""
-    image, text = f"{config.arch}_img", f"{config.arch}_txt"
-    match config.needs:
-        case "pair":
-            return [image, text]
-        case "target":
-            return [image]
-        case "" | "pool" | "log":
-            return []
-    raise _unknown(config)
-
-
-def _unknown(config: CatalogConfig) -> ValueError:
-    return ValueError(f"nothing here computes the score {config.score!r}")
+def _inside(outside: Outside, hi: uids.U64, lo: uids.U64) -> npt.NDArray[np.bool_]:
+    """Which uids are in the subset; all where there is none."""
+    return np.ones(hi.size, np.bool_) if outside.within is None else outside.within.find(hi, lo)[0]
 
 
 def publish_pair(
@@ -335,22 +299,21 @@ def publish_pair(
 
 
 def _judge(
-    known: npt.NDArray[np.bool_],
+    lacking: dict[str, npt.NDArray[np.bool_]],
     difficulty: npt.NDArray[np.float32],
     by_kind: dict[str, npt.NDArray[Any]],
     fixed: features.F16,
-    logged: npt.NDArray[np.bool_],
-    classed: npt.NDArray[np.bool_],
 ) -> npt.NDArray[np.uint8]:
-    """First thing that is wrong with each row, as an index into REASONS."""
-    reason = np.zeros(len(known), np.uint8)
+    """First thing that is wrong with each row, as an index into REASONS. lacking: reasons that
+    come first, and the rows that they hold for.
+    """
+    reason = np.zeros(len(difficulty), np.uint8)
 
     def mark(rows: Any, text: str) -> None:
         reason[rows & (reason == 0)] = REASONS.index(text)
 
-    mark(~known, "malformed uid")
-    mark(~logged, "no row in the training log")
-    mark(~classed, "no class")
+    for text, rows in lacking.items():
+        mark(rows, text)
     for kind, array in by_kind.items():
         what = f"{kind} embedding" if kind in ("image", "text") else "embedding"
         mark(~np.isfinite(array).all(axis=1), f"non-finite {what}")
@@ -362,15 +325,19 @@ def _judge(
     return reason
 
 
-def _columns(folder: Folder, name: str, config: CatalogConfig) -> tuple[list[str], int]:
-    """Columns and rows of a table, from its footer, which also judges those that will be read."""
+def _columns(
+    folder: Folder, name: str, config: CatalogConfig, score_columns: Sequence[str]
+) -> tuple[list[str], int]:
+    """Columns and rows of a table, from its footer, which also judges those that will be read.
+    score_columns: those that the score names.
+    """
     where = folder.where(name)
     with tables.open_table(folder, name) as parquet:
         there: list[str] = parquet.schema_arrow.names
         for column, option in (
             ("uid", ""),
             (config.group_column, "--group-column"),
-            (config.score_column, "--score-column"),
+            ("" if config.score_file else config.score_column, "--score-column"),
         ):
             if column and column not in there:
                 raise InputError(
@@ -378,11 +345,16 @@ def _columns(folder: Folder, name: str, config: CatalogConfig) -> tuple[list[str
                     f"{tables.nearest(column, there)}; it has {tables.listed(there)}"
                     + (f": choose one with {option}" if option else "")
                 )
-        tables.check_types(parquet, where, _kinds(config, there))
+        for column in score_columns:
+            if column not in there:
+                raise scored.missing_column(where, column, there)
+        tables.check_types(parquet, where, _kinds(config, there, score_columns))
         return there, parquet.metadata.num_rows
 
 
-def _kinds(config: CatalogConfig, there: Sequence[str]) -> dict[str, tables.Kind]:
+def _kinds(
+    config: CatalogConfig, there: Sequence[str], score_columns: Sequence[str]
+) -> dict[str, tables.Kind]:
     """The columns that are read of those that are there, and what they must hold."""
     wanted: dict[str, tables.Kind] = {
         config.group_column: "plain values",
@@ -390,21 +362,11 @@ def _kinds(config: CatalogConfig, there: Sequence[str]) -> dict[str, tables.Kind
         "key": "plain values",
         "uid": "strings",
     }
-    if not config.score:
-        wanted[config.score_name] = "numbers"
+    own = [] if config.score or config.score_file else [config.score_name]
+    wanted.update(dict.fromkeys([*own, *score_columns], "numbers"))
     return {column: kind for column, kind in wanted.items() if column in there}
 
 
 def _read_table(folder: Folder, name: str, columns: Sequence[str]) -> Any:
     with tables.open_table(folder, name, encoded=columns) as parquet:
         return tables.read_checked(parquet, columns)
-
-
-def _logged(
-    outside: Outside, hi: uids.U64, lo: uids.U64
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Scores of a training log, NaN where it has none, and whether it has one."""
-    log = outside.log
-    assert log is not None
-    at = uids.positions(log.hi, log.lo, hi, lo)
-    return np.where(at >= 0, log.value[at], np.nan).astype(np.float32), at >= 0

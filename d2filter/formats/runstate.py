@@ -166,13 +166,16 @@ class RunState:
         if changed:
             raise self._other_making(stage, changed)
 
-    def require_inputs(self, stage: str, files: Sequence[FileInfo]) -> None:
+    def require_inputs(
+        self, stage: str, files: Sequence[FileInfo], content_of: Callable[[str], str]
+    ) -> None:
         """Raise RunStateError when a finished stage has not read these files, among others."""
-        before = self.require(stage)["inputs"]
-        for file in files:
-            if before.get(file.name) != [file.size, file.version]:
-                what = "changed" if file.name in before else "new"
-                raise self._other_making(stage, f"input file {file.name} is {what}")
+        record = self.require(stage)
+        names = {file.name for file in files}
+        inputs = {name: told for name, told in record["inputs"].items() if name in names}
+        difference = differing_input({**record, "inputs": inputs}, files, content_of)
+        if difference:
+            raise self._other_making(stage, difference)
 
     def begin(self, plan: Plan) -> str:
         """Note that a stage begins; what an attempt of another plan left is removed first.

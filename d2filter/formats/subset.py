@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from pathlib import PurePosixPath
 from typing import Any
@@ -18,11 +18,13 @@ from d2filter.errors import InputError
 from d2filter.formats import catalog, tables
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Checksums, Folder
+from d2filter.formats.rows import read_range
 
 SUBSET = "subset.npy"
 SIZES = "kept/sizes.json"
 DTYPE = np.dtype("u8,u8")
 _KEPT_ROWS = 1_000_000
+_BLOCK_ROWS = 1 << 20
 
 
 def named(method: str, arch: str, fraction: Decimal) -> str:
@@ -32,7 +34,7 @@ def named(method: str, arch: str, fraction: Decimal) -> str:
 
 
 def publish(folder: Folder, hi: uids.U64, lo: uids.U64, name: str = SUBSET) -> Checksums:
-    """Write a subset: (n,) of (u8, u8), ascending. hi, lo: (n,) in any order, no repeats."""
+    """Write a subset: (n,) of (u8, u8), ascending. hi, lo: (n,) in any order; repeats stay."""
     order = uids.ascending(hi, lo)
     subset = np.empty(len(hi), DTYPE)
     subset["f0"] = hi[order]
@@ -54,13 +56,37 @@ def read(folder: Folder, name: str = SUBSET) -> npt.NDArray[np.void]:
             ) from error
     if not isinstance(subset, np.ndarray):
         raise InputError(f"{folder.where(name)} holds several arrays (.npz): give one .npy file")
+    _require(folder, name, subset)
+    out: npt.NDArray[np.void] = subset
+    return out
+
+
+def _require(folder: Folder, name: str, subset: npt.NDArray[Any]) -> None:
     if subset.dtype != DTYPE or subset.ndim != 1:
         raise InputError(
             f"{folder.where(name)} has dtype {subset.dtype} and shape {subset.shape}, "
             "needed is a one-dimensional array of (u8, u8)"
         )
-    out: npt.NDArray[np.void] = subset
-    return out
+
+
+def blocks(folder: Folder, name: str) -> Iterator[tuple[uids.U64, uids.U64]]:
+    """hi and lo of a subset file, some rows at a time. Raises InputError when it is none."""
+    begin = 0
+    while True:
+        some = read_range(folder, name, slice(begin, begin + _BLOCK_ROWS))
+        _require(folder, name, some)
+        yield some["f0"], some["f1"]
+        begin += len(some)
+        if len(some) < _BLOCK_ROWS:
+            return
+
+
+def count_rows(folder: Folder, name: str) -> int:
+    """Rows of a subset file at most, from its size."""
+    info = folder.info(name)
+    if info is None:
+        raise InputError(f"{folder.where(name)} does not exist: a subset is a .npy of (u8, u8)")
+    return info.size // DTYPE.itemsize
 
 
 def pairs(subset: npt.NDArray[np.void]) -> uids.U64:
@@ -78,7 +104,8 @@ def kept_table(
 ) -> Any:
     """shard, key, uid, rank of the kept samples whose shard is known, by shard and key.
 
-    samples: the parts of a catalog. hi, lo: (n,) kept uids, ascending; rank: (n,) theirs. shards:
+    samples: the parts of a catalog. hi, lo: (n,) kept uids, ascending, a sample that is repeated as
+    often; rank: (n,) theirs. shards:
     gets all shards of the catalog, those of which nothing is kept too.
     """
     parts = []

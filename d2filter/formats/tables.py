@@ -117,11 +117,15 @@ def nearest(name: str, there: Sequence[str]) -> str:
 
 
 def read_checked(parquet: Any, columns: Sequence[str]) -> Any:
-    """Some columns of an open file. Raises ValueError for dictionaries that point outside.
+    """Some columns of an open file. Raises ValueError for dictionaries that point outside."""
+    return checked(parquet.read(columns=list(columns)))
+
+
+def checked(table: Any) -> Any:
+    """The same table. Raises ValueError for dictionaries that point outside.
 
     Arrow hands such indices out as the file has them, and whoever follows one reads foreign memory.
     """
-    table = parquet.read(columns=list(columns))
     for column in table.columns:
         for chunk in column.chunks:
             if not pa.types.is_dictionary(chunk.type):

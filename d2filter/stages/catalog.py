@@ -16,21 +16,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from d2filter.algorithm import pairs as pairs_of
 from d2filter.algorithm import sizes, uids
 from d2filter.config import CatalogConfig
 from d2filter.errors import InputError
-from d2filter.formats import catalog, contents, ledger, metadata, tables, traininglog
+from d2filter.formats import catalog, contents, ledger, metadata, tables
+from d2filter.formats import outside as beside
+from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
-from d2filter.formats.rows import read_columns, write_columns
 from d2filter.formats.runstate import RunState, digest
-from d2filter.stages import score, spread
+from d2filter.stages import outside, score, spread
 from d2filter.stages.index import sample_by_hash
 from d2filter.stages.runner import Runner
 from d2filter.stages.worker import Report, Task, checksums_of
 
-_LOG = "log"
 _GROUP_BYTES = sizes.CATALOG_GROUP
 _PART_BYTES = sizes.CATALOG_PART
 
@@ -55,6 +56,8 @@ def build(
     groups = _grouped(pairs, group_bytes)
     parts = 1 + sum(pair.size for pair in pairs) // part_bytes
     split = {"groups": [len(g) for g in groups], "parts": parts}
+    cut = outside.cuts(config, memory)
+    split.update({"tables": cut} if cut else {})
     RunState(out).set_task_split("catalog", split)
     # with other memory the same task name means another group of files
     fingerprint = digest([fingerprint, split])
@@ -72,11 +75,9 @@ def build(
         )
         for number, group in enumerate(groups)
     ]
-    peaks = []
-    if config.needs == "log":
-        task = Task(name="log", run=score_log, arguments={"out": out, "config": config})
-        logged = runner.map("catalog", [task], fingerprint=fingerprint, label="log", memory=memory)
-        peaks.append(logged[0]["peak_rss_bytes"])
+    held = beside.all_contents(config)
+    joined, peak = outside.prepare(runner, out, config, fingerprint, memory, cut)
+    peaks = [peak]
     read = runner.map("catalog", reading, fingerprint=fingerprint, label="catalog", memory=memory)
     kinds = {figures["has_score"]: figures["first_file"] for figures in read}
     if len(kinds) > 1:
@@ -90,8 +91,9 @@ def build(
         )
     reasons = sum((Counter(figures["reasons"]) for figures in read), Counter())
     total = sum(figures["read"] for figures in read)
-    if total == sum(reasons.values()):
-        what = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
+    apart = Counter({metadata.REASONS[metadata.OUTSIDE]: sum(f["outside"] for f in read)})
+    if total == sum((reasons + apart).values()):
+        what = ", ".join(f"{count} {reason}" for reason, count in (reasons + apart).most_common(3))
         raise InputError(
             f"{source.url}: none of {total} rows is a valid sample ({what or 'no rows'})"
         )
@@ -114,14 +116,14 @@ def build(
     merged = runner.map("catalog", merging, fingerprint=fingerprint, label="merge", memory=memory)
     sums = checksums_of(merged)
     folder.remove("runs")
-    folder.remove(_LOG)
-    if config.needs == "pool":
+    outside.tidy(out)
+    if config.waits:
         peaks += [f["peak_rss_bytes"] for f in merged]
         scored, peak = score.build(runner, out, config, fingerprint, memory)
         peaks.append(peak)
         sums.update(checksums_of(scored))
         merged = [{**a, **b} for a, b in zip(merged, scored, strict=True)]
-    described = config.describe(read[0]["has_score"])
+    described = config.describe(read[0]["has_score"], read[0]["file_column"])
     settled = spread.settle(runner, out, config, fingerprint, memory, merged, described["name"])
     sums.update(checksums_of(settled.parts))
     matched: dict[str, Any] = {}
@@ -132,22 +134,30 @@ def build(
         )
         matched = {"pairs": found["pairs"]} if found["pairs"] else {}
         peaks.append(found["peak_rss_bytes"])
+    ranked = sum(figures["ranked"] for figures in merged)
+    left_out = {"outside": sum(f["outside"] for f in read)} if config.within else {}
     return {
         "samples": {
             "read": total,
-            "ranked": sum(figures["ranked"] for figures in merged),
+            "ranked": ranked,
             "bad": sum(reasons.values()),
             "duplicate": sum(figures["duplicate"] for figures in merged),
+            **left_out,
         },
         "bad_reasons": dict(reasons.most_common()),
-        "contents": {name: sum_ for figures in read for name, sum_ in figures["contents"].items()},
+        **({"uids_of_tables": joined} if joined else {}),
+        "contents": {**held, **{n: told for f in read for n, told in f["contents"].items()}},
         "checksums": sums,
         "dimension": next(iter(widths)),
         "score": described,
         "parts": len(ranges),
         **settled.figures,
         **matched,
-        "alerts": [*_alerts(source, read, described["name"]), *settled.alerts],
+        "alerts": [
+            *_alerts(source, read, described["name"]),
+            *outside.alerts(joined, ranked),
+            *settled.alerts,
+        ],
         "peak_rss": max(*peaks, settled.peak, *(f["peak_rss_bytes"] for f in [*read, *merged])),
     }
 
@@ -164,15 +174,16 @@ def read_group(
     """Pass one: some metadata files → one run of valid rows, and ledger entries for the rest."""
     parts: list[catalog.Samples] = []
     entries: list[ledger.Entry] = []
+    left_out: list[Any] = []
     reasons: Counter[str] = Counter()
     first: metadata.Rows | None = None
     read = 0
     merged = [0, 0]
-    outside = _outside(out, config)
+    tables_beside = outside.ready(out, config)
     held: dict[str, str] = {}
     for name in names:
         before = _contents(source, name)
-        rows = metadata.read_pair(source, name, config, outside)
+        rows = metadata.read_pair(source, name, config, tables_beside)
         if first is None:
             first = rows
         if first.has_score != rows.has_score:
@@ -184,8 +195,11 @@ def read_group(
                 f"{names[0]}.npz of {first.features.shape[1]}: use files of one model"
             )
         merged = [a + b for a, b in zip(merged, rows.merged, strict=True)]
-        bad = np.flatnonzero(rows.reason)
-        for row in bad.tolist():
+        sound = np.flatnonzero(rows.reason == 0)
+        apart = np.flatnonzero(rows.reason == metadata.OUTSIDE)
+        if apart.size:
+            left_out.append(_outside(rows, apart))
+        for row in np.flatnonzero((rows.reason > 0) & (rows.reason != metadata.OUTSIDE)).tolist():
             reason = metadata.REASONS[rows.reason[row]]
             reasons[reason] += 1
             entries.append(
@@ -207,8 +221,9 @@ def read_group(
             shard=rows.shard,
             key=rows.key,
             group=rows.group,
+            terms=rows.terms,
         )
-        parts.append(good.take(np.flatnonzero(rows.reason == 0)) if bad.size else good)
+        parts.append(good.take(sound) if sound.size < rows.reason.size else good)
         for file, content in _contents(source, name).items():
             if content != before[file]:
                 raise InputError(
@@ -220,10 +235,13 @@ def read_group(
         report(len(rows.hi))
     samples = catalog.concatenate(parts)
     marks = catalog.publish_run(out.sub("catalog"), run_name, samples)
-    ledger.publish_entries(out, "catalog", f"read-{run_name}", entries)
+    ledger.publish_entries(out, "catalog", f"read-{run_name}", entries, left_out)
+    scored = tables_beside.scored
     return {
         "read": read,
         "reasons": dict(reasons),
+        "outside": sum(len(table) for table in left_out),
+        "file_column": scored.columns[0] if scored is not None and not config.score else "",
         "dimension": samples.features.shape[1],
         "first_file": names[0],
         "has_score": first is not None and first.has_score,
@@ -247,22 +265,13 @@ def _found(where: str, rows: metadata.Rows, row: int) -> str:
     return told
 
 
-def score_log(*, report: Report, out: Folder, config: CatalogConfig) -> dict[str, Any]:
-    """Task: scores of all samples of a training log. Figures: how many."""
-    found = traininglog.score(config.training_log, config.score)
-    write_columns(out.sub("catalog"), f"{_LOG}/score", hi=found.hi, lo=found.lo, value=found.value)
-    report(found.hi.size)
-    return {"logged": int(found.hi.size)}
-
-
-def _outside(out: Folder, config: CatalogConfig) -> metadata.Outside:
-    if config.needs == "target":
-        target = metadata.read_target(config.score_target, config.arch)
-        return metadata.Outside(target=target)
-    if config.needs == "log":
-        columns = read_columns(out.sub("catalog"), f"{_LOG}/score", "hi", "lo", "value")
-        return metadata.Outside(log=traininglog.Scored(**columns))
-    return metadata.Outside()
+def _outside(rows: metadata.Rows, apart: npt.NDArray[np.int64]) -> Any:
+    """Ledger entries of rows that are not in the subset."""
+    index = pa.array(apart)
+    return ledger.outside(
+        "catalog", metadata.REASONS[metadata.OUTSIDE], rows.shard.take(index),
+        rows.key.take(index), uid_format.to_hex(rows.hi[apart], rows.lo[apart]),
+    )  # fmt: skip
 
 
 def merge_range(
@@ -285,6 +294,8 @@ def merge_range(
     ]
     samples = everything.take(stays)
     sums = catalog.publish_part(folder, number, samples)
+    if samples.terms is not None:
+        score.write_terms(folder, number, samples.terms)
     ledger.publish_entries(out, "catalog", f"merge-{number:05d}", entries)
     report(len(everything.hi))
     return {
@@ -331,6 +342,8 @@ def distinct(
 def _precedence(samples: catalog.Samples, row: int) -> tuple[Any, ...]:
     digest = hashlib.blake2b(samples.features[row].tobytes(), digest_size=16)
     digest.update(samples.difficulty[row].tobytes())
+    if samples.terms is not None:
+        digest.update(samples.terms[row].tobytes())
     words = (column[row].as_py() or "" for column in (samples.shard, samples.key, samples.group))
     return digest.digest(), *words
 

@@ -208,6 +208,11 @@ class Pipeline:
         ranked = catalog["stats"]["samples"]["ranked"]
         plan = self._plans.select(before["fingerprint"]).plan
         select.check(self.config.select, ranked)  # before anything is touched
+        if self.config.select.soft is not None and catalog["options"]["group_column"]:
+            raise UsageError(
+                "soft repeats samples by score, which would not give each class its share: leave "
+                "out --soft, or --group-column when the graph is made"
+            )
 
         def build() -> dict[str, Any]:
             figures = self._runner.here(
@@ -229,6 +234,7 @@ class Pipeline:
             return {
                 "samples": {"kept": figures["kept"], "pruned": figures["pruned"]},
                 "budget": figures["budget"],
+                **({"total": figures["total"]} if self.config.select.soft is not None else {}),
                 "checksums": figures["checksums"],
                 "peak_rss": figures["peak_rss_bytes"],
             }
@@ -281,7 +287,8 @@ class Pipeline:
         samples = stats["samples"]
         if "catalog" in stages or "embed" in stages:
             lost = stats["lost_shards"]
-            bad, read = samples.get("bad", 0), samples.get("read", 0)
+            bad = samples.get("bad", 0)
+            read = samples.get("read", 0) - samples.get("outside", 0)
             if lost or bad > Decimal(str(self.config.max_bad)) * read:
                 counts = ledger.count_reasons(self.out).get("bad", {})
                 top = ", ".join(f"{count} {reason}" for reason, count in list(counts.items())[:3])
@@ -349,4 +356,5 @@ def _brief(stage: str, figures: dict[str, Any]) -> str:
         where = f" in {figures['partitions']} partitions" if figures["partitions"] > 1 else ""
         return f"{figures['supersteps']} supersteps{where}"
     samples = figures["samples"]
-    return f"{samples['kept']:,} kept, {samples['pruned']:,} pruned"
+    repeats = f" ({figures['total']:,} with repeats)" if "total" in figures else ""
+    return f"{samples['kept']:,} kept{repeats}, {samples['pruned']:,} pruned"

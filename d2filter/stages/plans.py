@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from d2filter.algorithm import selectors
-from d2filter.config import TUNED_FOR, CatalogConfig, RunConfig, options_of
+from d2filter.config import CATALOG_SOURCES, TUNED_FOR, CatalogConfig, RunConfig, options_of
 from d2filter.errors import UsageError
-from d2filter.formats import contents, graph, metadata, shardlist, webdataset
+from d2filter.formats import contents, graph, metadata, outside, shardlist, webdataset
 from d2filter.formats.paths import FileInfo, Folder, absolute, is_within
 from d2filter.formats.runstate import Plan, RunState
 from d2filter.text import redacted
@@ -97,31 +97,38 @@ class Plans:
         self._check_apart(source, upstream)
         if source == own and not upstream and self._state.done("catalog") is not None:
             self._state.require_options("catalog", _catalog_options(config))
-            self._state.require_inputs("catalog", metadata.outside_files(config))
+            self._state.require_inputs(
+                "catalog", outside.files(config), lambda name: outside.content_of(config, name)
+            )
             return None
         if source == own and not upstream:
             raise UsageError(
                 f"no metadata: give --metadata-dir (parquet + npz) or --shards; "
                 f"{own.url} was not written by `d2filter embed`"
             )
-        beside = metadata.outside_files(config)
+        beside = outside.files(config)
         pairs: list[metadata.Pair] = []
         files: list[FileInfo] = []
         # what is still to be embedded cannot be listed
         if source != own or self._state.done("embed") is not None:
             pairs, files = metadata.list_pairs(source)
+        metadata.check_score(source, pairs, config)
         before = upstream if source == own else ""
+        known = {info.name for info in beside}
+
+        def content_of(name: str) -> str:
+            return outside.content_of(config, name) if name in known else contents.of(source, name)
+
         return Planned(
             plan=Plan(
                 stage="catalog",
                 options=_catalog_options(config),
                 upstream=before,
                 inputs=[*(() if before else files), *beside],
-                content_of=None if before else lambda name: contents.of(source, name),
+                content_of=content_of,
                 sources={
                     "metadata": redacted(source.url),
-                    "score_target": redacted(absolute(config.score_target)),
-                    "training_log": redacted(absolute(config.training_log)),
+                    **{n: redacted(absolute(getattr(config, n))) for n in CATALOG_SOURCES},
                 },
             ),
             says=f"{len(pairs):,} pairs of metadata files, {_size(files)}" if files else "",
@@ -229,9 +236,8 @@ class Plans:
 
 
 def _catalog_options(config: CatalogConfig) -> dict[str, Any]:
-    """Where a target set and a training log lie is told by the plan's inputs."""
-    beside = {"score_target": bool(config.score_target), "training_log": bool(config.training_log)}
-    return {**options_of(config), **beside}
+    """Where files beside the metadata lie is told by the plan's inputs."""
+    return {**options_of(config), **{n: bool(getattr(config, n)) for n in CATALOG_SOURCES}}
 
 
 def _weights(pretrained: str) -> list[Any] | None:

@@ -1,10 +1,16 @@
-"""Scores that need the whole pool, between the catalog's parts and the graph: negclip_loss and
-prototypicality. What they find replaces the difficulty in catalog/part-*.parquet.
+"""Scores that need the whole pool, between the catalog's parts and the graph: terms such as
+negclip_loss and prototypicality, and ranks of terms. What they make replaces the difficulty in
+catalog/part-*.parquet.
 
+catalog/scores/terms-00000.npy    values of the terms that need no pool, from the merge; 0 of others
 catalog/scores/centroids.npy      prototypicality: trained on samples chosen by uid hash
 catalog/scores/value-00000.*      negclip_loss of the batches of one task: row, value; start by part
+catalog/scores/whole-00000.npy    values of all terms, where some are ranked
+catalog/scores/keys-00000.t0.*    of a ranked term: distinct keys of a part, and how often
+catalog/scores/pool.t0.*          those of the pool, and how many values are below
 
-Batches are chosen by a hash of the uid and sorted by it, so that neither files nor parts show.
+Batches are chosen by a hash of the uid and sorted by it, and ranks are counted, so that neither
+files nor parts show.
 """
 
 from __future__ import annotations
@@ -15,8 +21,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import backend, cells, scores, uids
+from d2filter.algorithm import backend, cells, quantile, scores, terms, uids
 from d2filter.config import CatalogConfig
+from d2filter.errors import InputError
 from d2filter.formats import catalog
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_array, read_columns, write_array, write_columns
@@ -27,18 +34,21 @@ from d2filter.stages.worker import Report, Task, assigned_cpus
 
 Figures = dict[str, Any]
 I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
 
 FOLDER = "scores"
 
+_OF_POOL = ("negclip_loss", "prototypicality")
 _CLUSTERS = 1000
 _ROWS_A_CLUSTER = 64  # that train it
+_KEYS = 4_000_000  # of the pool, at a time
 
 
 def build(
     runner: Runner, out: Folder, config: CatalogConfig, fingerprint: str, memory: int
 ) -> tuple[list[Figures], int]:
     """Score all parts anew; returns `part_figures` of each, and the peak memory of a task. Raises
-    ValueError for a score that is not of the whole pool.
+    ValueError for a score of the whole pool that nothing here computes.
     """
     peaks: list[int] = []
     folder = out.sub("catalog")
@@ -60,16 +70,25 @@ def build(
         peaks.extend(f["peak_rss_bytes"] for f in found)
         return found
 
-    match config.score:
-        case "negclip_loss":
-            each("batches", score_batches, parts)
-        case "prototypicality":
-            each("centroids", train_centroids, 1)
-        case _:
-            raise _unknown(config)
+    _require_known(config)
+    names = {term.name for term in config.terms}
+    if "negclip_loss" in names:
+        each("batches", score_batches, parts)
+    if "prototypicality" in names:
+        each("centroids", train_centroids, 1)
+    if any(term.ranked for term in config.terms):
+        each("count", count_values, parts)
+        each("ranks", join_counts, 1)
     done = each("score", score_part, parts)
     folder.remove(FOLDER)
     return done, max(peaks)
+
+
+def write_terms(folder: Folder, number: int, values: F32) -> None:
+    """Keep the values of the terms of a part for the score. folder: the catalog's. values: (n,
+    terms).
+    """
+    write_array(folder, f"{FOLDER}/terms-{number:05d}.npy", values)
 
 
 def train_centroids(*, report: Report, out: Folder, number: int, config: CatalogConfig) -> Figures:
@@ -121,30 +140,101 @@ def score_batches(*, report: Report, out: Folder, number: int, config: CatalogCo
     return {}
 
 
+def count_values(*, report: Report, out: Folder, number: int, config: CatalogConfig) -> Figures:
+    """Task: the values of all terms of a part, and how often it has each of a ranked one."""
+    backend.use_threads(assigned_cpus())
+    folder = out.sub("catalog")
+    values = _values(folder, number, config)
+    for at, term in enumerate(config.terms):
+        if term.ranked:
+            key, count = quantile.distinct(values[:, at])
+            write_columns(folder, _keys(number, at), key=key, count=count)
+    write_array(folder, f"{FOLDER}/whole-{number:05d}.npy", values)
+    report(len(values))
+    return {}
+
+
+def join_counts(*, report: Report, out: Folder, number: int, config: CatalogConfig) -> Figures:
+    """Task: how often the pool has each value of the ranked terms. Memory: 50 bytes for each."""
+    folder = out.sub("catalog")
+    layout = catalog.layout(folder)
+    for at, term in enumerate(config.terms):
+        if not term.ranked:
+            continue
+        parts = (
+            read_columns(folder, _keys(part, at), "key", "count")
+            for part in range(len(layout.starts) - 1)
+        )
+        key, count = terms.merged((part["key"], part["count"]) for part in parts)
+        below = np.cumsum(count) - count
+        write_columns(folder, f"{FOLDER}/pool.t{at}", key=key, count=count, below=below)
+    report(layout.total)
+    return {}
+
+
 def score_part(*, report: Report, out: Folder, number: int, config: CatalogConfig) -> Figures:
     """Task: write one part with its new difficulty. Figures: smallest and largest."""
     backend.use_threads(assigned_cpus())
     folder = out.sub("catalog")
-    layout = catalog.layout(folder)
     samples = catalog.read_part(folder, number)
-    values: npt.NDArray[Any]
-    match config.score:
-        case "negclip_loss":
-            values = _mean_of_rounds(folder, layout, number, config.score_rounds)
-        case "prototypicality":
-            centroids = read_array(folder, f"{FOLDER}/centroids.npy")
-            values = scores.prototypicality(samples.features, centroids)
-        case _:
-            raise _unknown(config)
-    difficulty = scores.difficulty(values, config.first)
+    if any(term.ranked for term in config.terms):
+        values = read_array(folder, f"{FOLDER}/whole-{number:05d}.npy")
+    else:
+        values = _values(folder, number, config)
+    columns: list[npt.NDArray[Any]] = list(values.T)
+    total = catalog.layout(folder).total
+    for at, term in enumerate(config.terms):
+        if term.ranked:
+            columns[at] = _ranks(folder, at, quantile.keys(columns[at]), total)
+    difficulty = scores.difficulty(terms.combined(config.terms, columns), config.first)
+    if not np.isfinite(difficulty).all():
+        raise InputError(f"score {config.score} is too large for float32: use smaller weights")
     table = replace(samples, difficulty=difficulty)
     sums = catalog.publish_table(folder, number, table)
     report(difficulty.size)
     return {**part_figures(samples.hi, samples.lo, difficulty), "checksums": sums}
 
 
-def _unknown(config: CatalogConfig) -> ValueError:
-    return ValueError(f"score {config.score!r} needs the pool, and nothing here computes it")
+def _values(folder: Folder, number: int, config: CatalogConfig) -> F32:
+    """Values of all terms of a part, (n, terms)."""
+    _require_known(config)
+    values: F32 = np.array(read_array(folder, f"{FOLDER}/terms-{number:05d}.npy"))
+    layout = catalog.layout(folder)
+    for at, term in enumerate(config.terms):
+        match term.name:
+            case "negclip_loss":
+                values[:, at] = _mean_of_rounds(folder, layout, number, config.score_rounds)
+            case "prototypicality":
+                centroids = read_array(folder, f"{FOLDER}/centroids.npy")
+                values[:, at] = scores.prototypicality(layout.part(number), centroids)
+    return values
+
+
+def _require_known(config: CatalogConfig) -> None:
+    for name in (term.name for term in config.terms if term.name in scores.SCORES):
+        if scores.SCORES[name].needs == "pool" and name not in _OF_POOL:
+            raise ValueError(f"score {name!r} needs the pool, and nothing here computes it")
+
+
+def _ranks(folder: Folder, at: int, keys: I64, total: int) -> npt.NDArray[np.float64]:
+    """Percentile ranks of a term of a part. Some keys of the pool at a time."""
+    stem = f"{FOLDER}/pool.t{at}"
+    ranks = np.empty(keys.size, np.float64)
+    order = np.argsort(keys, kind="stable")
+    begin = done = 0
+    while done < keys.size:
+        rows = slice(begin, begin + _KEYS)
+        some = read_columns(folder, stem, "key", "count", "below", rows=rows)
+        end = int(np.searchsorted(keys[order], some["key"][-1], side="right"))
+        mine = order[done:end]
+        pool = (some["key"], some["count"])
+        ranks[mine] = terms.percentile(keys[mine], pool, some["below"], total)
+        begin, done = begin + _KEYS, end
+    return ranks
+
+
+def _keys(number: int, at: int) -> str:
+    return f"{FOLDER}/keys-{number:05d}.t{at}"
 
 
 def _members(

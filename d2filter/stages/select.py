@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from d2filter.algorithm import budget, uids
 from d2filter.config import SelectConfig
 from d2filter.formats import catalog, ranking, subset
 from d2filter.formats.paths import Checksums, Folder
+from d2filter.stages import soft
 from d2filter.stages.worker import Report
+
+I64 = npt.NDArray[np.int64]
+Chosen = tuple[uids.U64, uids.U64, I64, list[I64]]
+"""hi, lo and rank of samples, (n,) each, and how often each is in every subset"""
 
 
 def select(
@@ -24,35 +31,27 @@ def select(
     method: str,
     arch: str,
 ) -> dict[str, Any]:
-    """Task: keep the first B of `ranked` samples; figures: kept and pruned. kept_first: the end of
+    """Task: keep the first B of `ranked` samples, or B in all with repeats of a soft selection;
+    figures: kept (distinct), total and pruned. kept_first: the end of
     the score, high or low, that is kept first; low ones lie in the files with their sign turned.
     method, arch: for the names of several subsets.
 
-    Memory: 24 bytes a sample of the largest subset and one part of the ranking.
+    Memory: 24 bytes a sample of the largest subset and one part of the ranking; soft, 100 bytes a
+    sample of the ranking.
     """
     size, several = check(config, ranked)
-    most = max(size, *several.values()) if several else size
-    kept_hi, kept_lo, kept_rank = [], [], []
-    columns = ("uid_hi", "uid_lo", "difficulty", "rank")
-    for part in ranking.iter_columns(out.sub("ranking"), columns):
-        keep = budget.kept_mask(
-            part["rank"].astype(np.int64),
-            budget.raw_scores(part["difficulty"].astype(np.float32), kept_first),
-            most,
-            config.min_score,
-        )
-        kept_hi.append(part["uid_hi"][keep].astype(np.uint64))
-        kept_lo.append(part["uid_lo"][keep].astype(np.uint64))
-        kept_rank.append(part["rank"][keep].astype(np.int64))
-        report(len(keep))
-    hi, lo, rank = np.concatenate(kept_hi), np.concatenate(kept_lo), np.concatenate(kept_rank)
+    chosen = _repeated if config.soft is not None else _first
+    sizes = [size, *several.values()]
+    hi, lo, rank, times = chosen(report, out, config, kept_first, method, sizes)
     order = uids.ascending(hi, lo)
     hi, lo, rank = hi[order], lo[order], rank[order]
     sums: Checksums = {}
-    for share, count in several.items():
+    for share, count in zip(several, times[1:], strict=True):
+        repeats = count[order]
         name = subset.named(method, arch, share)
-        sums.update(subset.publish(out, hi[rank < count], lo[rank < count], name))
-    hi, lo, rank = hi[rank < size], lo[rank < size], rank[rank < size]
+        sums.update(subset.publish(out, np.repeat(hi, repeats), np.repeat(lo, repeats), name))
+    repeats = times[0][order]
+    hi, lo, rank = np.repeat(hi, repeats), np.repeat(lo, repeats), np.repeat(rank, repeats)
     samples = catalog.iter_parts(out.sub("catalog"), with_features=False)
     shards: set[str] = set()
     table = subset.kept_table(samples, hi, lo, rank, shards)
@@ -61,7 +60,50 @@ def select(
     # readers may hold what was there before: it goes when its successors are there
     for place in ("kept", "subsets"):
         subset.remove_others(out, place, sums)
-    return {"budget": size, "kept": len(hi), "pruned": ranked - len(hi), "checksums": sums}
+    kept = int(np.count_nonzero(repeats))
+    return {
+        "budget": size,
+        "kept": kept,
+        "total": len(hi),
+        "pruned": ranked - kept,
+        "checksums": sums,
+    }
+
+
+def _first(
+    report: Report, out: Folder, config: SelectConfig, kept_first: str, method: str,
+    sizes: Sequence[int],
+) -> Chosen:  # fmt: skip
+    """The prefixes of the ranking: uids and ranks of the longest, and who is in each."""
+    kept_hi, kept_lo, kept_rank = [], [], []
+    columns = ("uid_hi", "uid_lo", "difficulty", "rank")
+    for part in ranking.iter_columns(out.sub("ranking"), columns):
+        keep = budget.kept_mask(
+            part["rank"].astype(np.int64),
+            budget.raw_scores(part["difficulty"].astype(np.float32), kept_first),
+            max(sizes),
+            config.min_score,
+        )
+        kept_hi.append(part["uid_hi"][keep].astype(np.uint64))
+        kept_lo.append(part["uid_lo"][keep].astype(np.uint64))
+        kept_rank.append(part["rank"][keep].astype(np.int64))
+        report(len(keep))
+    rank = np.concatenate(kept_rank)
+    times = [(rank < size).astype(np.int64) for size in sizes]
+    return np.concatenate(kept_hi), np.concatenate(kept_lo), rank, times
+
+
+def _repeated(
+    report: Report, out: Folder, config: SelectConfig, kept_first: str, method: str,
+    sizes: Sequence[int],
+) -> Chosen:  # fmt: skip
+    """The same of a soft selection: all samples, and how often each is in."""
+    parts = list(ranking.iter_columns(out.sub("ranking"), soft.COLUMNS))
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in soft.COLUMNS}
+    times = soft.times(whole, config, kept_first, method, sizes)
+    report(len(whole["rank"]))
+    hi, lo = whole["uid_hi"].astype(np.uint64), whole["uid_lo"].astype(np.uint64)
+    return hi, lo, whole["rank"].astype(np.int64), times
 
 
 def check(config: SelectConfig, ranked: int) -> tuple[int, dict[Decimal, int]]:

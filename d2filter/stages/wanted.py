@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from d2filter.algorithm import uids
@@ -178,5 +179,15 @@ def _numbers(shards: Sequence[webdataset.Shard], kept: Kept) -> list[int]:
 
 
 def _table(rows: kept_format.Rows, place: int) -> Any:
+    """Each sample once: how often it comes is for the subset to tell."""
+    n = len(rows.key)
+    if n > 1:
+        # rows ascend by key and uid
+        again = uids.repeats(rows.hi, rows.lo)
+        again[1:] &= pc.equal(rows.key[1:], rows.key[:-1]).to_numpy(zero_copy_only=False)
+        first = np.flatnonzero(~again)
+        rows = kept_format.Rows(
+            key=rows.key.take(pa.array(first)), hi=rows.hi[first], lo=rows.lo[first]
+        )
     columns = [np.full(len(rows.key), place), rows.key, rows.hi, rows.lo]
     return pa.table(dict(zip(_SCHEMA.names, columns, strict=True)), schema=_SCHEMA)

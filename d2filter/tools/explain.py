@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from d2filter.algorithm import budget, local, messages, settling
+from d2filter.algorithm import budget, local, messages, settling, uids
 from d2filter.config import RankConfig
 from d2filter.errors import InputError, UsageError
 from d2filter.formats import kept as kept_format
-from d2filter.formats import ledger, tables
+from d2filter.formats import ledger, subset, tables
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import RunState
@@ -271,9 +272,18 @@ class _Run:
     def _kept(self, rows: Columns) -> list[bool | None]:
         if self._select is None:
             return [None] * len(rows["rank"])
+        if self._select["options"].get("soft") is not None:
+            own = rows["uid_hi"].astype(np.uint64), rows["uid_lo"].astype(np.uint64)
+            return [bool(there) for there in uids.positions(*self._subset, *own) >= 0]
         raw = budget.raw_scores(rows["difficulty"].astype(np.float32), self._kept_first)
         size, least = self._select["stats"]["budget"], self._select["options"]["min_score"]
         return [bool(k) for k in budget.kept_mask(rows["rank"], raw, size, least)]
+
+    @cached_property
+    def _subset(self) -> tuple[uids.U64, uids.U64]:
+        """hi and lo of a soft selection, ascending, with its repeats."""
+        chosen = subset.read(self._folder)
+        return np.ascontiguousarray(chosen["f0"]), np.ascontiguousarray(chosen["f1"])
 
     def _because(self, own: Columns, kept: bool | None, late: bool) -> str:
         rank, total = int(own["rank"][0]) + 1, self.ranking.total

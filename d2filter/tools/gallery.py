@@ -97,7 +97,7 @@ class _People:
             return []
         rows = self._ranking.rows(ids, _COLUMNS)
         raw = self._m.rule.raw(rows["difficulty"])
-        kept = self._m.rule.kept(rows["rank"], rows["difficulty"])
+        kept = self._m.rule.kept(*(rows[n] for n in ("rank", "difficulty", "uid_hi", "uid_lo")))
         hexes = uid_format.to_hex(rows["uid_hi"], rows["uid_lo"])
         far = list(sqdist) if sqdist is not None else [None] * ids.size
         return [

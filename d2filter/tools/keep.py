@@ -99,7 +99,7 @@ def keep(subset: str | os.PathLike[str] | Subset) -> Keep:
 
     *A .npy file or an array* keeps by uid. A uid that it repeats is yielded as often, and one that
     the shards repeat is let through each time. For shards that were renamed or packed anew this is
-    the way: `keep("OUT/subset.npy")`.
+    the way: `keep("OUT/subset.npy")`. Repeats of a soft selection come out side by side either way.
 
     >>> import numpy as np
     >>> stage = keep(np.array([(0, 1)], "u8,u8"))
@@ -152,11 +152,7 @@ class Keep:
             yield from self._by_place(samples, self._kept)
             return
         for sample in samples:
-            count = self._uids.count(sample)
-            if count:
-                yield sample
-                if count > 1:
-                    yield from (dict(sample) for _ in range(count - 1))
+            yield from _repeated(sample, self._uids.count(sample))
 
     def _by_place(self, samples: Iterable[Sample], kept: Kept) -> Iterator[Sample]:
         url: Any = None
@@ -171,12 +167,11 @@ class Keep:
                 wanted = keys.get(webdataset.clean(key))  # as runs spell what is no UTF-8
             if wanted is not None:
                 if loaded.has_uid(sample, wanted, kept.embedded):
-                    yield sample
+                    yield from _repeated(sample, _times(sample, wanted))
             elif not isinstance(url, str):
-                if self._without_url(kept).count(sample):
-                    yield sample
-            elif len(self._uids) and self._uids.count(sample):
-                yield sample
+                yield from _repeated(sample, self._without_url(kept).count(sample))
+            elif len(self._uids):
+                yield from _repeated(sample, self._uids.count(sample))
 
     def _keys(self, url: str, kept: Kept) -> dict[str, bytes]:
         """The uids of the kept samples of a shard, by key."""
@@ -242,6 +237,25 @@ class Keep:
             read = provenance.shards(Folder(self._source)).values() if kept.embedded else ()
             self._others = ShardNames(list({**kept.empty, **dict.fromkeys(read)}))
         return self._others.find(url) >= 0
+
+
+def _repeated(sample: Sample, count: int) -> Iterator[Sample]:
+    """A sample as often as it is kept, each a dictionary of its own."""
+    if count:
+        yield sample
+        if count > 1:
+            yield from (dict(sample) for _ in range(count - 1))
+
+
+def _times(sample: Sample, wanted: bytes) -> int:
+    """How often a sample is kept that has one of the uids of its key."""
+    if len(wanted) == 32:
+        return 1
+    each = [wanted[at : at + 32] for at in range(0, len(wanted), 32)]
+    if each.count(each[0]) == len(each):
+        return len(each)
+    uid = loaded.uid_of(sample)
+    return max(1, each.count((uid or "").encode()))
 
 
 class _Uids:

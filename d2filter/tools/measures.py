@@ -20,6 +20,7 @@ from d2filter.algorithm import baselines, budget, coverage, features, messages, 
 from d2filter.config import RankConfig, SelectConfig
 from d2filter.errors import InputError
 from d2filter.formats import catalog, ledger, tables
+from d2filter.formats import subset as subsets
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import Rows
@@ -49,9 +50,14 @@ class Rule:
     min_score: float | None
     kept_first: str
     """the end of the score that goes first: high or low"""
+    pairs: uids.U64 | None = None
+    """(n, 2) uids of a soft selection, ascending, with its repeats; None: a prefix is kept"""
 
-    def kept(self, rank: I64, difficulty: F32) -> Bools:
+    def kept(self, rank: I64, difficulty: F32, hi: uids.U64, lo: uids.U64) -> Bools:
         """Which samples are kept, (n,); difficulty: as it is ranked."""
+        if self.pairs is not None:
+            there: Bools = uids.positions(self.pairs[:, 0], self.pairs[:, 1], hi, lo) >= 0
+            return there
         return budget.kept_mask(rank, self.raw(difficulty), self.size, self.min_score)
 
     def raw(self, difficulty: F32) -> F32:
@@ -193,9 +199,14 @@ def measure(folder: Folder, ends: int) -> Measures:
     score = records["catalog"]["stats"]["score"]
     chosen = SelectConfig.from_options(records["select"]["options"])
     size = int(records["select"]["stats"]["budget"])
-    rule = Rule(size=size, min_score=chosen.min_score, kept_first=score["kept_first"])
+    rule = Rule(
+        size=size,
+        min_score=chosen.min_score,
+        kept_first=score["kept_first"],
+        pairs=None if chosen.soft is None else subsets.pairs(subsets.read(folder)),
+    )
     pool, first, last = _read(folder, ranked, ends)
-    kept = rule.kept(pool["rank"], pool["difficulty"])
+    kept = rule.kept(pool["rank"], pool["difficulty"], pool["hi"], pool["lo"])
     drawn = Drawn(**pool, kept=kept, features=_features(folder, pool["hi"], pool["lo"]))
     method = records["rank"]["options"]["method"]
     name = "D2" if method == "d2" else method

@@ -78,8 +78,8 @@ def inputs(folder: Folder) -> Breaches:
                 _, files = metadata.list_pairs(source)
             except D2FilterError as error:
                 return [str(error)]
-            # target sets and training logs lie elsewhere
-            here = {n: v for n, v in catalog["inputs"].items() if n in catalog["contents"]}
+            # target sets, logs and the like, with a folder in their names, lie elsewhere
+            here = {n: v for n, v in catalog["inputs"].items() if "/" not in n}
             record = {**catalog, "inputs": here}
             difference = differing_input(record, files, lambda name: contents.of(source, name))
             out += [f"{difference} since the catalog was made"] if difference else []

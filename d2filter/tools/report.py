@@ -211,8 +211,8 @@ def _cards(m: measures.Measures) -> list[tuple[str, str, str]]:
     return [
         (f"{samples['read']:,}", "samples read", ""),
         (f"{samples['ranked']:,}", "ranked", ""),
-        (f"{samples['kept']:,}", "kept", f"{m.share:.1%} of the ranked"),
-        (f"{samples['bad'] + samples['duplicate']:,}", "not ranked", "bad or duplicate"),
+        (f"{samples['kept']:,}", "kept", f"{m.share:.1%} of the ranked{_repeats(m.stats)}"),
+        (f"{samples['read'] - samples['ranked']:,}", "not ranked", _not_ranked(samples)),
         (
             f"{graph['recall']:.4f}",
             f"recall@{graph['k']} of the graph",
@@ -226,11 +226,22 @@ def _cards(m: measures.Measures) -> list[tuple[str, str, str]]:
     ]
 
 
+def _repeats(stats: dict[str, Any]) -> str:
+    """How many those of a soft selection are with their repeats."""
+    total = stats["select"].get("total")
+    return f", {total:,} with repeats" if total else ""
+
+
+def _not_ranked(samples: dict[str, int]) -> str:
+    return "bad, duplicate or outside" if "outside" in samples else "bad or duplicate"
+
+
 def _flow(m: measures.Measures) -> list[dict[str, Any]]:
     """Counts that add up to what was read."""
     samples = m.stats["samples"]
     read = max(1, samples["read"])
     labels = {"kept": "kept", "pruned": "pruned", "duplicate": "duplicates", "bad": "bad"}
+    labels |= {"outside": "outside of the subset"} if "outside" in samples else {}
     return [
         {
             "name": name,

@@ -6,6 +6,7 @@ in the catalog with the same bits, or in the ledger. Pictures are not embedded a
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from d2filter.algorithm import uids
 from d2filter.config import CatalogConfig
 from d2filter.errors import D2FilterError, InputError
-from d2filter.formats import catalog, metadata, tables, traininglog, webdataset
+from d2filter.formats import catalog, metadata, outside, tables, webdataset
 from d2filter.formats.paths import FileInfo, Folder
 from d2filter.formats.runstate import RunState
 from d2filter.tools import provenance
@@ -86,7 +87,19 @@ def rows(folder: Folder, known: catalog.Samples) -> Breaches:
     if not source.exists():
         return [f"{source.url} is not there: the input cannot be read again"]
     config = CatalogConfig.from_options(record["options"], record["sources"])
-    outside, compared = _outside(config)
+    with tempfile.TemporaryDirectory() as tables_beside:
+        return _rows(folder, known, record, config, Folder(tables_beside))
+
+
+def _rows(
+    folder: Folder,
+    known: catalog.Samples,
+    record: dict[str, Any],
+    config: CatalogConfig,
+    tables_beside: Folder,
+) -> Breaches:
+    source = Folder(record["sources"]["metadata"])
+    beside = outside.load(config, tables_beside)
     repeated = _repeated(folder)
     claimed = np.zeros(len(known.hi), np.bool_)
     counts: Counter[str] = Counter()
@@ -94,17 +107,19 @@ def rows(folder: Folder, known: catalog.Samples) -> Breaches:
     pairs, _ = metadata.list_pairs(source)
     for pair in pairs:
         try:
-            read = metadata.read_pair(source, pair.name, config, outside)
+            read = metadata.read_pair(source, pair.name, config, beside)
         except InputError as error:
             out.append(str(error))
             continue
         counts["read"] += len(read.hi)
         good = np.flatnonzero(read.reason == 0)
-        counts["bad"] += len(read.hi) - good.size
+        apart = int(np.count_nonzero(read.reason == metadata.OUTSIDE))
+        counts["outside"] += apart
+        counts["bad"] += len(read.hi) - good.size - apart
         at = uids.positions(known.hi, known.lo, read.hi[good], read.lo[good])
         same = at >= 0
         same[same] = (known.features[at[same]] == read.features[good[same]]).all(axis=1)
-        if compared:
+        if not config.waits:
             here = np.flatnonzero(same)
             same[here] = known.difficulty[at[here]] == _clipped(record, config, read)[good[here]]
         other = [r for r in good[~same].tolist() if _uid(read, r) not in repeated]
@@ -120,7 +135,10 @@ def rows(folder: Folder, known: catalog.Samples) -> Breaches:
     stats = record["stats"]["samples"]
     embedded = RunState(folder).done("embed") if record["upstream"] else None
     before = embedded["stats"]["samples"]["bad"] if embedded else 0
-    expected = {"read": stats["read"] - before, "bad": stats["bad"] - before}
+    expected = {
+        "read": stats["read"] - before, "bad": stats["bad"] - before,
+        "outside": stats.get("outside", 0),
+    }  # fmt: skip
     out += [
         f"{counts[name]} rows of the metadata are {name}, {number} were"
         for name, number in expected.items()
@@ -138,16 +156,6 @@ def _clipped(
         return read.difficulty
     low, high = sorted(config.raw(told[end]) for end in ("from", "to"))
     return np.clip(read.difficulty, np.float32(low), np.float32(high))
-
-
-def _outside(config: CatalogConfig) -> tuple[metadata.Outside, bool]:
-    """What a score needs beside the metadata, and whether it follows from a row at all."""
-    if config.needs == "target":
-        target = metadata.read_target(config.score_target, config.arch)
-        return metadata.Outside(target=target), True
-    if config.needs == "log":
-        return metadata.Outside(log=traininglog.score(config.training_log, config.score)), True
-    return metadata.Outside(), config.needs != "pool"
 
 
 def _repeated(folder: Folder) -> set[str]:

@@ -27,12 +27,13 @@ from d2filter.algorithm import (
     settling,
     uids,
 )
-from d2filter.config import RankConfig
+from d2filter.config import RankConfig, SelectConfig
 from d2filter.errors import InputError, VerificationError
 from d2filter.formats import catalog, graph, ledger, ranking, subset, tables
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_array
 from d2filter.formats.runstate import RunState
+from d2filter.stages import soft
 from d2filter.tools.provenance import follow, inputs, sums
 from d2filter.tools.reread import rows, shards
 
@@ -116,12 +117,13 @@ def verify(folder: Folder, say: Callable[[str], None], *, deep: bool = False) ->
 def _accounting(run: _Run) -> Breaches:
     s = run.stats["samples"]
     out = []
-    if s["read"] != s["ranked"] + s["bad"] + s["duplicate"]:
-        out.append(f"read is not ranked + bad + duplicate: {s}")
+    statuses = ("bad", "duplicate", *(["outside"] if "outside" in s else []))
+    if s["read"] != s["ranked"] + sum(s[status] for status in statuses):
+        out.append(f"read is not ranked + {' + '.join(statuses)}: {s}")
     if s["ranked"] != s["kept"] + s["pruned"]:
         out.append(f"ranked is not kept + pruned: {s}")
     listed = ledger.count_reasons(run.folder)
-    for status in ("bad", "duplicate"):
+    for status in statuses:
         count = sum(listed.get(status, {}).values())
         if count != s[status]:
             out.append(f"{ledger.BAD_SAMPLES} lists {count} {status}, stats.json has {s[status]}")
@@ -331,12 +333,17 @@ def _subset(run: _Run) -> Breaches:
     fraction = options["fraction"]
     exact = None if fraction is None else budget.parse_fraction(fraction)
     size = budget.budget_of(len(run.ranking["rank"]), fraction=exact, budget=options["budget"])
+    if options.get("soft") is not None and figures.get("total") != len(run.subset):
+        return [
+            f"{subset.SUBSET} has {len(run.subset)} entries, {figures.get('total')} are recorded"
+        ]
     out = _prefix(run, subset.SUBSET, run.subset, size)
     if size != figures["budget"]:
         out.append(f"the budget is {size} by its option and {figures['budget']} in the record")
     kept = run.stats["samples"]["kept"]
-    if len(run.subset) != kept:
-        out.append(f"{subset.SUBSET} has {len(run.subset)} entries, stats.json keeps {kept}")
+    distinct = len(np.unique(run.subset))
+    if distinct != kept:
+        out.append(f"{subset.SUBSET} has {distinct} samples, stats.json keeps {kept}")
     arch = run.records["catalog"]["options"]["arch"]
     method = run.records["rank"]["options"]["method"]
     for share in [fraction, *options["also"]] if options["also"] and exact else []:
@@ -350,18 +357,25 @@ def _subset(run: _Run) -> Breaches:
 def _prefix(run: _Run, name: str, chosen: npt.NDArray[np.void], size: int) -> Breaches:
     """A subset that is not the first `size` of the ranking."""
     hi, lo = chosen["f0"], chosen["f1"]
-    unsorted = uids.falls(hi, lo) | uids.repeats(hi, lo)
-    out = _count(f"entries of {name} are unsorted or repeated", unsorted)
     options, r = run.records["select"]["options"], run.ranking
+    repeated = uids.repeats(hi, lo) & (options.get("soft") is None)
+    out = _count(f"entries of {name} are unsorted or repeated", uids.falls(hi, lo) | repeated)
     score = run.records["catalog"]["stats"].get("score", {})
     raw = budget.raw_scores(r["difficulty"], score.get("kept_first", "high"))
-    keep = budget.kept_mask(r["rank"], raw, size, options["min_score"])
-    order = uids.ascending(r["uid_hi"][keep], r["uid_lo"][keep])
-    expected_hi, expected_lo = r["uid_hi"][keep][order], r["uid_lo"][keep][order]
+    times = budget.kept_mask(r["rank"], raw, size, options["min_score"]).astype(np.int64)
+    what = "prefix"
+    if options.get("soft") is not None:
+        chosen_by = SelectConfig.from_options(options)
+        method, first = run.records["rank"]["options"]["method"], score.get("kept_first", "high")
+        (times,) = soft.times(r, chosen_by, first, method, [size])
+        what = "soft selection"
+    expected_hi, expected_lo = np.repeat(r["uid_hi"], times), np.repeat(r["uid_lo"], times)
+    order = uids.ascending(expected_hi, expected_lo)
+    expected_hi, expected_lo = expected_hi[order], expected_lo[order]
     if len(hi) != len(expected_hi):
-        return [*out, f"{name} has {len(hi)} entries, the ranking's prefix {len(expected_hi)}"]
+        return [*out, f"{name} has {len(hi)} entries, the ranking's {what} {len(expected_hi)}"]
     different = (hi != expected_hi) | (lo != expected_lo)
-    return out + _count(f"entries of {name} are not the ranking's prefix", different)
+    return out + _count(f"entries of {name} are not the ranking's {what}", different)
 
 
 def _kept(run: _Run) -> Breaches:
@@ -404,7 +418,7 @@ _FILES: dict[str, Callable[[_Run], Breaches]] = {
     ),
 }
 _STRUCTURE: dict[str, Callable[[_Run], Breaches]] = {
-    "every sample read is ranked, bad or duplicate; each one ranked is kept or pruned": _accounting,
+    "every sample read is ranked, bad, duplicate or outside; ranked is kept or pruned": _accounting,
     "catalog, graph and ranking hold the same distinct samples in the same rows": _rows,
     "neighbors are in range, distinct, never the sample itself, equals in ring order": _neighbors,
     "squared distances ascend and are those of the features": _sqdist,

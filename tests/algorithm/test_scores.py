@@ -228,10 +228,10 @@ def test_products_have_the_same_float64_bits_in_any_shape(squared: bool, width: 
     rng = np.random.default_rng(width)
     x, y = rng.standard_normal((70, width)), rng.standard_normal((130, width))
     # rounded to float32, sums of another order would nearly always agree
-    whole = scores._pairwise(x, y, squared).view(np.uint64)
+    whole = scores.pairwise(x, y, squared).view(np.uint64)
     for rows in (slice(0, 1), slice(31, 33), slice(5, 69)):
         for others in (slice(0, 1), slice(63, 65), slice(1, 130), slice(3, 7)):
-            part = scores._pairwise(x[rows].copy(), y[others].copy(), squared)
+            part = scores.pairwise(x[rows].copy(), y[others].copy(), squared)
             assert (part.view(np.uint64) == whole[rows, others]).all()
 
 

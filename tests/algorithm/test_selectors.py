@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Case, graphs
 
-from d2filter.algorithm import baselines, selectors, submodular, uids
-from d2filter.algorithm.selectors import SELECTORS, Pool
+from d2filter.algorithm import baselines, geometric, selectors, submodular, uids
+from d2filter.algorithm.pool import Pool
+from d2filter.algorithm.selectors import SELECTORS
 from d2filter.errors import InputError, UsageError
 
 ONE = 2**32
@@ -167,7 +168,7 @@ def off_median(pool: Pool) -> list[float]:
 @given(pools())
 def test_moderate_is_the_band_around_the_median(pool: Pool) -> None:
     off = off_median(pool)
-    found = selectors.moderate(pool).tolist()
+    found = geometric.moderate(pool).tolist()
     bits = same_rows(pool)
     for a, b in itertools.pairwise(found):
         assert off[a] <= off[b] + 1e-9
@@ -182,13 +183,13 @@ def test_moderate_exactly_where_sums_are_exact(pool: Pool) -> None:
     if exact(pool):
         off = off_median(pool)
         expected = sorted(range(len(off)), key=lambda i: (off[i], i))
-        assert selectors.moderate(pool).tolist() == expected
+        assert geometric.moderate(pool).tolist() == expected
 
 
 def test_moderate_takes_the_median_and_neither_the_nearest_nor_the_extremes() -> None:
     # center 0, distances 1, 2, 2, 3, 3, 5, 5, 1: median 2.5
     rows = np.array([[1], [-2], [2], [3], [-3], [5], [-5], [-1]], np.float32)
-    assert selectors.moderate(make_pool(rows)).tolist() == [1, 2, 3, 4, 0, 7, 5, 6]
+    assert geometric.moderate(make_pool(rows)).tolist() == [1, 2, 3, 4, 0, 7, 5, 6]
 
 
 def allocation(sizes: list[int], budget: int) -> list[int]:
@@ -271,7 +272,7 @@ def test_k_center_is_the_farthest_first_traversal(pool: Pool) -> None:
         expected.append(
             min(left, key=lambda i: (-min(sqdist(rows[i], rows[j]) for j in expected), i))
         )
-    assert selectors.k_center(pool).tolist() == expected
+    assert geometric.k_center(pool).tolist() == expected
 
 
 def unit(pool: Pool) -> list[list[float]]:
@@ -300,7 +301,7 @@ def herd(phi: list[list[float]], choose: Callable[[list[float], list[int]], int]
 @settings(max_examples=150)
 @given(pools())
 def test_herding_always_takes_a_best_product(pool: Pool) -> None:
-    found = selectors.herding(pool).tolist()
+    found = geometric.herding(pool).tolist()
     bits = same_rows(pool)
     steps = iter(found)
 
@@ -319,7 +320,7 @@ def test_herding_exactly_where_sums_are_exact(pool: Pool) -> None:
     phi = unit(pool)
     if all(v in (-1.0, 0.0, 1.0) for row in phi for v in row):
         best = herd(phi, lambda products, left: left[products.index(max(products))])
-        assert selectors.herding(pool).tolist() == best
+        assert geometric.herding(pool).tolist() == best
 
 
 def similarities(neighbors: np.ndarray, sqdist: np.ndarray) -> list[dict[int, int]]:
@@ -435,8 +436,8 @@ def test_least_alike_first_in_tiles_of_any_size(pool: Pool, c: int, tile: int, s
     cell = [numbers.setdefault(bits, int(rng.integers(0, c))) for bits in same_rows(pool)]
     centroids = (rng.integers(-2, 3, (c, pool.features.shape[1])) / 2).astype(np.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selectors, "_TILE", tile)
-        found = selectors.least_alike_first(pool.features, np.array(cell), centroids)
+        patch.setattr(geometric, "_TILE", tile)
+        found = geometric.least_alike_first(pool.features, np.array(cell), centroids)
     assert found.tolist() == least_alike_first(pool.features, cell, centroids)
 
 
@@ -455,7 +456,7 @@ def test_semdedup_trains_on_256_rows_a_cluster_by_a_hash() -> None:
         key = uids.hashed(pool.hi, pool.lo, salt=7, seed=seed)
         center = np.mean(np.array(unit(pool))[np.argsort(key)[:256]], axis=0)
         expected = least_alike_first(rows, [0] * 300, center[None].astype(np.float32))
-        assert selectors.semdedup(pool).tolist() == expected
+        assert geometric.semdedup(pool).tolist() == expected
 
 
 def test_semdedup_keeps_one_of_each_group_of_copies_in_many_clusters() -> None:
@@ -464,15 +465,15 @@ def test_semdedup_keeps_one_of_each_group_of_copies_in_many_clusters() -> None:
     source = np.concatenate([np.arange(300), rng.integers(0, 300, 400)])
     rng.shuffle(source)
     pool = make_pool(distinct[source])
-    found = selectors.semdedup(pool, rows_a_cluster=30)
+    found = geometric.semdedup(pool, rows_a_cluster=30)
     # the first of every group, wherever its cluster is; then copies by uid
     assert sorted(source[found[:300]].tolist()) == list(range(300))
     assert found[300:].tolist() == sorted(found[300:].tolist())
     kept = set(found[:300].tolist())
     assert all(min(np.flatnonzero(source == source[i])) in kept for i in range(700))
     # rows are compared within clusters only
-    assert found.tolist() != selectors.semdedup(pool).tolist()
-    assert found.tolist() != selectors.semdedup(
+    assert found.tolist() != geometric.semdedup(pool).tolist()
+    assert found.tolist() != geometric.semdedup(
         dataclasses.replace(pool, seed=1), rows_a_cluster=30
     ).tolist()  # fmt: skip
 
@@ -489,7 +490,7 @@ def test_semdedup_compares_within_the_cluster_that_k_means_finds() -> None:
     # with a seed that starts in all three groups k-means ends at their means
     expected = least_alike_first(rows, cell, centers)
     found = [
-        selectors.semdedup(make_pool(rows, seed=seed), rows_a_cluster=30).tolist()
+        geometric.semdedup(make_pool(rows, seed=seed), rows_a_cluster=30).tolist()
         for seed in range(8)
     ]
     assert expected in found
@@ -497,7 +498,7 @@ def test_semdedup_compares_within_the_cluster_that_k_means_finds() -> None:
 
 def test_semdedup_refuses_empty_clusters() -> None:
     with pytest.raises(UsageError, match="rows_a_cluster is 0"):
-        selectors.semdedup(make_pool(np.ones((2, 1), np.float16)), rows_a_cluster=0)
+        geometric.semdedup(make_pool(np.ones((2, 1), np.float16)), rows_a_cluster=0)
 
 
 @pytest.mark.parametrize("name", SELECTORS)

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 import d2filter
 from d2filter.algorithm import (
     backend,
+    density,
     features,
+    geometric,
     lists,
     refine,
     scores,
@@ -128,8 +130,8 @@ def results() -> list[np.ndarray]:
         features.sqdist_pairs(rows, neighbors[:71]),
         copies.group, copies.first, copies.start, copies.members, start, found, better.numbers,
         better.sqdist, merged.numbers, merged.sqdist, settled.numbers, settled.sqdist,
-        selectors.k_center(pool), selectors.herding(pool),
-        selectors.least_alike_first(raw, cell, raw[:3]), scores.negclip_loss(raw, raw[::-1]),
+        density.density(pool, rows_a_cluster=20), geometric.k_center(pool), geometric.herding(pool),
+        geometric.least_alike_first(raw, cell, raw[:3]), scores.negclip_loss(raw, raw[::-1]),
         scores.norm_sim(raw, raw[:70]), scores.prototypicality(raw, raw[:70]), ranked.rank,
         ranked.final, ranked.neighbors, ranked.sqdist,
     ]  # fmt: skip
@@ -140,7 +142,7 @@ def test_threads_and_blocks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> No
     expected = [one.tobytes() for one in results()]
     for module, name in (
         (features, "_BLOCK"), (lists, "_BLOCK"), (refine, "_LISTS"), (shortlist, "_MEASURED"),
-        (shortlist, "_SETTLED"), (selectors, "_VALUES"), (selectors, "_RAISED"),
+        (shortlist, "_SETTLED"), (geometric, "_VALUES"), (geometric, "_RAISED"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, 7)
     for count in (1, 2, 5):
@@ -196,7 +198,7 @@ def test_a_pool_is_ranked_without_openmp_from_threads_and_after_a_fork() -> None
 
 FAISS = """
 import os, numpy as np
-from d2filter.algorithm import backend, selectors
+from d2filter.algorithm import backend, geometric, selectors
 backend.use_threads(2)
 n = 3000
 rows = np.random.default_rng(0).normal(size=(n, 16)).astype(np.float32)
@@ -204,11 +206,11 @@ pool = selectors.Pool(
     hi=np.zeros(n, np.uint64), lo=np.arange(n, dtype=np.uint64), difficulty=rows[:, 0],
     features=rows, neighbors=np.full((n, 1), -1), sqdist=np.full((n, 1), np.inf, np.float32),
 )
-first = selectors.semdedup(pool)
+first = geometric.semdedup(pool)
 child = os.fork()
 if child == 0:
     backend.use_threads(2)
-    os._exit(0 if (selectors.semdedup(pool) == first).all() else 7)
+    os._exit(0 if (geometric.semdedup(pool) == first).all() else 7)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
 

@@ -1,0 +1,55 @@
+"""Ranking → copies of its samples, by their score: `select --soft` (`algorithm/soft.py`).
+
+The score is the one that decided the ranking: of D2 that when the sample was selected, so that
+copies share what one of them would have; of other methods the difficulty. What ranks after
+everything else, or below --min-score, gets no copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.algorithm import budget, messages, soft
+from d2filter.config import SelectConfig
+from d2filter.errors import UsageError
+
+I64 = npt.NDArray[np.int64]
+
+COLUMNS = ("uid_hi", "uid_lo", "difficulty", "forward", "final", "rank")
+"""what is read of a ranking"""
+
+
+def times(
+    columns: Mapping[str, npt.NDArray[Any]],
+    config: SelectConfig,
+    kept_first: str,
+    method: str,
+    sizes: Sequence[int],
+) -> list[I64]:
+    """Copies of each sample of a ranking, (n,) int64, for each number of samples in all.
+
+    columns: COLUMNS of the whole ranking, (n,) each, in any order of rows. Memory: about 60 bytes a
+    sample. Raises UsageError where no sample is left to choose from.
+    """
+    assert config.soft is not None
+    difficulty = columns["difficulty"].astype(np.float32)
+    among = columns["forward"] != messages.FLOOR
+    if config.min_score is not None:
+        raw = budget.raw_scores(difficulty, kept_first)
+        among &= budget.kept_mask(columns["rank"], raw, len(among), config.min_score)
+    rows = np.flatnonzero(among)
+    if not rows.size:
+        raise UsageError(f"no sample has a score of at least min-score {config.min_score}")
+    # a score below 0 says only that better neighbors stand for a sample
+    score = np.maximum(columns["final"][rows], 0) if method == "d2" else difficulty[rows]
+    hi, lo = columns["uid_hi"][rows].astype(np.uint64), columns["uid_lo"][rows].astype(np.uint64)
+    found = []
+    for size in sizes:
+        out = np.zeros(among.size, np.int64)
+        out[rows] = soft.copies(score, hi, lo, size, config.soft)
+        found.append(out)
+    return found
