@@ -1,8 +1,8 @@
 """What the report shows of a finished run, as arrays: counted over all ranked samples, or measured
 on a sample of them that a hash of the uid chooses.
 
-Reads ranking and graph once, a row group at a time. Memory: the features of the sample, and the
-uids of one catalog part.
+Reads ranking and graph a row group at a time. Memory: the features of the sample, the uids of one
+catalog part, and a byte for each ranked sample.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import baselines, budget, coverage, features, messages, uids
+from d2filter.algorithm import baselines, budget, coverage, distinct, features, messages, uids
 from d2filter.config import RankConfig, SelectConfig
 from d2filter.errors import InputError
-from d2filter.formats import catalog, ledger, tables
+from d2filter.formats import catalog, ledger, ranking, tables
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import Rows
@@ -39,6 +39,7 @@ FEWEST = 2
 _MARGIN = 1.2  # of the hash's bound: about as many as wanted must lie below it
 _FRACTIONS = tuple(Decimal(f) for f in ("0.05", "0.1", "0.2", "0.3", "0.4", "0.5", "0.7", "0.9"))
 _COLUMNS = ("uid_hi", "uid_lo", "difficulty", "forward", "final", "rank", "suppressed_by")
+_LISTS = ("neighbors", "sqdist")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +89,10 @@ class Drawn:
     spacing: F32
     """distance to the farthest neighbor in the list"""
     kept: Bools
+    neighbors: I64
+    """(m, k) places among the m of those in its list; −1 for others"""
+    sqdist: F32
+    """(m, k)"""
     features: features.F16 = field(repr=False)
 
 
@@ -99,25 +104,26 @@ class Subset:
     kept: Bools
     """(m,)"""
     nearest: F64
-    """(q,) distance of each held-out sample to the nearest kept one"""
-    cells: float
-    """share of the regions with a kept sample"""
+    """(q,) distance of each watched group to the nearest kept sample, 0 where a member is kept"""
+    measured: distinct.Measured
     score: float
     """mean difficulty of what is kept, raw"""
 
     @property
     def coverage(self) -> float:
-        """AUCpr: the mean of it."""
-        return float(self.nearest.mean())
+        """Of distinct groups."""
+        return self.measured.coverage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """Coverage of one ranking against the share that is kept."""
+    """Measures of one ranking by the share that is kept."""
 
     name: str
     fractions: tuple[float, ...]
     coverage: tuple[float, ...]
+    score: tuple[float, ...]
+    """mean difficulty of what is kept, raw"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +159,12 @@ class Measures:
     first: Ends
     last: Ends
     drawn: Drawn
+    near: float
+    """squared distance up to which samples are near-copies"""
+    groups: int
+    """groups of the m samples"""
+    crowding: distinct.Crowding
+    """of the kept ones among the m, whose lists are looked up in the whole pool"""
     own: Subset
     by_score: Subset
     at_random: Subset
@@ -194,9 +206,10 @@ def measure(folder: Folder, ends: int) -> Measures:
     chosen = SelectConfig.from_options(records["select"]["options"])
     size = int(records["select"]["stats"]["budget"])
     rule = Rule(size=size, min_score=chosen.min_score, kept_first=score["kept_first"])
-    pool, first, last = _read(folder, ranked, ends)
-    kept = rule.kept(pool["rank"], pool["difficulty"])
-    drawn = Drawn(**pool, kept=kept, features=_features(folder, pool["hi"], pool["lo"]))
+    kept_ids = _kept(folder, ranked, rule)
+    pool, among, first, last = _read(folder, ranked, ends, kept_ids)
+    drawn = Drawn(**pool, features=_features(folder, pool["hi"], pool["lo"]))
+    kept = drawn.kept
     method = records["rank"]["options"]["method"]
     name = "D2" if method == "d2" else method
     score_label = score_name(score)
@@ -207,15 +220,28 @@ def measure(folder: Folder, ends: int) -> Measures:
     raw = rule.raw(drawn.difficulty)
     count = sweep.cell_count(len(drawn.hi))
     cell = coverage.cells(drawn.features, drawn.hi, drawn.lo, count)
-    held = coverage.hold_out(drawn.features, drawn.hi, drawn.lo, sweep.HELD_OUT)
+    yardstick = distinct.Yardstick(
+        drawn.features, drawn.hi, drawn.lo, drawn.difficulty, drawn.neighbors, drawn.sqdist,
+        watched=sweep.WATCHED,
+    )  # fmt: skip
 
     def subset(name: str, kept: Bools) -> Subset:
+        nearest = yardstick.distances(kept)
         return Subset(
+            name=name, kept=kept, nearest=nearest, measured=yardstick.measure(kept, nearest),
+            score=_mean(raw, kept),
+        )  # fmt: skip
+
+    def curve(name: str, order: I64) -> Curve:
+        told = [f for f in _FRACTIONS if budget.floor_of(f, order.size)]
+        prefixes = [_first(order, budget.floor_of(f, order.size)) for f in told]
+        return Curve(
             name=name,
-            kept=kept,
-            nearest=coverage.nearest_kept(drawn.features, held, kept),
-            cells=coverage.cells_covered(cell, kept),
-            score=float(raw[kept].mean(dtype=np.float64)) if kept.any() else math.nan,
+            fractions=tuple(float(f) for f in told),
+            coverage=tuple(
+                distinct.closeness(yardstick.distances(one), yardstick.unit) for one in prefixes
+            ),
+            score=tuple(_mean(raw, one) for one in prefixes),
         )
 
     # one name, one curve: a run may itself be ranked at random
@@ -237,11 +263,14 @@ def measure(folder: Folder, ends: int) -> Measures:
         first=first,
         last=last,
         drawn=drawn,
+        near=yardstick.near,
+        groups=yardstick.groups.representative.size,
+        crowding=distinct.crowding_of(among, drawn.sqdist[kept], yardstick.near, yardstick.unit),
         own=subset(name, kept),
         by_score=subset(score_label, _first(by_score, size)),
         at_random=subset("random", _first(at_random, size)),
         everything=subset("everything", np.ones(kept.size, np.bool_)),
-        curves=tuple(_curve(n, order, drawn.features, held) for n, order in rankings.items()),
+        curves=tuple(curve(n, order) for n, order in rankings.items()),
         cells=_cells(drawn, raw, cell, count),
         swept=tuple(sweep.measured(folder)),
     )
@@ -257,8 +286,8 @@ def score_name(score: dict[str, str]) -> str:
 
 
 def rows_of(folder: Folder) -> Iterator[tuple[int, dict[str, Array]]]:
-    """The ranking and the spacing of its graph, a row group at a time, each with the graph id of
-    its first row.
+    """The ranking and the lists of its graph, a row group at a time, each with the graph id of its
+    first row.
     """
     start = 0
     for name in folder.sub("ranking").names(".parquet"):
@@ -270,14 +299,29 @@ def rows_of(folder: Folder) -> Iterator[tuple[int, dict[str, Array]]]:
             for number in range(ranking.num_row_groups):
                 table = ranking.read_row_group(number, columns=list(_COLUMNS))
                 rows = {column: tables.to_array(table.column(column)) for column in _COLUMNS}
-                near = lists.read_row_group(number, columns=["sqdist"])
-                rows["sqdist"] = tables.to_array(near.column("sqdist"))
+                near = lists.read_row_group(number, columns=list(_LISTS))
+                rows |= {column: tables.to_array(near.column(column)) for column in _LISTS}
                 yield start, rows
                 start += table.num_rows
 
 
-def _read(folder: Folder, ranked: int, ends: int) -> tuple[dict[str, Array], Ends, Ends]:
-    """Columns of the drawn samples by ascending uid, and the ends of the ranking."""
+def _kept(folder: Folder, ranked: int, rule: Rule) -> Bools:
+    """Which samples of the whole pool are kept, by graph id, (ranked,) bool."""
+    kept = np.zeros(ranked, np.bool_)
+    start = 0
+    for part in ranking.iter_columns(folder.sub("ranking"), ["rank", "difficulty"]):
+        size = part["rank"].size
+        kept[start : start + size] = rule.kept(part["rank"], part["difficulty"])
+        start += size
+    return kept
+
+
+def _read(
+    folder: Folder, ranked: int, ends: int, kept: Bools
+) -> tuple[dict[str, Array], Bools, Ends, Ends]:
+    """Columns of the drawn samples by ascending uid; for the kept ones which entries of their lists
+    are kept, (kept, k); and the ends of the ranking. kept: (ranked,) by graph id.
+    """
     bound = min(1.0, _MARGIN * SAMPLE / ranked) if ranked > SAMPLE else 1.0
     below = np.uint64(min(2**64 - 1, int(bound * 2**64)))
     parts: list[dict[str, Array]] = []
@@ -301,6 +345,9 @@ def _read(folder: Folder, ranked: int, ends: int) -> tuple[dict[str, Array], End
                 "lost": np.where(late | (some["suppressed_by"] < 0), 0.0, lost),
                 "suppressed_by": some["suppressed_by"],
                 "spacing": coverage.spacing(some["sqdist"]),
+                "kept": kept[start + chosen],
+                "neighbors": some["neighbors"],
+                "sqdist": some["sqdist"],
             }
         )
     pool = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -308,11 +355,23 @@ def _read(folder: Folder, ranked: int, ends: int) -> tuple[dict[str, Array], End
     ids, ranks = (np.concatenate(column) for column in zip(*outer, strict=True))
     order = np.argsort(ranks)
     first, last = order[:ends], order[max(0, order.size - ends) :]
+    drawn = {name: values[keep] for name, values in pool.items()}
+    lists = drawn["neighbors"]
+    among = ((lists >= 0) & kept[lists])[drawn["kept"]]
+    drawn["neighbors"] = _places(drawn["id"], lists)
     return (
-        {name: values[keep] for name, values in pool.items()},
+        drawn,
+        among,
         Ends(id=ids[first], rank=ranks[first]),
         Ends(id=ids[last], rank=ranks[last]),
     )
+
+
+def _places(ids: I64, wanted: I64) -> I64:
+    """Where each wanted graph id stands among distinct ones, same shape; −1 where it does not."""
+    order = np.argsort(ids)
+    at = np.minimum(np.searchsorted(ids[order], wanted), ids.size - 1)
+    return np.where(ids[order][at] == wanted, order[at], -1)
 
 
 def _features(folder: Folder, hi: uids.U64, lo: uids.U64) -> features.F16:
@@ -332,21 +391,14 @@ def _as_asked(config: RankConfig) -> RankConfig:
     return replace(config, gamma_forward=None) if config.gamma_forward == config.gamma else config
 
 
+def _mean(raw: F32, kept: Bools) -> float:
+    return float(raw[kept].mean(dtype=np.float64)) if kept.any() else math.nan
+
+
 def _first(order: I64, size: int) -> Bools:
     kept = np.zeros(order.size, np.bool_)
     kept[order[:size]] = True
     return kept
-
-
-def _curve(name: str, order: I64, rows: features.F16, held: coverage.HeldOut) -> Curve:
-    told = [f for f in _FRACTIONS if budget.floor_of(f, order.size)]
-    return Curve(
-        name=name,
-        fractions=tuple(float(f) for f in told),
-        coverage=tuple(
-            coverage.aucpr(rows, held, _first(order, budget.floor_of(f, order.size))) for f in told
-        ),
-    )
 
 
 def _cells(drawn: Drawn, raw: F32, cell: I64, count: int) -> Cells:

@@ -154,7 +154,7 @@ def _page(
             for reason, count in reasons.items()
         ],
         lost=m.stats["lost_shards"],
-        held=f"{m.own.nearest.size:,}",
+        watched=f"{m.own.nearest.size:,}",
         subsets=[(s, coverage.jaccard(m.own.kept, s.kept)) for s in subsets.values()],
         regions=_regions(m.cells),
         measures=sweep.MEASURES,
@@ -213,6 +213,11 @@ def _cards(m: measures.Measures) -> list[tuple[str, str, str]]:
         (f"{samples['ranked']:,}", "ranked", ""),
         (f"{samples['kept']:,}", "kept", f"{m.share:.1%} of the ranked"),
         (f"{samples['bad'] + samples['duplicate']:,}", "not ranked", "bad or duplicate"),
+        (
+            f"{m.crowding.copies:.1%}",
+            "of the kept have a kept near-copy",
+            f"within distance² {m.near:.3g}",
+        ),
         (
             f"{graph['recall']:.4f}",
             f"recall@{graph['k']} of the graph",

@@ -136,7 +136,7 @@ def test_every_tab_opens_with_its_plots_and_nothing_overflows(
               && !e.closest('.scroll')).map((e) => e.outerHTML.slice(0, 200))"""
         )
         assert over == []
-    assert len(plots) == 10
+    assert len(plots) == 11
 
 
 def test_a_caption_is_text_and_no_request_leaves_the_page(browser: Any, page: Path) -> None:
