@@ -369,7 +369,19 @@ def _run_pipeline(arguments: argparse.Namespace) -> None:
         return
 
     wanted = arguments.command == "run" and arguments.report
-    work.run(arguments.command, then=lambda: _renew_report(work, wanted))
+
+    def then() -> None:
+        _renew_report(work, wanted)
+        _say_alerts(work)
+
+    work.run(arguments.command, then=then)
+
+
+def _say_alerts(work: Pipeline) -> None:
+    from d2filter.tools import alerts
+
+    for line in alerts.find(alerts.read(work.out)):
+        _say(f"alert     {line}")
 
 
 def _renew_report(work: Pipeline, wanted: bool) -> None:

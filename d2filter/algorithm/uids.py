@@ -27,6 +27,7 @@ SALT_HELD_OUT = 9
 SALT_SHUFFLE = 10
 SALT_REPORT = 11
 SALT_CLASS = 12
+SALT_SELFCHECK = 21
 
 
 def ascending(hi: U64, lo: U64) -> I64:

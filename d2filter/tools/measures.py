@@ -34,6 +34,7 @@ Bools = npt.NDArray[np.bool_]
 
 SAMPLE = 100_000
 """ranked samples that measures are made on, where there are more"""
+CLIP_SCORE = "CLIP score"
 FEWEST = 2
 """ranked samples that can be measured"""
 _MARGIN = 1.2  # of the hash's bound: about as many as wanted must lie below it
@@ -165,6 +166,11 @@ class Measures:
     """groups of the m samples"""
     crowding: distinct.Crowding
     """of the kept ones among the m, whose lists are looked up in the whole pool"""
+    exact_copies: tuple[int, int]
+    """samples of the whole pool with a copy at distance 0, and kept ones with a kept one"""
+    shared_caption: tuple[int, str] | None
+    """how many of the m have the most frequent text embedding, and the first uid of them; None
+    where features hold no text"""
     own: Subset
     by_score: Subset
     at_random: Subset
@@ -207,7 +213,7 @@ def measure(folder: Folder, ends: int) -> Measures:
     size = int(records["select"]["stats"]["budget"])
     rule = Rule(size=size, min_score=chosen.min_score, kept_first=score["kept_first"])
     kept_ids = _kept(folder, ranked, rule)
-    pool, among, first, last = _read(folder, ranked, ends, kept_ids)
+    pool, among, exact, first, last = _read(folder, ranked, ends, kept_ids)
     drawn = Drawn(**pool, features=_features(folder, pool["hi"], pool["lo"]))
     kept = drawn.kept
     method = records["rank"]["options"]["method"]
@@ -265,6 +271,8 @@ def measure(folder: Folder, ends: int) -> Measures:
         drawn=drawn,
         near=yardstick.near,
         groups=yardstick.groups.representative.size,
+        exact_copies=exact,
+        shared_caption=_shared_caption(records["catalog"]["options"], drawn),
         crowding=distinct.crowding_of(among, drawn.sqdist[kept], yardstick.near, yardstick.unit),
         own=subset(name, kept),
         by_score=subset(score_label, _first(by_score, size)),
@@ -282,7 +290,7 @@ def score_name(score: dict[str, str]) -> str:
     is_clip = name == "clip_score" or (
         name.startswith("clip_") and name.endswith("_similarity_score")
     )
-    return "CLIP score" if is_clip else name
+    return CLIP_SCORE if is_clip else name
 
 
 def rows_of(folder: Folder) -> Iterator[tuple[int, dict[str, Array]]]:
@@ -318,10 +326,12 @@ def _kept(folder: Folder, ranked: int, rule: Rule) -> Bools:
 
 def _read(
     folder: Folder, ranked: int, ends: int, kept: Bools
-) -> tuple[dict[str, Array], Bools, Ends, Ends]:
+) -> tuple[dict[str, Array], Bools, tuple[int, int], Ends, Ends]:
     """Columns of the drawn samples by ascending uid; for the kept ones which entries of their lists
-    are kept, (kept, k); and the ends of the ranking. kept: (ranked,) by graph id.
+    are kept, (kept, k); copies at distance 0; and the ends of the ranking. kept: (ranked,) by graph
+    id.
     """
+    exact = exact_kept = 0
     bound = min(1.0, _MARGIN * SAMPLE / ranked) if ranked > SAMPLE else 1.0
     below = np.uint64(min(2**64 - 1, int(bound * 2**64)))
     parts: list[dict[str, Array]] = []
@@ -330,6 +340,10 @@ def _read(
         rank = rows["rank"]
         at = np.flatnonzero((rank < ends) | (rank >= ranked - ends))
         outer.append((start + at, rank[at]))
+        same = (rows["sqdist"] == 0) & (rows["neighbors"] >= 0)
+        own = kept[start : start + rank.size]
+        exact += int(same.any(axis=1).sum())
+        exact_kept += int((same & kept[rows["neighbors"]]).any(axis=1)[own].sum())
         key = uids.hashed(rows["uid_hi"], rows["uid_lo"], salt=uids.SALT_REPORT)
         chosen = np.flatnonzero(key <= below)
         some = {name: values[chosen] for name, values in rows.items()}
@@ -362,6 +376,7 @@ def _read(
     return (
         drawn,
         among,
+        (exact, exact_kept),
         Ends(id=ids[first], rank=ranks[first]),
         Ends(id=ids[last], rank=ranks[last]),
     )
@@ -389,6 +404,16 @@ def _features(folder: Folder, hi: uids.U64, lo: uids.U64) -> features.F16:
 def _as_asked(config: RankConfig) -> RankConfig:
     """A record names both kernel widths, also where one was given for both."""
     return replace(config, gamma_forward=None) if config.gamma_forward == config.gamma else config
+
+
+def _shared_caption(options: dict[str, Any], drawn: Drawn) -> tuple[int, str] | None:
+    if options["feature_type"] != "image|text" or options["feature_keys"]:
+        return None
+    copies = features.group_copies(drawn.features[:, drawn.features.shape[1] // 2 :])
+    sizes = np.diff(copies.start)
+    most = int(sizes.argmax())
+    row = copies.first[most : most + 1]
+    return int(sizes[most]), uid_format.to_hex(drawn.hi[row], drawn.lo[row])[0]
 
 
 def _mean(raw: F32, kept: Bools) -> float:

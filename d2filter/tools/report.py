@@ -12,18 +12,20 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import d2filter
 from d2filter.algorithm import coverage
 from d2filter.errors import RunStateError, UsageError
 from d2filter.formats.paths import Folder
-from d2filter.formats.runstate import REPORT, RunState
+from d2filter.formats.runstate import REPORT, REPORT_DATA, RunState
 from d2filter.text import redacted
-from d2filter.tools import album, gallery, measures, plots, sweep
+from d2filter.tools import album, alerts, gallery, measures, plots, selfcheck, sweep
 
 GALLERY = 12
 MOST_BYTES = 20_000_000
@@ -65,18 +67,51 @@ def report(
     pictures = album.Album(pictures={}, troubles=())
     if galleries:
         pictures = album.look_up(folder, galleries, shards, asked=each is not None, say=say)
-    page = render(folder, m, galleries, pictures)
-    _publish(folder, page, m.records["select"]["fingerprint"])
+    data = {**counted(m), "selfcheck": selfcheck.of_run(folder)}
+    found = alerts.find(alerts.Facts(records=m.records, counted=data))
+    page = render(folder, m, galleries, pictures, found, data["selfcheck"])
+    _publish(folder, page, data)
     return folder.where(REPORT)
 
 
-def _publish(folder: Folder, page: str, selection: str) -> None:
+def counted(m: measures.Measures) -> dict[str, Any]:
+    """What report.json holds: figures that were counted on samples, for alerts and programs."""
+    raw = np.sort(m.raw)
+    found: dict[str, Any] = {
+        "select": m.records["select"]["fingerprint"],
+        "measured_on": raw.size,
+        "ranked": m.ranked,
+        "groups": m.groups,
+        "kept_by": {
+            subset.name: {**asdict(subset.measured), "score": subset.score}
+            for subset in (m.own, m.by_score, m.at_random)
+            if subset.kept.any()
+        },
+        "near_copies": {"share_of_kept": m.crowding.copies, "sqdist": m.near},
+        "exact_copies": dict(zip(("samples", "kept"), m.exact_copies, strict=True)),
+        "scores": {
+            "name": m.score,
+            "is_clip": m.score == measures.CLIP_SCORE,
+            "lower_quartile": float(raw[raw.size // 4]),
+            "median": float(raw[raw.size // 2]),
+            "upper_quartile": float(raw[(3 * raw.size) // 4]),
+            "not_positive": float((raw <= 0).mean()),
+        },
+    }
+    if m.shared_caption is not None:
+        count, uid = m.shared_caption
+        found["shared_caption"] = {"samples": count, "looked_at": raw.size, "uid": uid}
+    return found
+
+
+def _publish(folder: Folder, page: str, data: dict[str, Any]) -> None:
     """Put a page in the place of the one before, of whatever selection that was.
 
     The note of which selection a report shows is made invalid first: after a crash in between, the
     report is made again rather than taken for that of the selection before.
     """
     state = RunState(folder)
+    selection = data["select"]
     now = state.done("select")
     if now is None or now["fingerprint"] != selection:
         raise RunStateError(
@@ -85,6 +120,7 @@ def _publish(folder: Folder, page: str, selection: str) -> None:
     state.note_report("")
     with folder.publish(REPORT) as path:
         path.write_text(page, "utf-8")
+    folder.publish_json(REPORT_DATA, data)
     state.note_report(selection)
 
 
@@ -105,19 +141,21 @@ def render(
     m: measures.Measures,
     galleries: Sequence[gallery.Gallery],
     pictures: album.Album,
+    found: Sequence[str] = (),
+    checked: dict[str, Any] | None = None,
 ) -> str:
     """The page, of at most MOST_BYTES: what does not fit is left out, and it says so."""
     drawn = [(name, _script_json(_item(plot))) for name, plot in plots.all_plots(m).items()]
     nothing = album.Album(pictures={}, troubles=pictures.troubles)
-    bare = _page(folder, m, galleries, nothing, drawn)
+    bare = _page(folder, m, galleries, nothing, drawn, found, checked)
     while galleries and len(bare.encode()) > MOST_BYTES:
         halved = [replace(one, groups=one.groups[: len(one.groups) // 2]) for one in galleries]
         galleries = [one for one in halved if one.groups]
-        bare = _page(folder, m, galleries, nothing, drawn)
+        bare = _page(folder, m, galleries, nothing, drawn, found, checked)
     if not galleries:
         return bare
     pictures = _fitting(pictures, galleries, MOST_BYTES - len(bare.encode()))
-    return _page(folder, m, galleries, pictures, drawn)
+    return _page(folder, m, galleries, pictures, drawn, found, checked)
 
 
 def _page(
@@ -126,6 +164,8 @@ def _page(
     galleries: Sequence[gallery.Gallery],
     pictures: album.Album,
     drawn: Sequence[tuple[str, Any]],
+    found: Sequence[str],
+    checked: dict[str, Any] | None,
 ) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -145,6 +185,9 @@ def _page(
         out=redacted(folder.url),
         title=f"{redacted(folder.url).rstrip('/').rpartition('/')[2]} · d2filter",
         headline=_headline(m),
+        alerts=found,
+        checked=checked or {},
+        rates=_rates(checked or {}),
         tabs=list(tabs.items()),
         cards=_cards(m),
         flow=_flow(m),
@@ -245,6 +288,18 @@ def _flow(m: measures.Measures) -> list[dict[str, Any]]:
             "says": f"{samples[name]:,} {label}",
         }
         for name, label in labels.items()
+    ]
+
+
+def _rates(checked: dict[str, Any]) -> list[tuple[str, float, float, float, float, bool]]:
+    """Of the self-check, by share kept: the rate, its interval, that of the score alone, and
+    whether it is the budget of this run.
+    """
+    rows = sorted(checked.get("rates", {}).values(), key=lambda r: float(r["share_kept"]))
+    own = checked.get("at_budget")
+    return [
+        (f"{r['share_kept']:.0%}", r["kept"], r["low"], r["high"], r["by_score"], r == own)
+        for r in rows
     ]
 
 
