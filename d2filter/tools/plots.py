@@ -258,6 +258,19 @@ def pareto(m: Measures) -> Any:
     return _with_legend(plot, "bottom_left")
 
 
+def trials(dots: list[tuple[str, float, float]], chosen: str) -> Any:
+    """Mean score against coverage of settings: (name, score, coverage) each, one of them chosen."""
+    plot = _figure("mean score of what is kept", _COVERAGE, height=420)
+    plot.x_range.range_padding = 0.2  # room for names
+    for color, marker, size, own in ((_SWEPT[0], "square", 8, False), (_OWN, "diamond", 15, True)):
+        some = [dot for dot in dots if (dot[0] == chosen) == own]
+        source = _finite(
+            x=[x for _, x, _ in some], y=[y for _, _, y in some], name=[n for n, _, _ in some]
+        )
+        _named(plot, source, color, marker, size, labels=own)
+    return plot
+
+
 def _told_apart(settings: list[str]) -> list[str]:
     """Settings in the words that not all of them share."""
     words = [setting.split() for setting in settings]

@@ -7,25 +7,19 @@ web. Plots are Bokeh's, whose script is the smallest that can be carried along (
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import d2filter
 from d2filter.algorithm import coverage
 from d2filter.errors import RunStateError, UsageError
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import REPORT, REPORT_DATA, RunState
 from d2filter.text import redacted
-from d2filter.tools import album, alerts, gallery, measures, plots, selfcheck, sweep
+from d2filter.tools import album, alerts, gallery, measures, pages, plots, selfcheck, sweep
 
 GALLERY = 12
 MOST_BYTES = 20_000_000
@@ -145,7 +139,7 @@ def render(
     checked: dict[str, Any] | None = None,
 ) -> str:
     """The page, of at most MOST_BYTES: what does not fit is left out, and it says so."""
-    drawn = [(name, _script_json(_item(plot))) for name, plot in plots.all_plots(m).items()]
+    drawn = pages.drawn(plots.all_plots(m))
     nothing = album.Album(pictures={}, troubles=pictures.troubles)
     bare = _page(folder, m, galleries, nothing, drawn, found, checked)
     while galleries and len(bare.encode()) > MOST_BYTES:
@@ -163,24 +157,18 @@ def _page(
     m: measures.Measures,
     galleries: Sequence[gallery.Gallery],
     pictures: album.Album,
-    drawn: Sequence[tuple[str, Any]],
+    drawn: Sequence[tuple[str, str]],
     found: Sequence[str],
     checked: dict[str, Any] | None,
 ) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    home = Path(__file__).parent / "page"
-    scripts = [_bokeh(), (home / "report.js").read_text("utf-8")]
-    environment = Environment(
-        loader=FileSystemLoader(home), autoescape=True, undefined=StrictUndefined
-    )
     tabs = {"overview": "Overview", "scores": "Scores", "coverage": "Coverage"}
     tabs |= {"sweep": "Sweep"} if m.swept else {}
     tabs |= {"pictures": "Pictures"} if galleries else {}
     tabs |= {"settings": "Settings"}
     subsets = {one.name: one for one in (m.own, m.by_score, m.at_random, m.everything)}
-    return environment.get_template("report.html").render(
+    return pages.render(
+        "report.html",
+        drawn,
         m=m,
         out=redacted(folder.url),
         title=f"{redacted(folder.url).rstrip('/').rpartition('/')[2]} · d2filter",
@@ -204,14 +192,6 @@ def _page(
         galleries=galleries,
         album=pictures,
         settings=_settings(m),
-        version=d2filter.__version__,
-        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        # what is made here, and nothing that a user's data could reach, goes in as it is
-        css=Markup((home / "report.css").read_text("utf-8")),
-        plots=[(name, Markup(text)) for name, text in drawn],
-        stand_ins=Markup(_script_json(plots.STAND_INS)),
-        scripts=[Markup(text) for text in scripts],
-        script_hashes=Markup(" ".join(f"'sha256-{_sha256(text)}'" for text in scripts)),
     )
 
 
@@ -331,25 +311,3 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _item(plot: Any) -> Any:
-    from bokeh.embed import json_item
-
-    return json_item(plot)
-
-
-def _script_json(value: Any) -> str:
-    """JSON that can stand in a script element whatever strings it holds."""
-    return json.dumps(value).replace("<", "\\u003c")
-
-
-def _bokeh() -> str:
-    import bokeh
-
-    path = Path(bokeh.__file__).parent / "server/static/js/bokeh.min.js"
-    return path.read_text("utf-8")
-
-
-def _sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")

@@ -50,11 +50,8 @@ class Prepared:
 
     def rates(self, config: RankConfig, fractions: Iterable[Decimal]) -> dict[str, Figures]:
         """By budget: the rates at which a setting, and the score alone, keep swapped captions."""
-        part, k = self.known.part, config.n_neighbors
-        narrow = self.known
-        if k and k < part.neighbors.shape[1]:
-            narrow = others.KnownPool(others.narrowed(part, k), self.known.rows)
-        rank, _ = others.ranks_of(narrow, config)
+        part = self.known.part
+        rank = ranks(self.known, config)
         by_score = selfcheck.rank_by_score(part.difficulty, part.hi, part.lo)
         found = {}
         for fraction in fractions:
@@ -70,24 +67,33 @@ class Prepared:
         return found
 
 
-def prepare(folder: Folder, say: Say = lambda line: None) -> Prepared | str:
-    """The pool of a finished graph with captions swapped, or why it cannot be made."""
+def load(folder: Folder, say: Say = lambda line: None) -> others.KnownPool:
+    """A pool with its graph and features, ascending by uid: whole up to MOST samples, else SAMPLED
+    of them with a graph of their own, which is said. Classes are not known of a sample.
+    """
     state = RunState(folder)
-    record, made = state.require("catalog"), state.require("graph")
-    options = record["options"]
+    k = int(state.require("graph")["stats"]["k"])
+    ranked = int(state.require("catalog")["stats"]["samples"]["ranked"])
+    if ranked <= MOST:
+        return _whole(folder, k)
+    say(
+        f"on {SAMPLED:,} of {ranked:,} samples, chosen by a hash of the uid, with a graph of theirs"
+    )
+    return _sampled(folder, k, ranked)
+
+
+def prepare(folder: Folder, known: others.KnownPool) -> Prepared | str:
+    """A loaded pool with captions swapped, or why it cannot be made."""
+    record = RunState(folder).require("catalog")
+    options, ranked = record["options"], int(record["stats"]["samples"]["ranked"])
+    part = known.part
     if options["feature_type"] != "image|text" or options["feature_keys"]:
         return "the features are not an image and a text half"
-    ranked, k = int(record["stats"]["samples"]["ranked"]), int(made["stats"]["k"])
     if ranked < 2 * selfcheck.LEAST:
         return f"{ranked} samples are too few"
-    if ranked > MOST and graph.has_groups(folder.sub("graph")):
+    if len(part.hi) < ranked and graph.has_groups(folder.sub("graph")):
         return f"{ranked:,} samples with classes are too many"
-    if ranked > MOST:
-        say(f"self-check on {SAMPLED:,} of {ranked:,} samples, chosen by a hash of the uid")
-    known = _whole(folder, k) if ranked <= MOST else _sampled(folder, k, ranked)
-    part = known.part
-    cosine = selfcheck.cosines(known.rows)
-    line = selfcheck.fit(cosine, part.difficulty)
+    line = selfcheck.fit(selfcheck.cosines(known.rows), part.difficulty)
     if abs(line.correlation) < selfcheck.CORRELATION:
         return (
             "the score is not the cosine of the two halves (their correlation is "
@@ -97,22 +103,30 @@ def prepare(folder: Folder, say: Say = lambda line: None) -> Prepared | str:
     swapped, partner = selfcheck.choose(known.rows, part.hi, part.lo, near)
     if swapped.size < selfcheck.LEAST:
         return f"{swapped.size} distinct pairs are too few"
-    made_of = selfcheck.splice(
+    made = selfcheck.splice(
         known.rows, part.difficulty, part.neighbors, part.sqdist, swapped, partner, line
     )
     spliced = graph.GraphPart(
-        hi=part.hi, lo=part.lo, difficulty=made_of.difficulty, neighbors=made_of.neighbors,
-        sqdist=made_of.sqdist, group=part.group,
+        hi=part.hi, lo=part.lo, difficulty=made.difficulty, neighbors=made.neighbors,
+        sqdist=made.sqdist, group=part.group,
     )  # fmt: skip
     return Prepared(
-        known=others.KnownPool(spliced, made_of.rows), swapped=swapped,
+        known=others.KnownPool(spliced, made.rows), swapped=swapped,
         correlation=line.correlation, ranked=ranked,
     )  # fmt: skip
 
 
+def ranks(known: others.KnownPool, config: RankConfig) -> I64:
+    """Ranks of a loaded pool by a setting, with as many neighbors as it asks for, (n,)."""
+    k = config.n_neighbors
+    if k and k < known.part.neighbors.shape[1]:
+        known = others.KnownPool(others.narrowed(known.part, k), known.rows)
+    return others.ranks_of(known, config)[0]
+
+
 def of_run(folder: Folder) -> Figures:
     """The self-check of the setting of a finished run, as report.json holds it."""
-    prepared = prepare(folder)
+    prepared = prepare(folder, load(folder))
     if isinstance(prepared, str):
         return {"why_not": prepared}
     state = RunState(folder)

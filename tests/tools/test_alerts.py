@@ -130,7 +130,7 @@ def of_arch(arch: str) -> alerts.Facts:
             alerts.other_budget,
             [ranked(0.3, 100), ranked("0.3", 100)],
             "0.1 of the ranked samples is kept, and gamma was tuned for 0.3",
-            [ranked(0.3, 300), ranked(0.3, 450), ranked(0.3, 200), ranked(None, 100), facts()],
+            [ranked(0.3, 300), ranked(0.3, 449), ranked(0.3, 201), ranked(None, 100), facts()],
         ),
     ],
 )

@@ -29,7 +29,7 @@ from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import RunState
 from d2filter.tools import album as albums
-from d2filter.tools import gallery, measures, plots, report
+from d2filter.tools import gallery, measures, pages, plots, report
 
 pytestmark = pytest.mark.usefixtures("cluster", "reports")
 
@@ -227,7 +227,7 @@ def test_the_policy_lets_in_the_scripts_of_the_page_and_nothing_else(run: Path) 
 
 
 def test_what_is_no_json_cannot_leave_a_script_element() -> None:
-    text = report._script_json({"a": "</script><script>alert(1)</script>"})
+    text = pages._script_json({"a": "</script><script>alert(1)</script>"})
     assert "<" not in text
     assert json.loads(text) == {"a": "</script><script>alert(1)</script>"}
 
