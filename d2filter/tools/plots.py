@@ -244,7 +244,7 @@ def pareto(m: Measures) -> Any:
         x=[row["score"] for row in rows], y=[row["coverage"] for row in rows],
         name=_told_apart([row["setting"] for row in rows]),
     )  # fmt: skip
-    _named(plot, near, _SWEPT[0], "square", 8, labels=len(rows) <= _MOST_LABELS)
+    _named(plot, near, _SWEPT[0], "square", 8, label="name" * (len(rows) <= _MOST_LABELS))
     for subset, color in _subsets(m):
         name = "this run" if subset is m.own else subset.name
         found = _finite(x=[subset.score], y=[subset.coverage], name=[name])
@@ -267,7 +267,8 @@ def trials(dots: list[tuple[str, float, float]], chosen: str) -> Any:
         source = _finite(
             x=[x for _, x, _ in some], y=[y for _, _, y in some], name=[n for n, _, _ in some]
         )
-        _named(plot, source, color, marker, size, labels=own)
+        source.data["label"] = ["recommended" * own for _ in source.data["name"]]
+        _named(plot, source, color, marker, size, label="label")
     return plot
 
 
@@ -279,19 +280,19 @@ def _told_apart(settings: list[str]) -> list[str]:
 
 
 def _named(
-    plot: Any, source: Any, color: str, marker: str, size: int, *, labels: bool = True
+    plot: Any, source: Any, color: str, marker: str, size: int, *, label: str = "name"
 ) -> None:
-    """Dots with their names beside them."""
+    """Dots with what a column holds beside them; empty: nothing."""
     from bokeh.models import LabelSet
 
     dots = plot.scatter(
         x="x", y="y", source=source, color=color, marker=marker, size=size, line_color=_PAPER
     )
     _hover(plot, dots, _PARETO)
-    if labels:
+    if label:
         plot.add_layout(
             LabelSet(
-                x="x", y="y", text="name", source=source, x_offset=8, y_offset=4,
+                x="x", y="y", text=label, source=source, x_offset=8, y_offset=4,
                 text_font_size="11px", text_color=_INK,
             )
         )  # fmt: skip

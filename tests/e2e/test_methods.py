@@ -225,7 +225,9 @@ def test_help_names_every_score_method_and_recipe_on_a_line(
         assert name in begins
 
 
-@pytest.mark.parametrize("command", ["embed", "graph", "rank", "select", "sweep", "verify", "demo"])
+@pytest.mark.parametrize(
+    "command", ["embed", "graph", "rank", "select", "sweep", "advise", "verify", "demo"]
+)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         run(command, "--help")
