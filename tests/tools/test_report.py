@@ -29,7 +29,7 @@ from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import RunState
 from d2filter.tools import album as albums
-from d2filter.tools import gallery, measures, pages, plots, report
+from d2filter.tools import drawn, gallery, measures, pages, plots, report
 
 pytestmark = pytest.mark.usefixtures("cluster", "reports")
 
@@ -128,7 +128,7 @@ def test_the_measures_are_those_of_the_whole_files(run: Path) -> None:
 def test_a_large_pool_is_measured_on_samples_that_only_their_uids_choose(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measures, "SAMPLE", 50)
+    monkeypatch.setattr(drawn, "SAMPLE", 50)
     words = ["run", "--metadata-dir", str(run), "--out-dir", str(tmp_path / "p")]
     words[2] = json.loads((run / "completions/catalog.json").read_text())["sources"]["metadata"]
     assert main([*words, "--n-neighbors", "4", "--min-score", "0.65", "--no-report"]) == 0
@@ -579,9 +579,9 @@ def test_a_column_with_an_odd_name_is_only_a_name(tmp_path: Path) -> None:
         for axis in plot.axis
     ]
     assert not any("$" in label for label in labels)
-    drawn = plots.all_plots(measures.measure(Folder(str(tmp_path / "o")), 1)).values()
+    figures = plots.all_plots(measures.measure(Folder(str(tmp_path / "o")), 1)).values()
     tips = [
-        text for plot in drawn for tool in plot.hover for pair in tool.tooltips for text in pair
+        text for plot in figures for tool in plot.hover for pair in tool.tooltips for text in pair
     ]
     assert not any("SPOOF" in tip for tip in tips)  # there it would be HTML
 
