@@ -315,6 +315,13 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     packing.add_argument("--shard-size", type=int, default=10000, help="pairs in a shard")
     sweeping = command("sweep", "many rankings of one graph, measured side by side", _run_sweep)
     options.sweep(sweeping)
+    advising = command(
+        "advise", "k, gamma, copies and a budget for this pool, and why", _run_advise
+    )
+    advising.add_argument("out_dir", metavar="OUT", help="run directory with a finished graph")
+    advising.add_argument(
+        "--fraction", default="", help="share to keep (default: that of the run, or 0.3)"
+    )
     resharding = command(
         "reshard", "shards + subset → new shards of the kept samples", _run_reshard
     )
@@ -369,7 +376,19 @@ def _run_pipeline(arguments: argparse.Namespace) -> None:
         return
 
     wanted = arguments.command == "run" and arguments.report
-    work.run(arguments.command, then=lambda: _renew_report(work, wanted))
+
+    def then() -> None:
+        _renew_report(work, wanted)
+        _say_alerts(work)
+
+    work.run(arguments.command, then=then)
+
+
+def _say_alerts(work: Pipeline) -> None:
+    from d2filter.tools import alerts
+
+    for line in alerts.find(alerts.read(work.out)):
+        _say(f"alert     {line}")
 
 
 def _renew_report(work: Pipeline, wanted: bool) -> None:
@@ -445,6 +464,16 @@ def _run_sweep(arguments: argparse.Namespace) -> None:
     _say("")
     _say(f"all measures: {folder.where('sweep/table.csv')}  plot: {folder.where('sweep/plot.png')}")
     _say(f"`d2filter report {folder.url}` shows them beside the rest")
+
+
+def _run_advise(arguments: argparse.Namespace) -> None:
+    from d2filter.formats.paths import Folder, absolute
+    from d2filter.tools import advise
+
+    folder = Folder(absolute(arguments.out_dir))
+    found = advise.advise(folder, fraction=arguments.fraction, say=_say)
+    for line in ("", *advise.table(found), "", f"all of it: {folder.where(advise.PAGE)}"):
+        _say(line)
 
 
 def _run_verify(arguments: argparse.Namespace) -> None:

@@ -381,7 +381,7 @@ def rank(parser: argparse.ArgumentParser) -> None:
         const=0.0,
         default=default.collapse_copies,
         metavar="SQDIST",
-        help="of neighbors up to this squared distance (0: identical; auto: a twentieth of the pool's "
+        help="of neighbors up to this squared distance (0: identical; auto: 1/20 of the pool's "
         "median to the k-th neighbor; none) the best one stays, the others rank after everything "
         "else (default: auto)",
     )

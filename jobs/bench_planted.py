@@ -79,6 +79,7 @@ class Candidate:
         return config.RankConfig(
             method=self.method,
             gamma=self.gamma,
+            kernel="rbf",
             gamma_scale=self.scale,
             collapse_copies=self.copies,
         )
@@ -233,7 +234,7 @@ class Planted:
         if candidate.method == BEST:
             return metrics.best_order(self.group, self.swapped)
         known = self.known[candidate.k]
-        rank, _ = others.ranks_of(known, candidate.rank_config)
+        rank, _, _ = others.ranks_of(known, candidate.rank_config)
         return np.argsort(rank[known.order], kind="stable").astype(np.int64, copy=False)
 
     def judge(self, order: metrics.I64, fraction: float) -> Row:

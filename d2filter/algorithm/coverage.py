@@ -19,7 +19,7 @@ Bools = npt.NDArray[np.bool_]
 
 DECILES = 10
 
-_NEAREST = 256  # of a held-out sample, looked through before the whole pool is
+LOOKED_THROUGH = 256  # nearest ones of a sample, before all that is kept is
 _BLOCK = 8192
 
 
@@ -47,7 +47,7 @@ def hold_out(
         raise ValueError("coverage needs two samples at least")
     chosen = uids.hash_sample(hi, lo, min(size, n // 2), salt=uids.SALT_HELD_OUT, seed=seed)
     others = np.setdiff1d(np.arange(n), chosen)
-    near, distance = _nearest(rows, rows[chosen], others, min(_NEAREST, others.size))
+    near, distance = nearest(rows, rows[chosen], others, min(LOOKED_THROUGH, others.size))
     return HeldOut(rows=chosen, neighbors=near, distance=distance)
 
 
@@ -64,18 +64,27 @@ def nearest_kept(rows: features.F16, held: HeldOut, kept: Bools) -> F64:
 
     rows: (n, d). kept: (n,) bool. inf when nothing is kept but held-out samples.
     """
-    there = kept[held.neighbors]
+    others = kept.copy()
+    others[held.rows] = False
+    return to_kept(rows, held.rows, held.neighbors, held.distance, others)
+
+
+def to_kept(rows: features.F16, chosen: I64, near: I64, distance: F32, kept: Bools) -> F64:
+    """Distance of some samples to the nearest kept one, (q,) float64; inf when nothing is kept.
+
+    rows: (n, d) features. chosen: (q,) rows. near, distance: (q, m) what lies nearest to each, see
+    `nearest`; looked through before all that is kept. kept: (n,) bool.
+    """
+    there = kept[near]
     first = np.argmax(there, axis=1)
-    distance: F64 = held.distance[np.arange(first.size), first].astype(np.float64)
+    found: F64 = distance[np.arange(first.size), first].astype(np.float64)
     far = ~there.any(axis=1)
     if far.any():
-        others = kept.copy()
-        others[held.rows] = False
-        candidates = np.flatnonzero(others)
+        candidates = np.flatnonzero(kept)
         if not candidates.size:
             return np.full(first.size, np.inf)
-        distance[far] = _nearest(rows, rows[held.rows[far]], candidates, 1)[1][:, 0]
-    return distance
+        found[far] = nearest(rows, rows[chosen[far]], candidates, 1)[1][:, 0]
+    return found
 
 
 def kept_by_decile(values: npt.NDArray[np.floating], kept: Bools) -> F64:
@@ -115,26 +124,13 @@ def cells(rows: features.F16, hi: uids.U64, lo: uids.U64, count: int, *, seed: i
     return out
 
 
-def cells_covered(cell: I64, kept: Bools) -> float:
-    """Share of the cells that have a kept sample. cell, kept: (n,)."""
-    return np.unique(cell[kept]).size / np.unique(cell).size
-
-
-def copies_left(neighbors: I64, sqdist: F32, kept: Bools, near: float) -> float:
-    """Share of the kept samples that have a kept neighbor within the squared distance `near`.
-    neighbors, sqdist: (n, k). 0 when nothing is kept.
-    """
-    close = (neighbors >= 0) & (sqdist <= np.float32(near)) & kept[neighbors]
-    return float(close.any(axis=1)[kept].mean()) if kept.any() else 0.0
-
-
 def jaccard(a: Bools, b: Bools) -> float:
     """|A ∩ B| / |A ∪ B| of two subsets of one pool, (n,) bool; 1 for two empty ones."""
     union = int((a | b).sum())
     return int((a & b).sum()) / union if union else 1.0
 
 
-def _nearest(rows: features.F16, queries: features.F16, among: I64, m: int) -> tuple[I64, F32]:
+def nearest(rows: features.F16, queries: features.F16, among: I64, m: int) -> tuple[I64, F32]:
     """The m rows of `among` (ascending) nearest to each query, nearest first, and distances."""
     wide = queries.astype(np.float32)
     near = np.empty((len(queries), 0), np.int64)

@@ -32,6 +32,7 @@ SALT_PAIRS = 14
 SALT_JOIN = 15
 SALT_SOFT = 16
 SALT_DENSITY = 17
+SALT_SELFCHECK = 18
 
 
 def ascending(hi: U64, lo: U64) -> I64:

@@ -24,6 +24,7 @@ from d2filter.formats.paths import FileInfo, Folder, checksum, read_jsons, remov
 
 STAGES = ("embed", "catalog", "graph", "rank", "select")
 REPORT = "report.html"
+REPORT_DATA = "report.json"
 # stages whose outputs stay in place while others are made, and are replaced file by file
 _REPLACED = ("select",)
 _REPORTED = "completions/report.json"
@@ -301,6 +302,7 @@ class RunState:
         """Remove the report: what it shows is there no more."""
         self.folder.remove(_REPORTED)
         self.folder.remove(REPORT)
+        self.folder.remove(REPORT_DATA)
 
     def finish(
         self, plan: Plan, *, seconds: float, peak_rss_bytes: int, stats: dict[str, Any]

@@ -279,8 +279,6 @@ class Pipeline:
             "stage finished", stage=plan.stage, seconds=round(seconds, 3), **logs.told(figures)
         )
         self._say(f"{plan.stage:<9} {_brief(plan.stage, figures)} ({seconds:.1f} s)")
-        for alert in figures.get("alerts", ()):
-            self._say(f"alert     {alert}")
 
     def _judge(self, stats: dict[str, Any], stages: Sequence[str]) -> None:
         """Raise what a finished command still has to say through its exit code."""

@@ -1,31 +1,27 @@
 """What the report shows of a finished run, as arrays: counted over all ranked samples, or measured
 on a sample of them that a hash of the uid chooses.
-
-Reads ranking and graph once, a row group at a time. Memory: the features of the sample, and the
-uids of one catalog part.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import baselines, budget, coverage, features, messages, uids
+from d2filter.algorithm import baselines, budget, coverage, distinct, features
 from d2filter.config import RankConfig, SelectConfig
 from d2filter.errors import InputError
-from d2filter.formats import catalog, ledger, tables
+from d2filter.formats import ledger
 from d2filter.formats import subset as subsets
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
-from d2filter.formats.rows import Rows
 from d2filter.formats.runstate import RunState
 from d2filter.tools import sweep
+from d2filter.tools.drawn import Drawn, Ends, Rule, features_of, kept_ids, read
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
@@ -33,68 +29,10 @@ F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-SAMPLE = 100_000
-"""ranked samples that measures are made on, where there are more"""
+CLIP_SCORE = "CLIP score"
 FEWEST = 2
 """ranked samples that can be measured"""
-_MARGIN = 1.2  # of the hash's bound: about as many as wanted must lie below it
 _FRACTIONS = tuple(Decimal(f) for f in ("0.05", "0.1", "0.2", "0.3", "0.4", "0.5", "0.7", "0.9"))
-_COLUMNS = ("uid_hi", "uid_lo", "difficulty", "forward", "final", "rank", "suppressed_by")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
-    """What the run keeps of its ranking."""
-
-    size: int
-    min_score: float | None
-    kept_first: str
-    """the end of the score that goes first: high or low"""
-    pairs: uids.U64 | None = None
-    """(n, 2) uids of a soft selection, ascending, with its repeats; None: a prefix is kept"""
-
-    def kept(self, rank: I64, difficulty: F32, hi: uids.U64, lo: uids.U64) -> Bools:
-        """Which samples are kept, (n,); difficulty: as it is ranked."""
-        if self.pairs is not None:
-            there: Bools = uids.positions(self.pairs[:, 0], self.pairs[:, 1], hi, lo) >= 0
-            return there
-        return budget.kept_mask(rank, self.raw(difficulty), self.size, self.min_score)
-
-    def raw(self, difficulty: F32) -> F32:
-        """Difficulty as the metadata had it, (n,)."""
-        return budget.raw_scores(difficulty, self.kept_first)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ends:
-    """The first or last samples of a ranking, best first, (m,) each."""
-
-    id: I64
-    """graph ids"""
-    rank: I64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Drawn:
-    """m samples, by ascending uid, (m,) each."""
-
-    id: I64
-    """graph ids"""
-    hi: uids.U64
-    lo: uids.U64
-    difficulty: F32
-    """as it is ranked: high goes first"""
-    rank: I64
-    """in the whole ranking"""
-    lost: F64
-    """what was taken from its score, in units of the normalized difficulty; 0 for those that rank
-    after everything else"""
-    suppressed_by: I64
-    """graph id, −1 for none"""
-    spacing: F32
-    """distance to the farthest neighbor in the list"""
-    kept: Bools
-    features: features.F16 = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,25 +43,26 @@ class Subset:
     kept: Bools
     """(m,)"""
     nearest: F64
-    """(q,) distance of each held-out sample to the nearest kept one"""
-    cells: float
-    """share of the regions with a kept sample"""
+    """(q,) distance of each watched group to the nearest kept sample, 0 where a member is kept"""
+    measured: distinct.Measured
     score: float
     """mean difficulty of what is kept, raw"""
 
     @property
     def coverage(self) -> float:
-        """AUCpr: the mean of it."""
-        return float(self.nearest.mean())
+        """Of distinct groups."""
+        return self.measured.coverage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """Coverage of one ranking against the share that is kept."""
+    """Measures of one ranking by the share that is kept."""
 
     name: str
     fractions: tuple[float, ...]
     coverage: tuple[float, ...]
+    score: tuple[float, ...]
+    """mean difficulty of what is kept, raw"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +98,17 @@ class Measures:
     first: Ends
     last: Ends
     drawn: Drawn
+    near: float
+    """squared distance up to which samples are near-copies"""
+    groups: int
+    """groups of the m samples"""
+    crowding: distinct.Crowding
+    """of the kept ones among the m, whose lists are looked up in the whole pool"""
+    exact_copies: tuple[int, int]
+    """samples of the whole pool with a copy at distance 0, and kept ones with a kept one"""
+    shared_caption: tuple[int, str] | None
+    """how many of the m have the most frequent text embedding, and the first uid of them; None
+    where features hold no text"""
     own: Subset
     by_score: Subset
     at_random: Subset
@@ -205,9 +155,10 @@ def measure(folder: Folder, ends: int) -> Measures:
         kept_first=score["kept_first"],
         pairs=None if chosen.soft is None else subsets.pairs(subsets.read(folder)),
     )
-    pool, first, last = _read(folder, ranked, ends)
-    kept = rule.kept(pool["rank"], pool["difficulty"], pool["hi"], pool["lo"])
-    drawn = Drawn(**pool, kept=kept, features=_features(folder, pool["hi"], pool["lo"]))
+    among_all = kept_ids(folder, ranked, rule)
+    pool, among, exact, first, last = read(folder, ranked, ends, among_all)
+    drawn = Drawn(**pool, features=features_of(folder, pool["hi"], pool["lo"]))
+    kept = drawn.kept
     method = records["rank"]["options"]["method"]
     name = "D2" if method == "d2" else method
     score_label = score_name(score)
@@ -218,15 +169,28 @@ def measure(folder: Folder, ends: int) -> Measures:
     raw = rule.raw(drawn.difficulty)
     count = sweep.cell_count(len(drawn.hi))
     cell = coverage.cells(drawn.features, drawn.hi, drawn.lo, count)
-    held = coverage.hold_out(drawn.features, drawn.hi, drawn.lo, sweep.HELD_OUT)
+    yardstick = distinct.Yardstick(
+        drawn.features, drawn.hi, drawn.lo, drawn.difficulty, drawn.neighbors, drawn.sqdist,
+        watched=sweep.WATCHED,
+    )  # fmt: skip
 
     def subset(name: str, kept: Bools) -> Subset:
+        nearest = yardstick.distances(kept)
         return Subset(
+            name=name, kept=kept, nearest=nearest, measured=yardstick.measure(kept, nearest),
+            score=_mean(raw, kept),
+        )  # fmt: skip
+
+    def curve(name: str, order: I64) -> Curve:
+        told = [f for f in _FRACTIONS if budget.floor_of(f, order.size)]
+        prefixes = [_first(order, budget.floor_of(f, order.size)) for f in told]
+        return Curve(
             name=name,
-            kept=kept,
-            nearest=coverage.nearest_kept(drawn.features, held, kept),
-            cells=coverage.cells_covered(cell, kept),
-            score=float(raw[kept].mean(dtype=np.float64)) if kept.any() else math.nan,
+            fractions=tuple(float(f) for f in told),
+            coverage=tuple(
+                distinct.closeness(yardstick.distances(one), yardstick.unit) for one in prefixes
+            ),
+            score=tuple(_mean(raw, one) for one in prefixes),
         )
 
     # one name, one curve: a run may itself be ranked at random
@@ -248,11 +212,16 @@ def measure(folder: Folder, ends: int) -> Measures:
         first=first,
         last=last,
         drawn=drawn,
+        near=yardstick.near,
+        groups=yardstick.groups.representative.size,
+        exact_copies=exact,
+        shared_caption=_shared_caption(records["catalog"]["options"], drawn),
+        crowding=distinct.crowding_of(among, drawn.sqdist[kept], yardstick.near, yardstick.unit),
         own=subset(name, kept),
         by_score=subset(score_label, _first(by_score, size)),
         at_random=subset("random", _first(at_random, size)),
         everything=subset("everything", np.ones(kept.size, np.bool_)),
-        curves=tuple(_curve(n, order, drawn.features, held) for n, order in rankings.items()),
+        curves=tuple(curve(n, order) for n, order in rankings.items()),
         cells=_cells(drawn, raw, cell, count),
         swept=tuple(sweep.measured(folder)),
     )
@@ -264,78 +233,7 @@ def score_name(score: dict[str, str]) -> str:
     is_clip = name == "clip_score" or (
         name.startswith("clip_") and name.endswith("_similarity_score")
     )
-    return "CLIP score" if is_clip else name
-
-
-def rows_of(folder: Folder) -> Iterator[tuple[int, dict[str, Array]]]:
-    """The ranking and the spacing of its graph, a row group at a time, each with the graph id of
-    its first row.
-    """
-    start = 0
-    for name in folder.sub("ranking").names(".parquet"):
-        with (
-            tables.open_table(folder.sub("ranking"), name) as ranking,
-            tables.open_table(folder.sub("graph"), name) as lists,
-        ):
-            # both are written with the same row groups
-            for number in range(ranking.num_row_groups):
-                table = ranking.read_row_group(number, columns=list(_COLUMNS))
-                rows = {column: tables.to_array(table.column(column)) for column in _COLUMNS}
-                near = lists.read_row_group(number, columns=["sqdist"])
-                rows["sqdist"] = tables.to_array(near.column("sqdist"))
-                yield start, rows
-                start += table.num_rows
-
-
-def _read(folder: Folder, ranked: int, ends: int) -> tuple[dict[str, Array], Ends, Ends]:
-    """Columns of the drawn samples by ascending uid, and the ends of the ranking."""
-    bound = min(1.0, _MARGIN * SAMPLE / ranked) if ranked > SAMPLE else 1.0
-    below = np.uint64(min(2**64 - 1, int(bound * 2**64)))
-    parts: list[dict[str, Array]] = []
-    outer: list[tuple[I64, I64]] = []
-    for start, rows in rows_of(folder):
-        rank = rows["rank"]
-        at = np.flatnonzero((rank < ends) | (rank >= ranked - ends))
-        outer.append((start + at, rank[at]))
-        key = uids.hashed(rows["uid_hi"], rows["uid_lo"], salt=uids.SALT_REPORT)
-        chosen = np.flatnonzero(key <= below)
-        some = {name: values[chosen] for name, values in rows.items()}
-        late = some["forward"] == messages.FLOOR
-        lost = (some["forward"] - some["final"]).astype(np.float64) / messages.ONE
-        parts.append(
-            {
-                "id": start + chosen,
-                "hi": some["uid_hi"],
-                "lo": some["uid_lo"],
-                "difficulty": some["difficulty"],
-                "rank": some["rank"],
-                "lost": np.where(late | (some["suppressed_by"] < 0), 0.0, lost),
-                "suppressed_by": some["suppressed_by"],
-                "spacing": coverage.spacing(some["sqdist"]),
-            }
-        )
-    pool = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    keep = uids.hash_sample(pool["hi"], pool["lo"], SAMPLE, salt=uids.SALT_REPORT)
-    ids, ranks = (np.concatenate(column) for column in zip(*outer, strict=True))
-    order = np.argsort(ranks)
-    first, last = order[:ends], order[max(0, order.size - ends) :]
-    return (
-        {name: values[keep] for name, values in pool.items()},
-        Ends(id=ids[first], rank=ranks[first]),
-        Ends(id=ids[last], rank=ranks[last]),
-    )
-
-
-def _features(folder: Folder, hi: uids.U64, lo: uids.U64) -> features.F16:
-    """Features of ascending uids; the catalog ascends by uid too."""
-    home = folder.sub("catalog")
-    layout: Rows = catalog.layout(home)
-    found = []
-    for number in range(len(layout.starts) - 1):
-        part_hi, part_lo, _ = catalog.read_ids(home, number)
-        rows = uids.positions(part_hi, part_lo, hi, lo)
-        found.append(layout.part(number)[rows[rows >= 0]])
-    return np.concatenate(found)
+    return CLIP_SCORE if is_clip else name
 
 
 def _as_asked(config: RankConfig) -> RankConfig:
@@ -343,21 +241,24 @@ def _as_asked(config: RankConfig) -> RankConfig:
     return replace(config, gamma_forward=None) if config.gamma_forward == config.gamma else config
 
 
+def _shared_caption(options: dict[str, Any], drawn: Drawn) -> tuple[int, str] | None:
+    if options["feature_type"] != "image|text" or options["feature_keys"]:
+        return None
+    copies = features.group_copies(drawn.features[:, drawn.features.shape[1] // 2 :])
+    sizes = np.diff(copies.start)
+    most = int(sizes.argmax())
+    row = copies.first[most : most + 1]
+    return int(sizes[most]), uid_format.to_hex(drawn.hi[row], drawn.lo[row])[0]
+
+
+def _mean(raw: F32, kept: Bools) -> float:
+    return float(raw[kept].mean(dtype=np.float64)) if kept.any() else math.nan
+
+
 def _first(order: I64, size: int) -> Bools:
     kept = np.zeros(order.size, np.bool_)
     kept[order[:size]] = True
     return kept
-
-
-def _curve(name: str, order: I64, rows: features.F16, held: coverage.HeldOut) -> Curve:
-    told = [f for f in _FRACTIONS if budget.floor_of(f, order.size)]
-    return Curve(
-        name=name,
-        fractions=tuple(float(f) for f in told),
-        coverage=tuple(
-            coverage.aucpr(rows, held, _first(order, budget.floor_of(f, order.size))) for f in told
-        ),
-    )
 
 
 def _cells(drawn: Drawn, raw: F32, cell: I64, count: int) -> Cells:

@@ -27,6 +27,9 @@ _SWEPT = ("#b0579b", "#8a6fd1", "#3b9c9c", "#a98a1f", "#c0504d", "#5b8c3a", "#7f
 _BINS = 60
 _HEIGHT = 290
 _MOST_SWEPT = 16
+_MOST_LABELS = 10
+_COVERAGE = "coverage of distinct groups"
+_PARETO = [("", "@name"), ("mean score", "@x{0.0000}"), ("coverage", "@y{0.0000}")]
 
 
 def all_plots(m: Measures) -> dict[str, Any]:
@@ -38,6 +41,7 @@ def all_plots(m: Measures) -> dict[str, Any]:
         "density_deciles": deciles(
             m, m.drawn.spacing, "tenths by distance to neighbors, dense to sparse"
         ),
+        "pareto": pareto(m),
         "coverage": coverage_bars(m),
         "nearest": nearest(m),
         "budgets": budgets(m),
@@ -110,21 +114,15 @@ def deciles(m: Measures, values: npt.NDArray[np.floating], axis: str) -> Any:
 
 
 def coverage_bars(m: Measures) -> Any:
-    """AUCpr of several ways to keep as many samples."""
-    size = int(m.drawn.kept.sum())
-    known = {"score", "random", m.setting}
+    """Coverage of several ways to keep as many samples."""
     bars = [(subset.name, subset.coverage, color) for subset, color in _subsets(m)]
-    bars += [
-        (row["setting"], row["coverage"], _SWEPT[0])
-        for row in m.swept
-        if m.whole and row["kept"] == size and row["setting"] not in known
-    ]
+    bars += [(row["setting"], row["coverage"], _SWEPT[0]) for row in _alike(m)]
     bars = [bar for bar in {bar[0]: bar for bar in bars}.values() if math.isfinite(bar[1])]
     if not bars:  # nothing is kept but held-out samples
-        return _figure("mean distance", "")
+        return _figure(_COVERAGE, "")
     names, values, colors = zip(*bars, strict=True)
     plot = _figure(
-        "mean distance", "", y_range=names[::-1],
+        _COVERAGE, "", y_range=names[::-1],
         height=60 + 30 * len(names),
     )  # fmt: skip
     shown = plot.hbar(
@@ -132,13 +130,13 @@ def coverage_bars(m: Measures) -> Any:
         source=_source(name=names, value=values, color=colors),
     )  # fmt: skip
     plot.x_range.start = 0
-    _hover(plot, shown, [("", "@name"), ("distance", "@value{0.0000}")])
+    _hover(plot, shown, [("", "@name"), ("coverage", "@value{0.0000}")])
     return plot
 
 
 def nearest(m: Measures) -> Any:
-    """Share of held-out samples with a kept one within a distance."""
-    plot = _figure("distance", "share of held-out samples")
+    """Share of distinct groups with a kept sample within a distance."""
+    plot = _figure("distance", "share of distinct groups")
     for subset, color in _subsets(m):
         finite = np.sort(subset.nearest[np.isfinite(subset.nearest)])
         if not finite.size:
@@ -154,20 +152,20 @@ def nearest(m: Measures) -> Any:
 
 def budgets(m: Measures) -> Any:
     """What each fraction costs in coverage."""
-    plot = _figure("fraction kept", "mean distance")
+    plot = _figure("fraction kept", _COVERAGE)
     colors = {"random": _RANDOM, m.score: _SCORE, m.method: _OWN}
     for curve in m.curves:
         _line(
             plot, curve.fractions, curve.coverage, curve.name, colors[curve.name], "fraction",
-            "distance", "@x{0%}", "@y{0.0000}", dots=True,
+            "coverage", "@x{0%}", "@y{0.0000}", dots=True,
         )  # fmt: skip
     # what is kept need not be a prefix: --min-score drops samples from within
     _line(
-        plot, [m.share], [m.own.coverage], "this run", _INK, "fraction", "distance", "@x{0.0%}",
+        plot, [m.share], [m.own.coverage], "this run", _INK, "fraction", "coverage", "@x{0.0%}",
         "@y{0.0000}", dots=True,
     )  # fmt: skip
     plot.x_range.start, plot.x_range.end = 0, 1
-    return _with_legend(plot, "top_right")
+    return _with_legend(plot, "bottom_right")
 
 
 def cells(m: Measures) -> Any:
@@ -214,16 +212,109 @@ def overlap(m: Measures) -> Any:
 
 def swept(m: Measures) -> Any:
     """Coverage of all settings that were swept."""
-    plot = _figure("fraction kept", "mean distance", height=420)
+    plot = _figure("fraction kept", _COVERAGE, height=420)
     names = list(dict.fromkeys(row["setting"] for row in m.swept))
     for number, name in enumerate(names[:_MOST_SWEPT]):
         rows = [row for row in m.swept if row["setting"] == name]
         _line(
             plot, [float(row["fraction"]) for row in rows], [row["coverage"] for row in rows], name,
-            _SWEPT[number % len(_SWEPT)], "fraction", "distance", "@x{0%}", "@y{0.0000}",
+            _SWEPT[number % len(_SWEPT)], "fraction", "coverage", "@x{0%}", "@y{0.0000}",
             dots=True, dash="solid" if number < len(_SWEPT) else "dashed",
         )  # fmt: skip
-    return _with_legend(plot, "top_right")
+    return _with_legend(plot, "bottom_right")
+
+
+def pareto(m: Measures) -> Any:
+    """Mean score against coverage: this run, its other budgets, and what else could be kept."""
+    plot = _figure(f"mean {m.score} of what is kept", _COVERAGE, height=420)
+    plot.x_range.range_padding = 0.3  # room for names
+    colors = {"random": _RANDOM, m.score: _SCORE, m.method: _OWN}
+    for curve in m.curves:
+        color = colors[curve.name]
+        names = [f"{curve.name}, {fraction:.0%}" for fraction in curve.fractions]
+        source = _finite(x=curve.score, y=curve.coverage, name=names)
+        plot.line(
+            x="x", y="y", source=source, color=color, line_width=1.5, line_alpha=0.6,
+            legend_label=f"{curve.name}, other budgets",
+        )  # fmt: skip
+        dots = plot.scatter(x="x", y="y", source=source, color=color, size=5)
+        _hover(plot, dots, _PARETO)
+    rows = _alike(m)
+    near = _finite(
+        x=[row["score"] for row in rows], y=[row["coverage"] for row in rows],
+        name=_told_apart([row["setting"] for row in rows]),
+    )  # fmt: skip
+    _named(plot, near, _SWEPT[0], "square", 8, label="name" * (len(rows) <= _MOST_LABELS))
+    for subset, color in _subsets(m):
+        name = "this run" if subset is m.own else subset.name
+        found = _finite(x=[subset.score], y=[subset.coverage], name=[name])
+        _named(
+            plot,
+            found,
+            color,
+            "diamond" if subset is m.own else "circle",
+            15 - 5 * (subset is not m.own),
+        )
+    return _with_legend(plot, "bottom_left")
+
+
+def trials(dots: list[tuple[str, float, float]], chosen: str) -> Any:
+    """Mean score against coverage of settings: (name, score, coverage) each, one of them chosen."""
+    plot = _figure("mean score of what is kept", _COVERAGE, height=420)
+    plot.x_range.range_padding = 0.2  # room for names
+    for color, marker, size, own in ((_SWEPT[0], "square", 8, False), (_OWN, "diamond", 15, True)):
+        some = [dot for dot in dots if (dot[0] == chosen) == own]
+        source = _finite(
+            x=[x for _, x, _ in some], y=[y for _, _, y in some], name=[n for n, _, _ in some]
+        )
+        source.data["label"] = ["recommended" * own for _ in source.data["name"]]
+        _named(plot, source, color, marker, size, label="label")
+    return plot
+
+
+def _told_apart(settings: list[str]) -> list[str]:
+    """Settings in the words that not all of them share."""
+    words = [setting.split() for setting in settings]
+    common = set.intersection(*map(set, words)) if len(words) > 1 else set()
+    return [" ".join(w for w in some if w not in common) or " ".join(some) for some in words]
+
+
+def _named(
+    plot: Any, source: Any, color: str, marker: str, size: int, *, label: str = "name"
+) -> None:
+    """Dots with what a column holds beside them; empty: nothing."""
+    from bokeh.models import LabelSet
+
+    dots = plot.scatter(
+        x="x", y="y", source=source, color=color, marker=marker, size=size, line_color=_PAPER
+    )
+    _hover(plot, dots, _PARETO)
+    if label:
+        plot.add_layout(
+            LabelSet(
+                x="x", y="y", text=label, source=source, x_offset=8, y_offset=4,
+                text_font_size="11px", text_color=_INK,
+            )
+        )  # fmt: skip
+
+
+def _alike(m: Measures) -> list[dict[str, Any]]:
+    """What was swept at the budget of this run, measured on the same samples."""
+    size, known = int(m.drawn.kept.sum()), {"score", "random", m.setting}
+    return [
+        row for row in m.swept if m.whole and row["kept"] == size and row["setting"] not in known
+    ]
+
+
+def _finite(*, x: Any, y: Any, name: Any) -> Any:
+    """A source of the dots that can be drawn."""
+    there = [i for i, pair in enumerate(zip(x, y, strict=True)) if all(map(math.isfinite, pair))]
+    return _source(
+        **{
+            column: [values[i] for i in there]
+            for column, values in (("x", x), ("y", y), ("name", name))
+        }
+    )
 
 
 def _subsets(m: Measures) -> list[tuple[Subset, str]]:

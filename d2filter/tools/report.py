@@ -7,23 +7,19 @@ web. Plots are Bokeh's, whose script is the smallest that can be carried along (
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from datetime import datetime, timezone
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
-import d2filter
+import numpy as np
+
 from d2filter.algorithm import coverage
 from d2filter.errors import RunStateError, UsageError
 from d2filter.formats.paths import Folder
-from d2filter.formats.runstate import REPORT, RunState
+from d2filter.formats.runstate import REPORT, REPORT_DATA, RunState
 from d2filter.text import redacted
-from d2filter.tools import album, gallery, measures, plots, sweep
+from d2filter.tools import album, alerts, gallery, measures, pages, plots, selfcheck, sweep
 
 GALLERY = 12
 MOST_BYTES = 20_000_000
@@ -65,18 +61,51 @@ def report(
     pictures = album.Album(pictures={}, troubles=())
     if galleries:
         pictures = album.look_up(folder, galleries, shards, asked=each is not None, say=say)
-    page = render(folder, m, galleries, pictures)
-    _publish(folder, page, m.records["select"]["fingerprint"])
+    data = {**counted(m), "selfcheck": selfcheck.of_run(folder)}
+    found = alerts.find(alerts.Facts(records=m.records, counted=data))
+    page = render(folder, m, galleries, pictures, found, data["selfcheck"])
+    _publish(folder, page, data)
     return folder.where(REPORT)
 
 
-def _publish(folder: Folder, page: str, selection: str) -> None:
+def counted(m: measures.Measures) -> dict[str, Any]:
+    """What report.json holds: figures that were counted on samples, for alerts and programs."""
+    raw = np.sort(m.raw)
+    found: dict[str, Any] = {
+        "select": m.records["select"]["fingerprint"],
+        "measured_on": raw.size,
+        "ranked": m.ranked,
+        "groups": m.groups,
+        "kept_by": {
+            subset.name: {**asdict(subset.measured), "score": subset.score}
+            for subset in (m.own, m.by_score, m.at_random)
+            if subset.kept.any()
+        },
+        "near_copies": {"share_of_kept": m.crowding.copies, "sqdist": m.near},
+        "exact_copies": dict(zip(("samples", "kept"), m.exact_copies, strict=True)),
+        "scores": {
+            "name": m.score,
+            "is_clip": m.score == measures.CLIP_SCORE,
+            "lower_quartile": float(raw[raw.size // 4]),
+            "median": float(raw[raw.size // 2]),
+            "upper_quartile": float(raw[(3 * raw.size) // 4]),
+            "not_positive": float((raw <= 0).mean()),
+        },
+    }
+    if m.shared_caption is not None:
+        count, uid = m.shared_caption
+        found["shared_caption"] = {"samples": count, "looked_at": raw.size, "uid": uid}
+    return found
+
+
+def _publish(folder: Folder, page: str, data: dict[str, Any]) -> None:
     """Put a page in the place of the one before, of whatever selection that was.
 
     The note of which selection a report shows is made invalid first: after a crash in between, the
     report is made again rather than taken for that of the selection before.
     """
     state = RunState(folder)
+    selection = data["select"]
     now = state.done("select")
     if now is None or now["fingerprint"] != selection:
         raise RunStateError(
@@ -85,6 +114,7 @@ def _publish(folder: Folder, page: str, selection: str) -> None:
     state.note_report("")
     with folder.publish(REPORT) as path:
         path.write_text(page, "utf-8")
+    folder.publish_json(REPORT_DATA, data)
     state.note_report(selection)
 
 
@@ -105,19 +135,21 @@ def render(
     m: measures.Measures,
     galleries: Sequence[gallery.Gallery],
     pictures: album.Album,
+    found: Sequence[str] = (),
+    checked: dict[str, Any] | None = None,
 ) -> str:
     """The page, of at most MOST_BYTES: what does not fit is left out, and it says so."""
-    drawn = [(name, _script_json(_item(plot))) for name, plot in plots.all_plots(m).items()]
+    drawn = pages.drawn(plots.all_plots(m))
     nothing = album.Album(pictures={}, troubles=pictures.troubles)
-    bare = _page(folder, m, galleries, nothing, drawn)
+    bare = _page(folder, m, galleries, nothing, drawn, found, checked)
     while galleries and len(bare.encode()) > MOST_BYTES:
         halved = [replace(one, groups=one.groups[: len(one.groups) // 2]) for one in galleries]
         galleries = [one for one in halved if one.groups]
-        bare = _page(folder, m, galleries, nothing, drawn)
+        bare = _page(folder, m, galleries, nothing, drawn, found, checked)
     if not galleries:
         return bare
     pictures = _fitting(pictures, galleries, MOST_BYTES - len(bare.encode()))
-    return _page(folder, m, galleries, pictures, drawn)
+    return _page(folder, m, galleries, pictures, drawn, found, checked)
 
 
 def _page(
@@ -125,26 +157,25 @@ def _page(
     m: measures.Measures,
     galleries: Sequence[gallery.Gallery],
     pictures: album.Album,
-    drawn: Sequence[tuple[str, Any]],
+    drawn: Sequence[tuple[str, str]],
+    found: Sequence[str],
+    checked: dict[str, Any] | None,
 ) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    home = Path(__file__).parent / "page"
-    scripts = [_bokeh(), (home / "report.js").read_text("utf-8")]
-    environment = Environment(
-        loader=FileSystemLoader(home), autoescape=True, undefined=StrictUndefined
-    )
     tabs = {"overview": "Overview", "scores": "Scores", "coverage": "Coverage"}
     tabs |= {"sweep": "Sweep"} if m.swept else {}
     tabs |= {"pictures": "Pictures"} if galleries else {}
     tabs |= {"settings": "Settings"}
     subsets = {one.name: one for one in (m.own, m.by_score, m.at_random, m.everything)}
-    return environment.get_template("report.html").render(
+    return pages.render(
+        "report.html",
+        drawn,
         m=m,
         out=redacted(folder.url),
         title=f"{redacted(folder.url).rstrip('/').rpartition('/')[2]} · d2filter",
         headline=_headline(m),
+        alerts=found,
+        checked=checked or {},
+        rates=_rates(checked or {}),
         tabs=list(tabs.items()),
         cards=_cards(m),
         flow=_flow(m),
@@ -154,21 +185,13 @@ def _page(
             for reason, count in reasons.items()
         ],
         lost=m.stats["lost_shards"],
-        held=f"{m.own.nearest.size:,}",
+        watched=f"{m.own.nearest.size:,}",
         subsets=[(s, coverage.jaccard(m.own.kept, s.kept)) for s in subsets.values()],
         regions=_regions(m.cells),
         measures=sweep.MEASURES,
         galleries=galleries,
         album=pictures,
         settings=_settings(m),
-        version=d2filter.__version__,
-        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        # what is made here, and nothing that a user's data could reach, goes in as it is
-        css=Markup((home / "report.css").read_text("utf-8")),
-        plots=[(name, Markup(text)) for name, text in drawn],
-        stand_ins=Markup(_script_json(plots.STAND_INS)),
-        scripts=[Markup(text) for text in scripts],
-        script_hashes=Markup(" ".join(f"'sha256-{_sha256(text)}'" for text in scripts)),
     )
 
 
@@ -214,6 +237,11 @@ def _cards(m: measures.Measures) -> list[tuple[str, str, str]]:
         (f"{samples['kept']:,}", "kept", f"{m.share:.1%} of the ranked{_repeats(m.stats)}"),
         (f"{samples['read'] - samples['ranked']:,}", "not ranked", _not_ranked(samples)),
         (
+            f"{m.crowding.copies:.1%}",
+            "of the kept have a kept near-copy",
+            f"within distance² {m.near:.3g}",
+        ),
+        (
             f"{graph['recall']:.4f}",
             f"recall@{graph['k']} of the graph",
             f"95%: {low:.4f} to {high:.4f}",
@@ -254,6 +282,18 @@ def _flow(m: measures.Measures) -> list[dict[str, Any]]:
     ]
 
 
+def _rates(checked: dict[str, Any]) -> list[tuple[str, float, float, float, float, bool]]:
+    """Of the self-check, by share kept: the rate, its interval, that of the score alone, and
+    whether it is the budget of this run.
+    """
+    rows = sorted(checked.get("rates", {}).values(), key=lambda r: float(r["share_kept"]))
+    own = checked.get("at_budget")
+    return [
+        (f"{r['share_kept']:.0%}", r["kept"], r["low"], r["high"], r["by_score"], r == own)
+        for r in rows
+    ]
+
+
 def _regions(cells: measures.Cells) -> list[tuple[str, list[tuple[str, int, float, float]]]]:
     """The most and the least thinned."""
     rows = [
@@ -282,25 +322,3 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _item(plot: Any) -> Any:
-    from bokeh.embed import json_item
-
-    return json_item(plot)
-
-
-def _script_json(value: Any) -> str:
-    """JSON that can stand in a script element whatever strings it holds."""
-    return json.dumps(value).replace("<", "\\u003c")
-
-
-def _bokeh() -> str:
-    import bokeh
-
-    path = Path(bokeh.__file__).parent / "server/static/js/bokeh.min.js"
-    return path.read_text("utf-8")
-
-
-def _sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")

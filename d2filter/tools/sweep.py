@@ -13,14 +13,14 @@ import csv
 import io
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import baselines, budget, coverage, late, pairs, selectors
+from d2filter.algorithm import budget, coverage, distinct, pairs, selectors
 from d2filter.config import RankConfig, options_of
 from d2filter.errors import UsageError
 from d2filter.formats.paths import Folder, read_jsons
@@ -32,17 +32,20 @@ Row = dict[str, Any]
 I64 = npt.NDArray[np.int64]
 
 _CURVES = 30  # that a plot can still tell apart
+_LABELLED = 8  # curves whose dots can still be named
 
-HELD_OUT = 2000
+WATCHED = 2000
+"""groups at most whose way to the nearest kept sample is measured"""
 _CELLS, _CELL = 1000, 20  # regions at most, and samples in one at least
-NEAR = 0.1  # of the median squared distance between neighbors: closer kept pairs are copies left
 
 MEASURES = {
-    "coverage": "mean distance of held-out samples to the nearest kept one (AUCpr): low is good",
-    "cells": "share of the pool's regions with a kept sample",
-    "copies": "share of kept samples with a kept near-copy",
-    "score": "mean difficulty of the kept samples",
-    "overlap": "Jaccard overlap with keeping the best by score alone",
+    "coverage": "how near a kept sample is to each distinct group, copies counted once, 1 where a "
+    "member is kept: high is good",
+    "groups": "share of the distinct groups with a kept member: high is good",
+    "copies": "share of the kept samples with a kept near-copy: low is good",
+    "effective": "effective share of the kept samples, 1 where none has a kept neighbor: high is "
+    "good",
+    "score": "mean score of the kept samples",
 }
 
 
@@ -138,7 +141,9 @@ def measured(folder: Folder) -> list[Row]:
     for found in read_jsons(home, home.names(".json")).values():
         if found["graph"] == graph:
             name = label(RankConfig.from_options(found["options"]))
-            rows += [{"setting": name, **row} for row in found["measures"].values()]
+            mine = found["measures"].values()
+            # another version measured otherwise
+            rows += [{"setting": name, **row} for row in mine if row.keys() >= MEASURES.keys()]
     return sorted(rows, key=lambda r: (r["setting"], Decimal(r["fraction"])))
 
 
@@ -147,7 +152,7 @@ def table(rows: list[Row]) -> list[str]:
     width = max(len("fraction, setting"), *(len(r["setting"]) + 6 for r in rows))
     head = f"{'fraction, setting':<{width}}" + "".join(f"{name:>10}" for name in MEASURES)
     out = [head]
-    for r in sorted(rows, key=lambda r: (Decimal(r["fraction"]), r["coverage"])):
+    for r in sorted(rows, key=lambda r: (Decimal(r["fraction"]), -r["coverage"])):
         name = f"{r['fraction']:<5} {r['setting']}"
         out.append(f"{name:<{width}}" + "".join(f"{r[m]:>10.4g}" for m in MEASURES))
     return [*out, *(f"{name}: {text}" for name, text in MEASURES.items())]
@@ -166,15 +171,14 @@ class _Pool:
         self._order = whole.order
         self._pool = whole.by_uid(RankConfig())
         p = self._pool
-        self._held = coverage.hold_out(p.features, p.hi, p.lo, HELD_OUT)
-        self._cell = coverage.cells(p.features, p.hi, p.lo, cell_count(len(p.hi)))
-        self._near = NEAR * late.unit(p.sqdist)
+        self._yardstick = distinct.Yardstick(
+            p.features, p.hi, p.lo, p.difficulty, p.neighbors, p.sqdist, watched=WATCHED
+        )
         self._spacing = coverage.spacing(p.sqdist)
         catalog = RunState(folder).require("catalog")["stats"]
         self._wrong = pairs.wrong_share(catalog)
         score = catalog.get("score", {})
         self._raw = budget.raw_scores(p.difficulty, score.get("kept_first", "high"))
-        self._by_score = np.argsort(baselines.by_score(p.difficulty, p.hi, p.lo))
 
     def measured(self, config: RankConfig, fractions: Sequence[Decimal]) -> dict[str, Row]:
         """Measures of one setting, by fraction."""
@@ -201,11 +205,9 @@ class _Pool:
         return {
             "fraction": str(fraction),
             "kept": size,
-            "coverage": coverage.aucpr(p.features, self._held, kept),
-            "cells": coverage.cells_covered(self._cell, kept),
-            "copies": coverage.copies_left(p.neighbors, p.sqdist, kept, self._near),
+            **asdict(self._yardstick.measure(kept)),
             "score": float(self._raw[kept].mean(dtype=np.float64)),
-            "overlap": coverage.jaccard(kept, self._by_score < size),
+            "near": self._yardstick.near,
             **shares,
         }
 
@@ -216,7 +218,7 @@ def _known(folder: Folder, config: RankConfig, fingerprint: str) -> dict[str, Ro
     if found is None or found["graph"] != fingerprint:
         return {}
     measures: dict[str, Row] = found["measures"]
-    return measures
+    return {fraction: row for fraction, row in measures.items() if row.keys() >= MEASURES.keys()}
 
 
 def _file(config: RankConfig) -> str:
@@ -233,25 +235,36 @@ def _write_table(folder: Folder, rows: list[Row]) -> None:
 
 
 def _plot(folder: Folder, rows: list[Row]) -> None:
-    """A panel a measure, a curve a setting."""
+    """A panel a measure, and score against coverage; a curve a setting."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(r["setting"] for r in rows))
     shown = names[:_CURVES]
-    figure = Figure(figsize=(12, 7.6), dpi=110)
-    *axes, corner = figure.subplots(2, 3).ravel()
-    for axis, (measure, text) in zip(axes, MEASURES.items(), strict=True):
-        for at, name in enumerate(shown):
-            mine = [r for r in rows if r["setting"] == name]
-            axis.plot(
-                [float(r["fraction"]) for r in mine], [r[measure] for r in mine],
-                color=f"C{at % 10}", linestyle=("-", "--", ":")[at // 10], marker="o", markersize=3,
-                label=name,
+    figure = Figure(figsize=(16, 7.6), dpi=110)
+    *axes, pareto, corner, empty = figure.subplots(2, 4).ravel()
+    for at, name in enumerate(shown):
+        mine = [r for r in rows if r["setting"] == name]
+        style: dict[str, Any] = {
+            "color": f"C{at % 10}", "linestyle": ("-", "--", ":")[at // 10], "marker": "o",
+            "markersize": 3, "label": name,
+        }  # fmt: skip
+        for axis, measure in zip(axes, MEASURES, strict=True):
+            axis.plot([float(r["fraction"]) for r in mine], [r[measure] for r in mine], **style)
+        scores, covered = [r["score"] for r in mine], [r["coverage"] for r in mine]
+        pareto.plot(scores, covered, **style)
+        for r in mine if len(shown) <= _LABELLED else ():
+            pareto.annotate(
+                r["fraction"], (r["score"], r["coverage"]), xytext=(3, 3), fontsize=7,
+                textcoords="offset points", color=f"C{at % 10}",
             )  # fmt: skip
-        axis.set_title(measure)
-        axis.set_xlabel("\n".join(["fraction kept", "", *_wrapped(text)]), fontsize=9)
-        axis.grid(alpha=0.3)
-    corner.axis("off")
+    for axis, (measure, text) in zip(axes, MEASURES.items(), strict=True):
+        _title(axis, measure, "fraction kept", text)
+    _title(
+        pareto, "score against coverage", "mean score",
+        "one dot a budget; of two settings at one budget the one up and right is better in both",
+    )  # fmt: skip
+    for axis in (corner, empty):
+        axis.axis("off")
     handles, labels = axes[0].get_legend_handles_labels()
     more = f"{len(names) - len(shown)} more settings are in table.csv"
     corner.legend(
@@ -261,6 +274,12 @@ def _plot(folder: Folder, rows: list[Row]) -> None:
     figure.tight_layout()
     with folder.publish("sweep/plot.png") as path:
         figure.savefig(path, format="png")
+
+
+def _title(axis: Any, title: str, below: str, text: str) -> None:
+    axis.set_title(title)
+    axis.set_xlabel("\n".join([below, "", *_wrapped(text)]), fontsize=9)
+    axis.grid(alpha=0.3)
 
 
 def _wrapped(text: str) -> list[str]:

@@ -50,6 +50,7 @@ def page(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
     assert main(["run", *words, "--no-report"]) == 0
     assert main(["sweep", out, "--gamma", "0.3,1", "--fraction", "0.1,0.3"]) == 0
     assert main(["report", out, "--shards", shard]) == 0
+    assert main(["advise", out]) == 0
     return folder / "o/report.html"
 
 
@@ -136,7 +137,7 @@ def test_every_tab_opens_with_its_plots_and_nothing_overflows(
               && !e.closest('.scroll')).map((e) => e.outerHTML.slice(0, 200))"""
         )
         assert over == []
-    assert len(plots) == 10
+    assert len(plots) == 11
 
 
 def test_a_caption_is_text_and_no_request_leaves_the_page(browser: Any, page: Path) -> None:
@@ -193,6 +194,17 @@ def test_the_page_follows_the_light(browser: Any, page: Path) -> None:
     light = browser.execute_script(color), browser.execute_script(pixels)
     assert dark[0] != light[0]
     assert dark[1] != light[1]
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_advice_opens_with_its_plot_and_nothing_overflows(
+    browser: Any, page: Path, width: int, scheme: str
+) -> None:
+    look(browser, page.with_name("advise.html"), width, scheme)
+    assert wait_for_plots(browser) == ["plot-trials"]
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    severe = [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
+    assert severe == []
 
 
 def test_tabs_are_reached_by_keys(browser: Any, page: Path) -> None:

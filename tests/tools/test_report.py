@@ -21,7 +21,7 @@ import shards as made
 from bokeh.models import ColumnDataSource
 from PIL import Image
 
-from d2filter.algorithm import coverage
+from d2filter.algorithm import distinct
 from d2filter.cli import main
 from d2filter.errors import RunStateError, StorageError, UsageError
 from d2filter.formats import catalog, graph, ranking, webdataset
@@ -29,7 +29,7 @@ from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import RunState
 from d2filter.tools import album as albums
-from d2filter.tools import gallery, measures, plots, report
+from d2filter.tools import drawn, gallery, measures, pages, plots, report
 
 pytestmark = pytest.mark.usefixtures("cluster", "reports")
 
@@ -93,16 +93,33 @@ def test_the_measures_are_those_of_the_whole_files(run: Path) -> None:
     first = np.argsort(rows["rank"])
     np.testing.assert_array_equal(m.first.id, first[:7])
     np.testing.assert_array_equal(m.last.id, first[-7:])
-    # coverage by brute force
-    held = coverage.hold_out(features, m.drawn.hi, m.drawn.lo, 2000).rows
+    # coverage by brute force: few copies are exact here, and groups are rows of one kind
     wide = features.astype(np.float64)
-    far = np.linalg.norm(wide[held][:, None] - wide[None], axis=2)
-    far[:, held] = np.inf
+    far = np.linalg.norm(wide[:, None] - wide[None], axis=2)
+    place = np.argsort(order)
+    near = (g.sqdist[order] <= np.float32(m.near)) & (g.neighbors[order] >= 0)
+    group = np.arange(N)
+    for _ in range(N):
+        for i, j in np.argwhere(near).tolist():
+            other = place[g.neighbors[order][i, j]]
+            group[i] = group[other] = min(group[i], group[other])
+    leads = {}
+    for i in np.lexsort((np.arange(N), -rows["difficulty"][order])).tolist():
+        leads.setdefault(group[i], i)
+    assert m.groups == len(leads) < N
+    unit = m.near / distinct.NEAR
     for one in (m.own, m.by_score, m.at_random, m.everything):
-        nearest = np.where(one.kept, far, np.inf).min(axis=1)
-        np.testing.assert_allclose(one.nearest, nearest, rtol=1e-5)
-        assert one.coverage == pytest.approx(nearest.mean())
+        covered = set(group[one.kept].tolist())
+        nearest = [
+            0.0 if kind in covered else far[lead][one.kept].min() for kind, lead in leads.items()
+        ]
+        np.testing.assert_allclose(np.sort(one.nearest), np.sort(nearest), atol=1e-3)
+        assert one.coverage == pytest.approx(np.exp(-np.square(nearest) / unit).mean(), abs=1e-3)
         assert one.score == pytest.approx(m.raw[one.kept].mean())
+    assert m.everything.coverage == 1
+    # in one piece, what the lists say among the drawn ones is what they say
+    assert m.crowding.copies == m.own.measured.copies
+    assert m.crowding.effective == pytest.approx(m.own.measured.effective)
     assert m.everything.kept.all()
     assert m.cells.size.sum() == N
     assert (m.cells.size * m.cells.share).sum() == pytest.approx(m.drawn.kept.sum())
@@ -111,7 +128,7 @@ def test_the_measures_are_those_of_the_whole_files(run: Path) -> None:
 def test_a_large_pool_is_measured_on_samples_that_only_their_uids_choose(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measures, "SAMPLE", 50)
+    monkeypatch.setattr(drawn, "SAMPLE", 50)
     words = ["run", "--metadata-dir", str(run), "--out-dir", str(tmp_path / "p")]
     words[2] = json.loads((run / "completions/catalog.json").read_text())["sources"]["metadata"]
     assert main([*words, "--n-neighbors", "4", "--min-score", "0.65", "--no-report"]) == 0
@@ -210,7 +227,7 @@ def test_the_policy_lets_in_the_scripts_of_the_page_and_nothing_else(run: Path) 
 
 
 def test_what_is_no_json_cannot_leave_a_script_element() -> None:
-    text = report._script_json({"a": "</script><script>alert(1)</script>"})
+    text = pages._script_json({"a": "</script><script>alert(1)</script>"})
     assert "<" not in text
     assert json.loads(text) == {"a": "</script><script>alert(1)</script>"}
 
@@ -562,9 +579,9 @@ def test_a_column_with_an_odd_name_is_only_a_name(tmp_path: Path) -> None:
         for axis in plot.axis
     ]
     assert not any("$" in label for label in labels)
-    drawn = plots.all_plots(measures.measure(Folder(str(tmp_path / "o")), 1)).values()
+    figures = plots.all_plots(measures.measure(Folder(str(tmp_path / "o")), 1)).values()
     tips = [
-        text for plot in drawn for tool in plot.hover for pair in tool.tooltips for text in pair
+        text for plot in figures for tool in plot.hover for pair in tool.tooltips for text in pair
     ]
     assert not any("SPOOF" in tip for tip in tips)  # there it would be HTML
 
@@ -594,7 +611,7 @@ def test_odd_runs_have_a_report(tmp_path: Path, words: tuple[str, ...]) -> None:
     page = (tmp_path / "o/report.html").read_text()
     m = measures.measure(Folder(str(tmp_path / "o")), 2)
     assert m.own.kept.sum() == m.stats["samples"]["kept"]
-    assert ("nothing to measure" in page) == (m.own.kept.sum() <= 1)
+    assert ("nothing is kept" in page) == (m.own.kept.sum() == 0)
     assert {curve.name for curve in m.curves} == {"D2", "random", m.score}
     for plot in plots.all_plots(m).values():
         for source in plot.select({"type": ColumnDataSource}):

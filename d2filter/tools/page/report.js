@@ -51,5 +51,5 @@
     document.querySelectorAll("section:not([hidden]) .plot").forEach(draw);
   });
 
-  show(tabs[0]);
+  show(tabs[0]); // a page without tabs shows all it has
 })();

@@ -1,0 +1,181 @@
+"""Would wrong pairs be kept? The self-check (`algorithm/selfcheck.py`) of a run directory.
+
+In memory, beside the result: a pool of up to MOST samples whole, a larger one by a sample of it
+that a hash of the uid chooses, with a graph of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.algorithm import budget, distinct, knn, late, selfcheck, uids
+from d2filter.config import RankConfig
+from d2filter.formats import catalog, graph
+from d2filter.formats.paths import Folder
+from d2filter.formats.runstate import RunState
+from d2filter.stages import others
+
+Say = Callable[[str], None]
+Figures = dict[str, Any]
+I64 = npt.NDArray[np.int64]
+
+MOST = 200_000
+"""samples of a pool that is checked whole"""
+SAMPLED = 50_000
+"""samples of a larger one"""
+FRACTIONS = tuple(Decimal(f) for f in ("0.1", "0.2", "0.3", "0.5", "0.7"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A pool with swapped captions, ready to be ranked by any setting."""
+
+    known: others.KnownPool
+    swapped: I64
+    """(m,) rows"""
+    correlation: float
+    ranked: int
+    """samples of the whole pool"""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of the pool."""
+        return len(self.known.part.hi) == self.ranked
+
+    def rates(self, config: RankConfig, fractions: Iterable[Decimal]) -> dict[str, Figures]:
+        """By budget: the rates at which a setting, and the score alone, keep swapped captions."""
+        part = self.known.part
+        rank = ranks(self.known, config)
+        by_score = selfcheck.rank_by_score(part.difficulty, part.hi, part.lo)
+        found = {}
+        for fraction in fractions:
+            size = budget.budget_of(rank.size, fraction=fraction)
+            mine = selfcheck.rate(rank, self.swapped, size)
+            found[str(fraction)] = {
+                "kept": mine.kept,
+                "low": mine.low,
+                "high": mine.high,
+                "by_score": selfcheck.rate(by_score, self.swapped, size).kept,
+                "share_kept": size / rank.size,
+            }
+        return found
+
+
+def load(folder: Folder, say: Say = lambda line: None) -> others.KnownPool:
+    """A pool with its graph and features, ascending by uid: whole up to MOST samples, else SAMPLED
+    of them with a graph of their own, which is said. Classes are not known of a sample.
+    """
+    state = RunState(folder)
+    k = int(state.require("graph")["stats"]["k"])
+    ranked = int(state.require("catalog")["stats"]["samples"]["ranked"])
+    if ranked <= MOST:
+        return _whole(folder, k)
+    say(
+        f"on {SAMPLED:,} of {ranked:,} samples, chosen by a hash of the uid, with a graph of theirs"
+    )
+    return _sampled(folder, k, ranked)
+
+
+def prepare(folder: Folder, known: others.KnownPool) -> Prepared | str:
+    """A loaded pool with captions swapped, or why it cannot be made."""
+    record = RunState(folder).require("catalog")
+    options, ranked = record["options"], int(record["stats"]["samples"]["ranked"])
+    part = known.part
+    if options["feature_type"] != "image|text" or options["feature_keys"]:
+        return "the features are not an image and a text half"
+    if ranked < 2 * selfcheck.LEAST:
+        return f"{ranked} samples are too few"
+    if len(part.hi) < ranked and graph.has_groups(folder.sub("graph")):
+        return f"{ranked:,} samples with classes are too many"
+    line = selfcheck.fit(selfcheck.cosines(known.rows), part.difficulty)
+    if abs(line.correlation) < selfcheck.CORRELATION:
+        return (
+            "the score is not the cosine of the two halves (their correlation is "
+            f"{line.correlation:.3f})"
+        )
+    near = distinct.NEAR * late.unit(part.sqdist)
+    swapped, partner = selfcheck.choose(known.rows, part.hi, part.lo, near)
+    if swapped.size < selfcheck.LEAST:
+        return f"{swapped.size} distinct pairs are too few"
+    made = selfcheck.splice(
+        known.rows, part.difficulty, part.neighbors, part.sqdist, swapped, partner, line
+    )
+    spliced = graph.GraphPart(
+        hi=part.hi, lo=part.lo, difficulty=made.difficulty, neighbors=made.neighbors,
+        sqdist=made.sqdist, group=part.group,
+    )  # fmt: skip
+    return Prepared(
+        known=others.KnownPool(spliced, made.rows), swapped=swapped,
+        correlation=line.correlation, ranked=ranked,
+    )  # fmt: skip
+
+
+def ranks(known: others.KnownPool, config: RankConfig) -> I64:
+    """Ranks of a loaded pool by a setting, with as many neighbors as it asks for, (n,)."""
+    k = config.n_neighbors
+    if k and k < known.part.neighbors.shape[1]:
+        known = others.KnownPool(others.narrowed(known.part, k), known.rows)
+    return others.ranks_of(known, config)[0]
+
+
+def of_run(folder: Folder) -> Figures:
+    """The self-check of the setting of a finished run, as report.json holds it."""
+    prepared = prepare(folder, load(folder))
+    if isinstance(prepared, str):
+        return {"why_not": prepared}
+    state = RunState(folder)
+    samples = state.require("select")["stats"]["samples"]
+    own = Decimal(samples["kept"]) / Decimal(samples["kept"] + samples["pruned"])
+    config = RankConfig.from_options(state.require("rank")["options"])
+    size = len(prepared.known.part.hi)
+    # a budget that keeps nothing of a sample cannot be measured
+    wanted = [f for f in {*FRACTIONS, own} if f and budget.floor_of(f, size)]
+    rates = prepared.rates(config, sorted(wanted))
+    found: Figures = {
+        "swapped": prepared.swapped.size,
+        "of": size,
+        "ranked": prepared.ranked,
+        "correlation": prepared.correlation,
+        "rates": rates,
+    }
+    if str(own) in rates:
+        found["at_budget"] = rates[str(own)]
+    return found
+
+
+def _whole(folder: Folder, k: int) -> others.KnownPool:
+    """All samples, ascending by uid."""
+    known = others.read_pool(folder, k, with_features=True)
+    pool = known.by_uid(RankConfig())
+    part = graph.GraphPart(
+        hi=pool.hi, lo=pool.lo, difficulty=pool.difficulty, neighbors=pool.neighbors,
+        sqdist=pool.sqdist, group=pool.group,
+    )  # fmt: skip
+    return others.KnownPool(part, known.rows)
+
+
+def _sampled(folder: Folder, k: int, ranked: int) -> others.KnownPool:
+    """SAMPLED of them, ascending by uid, with a graph of their own."""
+    home = folder.sub("catalog")
+    layout = catalog.layout(home)
+    bound = np.uint64(min(2**64 - 1, int(1.2 * SAMPLED / ranked * 2**64)))
+    columns: list[tuple[Any, ...]] = []
+    for number in range(len(layout.starts) - 1):
+        hi, lo, difficulty = catalog.read_ids(home, number)
+        some = np.flatnonzero(uids.hashed(hi, lo, salt=uids.SALT_SELFCHECK, seed=2) <= bound)
+        columns.append((hi[some], lo[some], difficulty[some], layout.part(number)[some]))
+    hi, lo, difficulty, rows = (np.concatenate(column) for column in zip(*columns, strict=True))
+    keep = uids.hash_sample(hi, lo, SAMPLED, salt=uids.SALT_SELFCHECK, seed=2)
+    hi, lo, difficulty, rows = hi[keep], lo[keep], difficulty[keep], rows[keep]
+    width = knn.width(k, len(hi))
+    found, _ = knn.build(knn.make_pool(rows, hi, lo), width)
+    part = graph.GraphPart(
+        hi=hi, lo=lo, difficulty=difficulty, neighbors=found.neighbors, sqdist=found.sqdist
+    )
+    return others.KnownPool(part, rows)

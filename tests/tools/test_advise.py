@@ -1,0 +1,180 @@
+"""Advice for a pool: what is recommended holds what it promises, and the page opens anywhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pools
+import pytest
+
+from d2filter.algorithm import selfcheck as checks
+from d2filter.cli import main
+from d2filter.config import RankConfig
+from d2filter.formats.paths import Folder
+from d2filter.tools import advise, selfcheck
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+N = 600
+
+
+def pairs(seed: int = 0, noise: float = 0.4) -> dict[str, Any]:
+    """Pictures of few kinds, captions near them, a fifth of the captions wrong."""
+    rng = np.random.default_rng(seed)
+    kinds = rng.normal(size=(60, 8))
+    img = kinds[rng.integers(0, 60, N)] + 0.15 * rng.normal(size=(N, 8))
+    txt = img + noise * rng.normal(size=(N, 8))
+    wrong = rng.choice(N, N // 5, replace=False)
+    txt[wrong] = txt[np.roll(wrong, 1)]
+    uid = [rng.bytes(16).hex() for _ in range(N)]
+    return {
+        "uid": uid, "img": img.astype(np.float16), "txt": txt.astype(np.float16),
+        "wrong": np.isin(np.arange(N), wrong),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> dict[str, Path]:
+    """One pool with its graph: in one part, in three of shuffled files, and with other scores."""
+    folder = tmp_path_factory.mktemp("advised")
+    outs = {}
+    hardness = np.random.default_rng(5).random(N)
+    for name, files, shuffle, words in (
+        ("one", 1, None, ()),
+        ("three", 3, 7, ("--partitions", "3")),
+        ("column", 1, None, ("--score-column", "hardness")),
+    ):
+        metadata = pools.write(
+            folder / f"m-{name}", pairs(), files=files, shuffle=shuffle,
+            columns={"hardness": hardness},
+        )  # fmt: skip
+        outs[name] = folder / name
+        given = ["--metadata-dir", str(metadata), "--out-dir", str(outs[name])]
+        assert main(["graph", *given, "--n-neighbors", "5", *words]) == 0
+    return outs
+
+
+def test_the_self_check_agrees_with_the_captions_that_are_wrong(made: dict[str, Path]) -> None:
+    """The pool has wrong captions of its own: they are kept about as often as those made here."""
+    folder = Folder(str(made["one"]))
+    known = selfcheck.load(folder)
+    prepared = selfcheck.prepare(folder, known)
+    assert isinstance(prepared, selfcheck.Prepared)
+    assert prepared.whole
+    assert prepared.correlation > 0.999
+    assert 250 < prepared.swapped.size <= 300
+    part = known.part
+    pool = pairs()
+    uid = [f"{hi:016x}{lo:016x}" for hi, lo in zip(part.hi.tolist(), part.lo.tolist(), strict=True)]
+    place = dict(zip(pool["uid"], range(N), strict=True))
+    wrong = pool["wrong"][[place[one] for one in uid]]
+    for gamma, forward in ((0.0, "none"), (5.0, "sum")):
+        config = RankConfig(gamma=gamma, gamma_scale="median", forward=forward, n_neighbors=5)
+        rank = selfcheck.ranks(known, config)
+        for fraction, row in prepared.rates(config, selfcheck.FRACTIONS).items():
+            really = checks.rate(rank, np.flatnonzero(wrong), int(float(fraction) * N)).kept
+            assert abs(row["kept"] - really) < 0.2
+            assert row["low"] <= row["kept"] <= row["high"]
+
+
+def test_advice_is_the_same_for_any_partitions_and_files(
+    made: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {}
+    for name in ("one", "three"):
+        assert main(["advise", str(made[name])]) == 0
+        data = json.loads((made[name] / "advise.json").read_text())
+        found[name] = {k: data[k] for k in ("options", "fraction", "near", "trials")}
+        assert (made[name] / "advise.html").exists()
+    assert found["one"]["options"] == found["three"]["options"]
+    for mine, theirs in zip(found["one"]["trials"], found["three"]["trials"], strict=True):
+        assert mine["setting"] == theirs["setting"]
+        for fraction, row in mine["measures"].items():
+            assert row == pytest.approx(theirs["measures"][fraction], rel=1e-9)
+    said = capsys.readouterr().out
+    for what in ("k ", "gamma ", "copies ", "budget "):
+        assert re.search(f"^{what}", said, re.MULTILINE)
+    assert "the graph has lists of 5" in said
+
+
+def test_what_is_recommended_keeps_its_promise(
+    made: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = made["one"]
+    assert main(["advise", str(out), "--fraction", "0.3"]) == 0
+    data = json.loads((out / "advise.json").read_text())
+    trials = {trial["setting"]: trial["measures"]["0.3"] for trial in data["trials"]}
+    (chosen,) = (t["measures"] for t in data["trials"] if t["options"] == data["options"])
+    alone = trials["score alone"]
+    assert chosen["0.3"]["wrong"] <= alone["wrong"] + advise.SLACK
+    allowed = [row for row in trials.values() if row["wrong"] <= alone["wrong"] + advise.SLACK]
+    assert chosen["0.3"]["coverage"] >= alone["coverage"]
+    assert chosen["0.3"]["coverage"] >= max(row["coverage"] for row in allowed) - 2 * advise.WORTH
+    assert chosen[data["fraction"]]["wrong"] <= advise.CLEAN
+    # the commands that it prints are good ones, and rank as it measured
+    capsys.readouterr()
+    for command in data["commands"]:
+        words = command.split()[1:]
+        assert main(words) == 0
+    kept = len(np.load(out / "subset.npy"))
+    assert kept == int(float(data["fraction"]) * N)
+    record = json.loads((out / "completions/rank.json").read_text())
+    assert record["options"]["gamma"] == data["options"]["gamma"]
+
+
+def test_without_a_cosine_it_says_so_and_goes_by_the_score(
+    made: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["advise", str(made["column"])]) == 0
+    said = capsys.readouterr().out
+    assert "no self-check: the score is not the cosine of the two halves" in said
+    data = json.loads((made["column"] / "advise.json").read_text())
+    assert all(row["wrong"] is None for t in data["trials"] for row in t["measures"].values())
+    (chosen,) = (t["measures"]["0.3"] for t in data["trials"] if t["options"] == data["options"])
+    alone = data["trials"][0]["measures"]["0.3"]
+    assert chosen["difficulty"] > 0.5 + (alone["difficulty"] - 0.5) / 2 - 0.02
+
+
+def test_a_large_pool_is_advised_on_a_sample_and_says_so(
+    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(selfcheck, "MOST", 500)
+    monkeypatch.setattr(selfcheck, "SAMPLED", 200)
+    chosen = [selfcheck.load(Folder(str(made[name]))).part for name in ("one", "three")]
+    np.testing.assert_array_equal(chosen[0].lo, chosen[1].lo)
+    np.testing.assert_array_equal(chosen[0].neighbors, chosen[1].neighbors)
+    assert len(chosen[0].hi) == 200
+    assert main(["advise", str(made["three"])]) == 0
+    said = capsys.readouterr().out
+    assert "on 200 of 600 samples that a hash of the uid chooses" in said
+    assert "measured on 200 of 600 samples" in said
+
+
+def test_the_page_asks_for_nothing(made: dict[str, Path]) -> None:
+    assert main(["advise", str(made["one"])]) == 0
+    page = (made["one"] / "advise.html").read_text()
+    assert "default-src 'none'" in page
+    assert not re.search(r"(src|href)=[\"']?https?:", page)
+    assert page.count('data-plot="trials"') == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(("--fraction", "2"), "fraction is 2"), (("--fraction", "0.0001"), "keeps nothing of 600")],
+)
+def test_what_cannot_be_is_one_line(
+    made: dict[str, Path], words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["advise", str(made["one"]), *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_without_a_graph_it_names_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["advise", str(tmp_path)]) == 1
+    assert "run `d2filter graph` first" in capsys.readouterr().err
