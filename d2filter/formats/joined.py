@@ -140,7 +140,11 @@ def gather(
                 )
         stays = np.ones(hi.size, np.bool_)
         stays[again] = False
-        named = {"hi": hi, "lo": lo, **{f"v{n}": value for n, value in enumerate(values)}}
+        named: dict[str, npt.NDArray[Any]] = {
+            "hi": hi,
+            "lo": lo,
+            **{f"v{n}": value for n, value in enumerate(values)},
+        }
         for part, array in named.items():
             write_array(folder, f"{name}-{number:05d}.{part}.npy", array[stays])
         total += int(stays.sum())

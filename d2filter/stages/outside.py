@@ -20,7 +20,7 @@ from d2filter.stages.worker import Report, Task
 Figures = dict[str, Any]
 
 FOLDER = "outside"
-_TASK_ROWS = 8_000_000  # rows of the buckets that a task makes
+_TASK_ROWS = 16_000_000  # rows of the buckets that a task makes
 
 
 def cuts(config: CatalogConfig, memory: int) -> dict[str, list[int]]:
