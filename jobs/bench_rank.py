@@ -199,7 +199,7 @@ def _in_partitions(given: list[share.Rows], *, parts: int, threads: int) -> Row:
         ids = one.halo()
         known = share.Known(
             ids=ids, hi=hi[ids], lo=lo[ids], difficulty=difficulty[ids],
-            late=np.zeros(ids.size, np.bool_),
+            late=np.zeros(ids.size, np.bool_), reach=np.zeros(ids.size, np.float32),
         )  # fmt: skip
         one.begin(schemes.Scheme(), low, high, known)
 

@@ -283,7 +283,7 @@ def _named(
     plot: Any, source: Any, color: str, marker: str, size: int, *, label: str = "name"
 ) -> None:
     """Dots with what a column holds beside them; empty: nothing."""
-    from bokeh.models import LabelSet
+    from bokeh.models.annotations import LabelSet
 
     dots = plot.scatter(
         x="x", y="y", source=source, color=color, marker=marker, size=size, line_color=_PAPER
