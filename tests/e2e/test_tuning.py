@@ -1,0 +1,128 @@
+"""A run that chooses its own setting: the same bits whatever the layout, proven and explained."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pools
+import pytest
+
+from d2filter import cli
+from d2filter import rank as rank_arrays
+from d2filter.errors import VerificationError
+from d2filter.formats.paths import Folder
+from d2filter.stages import late
+from d2filter.tools import verify
+
+pytestmark = pytest.mark.usefixtures("cluster")
+N = 700
+
+
+@pytest.fixture(scope="module")
+def pool() -> dict[str, Any]:
+    return pools.make(N, 12, copies=0.2, seed=5)
+
+
+@pytest.fixture(scope="module")
+def score() -> np.ndarray:
+    return np.random.default_rng(3).normal(size=N).astype(np.float32)
+
+
+def run(tmp: Path, pool: dict[str, Any], score: np.ndarray, *options: str, **layout: Any) -> Path:
+    metadata = pools.write(tmp / "metadata", pool, columns={"s": score}, **layout)
+    out = tmp / "out"
+    told = ["--metadata-dir", str(metadata), "--out-dir", str(out), "--score-column", "s"]
+    assert cli.main(["run", *told, *options]) == 0
+    return out
+
+
+def rank_of(out: Path) -> dict[str, Any]:
+    figures: dict[str, Any] = json.loads((out / "stats.json").read_text())["rank"]
+    return figures
+
+
+@pytest.mark.parametrize("options", [[], ["--kernel", "rbf", "--undirected"], ["--cut-hardest", "0.1"]])
+def test_layout_partitions_and_size_cannot_be_seen_in_what_is_chosen(
+    tmp_path: Path, pool: dict[str, Any], score: np.ndarray, options: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    whole = run(tmp_path / "a", pool, score, *options, "--partitions", "1")
+    # as a pool that no task can hold is settled
+    monkeypatch.setattr(late, "WHOLE", 0)
+    parts = run(tmp_path / "b", pool, score, *options, "--partitions", "3", files=4, shuffle=9)
+    assert (whole / "subset.npy").read_bytes() == (parts / "subset.npy").read_bytes()
+    a, b = rank_of(whole), rank_of(parts)
+    for name in ("gamma", "gamma_floor", "gamma_unit", "effective_share", "copies_sqdist", "late"):
+        assert a[name] == b[name], name
+    assert a["tuned_for"] == "0.3"
+    for out in (whole, parts):
+        verify.verify(Folder(str(out)), lambda line: None)
+
+
+def test_a_notebook_gets_the_bits_of_the_command_line(
+    tmp_path: Path, pool: dict[str, Any], score: np.ndarray
+) -> None:
+    out = run(tmp_path, pool, score, "--fraction", "0.2")
+    found = rank_arrays(
+        [pool["img"], pool["txt"]], score, uids_hex=pool["uid"], tuned_for="0.2"
+    )
+    kept = sorted(pool["uid"][row] for row in found.select("0.2"))
+    pairs = np.load(out / "subset.npy")
+    assert kept == [f"{hi:016x}{lo:016x}" for hi, lo in pairs.tolist()]
+    assert found.gamma == rank_of(out)["gamma"]
+
+
+def test_another_budget_is_a_prefix_of_the_ranking_that_is_there(
+    tmp_path: Path, pool: dict[str, Any], score: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(tmp_path, pool, score, "--fraction", "0.2")
+    ranking = (out / "ranking" / "part-00000.parquet").read_bytes()
+    gamma = rank_of(out)["gamma"]
+    capsys.readouterr()
+    run(tmp_path, pool, score, "--fraction", "0.6")
+    assert "rank      done before" in capsys.readouterr().out
+    assert (out / "ranking" / "part-00000.parquet").read_bytes() == ranking
+    assert rank_of(out)["tuned_for"] == "0.2"
+    # asked for, it is another ranking
+    told = ["--out-dir", str(out), "--tune-for", "0.6"]
+    assert cli.main(["rank", *told]) == 1
+    assert "tuned_for" in capsys.readouterr().err
+    assert cli.main(["rank", *told, "--overwrite", "rank"]) == 0
+    assert rank_of(out)["tuned_for"] == "0.6"
+    assert rank_of(out)["gamma"] != gamma
+
+
+def test_a_gamma_that_is_not_the_one_that_was_found_is_a_breach(
+    tmp_path: Path, pool: dict[str, Any], score: np.ndarray
+) -> None:
+    out = run(tmp_path, pool, score)
+    record = out / "completions" / "rank.json"
+    told = json.loads(record.read_text())
+    told["stats"]["gamma"] += 1 / 1024
+    # its access rights are those of the file that it replaces
+    os.truncate(record, 0)
+    record.write_text(json.dumps(told))
+    lines: list[str] = []
+    with pytest.raises(VerificationError):
+        verify.verify(Folder(str(out)), lines.append)
+    assert any("gamma is" in line and "in the record" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--gamma", "wide", "allowed are auto and a number"),
+        ("--collapse-copies", "some", "allowed are auto, none and a squared distance"),
+        ("--tune-for", "2", "2"),
+    ],
+)
+def test_values_that_cannot_be(
+    tmp_path: Path, option: str, value: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = ["run", "--metadata-dir", str(tmp_path), "--out-dir", str(tmp_path / "o")]
+    assert cli.main([*told, option, value]) == 2
+    assert says in capsys.readouterr().err
