@@ -456,6 +456,7 @@ class RunConfig:
             raise UsageError(f"max-bad is {self.max_bad}, allowed is 0 to 1: --max-bad 0.01")
         if self.device not in DEVICES:
             raise UsageError(f"device is {self.device!r}, allowed are {', '.join(DEVICES)}")
+        refuse_classes(self.select, self.catalog.group_column)
         if self.partitions:
             _at_least("partitions", self.partitions, 1)
         if self.memory_per_worker and self.memory_per_worker < LEAST_MEMORY:
@@ -463,6 +464,15 @@ class RunConfig:
                 f"memory-per-worker is {self.memory_per_worker} bytes, allowed is at least "
                 f"{LEAST_MEMORY}: --memory-per-worker 1GB"
             )
+
+
+def refuse_classes(select: SelectConfig, group_column: str) -> None:
+    """Raise UsageError for a soft selection of samples with classes."""
+    if select.soft is not None and group_column:
+        raise UsageError(
+            "soft repeats samples by score, which would not give each class its share: leave out "
+            "--soft, or --group-column when the graph is made"
+        )
 
 
 def parse_bytes(text: str) -> int:

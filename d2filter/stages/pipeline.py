@@ -14,7 +14,7 @@ from typing import Any
 
 import d2filter
 from d2filter.algorithm import pairs
-from d2filter.config import RankConfig, RunConfig, SelectConfig
+from d2filter.config import RankConfig, RunConfig, SelectConfig, refuse_classes
 from d2filter.errors import D2FilterError, RecallError, TooManyBadError, UsageError
 from d2filter.formats import ledger, lock, logs
 from d2filter.formats.paths import Folder, absolute, remove_leftovers
@@ -208,11 +208,7 @@ class Pipeline:
         ranked = catalog["stats"]["samples"]["ranked"]
         plan = self._plans.select(before["fingerprint"]).plan
         select.check(self.config.select, ranked)  # before anything is touched
-        if self.config.select.soft is not None and catalog["options"]["group_column"]:
-            raise UsageError(
-                "soft repeats samples by score, which would not give each class its share: leave "
-                "out --soft, or --group-column when the graph is made"
-            )
+        refuse_classes(self.config.select, catalog["options"]["group_column"])
 
         def build() -> dict[str, Any]:
             figures = self._runner.here(

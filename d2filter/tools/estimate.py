@@ -259,7 +259,17 @@ def count(pool: Pool, h: Habits, partitions: int) -> list[Step]:
         for name, units, tasks, threads, reads, writes in graph
     ]  # fmt: skip
     edges = n * (12.0 * k + 20)
+    settled = [("rank_settle", k + 3, edges, 0.0)]
+    if n * k > WHOLE:
+        settled = [
+            ("rank_upper", k, n * 4.0 * k, 0.0),
+            ("rank_lower", k, n * 4.0 * k, 0.0),
+            ("rank_near", k, edges, 0.0),
+            ("rank_lists", k, edges, 0.0),
+            ("rank_answers", k, n * 4.0 * k, 0.0),
+        ]
     for name, weight, reads, writes in (
+        *settled,
         ("rank_cut", k + 3, edges, 0.0),
         ("rank_describe", 3, n * 20.0, 0.0),
         # partitions look again when news come from others: 1.2 times at k=1, 2.5 at k=5
@@ -270,7 +280,8 @@ def count(pool: Pool, h: Habits, partitions: int) -> list[Step]:
     ):
         found.append(
             Step(
-                stage="rank", name=name, units=float(n * weight), tasks=partitions, threads=False,
+                stage="rank", name=name, units=float(n * weight),
+                tasks=1 if name == "rank_settle" else partitions, threads=False,
                 read=reads, written=writes,
             )
         )  # fmt: skip

@@ -221,8 +221,11 @@ def _headline(m: measures.Measures) -> str:
     how = f"{m.method} by {m.score}"
     if m.method == "D2":
         k = options["n_neighbors"] or m.stats["graph"]["k"]
-        how += f", k = {k}, gamma = {options['gamma']:g}"
-        if options["gamma_scale"] != "none":
+        gamma = m.records["rank"]["stats"].get("gamma", options["gamma"])
+        how += f", k = {k}, gamma = {gamma:.4g}"
+        if options["gamma"] == AUTO:
+            how += f", fitted to a kept share of {float(options['tuned_for']):g}"
+        elif options["gamma_scale"] != "none":
             how += f" ({options['gamma_scale']})"
     return f"{m.stats['samples']['kept']:,} of {m.ranked:,} ranked samples kept: {how}."
 

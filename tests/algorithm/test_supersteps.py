@@ -151,6 +151,7 @@ class Pool:
                     lo=np.concatenate([k.lo for k in known]),
                     difficulty=np.concatenate([k.difficulty for k in known]),
                     late=np.concatenate([k.late for k in known]),
+                    reach=np.concatenate([k.reach for k in known]),
                 )
             )
         for one, halo in zip(self.shares, halos, strict=True):

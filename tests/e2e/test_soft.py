@@ -190,3 +190,7 @@ def test_soft_selections_have_no_classes(
     words = ("--metadata-dir", metadata, "--out-dir", tmp_path / "o", "--group-column", "label")
     assert run("run", *words, "--soft") == 2
     assert "which would not give each class its share" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+    assert run("run", *words) == 0
+    assert run("select", "--out-dir", tmp_path / "o", "--soft") == 2
+    assert "which would not give each class its share" in capsys.readouterr().err

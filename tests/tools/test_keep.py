@@ -362,3 +362,13 @@ def test_the_examples_in_the_docstrings() -> None:
     result = doctest.testmod(keep)
     assert result.failed == 0
     assert result.attempted >= 6
+
+
+def test_of_two_samples_of_one_key_each_comes_as_often_as_its_uid_is_kept() -> None:
+    one, two = ("1" * 32).encode(), ("2" * 32).encode()
+    whole = {"jpg": b"a picture", "txt": b"a caption"}
+    for own, times in ((one, 2), (two, 1)):
+        sample = {"json": b'{"uid": "%s"}' % own, **whole}
+        assert keep._times(sample, one + two + one) == times
+        assert keep._times(sample, own * 3) == 3
+        assert keep._times(sample, own) == 1
