@@ -268,7 +268,7 @@ def trials(dots: list[tuple[str, float, float]], chosen: str) -> Any:
             x=[x for _, x, _ in some], y=[y for _, _, y in some], name=[n for n, _, _ in some]
         )
         source.data["label"] = ["recommended" for _ in source.data["name"]]
-        _named(plot, source, color, marker, size, labels=own)
+        _named(plot, source, color, marker, size, labels=own, left=True)
     return plot
 
 
@@ -280,7 +280,14 @@ def _told_apart(settings: list[str]) -> list[str]:
 
 
 def _named(
-    plot: Any, source: Any, color: str, marker: str, size: int, *, labels: bool = True
+    plot: Any,
+    source: Any,
+    color: str,
+    marker: str,
+    size: int,
+    *,
+    labels: bool = True,
+    left: bool = False,
 ) -> None:
     """Dots with their labels beside them."""
     from bokeh.models import LabelSet
@@ -292,8 +299,8 @@ def _named(
     if labels:
         plot.add_layout(
             LabelSet(
-                x="x", y="y", text="label", source=source, x_offset=8, y_offset=4,
-                text_font_size="11px", text_color=_INK,
+                x="x", y="y", text="label", source=source, x_offset=-10 if left else 8, y_offset=4,
+                text_align="right" if left else "left", text_font_size="11px", text_color=_INK,
             )
         )  # fmt: skip
 
