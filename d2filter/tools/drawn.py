@@ -111,7 +111,9 @@ def kept_ids(folder: Folder, ranked: int, rule: Rule) -> Bools:
     start = 0
     for part in ranking.iter_columns(folder.sub("ranking"), ["rank", "difficulty"]):
         size = part["rank"].size
-        kept[start : start + size] = rule.kept(part["rank"], part["difficulty"])
+        kept[start : start + size] = rule.kept(
+            part["rank"].astype(np.int64), part["difficulty"].astype(np.float32)
+        )
         start += size
     return kept
 

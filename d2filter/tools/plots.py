@@ -264,9 +264,8 @@ def trials(dots: list[tuple[str, float, float]], chosen: str) -> Any:
     plot.x_range.range_padding = 0.2  # room for names
     for color, marker, size, own in ((_SWEPT[0], "square", 8, False), (_OWN, "diamond", 15, True)):
         some = [dot for dot in dots if (dot[0] == chosen) == own]
-        source = _finite(
-            x=[x for _, x, _ in some], y=[y for _, _, y in some], name=[n for n, _, _ in some]
-        )
+        names, x, y = zip(*some, strict=True) if some else ((), (), ())
+        source = _finite(x=x, y=y, name=names)
         source.data["label"] = ["recommended" for _ in source.data["name"]]
         _named(plot, source, color, marker, size, labels=own, left=True)
     return plot
@@ -290,7 +289,7 @@ def _named(
     left: bool = False,
 ) -> None:
     """Dots with their labels beside them."""
-    from bokeh.models import LabelSet
+    from bokeh.models.annotations import LabelSet
 
     dots = plot.scatter(
         x="x", y="y", source=source, color=color, marker=marker, size=size, line_color=_PAPER
