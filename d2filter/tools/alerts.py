@@ -158,11 +158,13 @@ def swapped_captions(facts: Facts) -> str:
     found = facts.counted.get("selfcheck", {}).get("at_budget")
     if not found or found["high"] < found["share_kept"]:
         return ""
+    cure = "`d2filter advise OUT` looks for a better setting"
+    if found["by_score"] >= found["share_kept"] / 2:
+        cure = "the score hardly tells wrong pairs from right ones"
     return (
         f"the self-check keeps {found['kept']:.0%} of the pairs whose captions it swaps, where "
-        f"{found['share_kept']:.0%} of all are kept: score and setting do not tell wrong pairs "
-        "from right ones (score alone keeps "
-        f"{found['by_score']:.0%})"
+        f"{found['share_kept']:.0%} of all are kept, and the score alone {found['by_score']:.0%} "
+        f"of them: {cure}"
     )
 
 

@@ -235,7 +235,7 @@ def pareto(m: Measures) -> Any:
         source = _finite(x=curve.score, y=curve.coverage, name=names)
         plot.line(
             x="x", y="y", source=source, color=color, line_width=1.5, line_alpha=0.6,
-            legend_label=f"{curve.name}, other budgets",
+            legend_label=_plain(f"{curve.name}, other budgets"),
         )  # fmt: skip
         dots = plot.scatter(x="x", y="y", source=source, color=color, size=5)
         _hover(plot, dots, _PARETO)
@@ -244,7 +244,7 @@ def pareto(m: Measures) -> Any:
         x=[row["score"] for row in rows], y=[row["coverage"] for row in rows],
         name=_told_apart([row["setting"] for row in rows]),
     )  # fmt: skip
-    _named(plot, near, _SWEPT[0], "square", 8, label="name" * (len(rows) <= _MOST_LABELS))
+    _named(plot, near, _SWEPT[0], "square", 8, labels=len(rows) <= _MOST_LABELS)
     for subset, color in _subsets(m):
         name = "this run" if subset is m.own else subset.name
         found = _finite(x=[subset.score], y=[subset.coverage], name=[name])
@@ -264,11 +264,10 @@ def trials(dots: list[tuple[str, float, float]], chosen: str) -> Any:
     plot.x_range.range_padding = 0.2  # room for names
     for color, marker, size, own in ((_SWEPT[0], "square", 8, False), (_OWN, "diamond", 15, True)):
         some = [dot for dot in dots if (dot[0] == chosen) == own]
-        source = _finite(
-            x=[x for _, x, _ in some], y=[y for _, _, y in some], name=[n for n, _, _ in some]
-        )
-        source.data["label"] = ["recommended" * own for _ in source.data["name"]]
-        _named(plot, source, color, marker, size, label="label")
+        names, x, y = zip(*some, strict=True) if some else ((), (), ())
+        source = _finite(x=x, y=y, name=names)
+        source.data["label"] = ["recommended" for _ in source.data["name"]]
+        _named(plot, source, color, marker, size, labels=own, left=True)
     return plot
 
 
@@ -280,20 +279,31 @@ def _told_apart(settings: list[str]) -> list[str]:
 
 
 def _named(
-    plot: Any, source: Any, color: str, marker: str, size: int, *, label: str = "name"
+    plot: Any,
+    source: Any,
+    color: str,
+    marker: str,
+    size: int,
+    *,
+    labels: bool = True,
+    left: bool = False,
 ) -> None:
+<<<<<<< HEAD
     """Dots with what a column holds beside them; empty: nothing."""
+=======
+    """Dots with their labels beside them."""
+>>>>>>> measures
     from bokeh.models.annotations import LabelSet
 
     dots = plot.scatter(
         x="x", y="y", source=source, color=color, marker=marker, size=size, line_color=_PAPER
     )
     _hover(plot, dots, _PARETO)
-    if label:
+    if labels:
         plot.add_layout(
             LabelSet(
-                x="x", y="y", text=label, source=source, x_offset=8, y_offset=4,
-                text_font_size="11px", text_color=_INK,
+                x="x", y="y", text="label", source=source, x_offset=-10 if left else 8, y_offset=4,
+                text_align="right" if left else "left", text_font_size="11px", text_color=_INK,
             )
         )  # fmt: skip
 
@@ -307,14 +317,12 @@ def _alike(m: Measures) -> list[dict[str, Any]]:
 
 
 def _finite(*, x: Any, y: Any, name: Any) -> Any:
-    """A source of the dots that can be drawn."""
-    there = [i for i, pair in enumerate(zip(x, y, strict=True)) if all(map(math.isfinite, pair))]
+    """A source of the dots that can be drawn, labelled by their names."""
+    dots = [dot for dot in zip(x, y, name, strict=True) if all(map(math.isfinite, dot[:2]))]
     return _source(
-        **{
-            column: [values[i] for i in there]
-            for column, values in (("x", x), ("y", y), ("name", name))
-        }
-    )
+        x=[x for x, _, _ in dots], y=[y for _, y, _ in dots], name=[n for _, _, n in dots],
+        label=[_plain(n) for _, _, n in dots],
+    )  # fmt: skip
 
 
 def _subsets(m: Measures) -> list[tuple[Subset, str]]:

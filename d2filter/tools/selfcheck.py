@@ -29,6 +29,8 @@ MOST = 200_000
 """samples of a pool that is checked whole"""
 SAMPLED = 50_000
 """samples of a larger one"""
+CHEAP = ("d2", "score", "random")
+"""methods that rank a pool a second time for a report"""
 FRACTIONS = tuple(Decimal(f) for f in ("0.1", "0.2", "0.3", "0.5", "0.7"))
 
 
@@ -126,6 +128,9 @@ def ranks(known: others.KnownPool, config: RankConfig) -> I64:
 
 def of_run(folder: Folder) -> Figures:
     """The self-check of the setting of a finished run, as report.json holds it."""
+    method = RunState(folder).require("rank")["options"]["method"]
+    if method not in CHEAP:
+        return {"why_not": f"{method} would have to rank the pool again"}
     prepared = prepare(folder, load(folder))
     if isinstance(prepared, str):
         return {"why_not": prepared}

@@ -45,7 +45,9 @@ def rank_of(out: Path) -> dict[str, Any]:
     return figures
 
 
-@pytest.mark.parametrize("options", [[], ["--kernel", "rbf", "--undirected"], ["--cut-hardest", "0.1"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--kernel", "rbf", "--undirected"], ["--cut-hardest", "0.1"]]
+)
 def test_layout_partitions_and_size_cannot_be_seen_in_what_is_chosen(
     tmp_path: Path, pool: dict[str, Any], score: np.ndarray, options: list[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -67,9 +69,7 @@ def test_a_notebook_gets_the_bits_of_the_command_line(
     tmp_path: Path, pool: dict[str, Any], score: np.ndarray
 ) -> None:
     out = run(tmp_path, pool, score, "--fraction", "0.2")
-    found = rank_arrays(
-        [pool["img"], pool["txt"]], score, uids_hex=pool["uid"], tuned_for="0.2"
-    )
+    found = rank_arrays([pool["img"], pool["txt"]], score, uids_hex=pool["uid"], tuned_for="0.2")
     kept = sorted(pool["uid"][row] for row in found.select("0.2"))
     pairs = np.load(out / "subset.npy")
     assert kept == [f"{hi:016x}{lo:016x}" for hi, lo in pairs.tolist()]

@@ -149,6 +149,14 @@ def test_every_alert_is_tested() -> None:
     assert {case[0] for case in mark.args[1]} == set(alerts.ALERTS)
 
 
+@pytest.mark.parametrize(("by_score", "cure"), [(0.05, "advise OUT"), (0.25, "the score hardly")])
+def test_a_failed_self_check_tells_whether_score_or_setting_is_to_blame(
+    by_score: float, cure: str
+) -> None:
+    at_budget = {**CHECK, "kept": 0.28, "high": 0.31, "by_score": by_score}
+    assert cure in alerts.swapped_captions(facts(selfcheck={"at_budget": at_budget}))
+
+
 def test_a_budget_that_was_tuned_for_and_kept_is_within_half_as_much_again() -> None:
     assert alerts.other_budget(ranked(0.3, 451))
     assert alerts.other_budget(ranked(0.3, 199))
