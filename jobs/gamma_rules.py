@@ -1,12 +1,12 @@
-"""Which rule chooses gamma: kernels and exponents side by side on pools of which the truth is known.
+"""Which rule chooses gamma: kernels and exponents side by side on pools whose truth is known.
 
     python -m jobs.gamma_rules --data data --cache cache --results jobs/results/gamma_rules.md
 
 Each rule is judged by what it costs against the best gamma in hindsight of the plain kernel (a grid
 of 10 × k of 1, 5, 10, 20), and by how much noisier it is than the score alone. The pools: Flickr8k
 with 0, 20 and 40% of the captions swapped; the same with one caption a picture, so that nothing is
-redundant; real CLIP vectors of 100 pictures with five captions, 20% swapped, mean of five draws; and
-with --planted the drawn pool of jobs/bench_planted.py.
+redundant; real CLIP vectors of 100 pictures with five captions, 20% swapped, mean of five draws;
+and with --planted the drawn pool of jobs/bench_planted.py.
 """
 
 from __future__ import annotations

@@ -66,3 +66,8 @@ def cut(
     return Cut(
         partitions=partitions or int(max(nodes, math.ceil(rows * row / room))), memory=memory
     )
+
+
+SETTLED_WHOLE = 4_000_000
+"""neighbors of a graph that one task settles at once, in below 400 MB: a task less for each part and
+step"""

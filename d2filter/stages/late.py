@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import copies, late, local, quantile, settling, tuning
+from d2filter.algorithm import copies, late, local, quantile, settling, sizes, tuning
 from d2filter.formats import graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_array, read_columns, write_columns
@@ -29,8 +29,6 @@ Figures = dict[str, Any]
 I64 = npt.NDArray[np.int64]
 
 WORK = "ranking-work"
-WHOLE = 4_000_000
-"""neighbors of a graph that one task holds: below 200 MB"""
 
 
 Settled = settling.Settled
@@ -49,7 +47,7 @@ def settle(
     that count. each(label, task, **arguments) runs a task on every part, run does so on none in
     particular; both return figures.
     """
-    if total * k <= WHOLE:
+    if total * k <= sizes.SETTLED_WHOLE:
         return Settled(**run("settle", settle_whole, wanted=wanted, k=k, wrong=wrong)["settled"])
     cut = late.cut_size(total, wanted.cut_hardest)
     values = _places(each, out, wanted, k, total, cut)

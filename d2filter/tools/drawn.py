@@ -118,11 +118,10 @@ def kept_ids(folder: Folder, ranked: int, rule: Rule) -> Bools:
     for part in ranking.iter_columns(folder.sub("ranking"), columns):
         size = part["rank"].size
         kept[start : start + size] = rule.kept(
-<<<<<<< HEAD
-            part["rank"], part["difficulty"], part["uid_hi"], part["uid_lo"]
-=======
-            part["rank"].astype(np.int64), part["difficulty"].astype(np.float32)
->>>>>>> measures
+            part["rank"].astype(np.int64),
+            part["difficulty"].astype(np.float32),
+            part["uid_hi"].astype(np.uint64),
+            part["uid_lo"].astype(np.uint64),
         )
         start += size
     return kept

@@ -260,7 +260,7 @@ def count(pool: Pool, h: Habits, partitions: int) -> list[Step]:
     ]  # fmt: skip
     edges = n * (12.0 * k + 20)
     settled = [("rank_settle", k + 3, edges, 0.0)]
-    if n * k > WHOLE:
+    if n * k > sizes.SETTLED_WHOLE:
         settled = [
             ("rank_upper", k, n * 4.0 * k, 0.0),
             ("rank_lower", k, n * 4.0 * k, 0.0),

@@ -288,11 +288,7 @@ def _named(
     labels: bool = True,
     left: bool = False,
 ) -> None:
-<<<<<<< HEAD
-    """Dots with what a column holds beside them; empty: nothing."""
-=======
     """Dots with their labels beside them."""
->>>>>>> measures
     from bokeh.models.annotations import LabelSet
 
     dots = plot.scatter(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from d2filter.algorithm import coverage
+from d2filter.config import AUTO
 from d2filter.errors import RunStateError, UsageError
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import REPORT, REPORT_DATA, RunState

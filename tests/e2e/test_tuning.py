@@ -13,9 +13,9 @@ import pytest
 
 from d2filter import cli
 from d2filter import rank as rank_arrays
+from d2filter.algorithm import sizes
 from d2filter.errors import VerificationError
 from d2filter.formats.paths import Folder
-from d2filter.stages import late
 from d2filter.tools import verify
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -54,7 +54,7 @@ def test_layout_partitions_and_size_cannot_be_seen_in_what_is_chosen(
 ) -> None:  # fmt: skip
     whole = run(tmp_path / "a", pool, score, *options, "--partitions", "1")
     # as a pool that no task can hold is settled
-    monkeypatch.setattr(late, "WHOLE", 0)
+    monkeypatch.setattr(sizes, "SETTLED_WHOLE", 0)
     parts = run(tmp_path / "b", pool, score, *options, "--partitions", "3", files=4, shuffle=9)
     assert (whole / "subset.npy").read_bytes() == (parts / "subset.npy").read_bytes()
     a, b = rank_of(whole), rank_of(parts)
