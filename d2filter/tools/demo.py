@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
@@ -40,13 +40,20 @@ class Setting:
     name: str
     label: str
     k: int
-    gamma: float
+    rank: config.RankConfig
+
+    @property
+    def shown(self) -> str:
+        """For people."""
+        return f"k={self.k}, gamma={self.rank.gamma}"
 
 
 FRACTION = Decimal("0.5")
-PUBLISHED = Setting(name="d2-published", label="D2 as published", k=1, gamma=1.0)
-# the best of the grid in jobs/results/demo_settings.md, which was made on other pools
-MEASURED = Setting(name="d2-measured", label="D2 as measured", k=5, gamma=5.0)
+PUBLISHED = Setting(
+    name="d2-published", label="D2 as published", k=1,
+    rank=config.RankConfig(kernel="rbf", gamma=1.0, collapse_copies=None),
+)  # fmt: skip
+AUTO = Setting(name="d2-auto", label="D2 by itself", k=10, rank=config.RankConfig())
 
 _COPIES = 0.3
 _SWAPPED = 0.2
@@ -168,7 +175,7 @@ def demo(
     Raises UsageError for fewer than 100 pairs.
     """
     out = Folder(absolute(out_dir))
-    settings = (PUBLISHED, MEASURED)
+    settings = (PUBLISHED, AUTO)
     draw_and_run(
         out, pairs=pairs, seed=seed, settings=settings, say=say, show_progress=show_progress
     )
@@ -176,13 +183,13 @@ def demo(
     say("")
     for text in table(lines):
         say(text)
-    written = report.report(out.sub(MEASURED.name))
+    written = report.report(out.sub(AUTO.name))
     say("")
     say(f"report:  {written}  (open it in a browser)")
-    say(f"results: {out.where(MEASURED.name)}  (subset.npy, ranking/, graph/, stats.json)")
+    say(f"results: {out.where(AUTO.name)}  (subset.npy, ranking/, graph/, stats.json)")
     say(f"shards:  {out.where('shards')}   truth: {out.where('truth')}")
-    say(f"next:    d2filter select --out-dir {out.where(MEASURED.name)} --fraction 0.3")
-    say(f"         d2filter verify {out.where(MEASURED.name)}")
+    say(f"next:    d2filter select --out-dir {out.where(AUTO.name)} --fraction 0.3")
+    say(f"         d2filter verify {out.where(AUTO.name)}")
     return lines
 
 
@@ -218,7 +225,7 @@ def draw_and_run(
         runner.map("draw", tasks, fingerprint=f"{pairs}-{seed}", label="draw", total=pairs)
         for setting in settings:
             say("")
-            say(f"{setting.name}: k={setting.k}, gamma={setting.gamma:g}, half kept")
+            say(f"{setting.name}: {setting.shown}, half kept")
             run = _run_config(out, settings[0].name, setting)
             Pipeline(run, say=say, show_progress=show_progress).run("run")
     finally:
@@ -248,7 +255,7 @@ def _run_config(out: Folder, first: str, setting: Setting) -> config.RunConfig:
         metadata_dir="" if chained else out.sub(f"{first}/metadata").url,
         catalog=config.CatalogConfig(arch=embed.resolved_arch),
         graph=config.GraphConfig(n_neighbors=setting.k),
-        rank=config.RankConfig(gamma=setting.gamma),
+        rank=replace(setting.rank, tuned_for=FRACTION),
         select=config.SelectConfig(fraction=FRACTION),
     )
 
@@ -259,8 +266,7 @@ def compare(out: Folder, settings: Sequence[Setting]) -> list[Line]:
     group, swapped = truth(out, first)
     size = int(FRACTION * len(group))
     orders = {
-        f"{setting.label} (k={setting.k}, gamma={setting.gamma:g})": _order(out, setting.name)
-        for setting in settings
+        f"{setting.label} ({setting.shown})": _order(out, setting.name) for setting in settings
     }
     orders["CLIP score alone"] = baselines.by_score(first.difficulty, first.hi, first.lo)
     orders["random"] = baselines.at_random(first.hi, first.lo)

@@ -21,7 +21,7 @@ import pytest
 from d2filter.formats import ranking
 from d2filter.formats.paths import Folder
 
-SETTINGS = ("d2-published", "d2-measured")
+SETTINGS = ("d2-published", "d2-auto")
 PAIRS = 100
 
 

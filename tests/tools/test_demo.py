@@ -60,14 +60,14 @@ def test_the_demo_shows_what_it_promises(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = demo.demo(str(tmp_path), pairs=1200, seed=5, say=print)
-    published, measured, score, random, best = (line.result for line in lines)
+    published, auto, score, random, best = (line.result for line in lines)
     assert best.useful == 1.0
-    assert measured.useful > published.useful > score.useful > random.useful
+    assert auto.useful > published.useful > score.useful > random.useful
     assert random.swapped == pytest.approx(0.2, abs=0.04)
-    assert max(measured.swapped, published.swapped) < 0.02
+    assert max(auto.swapped, published.swapped) < 0.02
     shown = capsys.readouterr().out
     assert "next:    d2filter select --out-dir" in shown
-    assert main(["verify", str(tmp_path / "d2-measured")]) == 0
+    assert main(["verify", str(tmp_path / "d2-auto")]) == 0
     capsys.readouterr()
     # the same command continues: nothing is drawn or embedded again
     before = (tmp_path / "shards/00000.tar").stat().st_mtime_ns

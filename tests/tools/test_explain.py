@@ -48,10 +48,13 @@ def test_every_figure_is_that_of_the_files_and_adds_up(run: Path) -> None:
     r, g = columns(run), graph.read(folder.sub("graph"))
     hexes = uid_format.to_hex(r["uid_hi"], r["uid_lo"])
     stats = json.loads((run / "stats.json").read_text())
-    unit = stats["rank"]["gamma_unit"]
+    rank = stats["rank"]
     low, high = r["difficulty"].min(), r["difficulty"].max()
     normalized = (r["difficulty"].astype(float) - low) / (float(high) - low)
-    weights = np.vectorize(lambda d: oracle.weight(d / unit, 1.0))(g.sqdist.astype(float))
+    sigma = np.maximum(g.sqdist[:, -1], np.float32(rank["gamma_floor"])).astype(float)
+    squared = g.sqdist.astype(float) ** 2
+    relative = (squared / (sigma[:, None] * sigma[g.neighbors])).astype(np.float32)
+    weights = np.vectorize(lambda x: oracle.weight(x, rank["gamma"]))(relative.astype(float))
     message = np.rint(weights * r["final"][:, None].astype(float))
     subset = {tuple(pair) for pair in np.load(run / "subset.npy").tolist()}
     for row, found in enumerate(explain.explain(folder, hexes)):
