@@ -266,7 +266,6 @@ def _chooser(task: Task, drawn: data.Drawn, seed: int) -> tuple[Callable[[Candid
             features[setting.features],
             difficulty(setting.score),
             n_neighbors=setting.k,
-            kernel="rbf",
             collapse_copies=None,
             gamma=setting.gamma,
             gamma_scale=setting.gamma_scale,
