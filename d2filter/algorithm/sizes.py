@@ -69,5 +69,5 @@ def cut(
 
 
 SETTLED_WHOLE = 4_000_000
-"""neighbors of a graph that one task settles at once, in less than 400 MB: this saves a task for each
-part and step"""
+"""neighbors of a graph that one task settles at once, in less than 400 MB: this saves a task for
+each part and step"""

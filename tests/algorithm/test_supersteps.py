@@ -15,7 +15,7 @@ from d2filter.algorithm import merge, messages, schemes, share
 from d2filter.algorithm import supersteps as kernel
 
 SCHEMES = [
-    schemes.Scheme(kernel=kernel, forward=forward, reverse=reverse, gamma_reverse=0.5)
+    schemes.Scheme(kernel=kernel, forward=forward, reverse=reverse, gamma_reverse=0.5, floor=0.25)
     for kernel in schemes.KERNELS
     for forward in schemes.FORWARD
     for reverse in schemes.REVERSE
@@ -66,8 +66,16 @@ def naive(
     low, high = (float(earnest.min()), float(earnest.max())) if earnest.size else (0.0, 0.0)
     score = [1.0 if low == high else (float(d) - low) / (high - low) for d in difficulty]
 
-    def weight(sqdist: float, gamma: float) -> float:
-        d = sqdist if scheme.kernel == "rbf" else float(np.sqrt(sqdist))
+    def sigma(i: int) -> float:
+        there = [d for d in case.sqdist[i].tolist() if np.isfinite(d)]
+        return max(there[-1] if there else 0.0, scheme.floor)
+
+    def weight(i: int, j: int, sqdist: float, gamma: float) -> float:
+        d = {
+            "rbf": lambda: sqdist,
+            "exp": lambda: float(np.sqrt(sqdist)),
+            "local": lambda: float(np.float32(sqdist * sqdist / (sigma(i) * sigma(j)))),
+        }[scheme.kernel]()
         return float(np.float32(np.exp(-gamma * d)))
 
     one = 2.0**40
@@ -75,7 +83,8 @@ def naive(
     for i in range(n):
         own = round(score[i] * one)
         sums = sum(
-            round(weight(d, scheme.gamma_forward) * score[j] * one) for j, d in lists[i].items()
+            round(weight(i, j, d, scheme.gamma_forward) * score[j] * one)
+            for j, d in lists[i].items()
         )
         forward.append(
             {"sum": own + sums, "product": round(score[i] * float(sums)), "none": own}[
@@ -87,14 +96,14 @@ def naive(
     weights = [
         [
             {
-                "weighted": weight(d, scheme.gamma_reverse),
+                "weighted": weight(i, j, d, scheme.gamma_reverse),
                 "absolute": 1.0,
                 "none": 0.0,
             }[scheme.reverse]
-            for d in row.values()
+            for j, d in row.items()
         ]
         + [0.0] * (width - len(row))
-        for row in lists
+        for i, row in enumerate(lists)
     ]
     forward = [-(2**62) if late[i] else x for i, x in enumerate(forward)]
     order, final, by = oracle.greedy(forward, case.uid, neighbors, weights)
