@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,11 @@ def entry(candidate: Candidate) -> Entry:
 
 def automatic() -> list[Entry]:
     """Settings that the tool chooses by itself."""
-    return []
+
+    def config(kept: str) -> RankConfig:
+        return RankConfig(tuned_for=Decimal(kept))
+
+    return [Entry(name="D2 auto", k=10, config=config, per_budget=True)]
 
 
 def entries(share: float, draw: int) -> list[Entry]:

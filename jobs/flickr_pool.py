@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import features, groups, knn, late, metrics, uids
+from d2filter.algorithm import features, groups, knn, late, metrics, pairs, uids
 from d2filter.config import RankConfig
 from d2filter.formats import graph
 from d2filter.stages import others
@@ -141,7 +142,7 @@ def swapped_captions(caption: I64, owner: I64, share: float, seed: int) -> I64:
     chosen, until none of them is at a picture of its own.
     """
     rng = np.random.default_rng([seed, round(1000 * share)])
-    out = caption.copy()
+    out: I64 = caption.copy()
     chosen = rng.choice(caption.size, round(share * caption.size), replace=False)
     while chosen.size and (owner[out[chosen]] == owner[caption[chosen]]).any():
         chosen = rng.permutation(chosen)
@@ -171,6 +172,10 @@ class Pairs:
         self.score: F32 = np.einsum("ij,ij->i", pictures, captions)
         rows = features.fix([pictures, captions])
         found, classes = groups.graph(rows, hi, lo, np.zeros(hi.size, np.int64), NEIGHBORS)
+        width = rows.shape[1] // 2
+        some = rows[uids.hash_sample(hi, lo, pairs.SAMPLE, salt=uids.SALT_PAIRS)]
+        self.wrong = Fraction(pairs.like_random(some[:, :width], some[:, width:]), len(some))
+        """share of pairs that match no better than random ones"""
         self.recall = knn.pooled([(one.size, one.recall) for one in classes]).value
         part = graph.GraphPart(
             hi=hi, lo=lo, difficulty=self.score, neighbors=found.neighbors, sqdist=found.sqdist
@@ -204,7 +209,7 @@ class Pairs:
     def order(self, config: RankConfig, k: int) -> I64:
         """Rows best first; k: neighbors of each list that count."""
         known = others.KnownPool(others.narrowed(self.whole.part, k), self.whole.rows)
-        rank, _ = others.ranks_of(known, config)
+        rank, _, _ = others.ranks_of(known, config, self.wrong)
         return np.argsort(rank, kind="stable").astype(np.int64, copy=False)
 
     def best_order(self) -> I64:

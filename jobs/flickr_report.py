@@ -11,7 +11,7 @@ from jobs import bench_flickr as flickr
 from jobs import flickr_pool, two_tower
 from jobs.bench import made_by
 from jobs.bench_flickr import DRAWS, F64, GAMMAS, GRID_K, KEPT, MAIN, SHARES, Figures
-from jobs.bench_planted import BEST, publish
+from jobs.bench_planted import BEST, PUBLISHED, publish
 
 
 def write(figures: Figures, path: Path) -> None:
@@ -125,7 +125,7 @@ def _line(name: str, cells: list[str]) -> str:
 
 def _hindsight(figures: Figures) -> list[str]:
     """Is the automatic setting as useful as the best of the grid, and no noisier than the score?"""
-    rules = [one.name for one in flickr.automatic()] or [str(flickr.PUBLISHED)]
+    rules = [one.name for one in flickr.automatic()] or [str(PUBLISHED)]
     lines = [
         f"Points of useful share below the best of {len(flickr.GRID)} settings (gamma "
         f"{GAMMAS[0]:g} to {GAMMAS[-1]:g}, k of {', '.join(map(str, GRID_K))}), chosen "
@@ -198,7 +198,7 @@ def plot(figures: Figures, path: Path) -> None:
     bold = {
         BEST: ("black", ":"),
         flickr.HINDSIGHT: ("tab:red", ":"),
-        str(flickr.PUBLISHED): ("tab:orange", "-"),
+        str(PUBLISHED): ("tab:orange", "-"),
         str(flickr.SCORE): ("tab:blue", "-"),
         str(flickr.COLLAPSED[-1]): ("tab:blue", "--"),
         str(flickr.RANDOM): ("tab:gray", "-"),

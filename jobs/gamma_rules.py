@@ -222,9 +222,9 @@ def _inverse(order: I64) -> I64:
 
 def measured(pools: list[Pool], rule: Rule) -> npt.NDArray[np.float64]:
     """(budgets, 2) useful share and noise in percent, mean over the draws of a pool."""
-    return 100 * np.mean(
-        [[pool.judge(rule(pool, kept), kept) for kept in KEPT] for pool in pools], axis=0
-    )
+    every = [[pool.judge(rule(pool, kept), kept) for kept in KEPT] for pool in pools]
+    found: npt.NDArray[np.float64] = 100 * np.mean(every, axis=0)
+    return found
 
 
 def report(every: list[list[Pool]], say: Callable[[str], None]) -> list[str]:

@@ -118,7 +118,7 @@ def train(
         logits = towers.heat.exp().clamp(max=100) * pictures @ texts.T
         loss = functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
         optimizer.step()
         schedule.step()
     return TwoTower(towers=towers.eval(), vocabulary=vocabulary, mean=mean, spread=spread)
@@ -144,7 +144,8 @@ def _thinned(words: I64, rng: np.random.Generator) -> I64:
 def _standardized(features: F16, mean: F32, spread: F32) -> torch.Tensor:
     """Each column to unit variance, then each row to one length."""
     values = torch.from_numpy(((features.astype(np.float32) - mean) / spread).clip(-4, 4))
-    return functional.normalize(values, dim=1) * values.shape[1] ** 0.5
+    scaled: torch.Tensor = functional.normalize(values, dim=1) * values.shape[1] ** 0.5
+    return scaled
 
 
 # --- measures -------------------------------------------------------------------------------
