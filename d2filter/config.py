@@ -222,7 +222,7 @@ class CatalogConfig:
 class GraphConfig:
     """Samples → kNN graph."""
 
-    n_neighbors: int = 10
+    n_neighbors: int = 1
     """k, the length of each list"""
     target_recall: float = 0.95
     """recall@k that the calibration aims at"""
@@ -250,14 +250,14 @@ class RankConfig:
     """d2, or a selector to compare it with"""
     seed: int = 0
     """of the hashes that a selector chooses by; D2 needs none"""
-    gamma: float | Literal["auto"] = AUTO
+    gamma: float | Literal["auto"] = 1.0
     """kernel width of the reverse pass, and of the forward pass unless that is given; auto: see
     `algorithm/tuning.py`"""
     tuned_for: Decimal | None = None
     """kept share that auto settings are for; None: that of the selection, else 0.3"""
     gamma_forward: float | None = None
     """kernel width of the forward pass; None: gamma"""
-    kernel: str = "local"
+    kernel: str = "rbf"
     """local: weight = exp(−gamma·(d²/(σ_i·σ_j))²), σ: distance to the own k-th neighbor; rbf:
     exp(−gamma·d²); exp: exp(−gamma·d)"""
     forward: str = "sum"
@@ -275,7 +275,7 @@ class RankConfig:
     """of a graph with classes: proportional to their sizes, or uniform"""
     cut_hardest: Decimal = Decimal(0)
     """share of the samples, highest difficulty first, that rank after everything else"""
-    collapse_copies: float | Literal["auto"] | None = AUTO
+    collapse_copies: float | Literal["auto"] | None = None
     """neighbors up to this squared distance are copies: all but the best rank after everything
     else; auto: see `algorithm/copies.py`; None: no"""
 
@@ -295,7 +295,7 @@ class RankConfig:
             )
         if self.gamma != AUTO and not (_finite(self.gamma) and float(self.gamma) >= 0):
             raise UsageError(
-                f"gamma is {self.gamma}, allowed are auto and finite numbers of at least 0"
+                f"gamma is {self.gamma}, allowed is a finite number of at least 0, or auto"
             )
         forward = self.gamma_forward
         if forward is not None and not (_finite(forward) and forward >= 0):

@@ -41,6 +41,18 @@ RECIPES = {
             "fraction": "0.3",
         },
     ),
+    # what jobs/results/gamma_rules.md found best
+    "web": Recipe(
+        says="image-text pairs from the web: the setting fits itself to the pool and the budget",
+        values={
+            "feature_type": "image|text",
+            "n_neighbors": 10,
+            "gamma": config.AUTO,
+            "kernel": "local",
+            "collapse_copies": config.AUTO,
+            "fraction": "0.3",
+        },
+    ),
     # the others are what jobs/results/bench_supervised.md found best
     "labels": Recipe(
         says="clean classes, a score that puts hard samples first",
@@ -325,8 +337,8 @@ def rank(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--gamma", type=_gamma, default=default.gamma, metavar="X",
-        help="how close is close: auto fits it to the budget and the pool, a number is used as it "
-        "is (default: auto)",
+        help="how close is close: a number, or auto, which fits it to the budget and the pool "
+        f"(default: {default.gamma:g})",
     )  # fmt: skip
     group.add_argument(
         "--tune-for", dest="tuned_for", type=_share, default=None, metavar="SHARE",
@@ -383,7 +395,7 @@ def rank(parser: argparse.ArgumentParser) -> None:
         metavar="SQDIST",
         help="of neighbors up to this squared distance (0: identical; auto: 1/20 of the pool's "
         "median to the k-th neighbor; none) the best one stays, the others rank after everything "
-        "else (default: auto)",
+        "else (default: none)",
     )
 
 
@@ -414,14 +426,14 @@ def sweep(parser: argparse.ArgumentParser) -> None:
     many: list[tuple[str, Callable[[str], Any], str, str]] = [
         ("--method", str, default.method, f"some of {', '.join(config.METHODS)}"),
         ("--n-neighbors", int, "0", "k, up to that of the graph; 0: all it has"),
-        ("--gamma", _gamma, str(default.gamma), "kernel widths, or auto"),
+        ("--gamma", _gamma, f"{default.gamma}", "kernel widths, or auto"),
         ("--tune-for", Decimal, str(config.TUNED_FOR), "kept shares that --gamma auto is for"),
         ("--gamma-scale", str, default.gamma_scale, f"some of {', '.join(config.GAMMA_SCALES)}"),
         ("--kernel", str, default.kernel, f"some of {', '.join(schemes.KERNELS)}"),
         ("--forward", str, default.forward, f"some of {', '.join(schemes.FORWARD)}"),
         ("--reverse", str, default.reverse, f"some of {', '.join(schemes.REVERSE)}"),
         ("--cut-hardest", Decimal, "0", "shares that rank last"),
-        ("--collapse-copies", _copies, "auto", "squared distances of copies, auto or none"),
+        ("--collapse-copies", _copies, "none", "squared distances of copies, auto or none"),
         ("--fraction", str, "0.1,0.3,0.5", "budgets"),
     ]
     for name, convert, given, text in many:
@@ -563,7 +575,7 @@ def _comma_separated(convert: Callable[[str], Any]) -> Callable[[str], list[Any]
     def values(text: str) -> list[Any]:
         try:
             return [convert(word.strip()) for word in text.split(",")]
-        except (ValueError, InvalidOperation):
+        except (ValueError, InvalidOperation, argparse.ArgumentTypeError):
             raise argparse.ArgumentTypeError(
                 f"{text!r}, allowed are values separated by commas"
             ) from None
@@ -588,7 +600,7 @@ def _gamma(text: str) -> float | str:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}, allowed are auto and a number") from None
+        raise argparse.ArgumentTypeError(f"{text!r}, allowed are a number and auto") from None
 
 
 def run_config(arguments: argparse.Namespace) -> config.RunConfig:

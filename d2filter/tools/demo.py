@@ -53,7 +53,10 @@ PUBLISHED = Setting(
     name="d2-published", label="D2 as published", k=1,
     rank=config.RankConfig(kernel="rbf", gamma=1.0, collapse_copies=None),
 )  # fmt: skip
-AUTO = Setting(name="d2-auto", label="D2 by itself", k=10, rank=config.RankConfig())
+AUTO = Setting(
+    name="d2-auto", label="D2 by itself", k=10,
+    rank=config.RankConfig(gamma="auto", kernel="local", collapse_copies="auto"),
+)  # fmt: skip
 
 _COPIES = 0.3
 _SWAPPED = 0.2

@@ -95,7 +95,10 @@ def test_the_order_of_rows_cannot_be_seen_in_a_tuned_ranking(
 ) -> None:
     n = len(case.uid)
     difficulty = np.random.default_rng(n).random(n).astype(np.float32)
-    config = RankConfig(kernel=kernel, undirected=undirected, tuned_for=Decimal("0.3"))
+    config = RankConfig(
+        gamma="auto", kernel=kernel, undirected=undirected, tuned_for=Decimal("0.3"),
+        collapse_copies="auto",
+    )  # fmt: skip
 
     def ranked(order: np.ndarray) -> tuple[list[int], float]:
         place = np.empty(n, np.int64)

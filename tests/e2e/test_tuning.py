@@ -36,7 +36,7 @@ def run(tmp: Path, pool: dict[str, Any], score: np.ndarray, *options: str, **lay
     metadata = pools.write(tmp / "metadata", pool, columns={"s": score}, **layout)
     out = tmp / "out"
     told = ["--metadata-dir", str(metadata), "--out-dir", str(out), "--score-column", "s"]
-    assert cli.main(["run", *told, *options]) == 0
+    assert cli.main(["run", *told, "--recipe", "web", *options]) == 0
     return out
 
 
@@ -69,7 +69,10 @@ def test_a_notebook_gets_the_bits_of_the_command_line(
     tmp_path: Path, pool: dict[str, Any], score: np.ndarray
 ) -> None:
     out = run(tmp_path, pool, score, "--fraction", "0.2")
-    found = rank_arrays([pool["img"], pool["txt"]], score, uids_hex=pool["uid"], tuned_for="0.2")
+    found = rank_arrays(
+        [pool["img"], pool["txt"]], score, uids_hex=pool["uid"], tuned_for="0.2", n_neighbors=10,
+        gamma="auto", kernel="local", collapse_copies="auto",
+    )  # fmt: skip
     kept = sorted(pool["uid"][row] for row in found.select("0.2"))
     pairs = np.load(out / "subset.npy")
     assert kept == [f"{hi:016x}{lo:016x}" for hi, lo in pairs.tolist()]
@@ -88,7 +91,7 @@ def test_another_budget_is_a_prefix_of_the_ranking_that_is_there(
     assert (out / "ranking" / "part-00000.parquet").read_bytes() == ranking
     assert rank_of(out)["tuned_for"] == "0.2"
     # asked for, it is another ranking
-    told = ["--out-dir", str(out), "--tune-for", "0.6"]
+    told = ["--out-dir", str(out), "--recipe", "web", "--tune-for", "0.6"]
     assert cli.main(["rank", *told]) == 1
     assert "tuned_for" in capsys.readouterr().err
     assert cli.main(["rank", *told, "--overwrite", "rank"]) == 0
@@ -115,7 +118,7 @@ def test_a_gamma_that_is_not_the_one_that_was_found_is_a_breach(
 @pytest.mark.parametrize(
     ("option", "value", "says"),
     [
-        ("--gamma", "wide", "allowed are auto and a number"),
+        ("--gamma", "wide", "allowed are a number and auto"),
         ("--collapse-copies", "some", "allowed are auto, none and a squared distance"),
         ("--tune-for", "2", "2"),
     ],
