@@ -66,18 +66,18 @@ def test_the_self_check_agrees_with_the_captions_that_are_wrong(made: dict[str, 
     assert isinstance(prepared, selfcheck.Prepared)
     assert prepared.whole
     assert prepared.correlation > 0.999
-    assert 250 < prepared.swapped.size <= 300
+    assert 50 < prepared.swapped.size <= N // 10
     part = known.part
     pool = pairs()
     uid = [f"{hi:016x}{lo:016x}" for hi, lo in zip(part.hi.tolist(), part.lo.tolist(), strict=True)]
     place = dict(zip(pool["uid"], range(N), strict=True))
     wrong = pool["wrong"][[place[one] for one in uid]]
-    for gamma, forward in ((0.0, "none"), (5.0, "sum")):
-        config = RankConfig(gamma=gamma, gamma_scale="median", forward=forward, n_neighbors=5)
+    for gamma in (1.0, 5.0):
+        config = RankConfig(gamma=gamma, gamma_scale="median", n_neighbors=5)
         rank = selfcheck.ranks(known, config)
         for fraction, row in prepared.rates(config, selfcheck.FRACTIONS).items():
             really = checks.rate(rank, np.flatnonzero(wrong), int(float(fraction) * N)).kept
-            assert abs(row["kept"] - really) < 0.2
+            assert abs(row["kept"] - really) < 0.15
             assert row["low"] <= row["kept"] <= row["high"]
 
 
@@ -150,7 +150,7 @@ def test_a_large_pool_is_advised_on_a_sample_and_says_so(
     assert len(chosen[0].hi) == 200
     assert main(["advise", str(made["three"])]) == 0
     said = capsys.readouterr().out
-    assert "on 200 of 600 samples that a hash of the uid chooses" in said
+    assert "on 200 of 600 samples, chosen by a hash of the uid" in said
     assert "measured on 200 of 600 samples" in said
 
 
@@ -158,7 +158,10 @@ def test_the_page_asks_for_nothing(made: dict[str, Path]) -> None:
     assert main(["advise", str(made["one"])]) == 0
     page = (made["one"] / "advise.html").read_text()
     assert "default-src 'none'" in page
-    assert not re.search(r"(src|href)=[\"']?https?:", page)
+    # but for names in the code of the plots' script, which the policy stops
+    markup = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert "<table" in markup
+    assert not re.search(r"(src|href)=[\"']?https?:", markup)
     assert page.count('data-plot="trials"') == 1
 
 
