@@ -96,12 +96,13 @@ def fit(cosine: F32, difficulty: F32) -> Line:
 def choose(rows: features.F16, hi: uids.U64, lo: uids.U64, near: float) -> tuple[I64, I64]:
     """Rows to swap, and for each the row whose text it gets, (m,) both.
 
-    One in SHARE, at least FEWEST, at most MOST and half of the pool. They form a ring in the order
-    of a hash; those whose image or text is nearly that of the next one (squared distance of at most
-    `near`) are left alone: their caption would still be right. rows: (n, d), ascending by uid.
+    One in SHARE, at least FEWEST, at most MOST and a tenth of the pool, which is to stay what it
+    is. They form a ring in the order of a hash; those whose image or text is nearly that of the
+    next one (squared distance of at most `near`) are left alone: their caption would still be
+    right. rows: (n, d), ascending by uid.
     """
     n, half = len(hi), rows.shape[1] // 2
-    size = min(MOST, max(FEWEST, n // SHARE), n // 2)
+    size = min(MOST, max(FEWEST, n // SHARE), n // 10)
     chosen = uids.hash_sample(hi, lo, size, salt=uids.SALT_SELFCHECK)
     key = uids.hashed(hi[chosen], lo[chosen], salt=uids.SALT_SELFCHECK, seed=1)
     ring = chosen[np.argsort(key, kind="stable")]

@@ -91,7 +91,7 @@ def prepare(folder: Folder, known: others.KnownPool) -> Prepared | str:
     part = known.part
     if options["feature_type"] != "image|text" or options["feature_keys"]:
         return "the features are not an image and a text half"
-    if ranked < 2 * selfcheck.LEAST:
+    if ranked < 10 * selfcheck.LEAST:
         return f"{ranked} samples are too few"
     if len(part.hi) < ranked and graph.has_groups(folder.sub("graph")):
         return f"{ranked:,} samples with classes are too many"

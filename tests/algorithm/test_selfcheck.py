@@ -37,7 +37,7 @@ def splice(
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32), n=st.integers(6, 60), k=st.integers(1, 5))
+@given(seed=st.integers(0, 2**32), n=st.integers(20, 120), k=st.integers(1, 5))
 def test_the_graph_is_that_of_the_spliced_pool(seed: int, n: int, k: int) -> None:
     """Against an exact search of it, but for what a list that lost one cannot know."""
     k = min(k, n - 1)
@@ -70,12 +70,12 @@ def test_the_graph_is_that_of_the_spliced_pool(seed: int, n: int, k: int) -> Non
         assert len(mine) >= min(k, n - 1) - lost
 
 
-@given(seed=st.integers(0, 2**32), n=st.integers(2, 80))
+@given(seed=st.integers(0, 2**32), n=st.integers(2, 200))
 def test_who_is_swapped_depends_on_uids_alone_and_gets_another_text(seed: int, n: int) -> None:
     p = pool(seed, n, 1, copies=0.5)
     swapped, partner = selfcheck.choose(p["rows"], p["hi"], p["lo"], 0.01)
     assert (np.diff(swapped) > 0).all()
-    assert np.unique(partner).size == partner.size <= n // 2
+    assert np.unique(partner).size == partner.size <= n // 10
     wide = p["rows"].astype(np.float64)
     for a, b in zip(swapped.tolist(), partner.tolist(), strict=True):
         assert np.square(wide[a, 4:] - wide[b, 4:]).sum() > 0.01
@@ -88,8 +88,9 @@ def test_one_in_a_hundred_within_bounds() -> None:
         rows = np.random.default_rng(0).normal(size=(n, 4)).astype(np.float16)
         return int(selfcheck.choose(rows, np.zeros(n, np.uint64), lo, 0.0)[0].size)
 
-    assert count(100) == 50
-    assert count(2_000) == 300
+    assert count(100) == 10
+    assert count(2_000) == 200
+    assert count(10_000) == 300
     assert count(50_000) == 500
     assert count(400_000) == 3_000
 

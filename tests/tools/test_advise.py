@@ -66,21 +66,18 @@ def test_the_self_check_agrees_with_the_captions_that_are_wrong(made: dict[str, 
     assert isinstance(prepared, selfcheck.Prepared)
     assert prepared.whole
     assert prepared.correlation > 0.999
-    assert 250 < prepared.swapped.size <= 300
+    assert 50 < prepared.swapped.size <= N // 10
     part = known.part
     pool = pairs()
     uid = [f"{hi:016x}{lo:016x}" for hi, lo in zip(part.hi.tolist(), part.lo.tolist(), strict=True)]
     place = dict(zip(pool["uid"], range(N), strict=True))
     wrong = pool["wrong"][[place[one] for one in uid]]
-    for gamma, forward in ((0.0, "none"), (5.0, "sum")):
-        config = RankConfig(
-            gamma=gamma, gamma_scale="median", kernel="rbf", forward=forward, n_neighbors=5,
-            collapse_copies=None,
-        )  # fmt: skip
+    for gamma in (1.0, 5.0):
+        config = RankConfig(gamma=gamma, gamma_scale="median", n_neighbors=5)
         rank = selfcheck.ranks(known, config)
         for fraction, row in prepared.rates(config, selfcheck.FRACTIONS).items():
             really = checks.rate(rank, np.flatnonzero(wrong), int(float(fraction) * N)).kept
-            assert abs(row["kept"] - really) < 0.2
+            assert abs(row["kept"] - really) < 0.15
             assert row["low"] <= row["kept"] <= row["high"]
 
 
@@ -161,9 +158,10 @@ def test_the_page_asks_for_nothing(made: dict[str, Path]) -> None:
     assert main(["advise", str(made["one"])]) == 0
     page = (made["one"] / "advise.html").read_text()
     assert "default-src 'none'" in page
-    # the plots' script names an address for formulas, which the policy would not let it reach
-    own = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
-    assert not re.search(r"(src|href)=[\"']?https?:", own)
+    # but for names in the code of the plots' script, which the policy stops
+    markup = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert "<table" in markup
+    assert not re.search(r"(src|href)=[\"']?https?:", markup)
     assert page.count('data-plot="trials"') == 1
 
 
