@@ -397,8 +397,10 @@ def files(out: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
-        if path.is_file() and not name.startswith("logs/"):
-            timed = name in ("stats.json", "report.html") or name.startswith("completions/")
+        # those of new shards are in a folder of their own: .d2filter/completions, .d2filter/logs
+        place = name.removeprefix(".d2filter/")
+        if path.is_file() and not place.startswith("logs/"):
+            timed = name in ("stats.json", "report.html") or place.startswith("completions/")
             found[name] = b"" if timed else path.read_bytes()
     return found
 

@@ -9,6 +9,7 @@ config.json, stats.json           joined from those, for people and for other to
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
@@ -233,6 +234,8 @@ class RunState:
         if not plan.independent:
             self.clear_from(stage)
             return
+        # while the record stands: a healing that dies before is begun again by what it tells
+        self._forget_parts(stage, by_content)
         self.folder.remove(f"completions/{stage}.json")
         self.clear_from(STAGES[STAGES.index(stage) + 1])
         planned = {info.name for info in plan.inputs}
@@ -241,6 +244,11 @@ class RunState:
             for name in folder.names():
                 if name.rpartition(".")[0] not in planned:
                     folder.remove(name)
+
+    def _forget_parts(self, stage: str, by_content: bool) -> None:
+        """Remove the markers of independent parts whose files are gone or of another size, or, by
+        content, are not what was published.
+        """
         home = self.home(stage)
         there = {info.name: info.size for info in home.files()}
         marks = self.folder.sub(f"completions/{stage}")
@@ -279,8 +287,11 @@ class RunState:
         following = STAGES[STAGES.index(stage) :]
         self.drop_report()
         for name in reversed(following):
-            self.folder.remove(f"completions/{name}.json")
-            self.folder.remove(f"completions/{name}.started.json")
+            # a stage that is neither done nor begun starts from nothing, one that was begun goes on
+            # with what is there; the record of what is being replaced counts without `started`
+            kinds = (".json", ".started.json") if name in _REPLACED else (".started.json", ".json")
+            for kind in kinds:
+                self.folder.remove(f"completions/{name}{kind}")
         for name in following:
             self._remove_work(name)
             self.folder.remove(_split_record(name))
@@ -410,8 +421,9 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
     )
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """Versions that can change bits or explain a difference."""
+    """Versions that can change bits or explain a difference. Packages are looked at once."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for package in _PACKAGES:
         try:

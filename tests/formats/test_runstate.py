@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from d2filter.formats.paths import Folder
+from d2filter.formats.paths import FileInfo, Folder, checksum
 from d2filter.formats.runstate import STAGES, Plan, RunState
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_disks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of small files are published here, and no machine loses its power."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 class Died(BaseException):
@@ -113,3 +121,40 @@ def test_a_death_while_a_stage_is_cleared_leaves_no_record_without_its_files(
             if state.folder.sub(f"completions/{name}").names():
                 assert state.folder.sub(homes[name]).names(), (name, allowed)
     assert deaths >= 5
+
+
+@pytest.mark.parametrize("stage", ["embed", "graph"])
+def test_a_death_while_a_damaged_stage_is_healed_does_not_hide_the_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """The next that heals makes the damaged part again, and of independent parts no other."""
+    inputs = [FileInfo(name=f"{n}", size=1, version="1") for n in range(2)]
+    deaths = 0
+    for allowed in range(80):
+        state = RunState(Folder(str(tmp_path / f"{allowed}")))
+        plan = Plan(stage=stage, options={}, upstream="", independent=stage == "embed")
+        plan = replace(plan, inputs=inputs) if plan.independent else plan
+        home = state.home(stage)
+        state.begin(plan)
+        sums = {}
+        for part in inputs:
+            home.publish_json(f"{part.name}.npz", 1)
+            sums[f"{part.name}.npz"] = told = checksum(home, f"{part.name}.npz")
+            state.folder.publish_json(
+                f"completions/{stage}/{part.name}.json", {"checksums": {f"{part.name}.npz": told}}
+            )
+        state.finish(plan, seconds=0.0, peak_rss_bytes=0, stats={"checksums": sums})
+        home.publish_json("1.npz", 2)  # of the same size
+        with monkeypatch.context() as patch:
+            dying(patch, allowed)
+            try:
+                assert state.heal(plan)
+                break
+            except Died:
+                deaths += 1
+        state.heal(plan)
+        assert not state.is_current(plan)
+        state.begin(plan)
+        left = state.folder.sub(f"completions/{stage}").names()
+        assert left == (["0.json"] if plan.independent else []), allowed
+    assert deaths >= 3
