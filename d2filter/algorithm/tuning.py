@@ -20,8 +20,8 @@ work between the two, E = f^a:
 - R is the effective share at one fixed width (`FIXED`). A pool in which nothing is redundant has
   R near 1, and then there is nothing to thin.
 
-The three constants were chosen on six pools of which the truth is known, jobs/results/
-bench_flickr.md and bench_planted.md show what they give.
+The constants were chosen on six pools of which the truth is known; jobs/results/gamma_rules.md
+shows what they give on others.
 """
 
 from __future__ import annotations
