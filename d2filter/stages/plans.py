@@ -160,11 +160,11 @@ class Plans:
         rank = self._config.rank
         options = options_of(rank)
         options["gamma_forward"] = rank.gamma if rank.gamma_forward is None else rank.gamma_forward
-        options["tuned_for"] = self._tuned_for(options)
         # all neighbors that the graph has, and as many as it has, are one plan
         options["n_neighbors"] = self._neighbors()
         if rank.method == "d2":
             options["seed"] = 0  # it needs none
+        options["tuned_for"] = self._tuned_for(options)
         return Planned(plan=Plan(stage="rank", options=options, upstream=upstream))
 
     def _tuned_for(self, options: dict[str, Any]) -> str | None:
@@ -179,14 +179,9 @@ class Plans:
             return str(rank.tuned_for)
         made = self._state.done("rank")
         if made is not None and "rank" not in self._config.overwrite:
-            before = made["options"]
-            known = {name: before.get(name) for name in options if name != "tuned_for"}
-            asked = {**options, "n_neighbors": self._neighbors()}
-            asked.pop("tuned_for")
-            if rank.method == "d2":
-                asked["seed"] = 0
-            if known == asked and before.get("tuned_for"):
-                return str(before["tuned_for"])
+            before = made["options"].get("tuned_for")
+            if before and made["options"] == {**options, "tuned_for": before}:
+                return str(before)
         if select.fraction is not None:
             return str(select.fraction)
         catalog = self._state.done("catalog")
