@@ -201,11 +201,7 @@ def _wrong_share(
     widths = [array.shape[1] for array in modalities]
     if len(widths) != 2 or widths[0] != widths[1]:
         return None
-    some = rows[uids.hash_sample(hi, lo, pairs.SAMPLE, salt=uids.SALT_PAIRS)]
-    if len(some) < pairs.LEAST:
-        return None
-    found = pairs.like_random(some[:, : widths[0]], some[:, widths[0] :])
-    return Fraction(found, len(some))
+    return pairs.wrong_share({"pairs": pairs.judged(rows[pairs.sampled(hi, lo)])})
 
 
 def _classes(groups: Any, n: int) -> I64:

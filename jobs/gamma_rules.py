@@ -66,7 +66,7 @@ class Pool:
     group: I64
     """equal for what may be kept once: a swapped pair is of no group but its own"""
     swapped: Bools
-    wrong: Fraction
+    wrong: Fraction | None
 
     def judge(self, rank: I64, kept: str) -> tuple[float, float]:
         """Useful share and noise of the first share of a ranking."""
@@ -88,13 +88,12 @@ def make(name: str, halves: list[F32], score: F32, group: I64, swapped: Bools, s
     rows = features.fix([half[order] for half in halves])
     hi, lo = hi[order], lo[order]
     found, _ = groups.graph(rows, hi, lo, np.zeros(n, np.int64), max(NEIGHBORS))
-    width = rows.shape[1] // 2
-    some = rows[uids.hash_sample(hi, lo, matched.SAMPLE, salt=uids.SALT_PAIRS)]
+    wrong = matched.wrong_share({"pairs": matched.judged(rows[matched.sampled(hi, lo)])})
     own = int(group.max()) + 1 + np.arange(n)
     return Pool(
         name=name, hi=hi, lo=lo, score=score[order], neighbors=found.neighbors,
         sqdist=found.sqdist, group=np.where(swapped, own, group)[order], swapped=swapped[order],
-        wrong=Fraction(matched.like_random(some[:, :width], some[:, width:]), len(some)),
+        wrong=wrong,
     )  # fmt: skip
 
 
@@ -254,7 +253,7 @@ def report(every: list[list[Pool]], say: Callable[[str], None]) -> list[str]:
         best = np.max(
             [measured(pools, at(k, g)) for k, g in itertools.product(NEIGHBORS, GAMMAS)], axis=0
         )[:, 0]
-        wrong = float(np.mean([float(pool.wrong) for pool in pools]))
+        wrong = float(np.mean([float(pool.wrong or 0) for pool in pools]))
         out += [
             "",
             f"## {pools[0].name}: {len(pools[0].score):,} pairs, {wrong:.2f} match no better than "

@@ -1,4 +1,8 @@
-"""How many pairs of a pool match no better than random ones."""
+"""How many pairs of a pool match no better than random ones.
+
+rows = features[pairs.sampled(hi, lo)]
+share = pairs.wrong_share({"pairs": pairs.judged(rows)})
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,30 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from d2filter.algorithm import uids
+
 F64 = npt.NDArray[np.float64]
 
 SAMPLE = 1 << 14
 """pairs that are looked at; the standard error of the share is below 0.01 then"""
 LEAST = 100
 """with fewer, nothing is said"""
+
+
+def sampled(hi: uids.U64, lo: uids.U64) -> npt.NDArray[np.int64]:
+    """Rows that are looked at: up to SAMPLE, chosen by a hash of the uid."""
+    return uids.hash_sample(hi, lo, SAMPLE, salt=uids.SALT_PAIRS)
+
+
+def judged(rows: npt.NDArray[np.floating]) -> dict[str, int]:
+    """How many of m pairs were looked at, and how many are like random ones; nothing for fewer than
+    LEAST. rows: (m, d), an image and a text embedding of d/2 each.
+    """
+    if len(rows) < LEAST:
+        return {}
+    width = rows.shape[1] // 2
+    found = like_random(rows[:, :width], rows[:, width:])
+    return {"looked_at": len(rows), "like_random": found}
 
 
 def like_random(image: npt.NDArray[np.floating], text: npt.NDArray[np.floating]) -> int:

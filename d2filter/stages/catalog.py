@@ -311,11 +311,7 @@ def match_pairs(*, report: Report, out: Folder) -> dict[str, Any]:
     salt = uids.SALT_PAIRS
     rows = layout.gather(sample_by_hash(layout, {salt: pairs_of.SAMPLE}, 0)[salt])
     report(layout.total)
-    if len(rows) < pairs_of.LEAST:
-        return {"pairs": {}}
-    width = rows.shape[1] // 2
-    found = pairs_of.like_random(rows[:, :width], rows[:, width:])
-    return {"pairs": {"looked_at": len(rows), "like_random": found}}
+    return {"pairs": pairs_of.judged(rows)}
 
 
 def distinct(

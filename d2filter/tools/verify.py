@@ -309,12 +309,7 @@ def _pairs(run: _Run) -> Breaches:
     if not told:
         return []
     c = run.catalog
-    rows = c.features[uids.hash_sample(c.hi, c.lo, pairs.SAMPLE, salt=uids.SALT_PAIRS)]
-    width = rows.shape[1] // 2
-    found = {
-        "looked_at": len(rows),
-        "like_random": pairs.like_random(rows[:, :width], rows[:, width:]),
-    }
+    found = pairs.judged(c.features[pairs.sampled(c.hi, c.lo)])
     return [] if found == told else [f"pairs are {found}, and {told} in the record"]
 
 
