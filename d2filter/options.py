@@ -341,7 +341,7 @@ def rank(parser: argparse.ArgumentParser) -> None:
         f"(default: {default.gamma:g})",
     )  # fmt: skip
     group.add_argument(
-        "--tune-for", dest="tuned_for", type=_share, default=None, metavar="SHARE",
+        "--tuned-for", type=_share, default=None, metavar="SHARE",
         help="kept share that --gamma auto is for (default: that of --fraction or --budget)",
     )  # fmt: skip
     group.add_argument(
@@ -427,7 +427,7 @@ def sweep(parser: argparse.ArgumentParser) -> None:
         ("--method", str, default.method, f"some of {', '.join(config.METHODS)}"),
         ("--n-neighbors", int, "0", "k, up to that of the graph; 0: all it has"),
         ("--gamma", _gamma, f"{default.gamma}", "kernel widths, or auto"),
-        ("--tune-for", Decimal, str(config.TUNED_FOR), "kept shares that --gamma auto is for"),
+        ("--tuned-for", Decimal, str(config.TUNED_FOR), "kept shares that --gamma auto is for"),
         ("--gamma-scale", str, default.gamma_scale, f"some of {', '.join(config.GAMMA_SCALES)}"),
         ("--kernel", str, default.kernel, f"some of {', '.join(schemes.KERNELS)}"),
         ("--forward", str, default.forward, f"some of {', '.join(schemes.FORWARD)}"),

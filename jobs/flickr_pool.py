@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -172,15 +171,12 @@ class Pairs:
         self.score: F32 = np.einsum("ij,ij->i", pictures, captions)
         rows = features.fix([pictures, captions])
         found, classes = groups.graph(rows, hi, lo, np.zeros(hi.size, np.int64), NEIGHBORS)
-        width = rows.shape[1] // 2
-        some = rows[uids.hash_sample(hi, lo, pairs.SAMPLE, salt=uids.SALT_PAIRS)]
-        self.wrong = Fraction(pairs.like_random(some[:, :width], some[:, width:]), len(some))
-        """share of pairs that match no better than random ones"""
         self.recall = knn.pooled([(one.size, one.recall) for one in classes]).value
         part = graph.GraphPart(
             hi=hi, lo=lo, difficulty=self.score, neighbors=found.neighbors, sqdist=found.sqdist
         )
-        self.whole = others.KnownPool(part, rows)
+        wrong = pairs.wrong_share({"pairs": pairs.judged(rows[pairs.sampled(hi, lo)])})
+        self.whole = others.KnownPool(part, rows, wrong)
         # a right pair is useful when it is the first right one of its picture: a swapped one is of
         # a group of its own, so that it takes nobody's place
         own = len(photographs.names) + np.arange(hi.size)
@@ -208,8 +204,7 @@ class Pairs:
 
     def order(self, config: RankConfig, k: int) -> I64:
         """Rows best first; k: neighbors of each list that count."""
-        known = others.KnownPool(others.narrowed(self.whole.part, k), self.whole.rows)
-        rank, _, _ = others.ranks_of(known, config, self.wrong)
+        rank, _, _ = others.ranks_of(self.whole.narrowed(k), config)
         return np.argsort(rank, kind="stable").astype(np.int64, copy=False)
 
     def best_order(self) -> I64:

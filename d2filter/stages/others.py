@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import backend, groups, messages, selectors, settling, uids
+from d2filter.algorithm import backend, groups, messages, pairs, selectors, settling, uids
 from d2filter.algorithm import ranking as ranker
 from d2filter.config import RankConfig, RunConfig
 from d2filter.formats import catalog, graph, ranking
 from d2filter.formats.paths import Checksums, Folder
+from d2filter.formats.runstate import RunState
 from d2filter.stages.runner import Runner
 from d2filter.stages.worker import Report, Task, assigned_cpus
 
@@ -82,15 +83,26 @@ def rank_all(*, report: Report, out: Folder, config: RankConfig, k: int) -> Figu
 class KnownPool:
     """A pool in memory: rows of the graph as they lie, and features in the order of uid."""
 
-    def __init__(self, part: graph.GraphPart, rows: npt.NDArray[np.float16]) -> None:
+    def __init__(
+        self,
+        part: graph.GraphPart,
+        rows: npt.NDArray[np.float16],
+        wrong: Fraction | None = None,
+    ) -> None:
         self.part = part
         self.rows = rows
         """(n, d), or (n, 0): not read"""
+        self.wrong = wrong
+        """share of pairs that match no better than random ones; None: it is not known"""
         self.order = uids.ascending(part.hi, part.lo)
         """(n,) graph ids by ascending uid"""
         self.position = np.empty_like(self.order)
         """(n,) place by uid of each graph id"""
         self.position[self.order] = np.arange(self.order.size)
+
+    def narrowed(self, k: int) -> KnownPool:
+        """The same with lists of k."""
+        return KnownPool(narrowed(self.part, k), self.rows, self.wrong)
 
     def by_uid(self, config: RankConfig) -> selectors.Pool:
         """What selectors see."""
@@ -117,7 +129,8 @@ def read_pool(out: Folder, k: int, *, with_features: bool) -> KnownPool:
         # the catalog ascends by uid
         parts = [layout.part(number) for number in range(len(layout.starts) - 1)]
         rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    return KnownPool(part, rows)
+    made = RunState(out).done("catalog")
+    return KnownPool(part, rows, pairs.wrong_share(made["stats"] if made else {}))
 
 
 def narrowed(part: graph.GraphPart, k: int) -> graph.GraphPart:
@@ -130,14 +143,14 @@ def narrowed(part: graph.GraphPart, k: int) -> graph.GraphPart:
 
 
 def ranks_of(
-    known: KnownPool, config: RankConfig, wrong: Fraction | None = None
+    known: KnownPool, config: RankConfig
 ) -> tuple[I64, npt.NDArray[np.bool_], settling.Settled]:
     """Rank of each row of the graph, D2 or any other method, which samples rank last, and what was
-    found on the pool before. wrong: share of pairs that match no better than random ones.
+    found on the pool before.
     """
     part = known.part
     settled, last = config.settled_on(
-        part.difficulty, part.hi, part.lo, part.neighbors, part.sqdist, wrong
+        part.difficulty, part.hi, part.lo, part.neighbors, part.sqdist, known.wrong
     )
     if config.method != "d2":
         rank = ranker.rank_by(config.method, known.by_uid(config), late=last[known.order])

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import budget, distinct, knn, late, selfcheck, uids
+from d2filter.algorithm import budget, distinct, knn, late, pairs, selfcheck, uids
 from d2filter.config import RankConfig
 from d2filter.formats import catalog, graph
 from d2filter.formats.paths import Folder
@@ -75,13 +76,14 @@ def load(folder: Folder, say: Say = lambda line: None) -> others.KnownPool:
     """
     state = RunState(folder)
     k = int(state.require("graph")["stats"]["k"])
-    ranked = int(state.require("catalog")["stats"]["samples"]["ranked"])
+    stats = state.require("catalog")["stats"]
+    ranked = int(stats["samples"]["ranked"])
     if ranked <= MOST:
         return _whole(folder, k)
     say(
         f"on {SAMPLED:,} of {ranked:,} samples, chosen by a hash of the uid, with a graph of theirs"
     )
-    return _sampled(folder, k, ranked)
+    return _sampled(folder, k, ranked, pairs.wrong_share(stats))
 
 
 def prepare(folder: Folder, known: others.KnownPool) -> Prepared | str:
@@ -113,7 +115,7 @@ def prepare(folder: Folder, known: others.KnownPool) -> Prepared | str:
         sqdist=made.sqdist, group=part.group,
     )  # fmt: skip
     return Prepared(
-        known=others.KnownPool(spliced, made.rows), swapped=swapped,
+        known=others.KnownPool(spliced, made.rows, known.wrong), swapped=swapped,
         correlation=line.correlation, ranked=ranked,
     )  # fmt: skip
 
@@ -122,7 +124,7 @@ def ranks(known: others.KnownPool, config: RankConfig) -> I64:
     """Ranks of a loaded pool by a setting, with as many neighbors as it asks for, (n,)."""
     k = config.n_neighbors
     if k and k < known.part.neighbors.shape[1]:
-        known = others.KnownPool(others.narrowed(known.part, k), known.rows)
+        known = known.narrowed(k)
     return others.ranks_of(known, config)[0]
 
 
@@ -162,10 +164,10 @@ def _whole(folder: Folder, k: int) -> others.KnownPool:
         hi=pool.hi, lo=pool.lo, difficulty=pool.difficulty, neighbors=pool.neighbors,
         sqdist=pool.sqdist, group=pool.group,
     )  # fmt: skip
-    return others.KnownPool(part, known.rows)
+    return others.KnownPool(part, known.rows, known.wrong)
 
 
-def _sampled(folder: Folder, k: int, ranked: int) -> others.KnownPool:
+def _sampled(folder: Folder, k: int, ranked: int, wrong: Fraction | None) -> others.KnownPool:
     """SAMPLED of them, ascending by uid, with a graph of their own."""
     home = folder.sub("catalog")
     layout = catalog.layout(home)
@@ -183,4 +185,4 @@ def _sampled(folder: Folder, k: int, ranked: int) -> others.KnownPool:
     part = graph.GraphPart(
         hi=hi, lo=lo, difficulty=difficulty, neighbors=found.neighbors, sqdist=found.sqdist
     )
-    return others.KnownPool(part, rows)
+    return others.KnownPool(part, rows, wrong)

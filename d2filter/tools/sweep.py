@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import budget, coverage, distinct, pairs, selectors
+from d2filter.algorithm import budget, coverage, distinct, selectors
 from d2filter.config import RankConfig, options_of
 from d2filter.errors import UsageError
 from d2filter.formats.paths import Folder, read_jsons
@@ -176,21 +176,19 @@ class _Pool:
         )
         self._spacing = coverage.spacing(p.sqdist)
         catalog = RunState(folder).require("catalog")["stats"]
-        self._wrong = pairs.wrong_share(catalog)
         score = catalog.get("score", {})
         self._raw = budget.raw_scores(p.difficulty, score.get("kept_first", "high"))
 
     def measured(self, config: RankConfig, fractions: Sequence[Decimal]) -> dict[str, Row]:
         """Measures of one setting, by fraction."""
         known = self._with(config.n_neighbors or self._k)
-        ranks, _, _ = others.ranks_of(known, config, self._wrong)
+        ranks, _, _ = others.ranks_of(known, config)
         rank = ranks[self._order]
         return {str(f): self._row(rank, f) for f in fractions}
 
     def _with(self, k: int) -> others.KnownPool:
         if k not in self._lists:
-            part = self._lists[self._k].part
-            self._lists[k] = others.KnownPool(others.narrowed(part, k), self._pool.features)
+            self._lists[k] = self._lists[self._k].narrowed(k)
         return self._lists[k]
 
     def _row(self, rank: I64, fraction: Decimal) -> Row:

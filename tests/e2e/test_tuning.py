@@ -14,9 +14,11 @@ import pytest
 from d2filter import cli
 from d2filter import rank as rank_arrays
 from d2filter.algorithm import sizes
+from d2filter.config import RankConfig
 from d2filter.errors import VerificationError
 from d2filter.formats.paths import Folder
-from d2filter.tools import verify
+from d2filter.stages import others
+from d2filter.tools import selfcheck, verify
 
 pytestmark = pytest.mark.usefixtures("cluster")
 N = 700
@@ -91,12 +93,31 @@ def test_another_budget_is_a_prefix_of_the_ranking_that_is_there(
     assert (out / "ranking" / "part-00000.parquet").read_bytes() == ranking
     assert rank_of(out)["tuned_for"] == "0.2"
     # asked for, it is another ranking
-    told = ["--out-dir", str(out), "--recipe", "web", "--tune-for", "0.6"]
+    told = ["--out-dir", str(out), "--recipe", "web", "--tuned-for", "0.6"]
     assert cli.main(["rank", *told]) == 1
     assert "tuned_for" in capsys.readouterr().err
     assert cli.main(["rank", *told, "--overwrite", "rank"]) == 0
     assert rank_of(out)["tuned_for"] == "0.6"
     assert rank_of(out)["gamma"] != gamma
+
+
+def test_a_sweep_and_the_self_check_fit_gamma_as_the_ranking_does(
+    tmp_path: Path, pool: dict[str, Any], score: np.ndarray
+) -> None:
+    out = run(tmp_path, pool, score, "--fraction", "0.2")
+    told = ["--gamma", "auto", "--kernel", "local", "--collapse-copies", "auto"]
+    assert cli.main(["sweep", str(out), *told, "--tuned-for", "0.2,0.6", "--fraction", "0.2"]) == 0
+    swept = [json.loads(p.read_text()) for p in (out / "sweep" / "settings").glob("*.json")]
+    assert sorted(found["options"]["tuned_for"] for found in swept) == ["0.2", "0.6"]
+    # in memory, with the pool's own share of wrong pairs
+    record = json.loads((out / "completions" / "rank.json").read_text())
+    config = RankConfig.from_options(record["options"])
+    known = selfcheck.load(Folder(str(out)))
+    rank, _, settled = others.ranks_of(known, config)
+    assert settled.gamma == record["stats"]["gamma"]
+    assert settled.tuned["wrong_share"] == record["stats"]["wrong_share"] is not None
+    kept = {(int(known.part.hi[i]), int(known.part.lo[i])) for i in np.flatnonzero(rank < N // 5)}
+    assert kept == set(np.load(out / "subset.npy").tolist())
 
 
 def test_a_gamma_that_is_not_the_one_that_was_found_is_a_breach(
@@ -120,7 +141,7 @@ def test_a_gamma_that_is_not_the_one_that_was_found_is_a_breach(
     [
         ("--gamma", "wide", "allowed are a number and auto"),
         ("--collapse-copies", "some", "allowed are auto, none and a squared distance"),
-        ("--tune-for", "2", "2"),
+        ("--tuned-for", "2", "2"),
     ],
 )
 def test_values_that_cannot_be(
