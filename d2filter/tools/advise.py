@@ -10,15 +10,16 @@ advise.html   the same as a page
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
-from d2filter.algorithm import budget, distinct, schemes
-from d2filter.config import RankConfig, options_of
+from d2filter.algorithm import budget, distinct
+from d2filter.config import AUTO, RankConfig, options_of
 from d2filter.errors import InputError, UsageError
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import RunState
@@ -32,7 +33,7 @@ DATA, PAGE = "advise.json", "advise.html"
 FRACTIONS = selfcheck.FRACTIONS
 NEIGHBORS = (1, 5, 10, 20)
 GAMMAS = (0.5, 1.0, 2.0, 3.0, 5.0, 10.0)
-"""in units of the usual distance between neighbors"""
+"""of the kernel local, beside the one that fits itself"""
 SLACK = 0.02
 """more of the wrong pairs than the score alone keeps, at most"""
 WORTH = 0.005
@@ -112,7 +113,11 @@ def advise(folder: Folder, *, fraction: str = "", say: Say = lambda line: None) 
     found = Advice(
         lines=(
             ("k", str(chosen.config.n_neighbors), _why_k(chosen, settings, at, limit)),
-            ("gamma", _gamma(chosen.config), _why_gamma(chosen, settings, by_score, at, bound)),
+            (
+                "gamma",
+                _number(chosen.config.gamma),
+                _why_gamma(chosen, settings, by_score, at, bound),
+            ),
             (
                 "copies",
                 _copies(with_copies.config),
@@ -195,27 +200,12 @@ def _plain(share: Decimal) -> Decimal:
 
 
 def _grid(k: int, share: Decimal) -> list[RankConfig]:
-    """Settings to try: exact copies collapse in all of them."""
+    """Settings to try, those that fit themselves first: exact copies collapse in all of them."""
     ks = [n for n in NEIGHBORS if n <= k] or [k]
-    local = "local" in schemes.KERNELS
-    more: dict[str, Any] = {"kernel": "local"} if local else {"gamma_scale": "median"}
-    found = [
-        RankConfig(n_neighbors=n, gamma=gamma, collapse_copies=0.0, **more)
-        for n in ks
-        for gamma in GAMMAS
-    ]
-    return [*(c for n in ks for c in _auto(n, share)), *found]
-
-
-def _auto(k: int, share: Decimal) -> list[RankConfig]:
-    """Gamma chosen from the budget, where there is that."""
-    options: dict[str, Any] = {"gamma": "auto", "n_neighbors": k, "collapse_copies": 0.0}
-    if any(one.name == "tuned_for" for one in fields(RankConfig)):
-        options["tuned_for"] = share
-    try:
-        return [RankConfig(**options)]
-    except UsageError:
-        return []
+    common: dict[str, Any] = {"kernel": "local", "collapse_copies": 0.0}
+    fitted = [RankConfig(n_neighbors=n, gamma=AUTO, tuned_for=share, **common) for n in ks]
+    fixed = itertools.product(ks, GAMMAS)
+    return [*fitted, *(RankConfig(n_neighbors=n, gamma=g, **common) for n, g in fixed)]
 
 
 def _limit(by_score: Trial, bench: _Bench, at: str) -> tuple[Callable[[Row], bool], str]:
@@ -342,11 +332,6 @@ def _commands(folder: Folder, config: RankConfig, size: str) -> tuple[str, ...]:
             told = "none" if value is None else value
             words.append(f"--{name.replace('_', '-')} {_number(told)}")
     return " ".join(words), f"d2filter select --out-dir {out} --fraction {size}"
-
-
-def _gamma(config: RankConfig) -> str:
-    scaled = f" ({config.gamma_scale})" if config.gamma_scale != "none" else ""
-    return f"{_number(config.gamma)}{scaled}"
 
 
 def _copies(config: RankConfig) -> str:
