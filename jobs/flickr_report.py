@@ -213,7 +213,7 @@ def plot(figures: Figures, path: Path) -> None:
 
     kept = np.array([float(k) for k in KEPT])
     for name in names:
-        color, dashes = bold.get(name) or (f"tab:{next(thin)}", "-.")
+        color, dashes = bold.get(name) or (next(thin), "-.")
         width = 2.4 if name in bold else 1.0
         for axis, what in zip(axes[:2], ("useful", "noise"), strict=True):
             values = [100 * figures.values(MAIN, at(name, k), k, what) for k in KEPT]
