@@ -6,8 +6,10 @@ local disk by memory map, from elsewhere part by part.
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +27,9 @@ I64 = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
 
 _READERS = 16
+# numpy parses headers with `ast`, which threads can break for each other (CPython gh-106905): one
+# at a time, and nothing is fetched meanwhile. A finalizer may come in between, in the same thread
+_PARSING = threading.RLock()
 _ROWS_A_RANGE = 512  # rows that are read for nothing rather than asking once more
 
 
@@ -96,7 +101,8 @@ def read_array(folder: Folder, name: str) -> Array:
     if local is None:
         return read_range(folder, name)
     with _reported(folder, name):
-        mapped: Array = np.load(local / name, mmap_mode="r", allow_pickle=False)
+        with _PARSING:
+            mapped: Array = np.load(local / name, mmap_mode="r", allow_pickle=False)
         return mapped
 
 
@@ -123,7 +129,10 @@ def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
         if version == (1, 0)
         else np.lib.format.read_array_header_2_0
     )
-    shape, _, kind = header(stream)
+    size = stream.read(2 if version == (1, 0) else 4)
+    text = stream.read(int.from_bytes(size, "little"))
+    with _PARSING:
+        shape, _, kind = header(io.BytesIO(size + text))
     if kind.hasobject:
         raise ValueError("it holds Python objects")
     return shape, kind

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import gc
+import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,3 +115,35 @@ def test_no_room_for_a_mapped_array_is_one_line(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda: full)
     with pytest.raises(StorageError, match=r"a file in .* No space left on device; make room"):
         mapped(np.arange(100_000))
+
+
+class Finalized:
+    """Garbage that only the collector finds, and that lets other threads run when it does."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def __del__(self) -> None:
+        time.sleep(1e-5)
+
+
+@pytest.mark.parametrize("read", [read_range, read_array])
+def test_threads_that_read_headers_at_once_do_not_break_each_other(
+    tmp_path: Path, read: Any
+) -> None:
+    folder = Folder(str(tmp_path))
+    write_array(folder, "a.npy", np.arange(10))
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+
+    def one(_: int) -> int:
+        Finalized()
+        return int(read(folder, "a.npy").sum())
+
+    try:
+        sys.setswitchinterval(1e-6)
+        gc.set_threshold(20)
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(one, range(6000))) == {45}
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*thresholds)
