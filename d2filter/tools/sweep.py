@@ -64,7 +64,9 @@ def grid(fractions: Sequence[str], **values: Sequence[Any]) -> Grid:
     configs: dict[str, RankConfig] = {}
     for combination in itertools.product(*values.values()):
         options = dict(zip(values, combination, strict=True))
-        RankConfig(**options)  # all must be in range, also what is not looked at
+        asked = RankConfig(**options)  # all must be in range, also what is not looked at
+        if not asked.is_tuned:
+            options.pop("tuned_for", None)
         if options.get("method", "d2") != "d2":
             mine = ("method", "n_neighbors", "cut_hardest", "collapse_copies", "seed")
             options = {name: value for name, value in options.items() if name in mine}
