@@ -7,14 +7,13 @@ number. The graph is a function of the rows and the options alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import calibrate, cells, refine, search, shortlist, sketch, uids
+from d2filter.algorithm import calibrate, cells, intervals, refine, search, shortlist, sketch, uids
 from d2filter.algorithm.calibrate import Effort
 from d2filter.algorithm.lists import Lists
 from d2filter.algorithm.sketch import Sketch
@@ -28,7 +27,6 @@ Progress = Callable[[int], None]
 MEASURE_QUERIES = 3000
 EXACT_UP_TO = 200_000  # rows of a pool that is compared all with all when cells miss the target
 
-_Z = 1.959963984540054  # standard deviations of 95%
 LEAST = Effort()
 _EXACT_SHARE = 0.5  # cells that cost more than this share of comparing all with all are not used
 
@@ -341,8 +339,4 @@ def _wilson(mean: float, variance: float, size: int, total: int) -> tuple[float,
     most = mean * (1 - mean)  # the variance where each draw is 0 or 1
     # one draw more of that kind: few misses, or none, tell nothing of their spread
     spread = (size * variance + 1) / (size * most + 1)
-    draws = size / (spread * open_)
-    z2 = _Z * _Z
-    center = (mean + z2 / (2 * draws)) / (1 + z2 / draws)
-    half = _Z / (1 + z2 / draws) * math.sqrt(most / draws + z2 / (4 * draws * draws))
-    return max(0.0, min(mean, center - half)), min(1.0, max(mean, center + half))
+    return intervals.wilson(mean, size / (spread * open_))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import baselines, features, lists, scores, search, uids
+from d2filter.algorithm import baselines, features, intervals, lists, scores, search, uids
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -28,7 +28,6 @@ SHARE = 100  # one sample in so many is swapped
 FEWEST, MOST = 300, 3000
 LEAST = 20  # swapped pairs that can be measured
 CORRELATION = 0.98  # of cosine and difficulty, either sign, at least
-_Z = 1.959963984540054  # standard deviations of 95%
 _BLOCK = 65536
 
 
@@ -165,9 +164,5 @@ def rank_by_score(difficulty: F32, hi: uids.U64, lo: uids.U64) -> I64:
 
 
 def wilson(hits: int, of: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share (Wilson 1927); of ≥ 1."""
-    share, z2 = hits / of, _Z * _Z
-    middle = (share + z2 / (2 * of)) / (1 + z2 / of)
-    reach = _Z / (1 + z2 / of) * math.sqrt(share * (1 - share) / of + z2 / (4 * of * of))
-    # rounding must not leave the share outside
-    return max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach))
+    """The 95% interval of a share; of ≥ 1."""
+    return intervals.wilson(hits / of, of)
