@@ -115,7 +115,8 @@ def encode(pictures: Iterable[Image.Image], cache: Path, name: str, side: int = 
     if path.exists():
         kept: F16 = np.load(path, allow_pickle=False)
         return kept
-    model = _encoder()
+    # two to three times as fast on a core
+    model = _encoder().to(memory_format=torch.channels_last)
     mean = torch.tensor([0.498, 0.498, 0.498]).view(1, 3, 1, 1)  # of the package's weights
     done: list[F16] = []
     batch: list[npt.NDArray[Any]] = []
@@ -123,8 +124,9 @@ def encode(pictures: Iterable[Image.Image], cache: Path, name: str, side: int = 
     def flush() -> None:
         if batch:
             values = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float() / 255
+            values = ((values - mean) / 0.502).contiguous(memory_format=torch.channels_last)
             with torch.inference_mode():
-                features = model.extract_features((values - mean) / 0.502).mean(dim=(2, 3))
+                features = model.extract_features(values).mean(dim=(2, 3))
             done.append(features.numpy().astype(np.float16))
             batch.clear()
 

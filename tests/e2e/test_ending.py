@@ -59,6 +59,21 @@ def place() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def heeded() -> Iterator[None]:
+    """A test run under nohup, or in the background of a script, ignores these signals, and so would
+    the commands that it starts. A handler is not inherited.
+    """
+    before = {
+        number: signal.signal(number, lambda *_: None)
+        for number in (signal.SIGINT, signal.SIGHUP)
+        if signal.getsignal(number) is signal.SIG_IGN
+    }
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def environment(**more: str) -> dict[str, str]:
     return {**{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, **more}
 

@@ -1,0 +1,80 @@
+"""How much of the hardest to take away before labelled data is pruned: `--cut-hardest auto`.
+
+The smaller the budget, the more of the hardest must go: they are wrong labels, and samples that a
+network trained on so little cannot learn (Zheng et al. 2022, who tune the share by hand). Here the
+share follows from the budget and the histogram of the difficulties. Counts add up, so partitions,
+order and split of the samples cannot change it, and all arithmetic is decimal.
+"""
+
+from __future__ import annotations
+
+import math
+from decimal import ROUND_FLOOR, Context, Decimal
+
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.algorithm import quantile
+
+I64 = npt.NDArray[np.int64]
+
+MIDDLE = {"margin": 0.0, "el2n": math.sqrt(0.5)}
+"""Difficulty from which on a sample counts as not learned, by score: there the label's probability
+and that of the best other class are equal. A score that is not listed has none of its own."""
+
+_EXACT = Context(prec=28)
+_STEP = Decimal("0.000001")  # of a share
+
+
+def auto(counts: I64, kept: Decimal, *, middle: float | None = None) -> Decimal:
+    """The share of the hardest samples to take away when `kept` of all are kept.
+
+    counts: (65536,) int64, `quantile.upper_counts` of the difficulties of all n samples. kept:
+    share of the n that a budget keeps, in (0, 1]. middle: difficulty from which on a sample counts
+    as not learned; None: halfway between the lowest and the highest.
+
+    e = the share of samples at or above the middle, and β = min(1, kept/(1 − e)) the share of the
+    others that a budget has room for. The cut is
+
+        min(e + (1 − e)·(1 − √β)²/2, 1 − kept).
+
+    What the network that has seen everything did not learn, e, no smaller one learns: most of it is
+    wrong or ambiguous, and as many wrong labels as the log could tell are in it. Of the rest a
+    small budget leaves out the hardest too, for a network that sees few samples needs the typical
+    ones first: (1 − √β)²/2 is 0.23 at β = 0.1, 0.15 at 0.2, 0.10 at 0.3 and 0.04 at 0.5. Its form
+    is found by measurement (jobs/results/bench_cifar.md), not derived. More than 1 − kept is never
+    taken away, as the budget would have to take it back.
+
+    Returns a decimal of 6 digits, 0 to below 1, rounded down. Where all difficulties are equal it
+    is 0. The middle is compared with the histogram's bins, which are 2⁻⁷ of a value wide or less.
+    Raises ValueError for counts of no samples and a share outside (0, 1].
+    """
+    if not 0 < kept <= 1:
+        raise ValueError(f"kept is {kept}: it must be above 0 and at most 1")
+    total = int(counts.sum())
+    if total == 0:
+        raise ValueError("there are no samples: nothing tells how hard they are")
+    there = np.flatnonzero(counts)
+    if there[0] == there[-1]:
+        return Decimal(0)
+    first = _bin_of(_halfway(int(there[0]), int(there[-1])) if middle is None else middle)
+    hard = _EXACT.divide(Decimal(int(counts[first:].sum())), Decimal(total))
+    learned = _EXACT.subtract(Decimal(1), hard)
+    beyond = Decimal(0)
+    if learned > kept:
+        room = _EXACT.sqrt(_EXACT.divide(kept, learned))
+        left = _EXACT.subtract(Decimal(1), room)
+        beyond = _EXACT.divide(_EXACT.multiply(left, left), Decimal(2))
+    share = _EXACT.add(hard, _EXACT.multiply(learned, beyond))
+    most = _EXACT.subtract(Decimal(1), kept)
+    return max(Decimal(0), min(share, most)).quantize(_STEP, rounding=ROUND_FLOOR)
+
+
+def _halfway(low: int, high: int) -> float:
+    """Between the lowest values of two bins."""
+    return (quantile.value_of(low, 0) + quantile.value_of(high, 0)) / 2
+
+
+def _bin_of(value: float) -> int:
+    """The bin that a float32 lies in."""
+    return int(np.flatnonzero(quantile.upper_counts(np.array([value], np.float32)))[0])
