@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from d2filter import arrays
-from d2filter.algorithm import budget, features, knn, pairs, ranking, uids
+from d2filter.algorithm import budget, features, knn, pairs, ranking, settling, uids
 from d2filter.algorithm import groups as grouping
-from d2filter.config import GraphConfig, RankConfig, SelectConfig
+from d2filter.config import AUTO, GraphConfig, RankConfig, SelectConfig
 from d2filter.errors import InputError
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder, absolute
@@ -86,6 +86,7 @@ def rank(
     undirected: bool = False,
     gamma_scale: str = "none",
     cut_hardest: float | str | Decimal = 0,
+    learned_below: float | None = None,
     collapse_copies: float | Literal["auto"] | None = None,
     groups: Any = None,
     group_budgets: str = "proportional",
@@ -102,6 +103,8 @@ def rank(
     float32. Arrays may be NumPy's, PyTorch's (of any floating type and device), columns of pandas,
     Polars or Arrow, or lists of rows. n_neighbors: of a sample, n − 1 at most. gamma: auto fits it
     to tuned_for, the share that is to be kept; other shares are prefixes of the same ranking.
+    cut_hardest: auto fits it so too, and samples of a score of learned_below or more, those that a
+    network has not learned, are taken away; without it the middle of the scores' range is taken.
     uids_hex: ids that decide ties; without them the row number does. groups: (n,) classes;
     neighbors are then of the same class, and every budget gives each class its share
     (group_budgets: proportional or uniform). Other arguments are those of the command line. Raises
@@ -126,7 +129,7 @@ def rank(
         reverse=reverse,
         undirected=undirected,
         gamma_scale=gamma_scale,
-        cut_hardest=_decimal(cut_hardest),
+        cut_hardest=_share(cut_hardest),
         collapse_copies=_float(collapse_copies),
         group_budgets=group_budgets,
     )
@@ -150,7 +153,9 @@ def rank(
         lo,
         graph.neighbors,
         graph.sqdist,
-        _wrong_share(modalities, rows, hi, lo),
+        settling.Told(
+            wrong=_wrong_share(modalities, rows, hi, lo), learned_below=_float(learned_below)
+        ),
     )
     ranked = ranking.rank_graph(
         hi,
@@ -229,7 +234,9 @@ def _index(value: Any) -> Any:
         return value
 
 
-def _decimal(value: float | str | Decimal) -> Decimal:
+def _share(value: float | str | Decimal) -> Any:
+    if value == AUTO:
+        return value
     try:
         return Decimal(str(value))
     except InvalidOperation:

@@ -10,7 +10,6 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from decimal import Decimal
-from fractions import Fraction
 from typing import Any, Literal, cast
 
 from d2filter.algorithm import groups, late, schemes, scores, selectors, settling, uids
@@ -273,8 +272,9 @@ class RankConfig:
     and exp, and always so where gamma is auto"""
     group_budgets: str = "proportional"
     """of a graph with classes: proportional to their sizes, or uniform"""
-    cut_hardest: Decimal = Decimal(0)
-    """share of the samples, highest difficulty first, that rank after everything else"""
+    cut_hardest: Decimal | Literal["auto"] = Decimal(0)
+    """share of the samples, highest difficulty first, that rank after everything else; auto: see
+    `algorithm/hardest.py`"""
     collapse_copies: float | Literal["auto"] | None = None
     """neighbors up to this squared distance are copies: all but the best rank after everything
     else; auto: see `algorithm/copies.py`; None: no"""
@@ -283,9 +283,10 @@ class RankConfig:
         if self.n_neighbors:
             _at_least("n-neighbors", self.n_neighbors, 1)
         _whole("seed", self.seed)
-        if not (self.cut_hardest.is_finite() and 0 <= self.cut_hardest < 1):
+        cut = self.cut_hardest
+        if cut != AUTO and not (Decimal(cut).is_finite() and 0 <= Decimal(cut) < 1):
             raise UsageError(
-                f"cut-hardest is {self.cut_hardest}, allowed is 0 to below 1: --cut-hardest 0.4"
+                f"cut-hardest is {cut}, allowed are auto and 0 to below 1: --cut-hardest 0.4"
             )
         copies = self.collapse_copies
         if copies not in (None, AUTO) and not (_finite(copies) and 0 <= float(copies) <= 4):
@@ -318,7 +319,8 @@ class RankConfig:
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> RankConfig:
         """From `options_of` one, as a run's record holds it."""
-        told = {"cut_hardest": Decimal(options["cut_hardest"])}
+        cut = options["cut_hardest"]
+        told = {"cut_hardest": cut if cut == AUTO else Decimal(cut)}
         if options.get("tuned_for") is not None:
             told["tuned_for"] = Decimal(options["tuned_for"])
         if options["gamma_forward"] == options["gamma"]:
@@ -334,7 +336,7 @@ class RankConfig:
             kernel=self.kernel,
             gamma=None if self.gamma == AUTO else float(self.gamma),
             median=not is_local and (auto or self.gamma_scale == "median"),
-            cut_hardest=self.cut_hardest,
+            cut_hardest=None if self.cut_hardest == AUTO else Decimal(self.cut_hardest),
             copies=self.collapse_copies,
             tuned_for=TUNED_FOR if self.tuned_for is None else self.tuned_for,
             d2=self.method == "d2",
@@ -343,7 +345,7 @@ class RankConfig:
     @property
     def is_tuned(self) -> bool:
         """Whether the ranking depends on the budget that it is for."""
-        return self.method == "d2" and self.gamma == AUTO
+        return self.cut_hardest == AUTO or (self.method == "d2" and self.gamma == AUTO)
 
     def settled_on(
         self,
@@ -352,12 +354,12 @@ class RankConfig:
         lo: uids.U64,
         neighbors: late.I64,
         sqdist: late.F32,
-        wrong: Fraction | None,
+        told: settling.Told,
     ) -> tuple[settling.Settled, late.Bools]:
         """What this asks for, found on a pool in one piece, and which samples (n,) rank after
-        everything else. wrong: share of pairs that match no better than random ones, see `pairs`.
+        everything else.
         """
-        return settling.settle(self.wanted, difficulty, hi, lo, neighbors, sqdist, wrong)
+        return settling.settle(self.wanted, difficulty, hi, lo, neighbors, sqdist, told)
 
     def scheme(self, settled: settling.Settled) -> schemes.Scheme:
         """How messages are made, with what was found on the pool."""

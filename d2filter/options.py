@@ -24,11 +24,6 @@ class Recipe:
     values: dict[str, Any]
 
 
-_CLASSES = {
-    "n_neighbors": 5, "gamma": 1.0, "kernel": "rbf", "gamma_scale": "median",
-    "collapse_copies": None,
-}  # fmt: skip
-
 RECIPES = {
     "datacomp": Recipe(
         says="as published for DataComp",
@@ -53,14 +48,16 @@ RECIPES = {
             "fraction": "0.3",
         },
     ),
-    # the others are what jobs/results/bench_supervised.md found best
+    # what jobs/results/bench_cifar_cuda.md and bench_supervised.md found best
     "labels": Recipe(
-        says="clean classes, a score that puts hard samples first",
-        values=_CLASSES,
-    ),
-    "noisy-labels": Recipe(
-        says="the same with some labels wrong",
-        values={**_CLASSES, "cut_hardest": Decimal("0.2")},
+        says="classes, with wrong labels or without, and a score that puts hard samples first",
+        values={
+            "n_neighbors": 10,
+            "gamma": config.AUTO,
+            "kernel": "rbf",
+            "collapse_copies": None,
+            "cut_hardest": config.AUTO,
+        },
     ),
     "text": Recipe(
         says="texts with classes, when few are kept",
@@ -306,6 +303,17 @@ def _share(text: str) -> Decimal:
         raise argparse.ArgumentTypeError(f"{text!r}, allowed is a number such as 0.4") from None
 
 
+def _cut(text: str) -> Any:
+    if text == config.AUTO:
+        return text
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, allowed are auto and a number such as 0.4"
+        ) from None
+
+
 def _partitions(text: str) -> int:
     if text == "auto":
         return 0
@@ -380,11 +388,11 @@ def rank(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--cut-hardest",
-        type=_share,
+        type=_cut,
         default=default.cut_hardest,
         metavar="SHARE",
         help="samples of the highest difficulty that rank after everything else: wrong labels, "
-        "where hard ones go first",
+        "where hard ones go first; auto fits the share to the budget and the scores",
     )
     group.add_argument(
         "--collapse-copies",
@@ -432,7 +440,7 @@ def sweep(parser: argparse.ArgumentParser) -> None:
         ("--kernel", str, default.kernel, f"some of {', '.join(schemes.KERNELS)}"),
         ("--forward", str, default.forward, f"some of {', '.join(schemes.FORWARD)}"),
         ("--reverse", str, default.reverse, f"some of {', '.join(schemes.REVERSE)}"),
-        ("--cut-hardest", Decimal, "0", "shares that rank last"),
+        ("--cut-hardest", _cut, "0", "shares that rank last, or auto"),
         ("--collapse-copies", _copies, "none", "squared distances of copies, auto or none"),
         ("--fraction", str, "0.1,0.3,0.5", "budgets"),
     ]

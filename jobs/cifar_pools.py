@@ -24,6 +24,7 @@ from d2filter.algorithm import (
     ranking,
     scores,
     selectors,
+    settling,
 )
 from d2filter.config import TUNED_FOR, RankConfig
 
@@ -125,7 +126,9 @@ class Pool:
             gamma=setting.gamma, gamma_scale=setting.gamma_scale, cut_hardest=cut, tuned_for=kept
         )
         ids = self._hi, self._lo
-        settled, last = config.settled_on(difficulty, *ids, some.neighbors, some.sqdist, None)
+        settled, last = config.settled_on(
+            difficulty, *ids, some.neighbors, some.sqdist, settling.Told()
+        )
         ranked = ranking.rank_graph(
             *ids, difficulty, some.neighbors, some.sqdist, scheme=config.scheme(settled), late=last
         )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import features, groups, knn, late, metrics, pairs, uids
+from d2filter.algorithm import features, groups, knn, late, metrics, pairs, settling, uids
 from d2filter.config import RankConfig
 from d2filter.formats import graph
 from d2filter.stages import others
@@ -176,7 +176,7 @@ class Pairs:
             hi=hi, lo=lo, difficulty=self.score, neighbors=found.neighbors, sqdist=found.sqdist
         )
         wrong = pairs.wrong_share({"pairs": pairs.judged(rows[pairs.sampled(hi, lo)])})
-        self.whole = others.KnownPool(part, rows, wrong)
+        self.whole = others.KnownPool(part, rows, settling.Told(wrong=wrong))
         # a right pair is useful when it is the first right one of its picture: a swapped one is of
         # a group of its own, so that it takes nobody's place
         own = len(photographs.names) + np.arange(hi.size)

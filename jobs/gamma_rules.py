@@ -169,7 +169,7 @@ def configured(k: int = 10, **options: Any) -> Rule:
         config = RankConfig(tuned_for=Decimal(kept), **{**auto, **options})
         neighbors, sqdist = pool.neighbors[:, :k], pool.sqdist[:, :k]
         settled, last = config.settled_on(
-            pool.score, pool.hi, pool.lo, neighbors, sqdist, pool.wrong
+            pool.score, pool.hi, pool.lo, neighbors, sqdist, settling.Told(wrong=pool.wrong)
         )
         return _ranked(pool, neighbors, sqdist, config.scheme(settled), last)
 

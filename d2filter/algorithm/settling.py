@@ -6,6 +6,7 @@ copies, which samples rank last, and gamma. `stages/late.py` finds the same on p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from fractions import Fraction
@@ -13,11 +14,28 @@ from typing import Any, Literal
 
 import numpy as np
 
-from d2filter.algorithm import budget, copies, late, local, quantile, tuning, uids
+from d2filter.algorithm import budget, copies, hardest, late, local, pairs, quantile, tuning, uids
 
 F32 = late.F32
 I64 = late.I64
 Bools = late.Bools
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What is known of a pool beside its graph."""
+
+    wrong: Fraction | None = None
+    """share of pairs that match no better than random ones; None: it is not known"""
+    learned_below: float | None = None
+    """difficulty from which on a sample counts as not learned, see `hardest`; None: the score has
+    none of its own"""
+
+    @classmethod
+    def from_catalog(cls, figures: Mapping[str, Any]) -> Told:
+        """From the figures of a catalog, as a run's record holds them."""
+        score = figures.get("score", {}).get("name", "")
+        return cls(wrong=pairs.wrong_share(figures), learned_below=hardest.MIDDLE.get(score))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +47,8 @@ class Wanted:
     """None: auto"""
     median: bool
     """gamma is in units of the median squared distance between neighbors"""
-    cut_hardest: Decimal
+    cut_hardest: Decimal | None
+    """None: auto"""
     copies: float | Literal["auto"] | None
     tuned_for: Decimal
     """kept share that auto settings are for"""
@@ -46,6 +65,14 @@ class Wanted:
         """Whether gamma is looked for."""
         return self.d2 and self.gamma is None
 
+    def cut(self, counts: I64, told: Told) -> Decimal:
+        """The share of the hardest to take away. counts: `quantile.upper_counts` of the
+        difficulties of all samples, which a cut that is auto needs.
+        """
+        if self.cut_hardest is not None:
+            return self.cut_hardest
+        return hardest.auto(counts, self.tuned_for, middle=told.learned_below)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
@@ -58,6 +85,8 @@ class Settled:
     """squared distance that gamma is in units of"""
     floor: float = 1.0
     """smallest σ² of the kernel local"""
+    cut: str = "0"
+    """share of the hardest that may be cut, a decimal"""
     above: float | None = None
     """samples of higher difficulty rank last"""
     copies_sqdist: float | None = None
@@ -75,12 +104,11 @@ def settle(
     lo: uids.U64,
     neighbors: I64,
     sqdist: F32,
-    wrong: Fraction | None,
+    told: Told,
 ) -> tuple[Settled, Bools]:
     """Find all that is wanted. Returns it, and which samples (n,) rank after everything else.
 
     difficulty, hi, lo: (n,); neighbors: (n, k) rows, −1 pads; sqdist: (n, k), inf where padded.
-    wrong: share of pairs that match no better than random ones; None: it is not known.
     """
     n = difficulty.size
     reach = local.reach(sqdist)
@@ -88,11 +116,9 @@ def settle(
     unit = late.unit(sqdist) if wanted.median else 1.0
     most: float | None
     most = copies.threshold(median_reach) if wanted.copies == "auto" else wanted.copies
-    last = late.mask(
-        difficulty, hi, lo, neighbors, sqdist, cut_hardest=wanted.cut_hardest, collapse_copies=most
-    )
-    hardest = late.cut_size(n, wanted.cut_hardest)
-    above = late.hardest_above(difficulty, wanted.cut_hardest) if hardest else None
+    share = wanted.cut(quantile.upper_counts(difficulty), told)
+    last = late.mask(difficulty, hi, lo, neighbors, sqdist, cut_hardest=share, collapse_copies=most)
+    above = late.hardest_above(difficulty, share) if late.cut_size(n, share) else None
     cut = 0 if above is None else int(np.count_nonzero(difficulty > np.float32(above)))
     floor = local.floor_of(median_reach)
     gamma, tuned = 0.0 if wanted.gamma is None else wanted.gamma, {}
@@ -102,11 +128,11 @@ def settle(
         through = there & ~last[np.where(there, neighbors[rows], 0)]
         reach_of = reach[np.where(there, neighbors[rows], 0)]
         lists = Lists(sqdist=sqdist[rows], reach=reach[rows], reach_of=reach_of, through=through)
-        tuned = tune(wanted, lists, n, int(last.sum()), floor, unit, wrong)
+        tuned = tune(wanted, lists, n, int(last.sum()), floor, unit, told)
         gamma = tuned["gamma"]
     found = Settled(
         k=sqdist.shape[1],
-        gamma=gamma, unit=unit, floor=floor, above=above, copies_sqdist=most,
+        gamma=gamma, unit=unit, floor=floor, cut=str(share), above=above, copies_sqdist=most,
         copies=int(last.sum()) - cut, tuned=tuned,
     )  # fmt: skip
     return found, last
@@ -133,7 +159,7 @@ def tune(
     last: int,
     floor: float,
     unit: float,
-    wrong: Fraction | None,
+    told: Told,
 ) -> dict[str, Any]:
     """Gamma and the figures that it was found with. total: samples; last: of them rank last."""
     near = tuning.local_lists(lists.sqdist, lists.reach, lists.reach_of, lists.through, floor)
@@ -146,9 +172,9 @@ def tune(
     earnest = total - last
     size = min(budget.floor_of(wanted.tuned_for, total), earnest)
     kept = Fraction(max(size, 1), max(earnest, 1))
-    found = tuning.tune(exponents, near, kept, wrong)
-    told = None if wrong is None else float(wrong)
-    return {**asdict(found), "tuned_for": str(wanted.tuned_for), "wrong_share": told}
+    found = tuning.tune(exponents, near, kept, told.wrong)
+    share = None if told.wrong is None else float(told.wrong)
+    return {**asdict(found), "tuned_for": str(wanted.tuned_for), "wrong_share": share}
 
 
 def middle(reach: F32) -> float:

@@ -13,7 +13,7 @@ ranking-work/answers-00000.*     of those in a part: reach, and whether they ran
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from fractions import Fraction
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -41,16 +41,15 @@ def settle(
     wanted: settling.Wanted,
     k: int,
     total: int,
-    wrong: Fraction | None,
+    told: settling.Told,
 ) -> Settled:
     """Find what is wanted; `settling.settle` does the same in one piece. k: neighbors of each list
     that count. each(label, task, **arguments) runs a task on every part, run does so on none in
     particular; both return figures.
     """
     if total * k <= sizes.SETTLED_WHOLE:
-        return Settled(**run("settle", settle_whole, wanted=wanted, k=k, wrong=wrong)["settled"])
-    cut = late.cut_size(total, wanted.cut_hardest)
-    values = _places(each, out, wanted, k, total, cut)
+        return Settled(**run("settle", settle_whole, wanted=wanted, k=k, told=told)["settled"])
+    values, share = _places(each, out, wanted, k, total, told)
     median_reach = values.get("reach", 0.0)
     most: float | None
     most = copies.threshold(median_reach) if wanted.copies == "auto" else wanted.copies
@@ -60,6 +59,7 @@ def settle(
         gamma=0.0 if wanted.gamma is None else wanted.gamma,
         unit=values.get("sqdist", 1.0),
         floor=local.floor_of(median_reach),
+        cut=str(share),
         above=above,
         copies_sqdist=most,
     )
@@ -72,20 +72,20 @@ def settle(
         answers = each("answers", answer, k=k, settled=found)
         last = sum(figures["last"] for figures in answers)
         tuned = run(
-            "gamma", find_gamma, wanted=wanted, settled=found, total=total, wrong=wrong, last=last
+            "gamma", find_gamma, wanted=wanted, settled=found, total=total, told=told, last=last
         )["tuned"]
         found = replace(found, gamma=tuned["gamma"], tuned=tuned)
     return found
 
 
 def settle_whole(
-    *, report: Report, out: Folder, wanted: settling.Wanted, k: int, wrong: Fraction | None
+    *, report: Report, out: Folder, wanted: settling.Wanted, k: int, told: settling.Told
 ) -> Figures:
     """Task: all of it for a graph that is held at once: a task less for each part and step."""
     whole = graph.read(out.sub("graph"))
     found, last = settling.settle(
         wanted, whole.difficulty, whole.hi, whole.lo, whole.neighbors[:, :k], whole.sqdist[:, :k],
-        wrong,
+        told,
     )  # fmt: skip
     if found.above is not None:
         last &= whole.difficulty <= np.float32(found.above)
@@ -95,27 +95,33 @@ def settle_whole(
 
 
 def _places(
-    each: Any, out: Folder, wanted: settling.Wanted, k: int, total: int, cut: int
-) -> dict[str, float]:
-    """Quantiles of the whole pool by name."""
+    each: Any, out: Folder, wanted: settling.Wanted, k: int, total: int, told: settling.Told
+) -> tuple[dict[str, float], Decimal]:
+    """Quantiles of the whole pool by name, and the share of the hardest to take away."""
+    share = wanted.cut_hardest
     kinds = [
         name
         for name, needed in (
-            ("difficulty", bool(cut)),
+            ("difficulty", share is None or late.cut_size(total, share) > 0),
             ("sqdist", wanted.median),
             ("reach", wanted.reaches),
         )
         if needed
     ]
     if not kinds:
-        return {}
+        return {}, share or Decimal(0)
     each("upper", count_upper, k=k, kinds=kinds)
     upper = _summed(out, "upper", kinds)
+    if "difficulty" in kinds:
+        share = wanted.cut(upper["difficulty"], told)
+    assert share is not None
+    cut = late.cut_size(total, share)
     places: dict[str, tuple[int, int]] = {}
     for name in kinds:
         held = int(upper[name].sum())
         if name == "difficulty":
-            places[name] = quantile.locate(upper[name], total - 1 - cut)
+            if cut:
+                places[name] = quantile.locate(upper[name], total - 1 - cut)
         elif held:
             places[name] = quantile.locate(upper[name], (held - 1) // 2)
     each("lower", count_lower, k=k, bins={name: at for name, (at, _) in places.items()})
@@ -123,7 +129,7 @@ def _places(
     return {
         name: quantile.value_of(at, quantile.locate(lower[name], rest)[0])
         for name, (at, rest) in places.items()
-    }
+    }, share
 
 
 def late_rows(
@@ -264,7 +270,7 @@ def find_gamma(
     wanted: settling.Wanted,
     settled: Settled,
     total: int,
-    wrong: Fraction | None,
+    told: settling.Told,
     last: int,
 ) -> Figures:
     """Task: gamma, from the chosen lists and the answers. last: samples that rank last."""
@@ -289,7 +295,7 @@ def find_gamma(
         reach_of=reach[at],
         through=there & ~late_ones[at],
     )
-    tuned = settling.tune(wanted, lists, total, last, settled.floor, settled.unit, wrong)
+    tuned = settling.tune(wanted, lists, total, last, settled.floor, settled.unit, told)
     report(total)
     return {"tuned": tuned}
 

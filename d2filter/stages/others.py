@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import backend, groups, messages, pairs, selectors, settling, uids
+from d2filter.algorithm import backend, groups, messages, selectors, settling, uids
 from d2filter.algorithm import ranking as ranker
 from d2filter.config import RankConfig, RunConfig
 from d2filter.formats import catalog, graph, ranking
@@ -44,6 +43,7 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str, k: i
         "partitions": len(starts) - 1,
         "late": found["late"],
         "copies_sqdist": found["copies_sqdist"],
+        "cut_hardest": found["cut_hardest"],
         "checksums": found["checksums"],
         "peak_rss": found["peak_rss_bytes"],
     }
@@ -76,8 +76,12 @@ def rank_all(*, report: Report, out: Folder, config: RankConfig, k: int) -> Figu
         sums.update(ranking.publish_part(out.sub("ranking"), number, part))
         report(behind.size)
     late_ones = {"hardest": int(last.sum()) - settled.copies, "copies": settled.copies}
-    told = {"late": late_ones, "copies_sqdist": settled.copies_sqdist}
-    return {**told, "checksums": sums}
+    return {
+        "late": late_ones,
+        "copies_sqdist": settled.copies_sqdist,
+        "cut_hardest": settled.cut,
+        "checksums": sums,
+    }
 
 
 class KnownPool:
@@ -87,12 +91,12 @@ class KnownPool:
         self,
         part: graph.GraphPart,
         rows: npt.NDArray[np.float16],
-        wrong: Fraction | None = None,
+        told: settling.Told,
     ) -> None:
         self.part = part
         self.rows = rows
         """(n, d), or (n, 0): not read"""
-        self.wrong = wrong
+        self.told = told
         """share of pairs that match no better than random ones; None: it is not known"""
         self.order = uids.ascending(part.hi, part.lo)
         """(n,) graph ids by ascending uid"""
@@ -102,7 +106,7 @@ class KnownPool:
 
     def narrowed(self, k: int) -> KnownPool:
         """The same with lists of k."""
-        return KnownPool(narrowed(self.part, k), self.rows, self.wrong)
+        return KnownPool(narrowed(self.part, k), self.rows, self.told)
 
     def by_uid(self, config: RankConfig) -> selectors.Pool:
         """What selectors see."""
@@ -130,7 +134,7 @@ def read_pool(out: Folder, k: int, *, with_features: bool) -> KnownPool:
         parts = [layout.part(number) for number in range(len(layout.starts) - 1)]
         rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
     made = RunState(out).done("catalog")
-    return KnownPool(part, rows, pairs.wrong_share(made["stats"] if made else {}))
+    return KnownPool(part, rows, settling.Told.from_catalog(made["stats"] if made else {}))
 
 
 def narrowed(part: graph.GraphPart, k: int) -> graph.GraphPart:
@@ -150,7 +154,7 @@ def ranks_of(
     """
     part = known.part
     settled, last = config.settled_on(
-        part.difficulty, part.hi, part.lo, part.neighbors, part.sqdist, known.wrong
+        part.difficulty, part.hi, part.lo, part.neighbors, part.sqdist, known.told
     )
     if config.method != "d2":
         rank = ranker.rank_by(config.method, known.by_uid(config), late=last[known.order])

@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import Any
 
 import d2filter
-from d2filter.algorithm import pairs
+from d2filter.algorithm import settling
 from d2filter.config import RankConfig, RunConfig, SelectConfig, refuse_classes
 from d2filter.errors import D2FilterError, RecallError, TooManyBadError, UsageError
 from d2filter.formats import ledger, lock, logs
@@ -192,11 +192,11 @@ class Pipeline:
         before = self.state.require("graph")
         plan = self._plans.rank(before["fingerprint"]).plan
         k = plan.options["n_neighbors"]
-        wrong = pairs.wrong_share(self.state.require("catalog")["stats"])
+        told = settling.Told.from_catalog(self.state.require("catalog")["stats"])
         # the budget that it is for may be that of the selection, or of the ranking that is there
         config = replace(self.config, rank=RankConfig.from_options(plan.options))
         self._stage(
-            plan, lambda: rank.build(self._runner, self.out, config, plan.fingerprint, k, wrong)
+            plan, lambda: rank.build(self._runner, self.out, config, plan.fingerprint, k, told)
         )
         rank.tidy(self.out)
 

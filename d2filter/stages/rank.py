@@ -20,12 +20,11 @@ All of ranking-work/ is removed when the ranking is done.
 from __future__ import annotations
 
 from dataclasses import fields
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from d2filter.algorithm import merge
+from d2filter.algorithm import merge, settling
 from d2filter.config import RunConfig
 from d2filter.formats import graph, ranking
 from d2filter.formats.paths import Folder
@@ -45,11 +44,9 @@ def build(
     config: RunConfig,
     fingerprint: str,
     k: int,
-    wrong: Fraction | None = None,
+    told: settling.Told,
 ) -> Figures:
-    """Run all tasks; returns the stage's figures. k: neighbors of each list that count. wrong:
-    share of pairs that match no better than random ones; None: it is not known.
-    """
+    """Run all tasks; returns the stage's figures. k: neighbors of each list that count."""
     if config.rank.method != "d2":
         return others.build(runner, out, config, fingerprint, k)
     starts = graph.starts(out.sub("graph"))
@@ -83,7 +80,7 @@ def build(
     def alone(label: str, run: Any, **arguments: Any) -> Figures:
         return fan_out(label, [Task(name=label, run=run, arguments={"out": out, **arguments})])[0]
 
-    settled = late.settle(each, alone, out, config.rank.wanted, k, total, wrong)
+    settled = late.settle(each, alone, out, config.rank.wanted, k, total, told)
     ends = each("cut", cut, settled=settled)
     each("describe", describe, parts=parts, settled=settled)
     made = {
@@ -146,6 +143,7 @@ def told_of(settled: late.Settled) -> Figures:
         "gamma_unit": settled.unit,
         "gamma_floor": settled.floor,
         "copies_sqdist": settled.copies_sqdist,
+        "cut_hardest": settled.cut,
         **tuned,
     }
 

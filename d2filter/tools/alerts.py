@@ -180,8 +180,8 @@ def recall(facts: Facts) -> str:
 
 
 def other_budget(facts: Facts) -> str:
-    """The budget is far from what gamma was tuned for."""
-    tuned, samples = facts.stats("rank").get("tuned_for"), facts.stats("select").get("samples")
+    """The budget is far from what the ranking was tuned for."""
+    tuned, samples = facts.option("rank", "tuned_for"), facts.stats("select").get("samples")
     if tuned is None or not samples:
         return ""
     tuned, kept = float(tuned), int(samples["kept"])
@@ -189,8 +189,8 @@ def other_budget(facts: Facts) -> str:
     if tuned / FAR <= share <= tuned * FAR:
         return ""
     return (
-        f"{share:.3g} of the ranked samples is kept, and gamma was tuned for {tuned:.3g}: rank "
-        "anew for this budget (--overwrite rank)"
+        f"{share:.3g} of the ranked samples is kept, and the ranking was tuned for {tuned:.3g}: "
+        "rank anew for this budget (--overwrite rank)"
     )
 
 

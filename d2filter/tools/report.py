@@ -224,10 +224,13 @@ def _headline(m: measures.Measures) -> str:
         k = options["n_neighbors"] or m.stats["graph"]["k"]
         gamma = m.records["rank"]["stats"].get("gamma", options["gamma"])
         how += f", k = {k}, gamma = {gamma:.4g}"
-        if options["gamma"] == AUTO:
-            how += f", fitted to a kept share of {float(options['tuned_for']):g}"
-        elif options["gamma_scale"] != "none":
+        if options["gamma"] != AUTO and options["gamma_scale"] != "none":
             how += f" ({options['gamma_scale']})"
+    cut = m.records["rank"]["stats"].get("cut_hardest", "0")
+    if float(cut):
+        how += f", without the hardest {float(cut):.1%}"
+    if options["tuned_for"] is not None:
+        how += f", fitted to a kept share of {float(options['tuned_for']):g}"
     return f"{m.stats['samples']['kept']:,} of {m.ranked:,} ranked samples kept: {how}."
 
 

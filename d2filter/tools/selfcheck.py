@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import budget, distinct, knn, late, pairs, selfcheck, uids
+from d2filter.algorithm import budget, distinct, knn, late, selfcheck, settling, uids
 from d2filter.config import RankConfig
 from d2filter.formats import catalog, graph
 from d2filter.formats.paths import Folder
@@ -83,7 +82,7 @@ def load(folder: Folder, say: Say = lambda line: None) -> others.KnownPool:
     say(
         f"on {SAMPLED:,} of {ranked:,} samples, chosen by a hash of the uid, with a graph of theirs"
     )
-    return _sampled(folder, k, ranked, pairs.wrong_share(stats))
+    return _sampled(folder, k, ranked, settling.Told.from_catalog(stats))
 
 
 def prepare(folder: Folder, known: others.KnownPool) -> Prepared | str:
@@ -115,7 +114,7 @@ def prepare(folder: Folder, known: others.KnownPool) -> Prepared | str:
         sqdist=made.sqdist, group=part.group,
     )  # fmt: skip
     return Prepared(
-        known=others.KnownPool(spliced, made.rows, known.wrong), swapped=swapped,
+        known=others.KnownPool(spliced, made.rows, known.told), swapped=swapped,
         correlation=line.correlation, ranked=ranked,
     )  # fmt: skip
 
@@ -164,10 +163,10 @@ def _whole(folder: Folder, k: int) -> others.KnownPool:
         hi=pool.hi, lo=pool.lo, difficulty=pool.difficulty, neighbors=pool.neighbors,
         sqdist=pool.sqdist, group=pool.group,
     )  # fmt: skip
-    return others.KnownPool(part, known.rows, known.wrong)
+    return others.KnownPool(part, known.rows, known.told)
 
 
-def _sampled(folder: Folder, k: int, ranked: int, wrong: Fraction | None) -> others.KnownPool:
+def _sampled(folder: Folder, k: int, ranked: int, told: settling.Told) -> others.KnownPool:
     """SAMPLED of them, ascending by uid, with a graph of their own."""
     home = folder.sub("catalog")
     layout = catalog.layout(home)
@@ -185,4 +184,4 @@ def _sampled(folder: Folder, k: int, ranked: int, wrong: Fraction | None) -> oth
     part = graph.GraphPart(
         hi=hi, lo=lo, difficulty=difficulty, neighbors=found.neighbors, sqdist=found.sqdist
     )
-    return others.KnownPool(part, rows, wrong)
+    return others.KnownPool(part, rows, told)

@@ -68,7 +68,7 @@ def grid(fractions: Sequence[str], **values: Sequence[Any]) -> Grid:
         if not asked.is_tuned:
             options.pop("tuned_for", None)
         if options.get("method", "d2") != "d2":
-            mine = ("method", "n_neighbors", "cut_hardest", "collapse_copies", "seed")
+            mine = ("method", "n_neighbors", "cut_hardest", "collapse_copies", "seed", "tuned_for")
             options = {name: value for name, value in options.items() if name in mine}
             if "neighbors" not in selectors.SELECTORS[options["method"]].wants and not (
                 options.get("collapse_copies") is not None

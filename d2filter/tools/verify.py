@@ -251,8 +251,8 @@ def _scores(run: _Run) -> Breaches:
         return _method(run, options)
     k = options.n_neighbors
     neighbors, distances = g.neighbors[:, :k], g.sqdist[:, :k]
-    unlike = pairs.wrong_share(run.records["catalog"]["stats"])
-    settled, last = options.settled_on(g.difficulty, g.hi, g.lo, neighbors, distances, unlike)
+    told = settling.Told.from_catalog(run.records["catalog"]["stats"])
+    settled, last = options.settled_on(g.difficulty, g.hi, g.lo, neighbors, distances, told)
     scheme = options.scheme(settled)
     source, target, sqdist = cut.whole(neighbors, distances, both_ways=options.undirected)
     through = ~last[source] & ~last[target]
@@ -295,6 +295,7 @@ def _found(settled: settling.Settled, figures: dict[str, Any]) -> Breaches:
         "gamma": settled.gamma,
         "gamma_unit": settled.unit,
         "copies_sqdist": settled.copies_sqdist,
+        "cut_hardest": settled.cut,
     }
     return [
         f"{name} is {value}, found again on this graph, and {figures[name]} in the record"
@@ -319,8 +320,9 @@ def _method(run: _Run, options: RankConfig) -> Breaches:
 
     features_too = others.wants_features(options.method)
     known = others.read_pool(run.folder, options.n_neighbors, with_features=features_too)
-    rank, _, _ = others.ranks_of(known, options)
-    return _count(f"ranks are not those of {options.method}", rank != run.ranking["rank"])
+    rank, _, settled = others.ranks_of(known, options)
+    out = _found(settled, run.records["rank"]["stats"])
+    return out + _count(f"ranks are not those of {options.method}", rank != run.ranking["rank"])
 
 
 def _subset(run: _Run) -> Breaches:

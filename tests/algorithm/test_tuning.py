@@ -97,7 +97,7 @@ def test_the_order_of_rows_cannot_be_seen_in_a_tuned_ranking(
     difficulty = np.random.default_rng(n).random(n).astype(np.float32)
     config = RankConfig(
         gamma="auto", kernel=kernel, undirected=undirected, tuned_for=Decimal("0.3"),
-        collapse_copies="auto",
+        collapse_copies="auto", cut_hardest="auto",
     )  # fmt: skip
 
     def ranked(order: np.ndarray) -> tuple[list[int], float]:
@@ -106,7 +106,7 @@ def test_the_order_of_rows_cannot_be_seen_in_a_tuned_ranking(
         neighbors = case.neighbors[order]
         neighbors = np.where(neighbors >= 0, place[neighbors], -1)
         arrays = (difficulty[order], case.hi[order], case.lo[order], neighbors, case.sqdist[order])
-        settled, last = config.settled_on(*arrays, wrong)
+        settled, last = config.settled_on(*arrays, settling.Told(wrong=wrong))
         found = ranking.rank_graph(
             arrays[1], arrays[2], arrays[0], *arrays[3:], scheme=config.scheme(settled),
             undirected=undirected, late=last,

@@ -48,7 +48,14 @@ def rank_of(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--kernel", "rbf", "--undirected"], ["--cut-hardest", "0.1"]]
+    "options",
+    [
+        [],
+        ["--kernel", "rbf", "--undirected"],
+        ["--cut-hardest", "0.1"],
+        ["--cut-hardest", "auto"],
+        ["--cut-hardest", "auto", "--method", "ccs"],
+    ],
 )
 def test_layout_partitions_and_size_cannot_be_seen_in_what_is_chosen(
     tmp_path: Path, pool: dict[str, Any], score: np.ndarray, options: list[str],
@@ -60,9 +67,13 @@ def test_layout_partitions_and_size_cannot_be_seen_in_what_is_chosen(
     parts = run(tmp_path / "b", pool, score, *options, "--partitions", "3", files=4, shuffle=9)
     assert (whole / "subset.npy").read_bytes() == (parts / "subset.npy").read_bytes()
     a, b = rank_of(whole), rank_of(parts)
-    for name in ("gamma", "gamma_floor", "gamma_unit", "effective_share", "copies_sqdist", "late"):
+    found = ["copies_sqdist", "cut_hardest", "late"]
+    if "--method" not in options:
+        found += ["gamma", "gamma_floor", "gamma_unit", "effective_share"]
+        assert a["tuned_for"] == "0.3"
+    for name in found:
         assert a[name] == b[name], name
-    assert a["tuned_for"] == "0.3"
+    assert (0 < float(a["cut_hardest"]) < 0.7) == ("--cut-hardest" in options)
     for out in (whole, parts):
         verify.verify(Folder(str(out)), lambda line: None)
 
@@ -70,10 +81,10 @@ def test_layout_partitions_and_size_cannot_be_seen_in_what_is_chosen(
 def test_a_notebook_gets_the_bits_of_the_command_line(
     tmp_path: Path, pool: dict[str, Any], score: np.ndarray
 ) -> None:
-    out = run(tmp_path, pool, score, "--fraction", "0.2")
+    out = run(tmp_path, pool, score, "--fraction", "0.2", "--cut-hardest", "auto")
     found = rank_arrays(
         [pool["img"], pool["txt"]], score, uids_hex=pool["uid"], tuned_for="0.2", n_neighbors=10,
-        gamma="auto", kernel="local", collapse_copies="auto",
+        gamma="auto", kernel="local", collapse_copies="auto", cut_hardest="auto",
     )  # fmt: skip
     kept = sorted(pool["uid"][row] for row in found.select("0.2"))
     pairs = np.load(out / "subset.npy")
@@ -127,6 +138,7 @@ def test_a_gamma_that_is_not_the_one_that_was_found_is_a_breach(
     record = out / "completions" / "rank.json"
     told = json.loads(record.read_text())
     told["stats"]["gamma"] += 1 / 1024
+    told["stats"]["cut_hardest"] = "0.5"
     # its access rights are those of the file that it replaces
     os.truncate(record, 0)
     record.write_text(json.dumps(told))
@@ -134,12 +146,32 @@ def test_a_gamma_that_is_not_the_one_that_was_found_is_a_breach(
     with pytest.raises(VerificationError):
         verify.verify(Folder(str(out)), lines.append)
     assert any("gamma is" in line and "in the record" in line for line in lines)
+    assert any("cut_hardest is 0, found again" in line for line in lines)
+
+
+def test_what_counts_as_not_learned_is_known_of_a_margin(
+    tmp_path: Path, pool: dict[str, Any]
+) -> None:
+    """A tenth of the labels is wrong, by a margin below 0; the middle of its range is another."""
+    margin = np.random.default_rng(1).uniform(0.5, 1, N).astype(np.float32)
+    margin[:70] = -0.1
+    metadata = pools.write(tmp_path / "metadata", pool, columns={"margin": margin})
+    told = ["--metadata-dir", str(metadata), "--out-dir", str(tmp_path / "out")]
+    told += ["--score-column", "margin", "--keep-first", "low", "--recipe", "labels"]
+    assert cli.main(["run", *told, "--fraction", "0.9"]) == 0
+    assert rank_of(tmp_path / "out")["cut_hardest"] == "0.100000"
+    assert rank_of(tmp_path / "out")["late"]["hardest"] == 70
+    wrong = {pool["uid"][row] for row in range(70)}
+    kept = {f"{hi:016x}{lo:016x}" for hi, lo in np.load(tmp_path / "out" / "subset.npy").tolist()}
+    assert len(kept) == 630
+    assert not kept & wrong
 
 
 @pytest.mark.parametrize(
     ("option", "value", "says"),
     [
         ("--gamma", "wide", "allowed are a number and auto"),
+        ("--cut-hardest", "some", "allowed are auto and a number"),
         ("--collapse-copies", "some", "allowed are auto, none and a squared distance"),
         ("--tuned-for", "2", "2"),
     ],

@@ -32,11 +32,12 @@ def embedded(read: int = 1000, bad: int = 0, **more: Any) -> alerts.Facts:
 
 
 def ranked(tuned_for: Any, kept: int) -> alerts.Facts:
-    stats = {} if tuned_for is None else {"tuned_for": tuned_for}
     samples = {"kept": kept, "pruned": 1000 - kept}
-    return alerts.Facts(
-        records={"rank": {"stats": stats}, "select": {"stats": {"samples": samples}}}, counted={}
-    )
+    records = {
+        "rank": {"options": {"tuned_for": tuned_for}},
+        "select": {"stats": {"samples": samples}},
+    }
+    return alerts.Facts(records=records, counted={})
 
 
 def searched(recall: float) -> alerts.Facts:
@@ -129,7 +130,7 @@ def of_arch(arch: str) -> alerts.Facts:
         (
             alerts.other_budget,
             [ranked(0.3, 100), ranked("0.3", 100)],
-            "0.1 of the ranked samples is kept, and gamma was tuned for 0.3",
+            "0.1 of the ranked samples is kept, and the ranking was tuned for 0.3",
             [ranked(0.3, 300), ranked(0.3, 449), ranked(0.3, 201), ranked(None, 100), facts()],
         ),
     ],
