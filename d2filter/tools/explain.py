@@ -142,8 +142,10 @@ class _Run:
         ids = np.unique(np.concatenate([sources, *(lists[row][0] for row in rows.tolist())]))
         known = self.ranking.rows(ids, _RANKED)
         if self._scheme.is_local:
-            reach = local.reach(self._graph.rows(ids, ("sqdist",))["sqdist"][:, : self._width])
-            lists_of = {row: self._weighed(row, lists[row], ids, reach) for row in lists}
+            # the kernel looks at both ends, so at neighbors of suppressors, too
+            ends = np.unique(np.concatenate([ids, *(neighbors for neighbors, _ in lists.values())]))
+            reach = local.reach(self._graph.rows(ends, ("sqdist",))["sqdist"][:, : self._width])
+            lists_of = {row: self._weighed(row, lists[row], ends, reach) for row in lists}
         else:
             lists_of = {row: sqdist for row, (_, sqdist) in lists.items()}
         at = np.searchsorted(ids, rows)

@@ -32,8 +32,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
     pool["uid"][9] = pool["uid"][8]
     pools.write(folder / "m", pool, files=2)
     words = ["--metadata-dir", str(folder / "m"), "--out-dir", str(folder / "o")]
-    more = ["--n-neighbors", "4", "--partitions", "3", "--gamma", "auto"]
-    more += ["--kernel", "local"]
+    more = ["--n-neighbors", "4", "--partitions", "3"]
+    more += ["--collapse-copies", "none"]
     assert main(["run", *words, *more, "--max-bad", "1", "--cut-hardest", "0.05"]) == 2
     assert main(["run", *words, *more, "--max-bad", "1"]) == 0
     return folder / "o"
@@ -79,6 +79,15 @@ def test_every_figure_is_that_of_the_files_and_adds_up(run: Path) -> None:
         if got:
             assert found.strongest * ONE == max(got.values()) == got[found.suppressed_by]
             assert r["forward"][row] - r["final"][row] == sum(got.values())
+
+
+def test_a_sample_alone_is_explained_as_among_all(run: Path) -> None:
+    folder = Folder(str(run))
+    r = columns(run)
+    hexes = uid_format.to_hex(r["uid_hi"], r["uid_lo"])
+    together = explain.explain(folder, hexes)
+    for row in range(0, len(hexes), 7):
+        assert explain.explain(folder, [hexes[row]]) == [together[row]]
 
 
 def test_people_and_programs_are_told_the_same(
