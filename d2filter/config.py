@@ -221,7 +221,7 @@ class CatalogConfig:
 class GraphConfig:
     """Samples → kNN graph."""
 
-    n_neighbors: int = 1
+    n_neighbors: int = 10
     """k, the length of each list"""
     target_recall: float = 0.95
     """recall@k that the calibration aims at"""
@@ -249,14 +249,14 @@ class RankConfig:
     """d2, or a selector to compare it with"""
     seed: int = 0
     """of the hashes that a selector chooses by; D2 needs none"""
-    gamma: float | Literal["auto"] = 1.0
+    gamma: float | Literal["auto"] = "auto"
     """kernel width of the reverse pass, and of the forward pass unless that is given; auto: see
     `algorithm/tuning.py`"""
     tuned_for: Decimal | None = None
     """kept share that auto settings are for; None: that of the selection, else 0.3"""
     gamma_forward: float | None = None
     """kernel width of the forward pass; None: gamma"""
-    kernel: str = "rbf"
+    kernel: str = "local"
     """local: weight = exp(−gamma·(d²/(σ_i·σ_j))²), σ: distance to the own k-th neighbor; rbf:
     exp(−gamma·d²); exp: exp(−gamma·d)"""
     forward: str = "sum"
@@ -275,9 +275,9 @@ class RankConfig:
     cut_hardest: Decimal | Literal["auto"] = Decimal(0)
     """share of the samples, highest difficulty first, that rank after everything else; auto: see
     `algorithm/hardest.py`"""
-    collapse_copies: float | Literal["auto"] | None = None
+    collapse_copies: float | Literal["auto"] | None = "auto"
     """neighbors up to this squared distance are copies: all but the best rank after everything
-    else; auto: see `algorithm/copies.py`; None: no"""
+    else; None: no; auto: with D2 see `algorithm/copies.py`, other methods stay as published"""
 
     def __post_init__(self) -> None:
         if self.n_neighbors:
@@ -315,6 +315,11 @@ class RankConfig:
         ):
             if word not in known:
                 raise UsageError(f"{name} is {word!r}, allowed are {', '.join(known)}")
+        if self.kernel == "local" and self.gamma_scale != "none":
+            raise UsageError(
+                f"gamma-scale is {self.gamma_scale} and the kernel local has units of its own, the "
+                "distances to the k-th neighbors: leave it out, or take --kernel rbf"
+            )
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> RankConfig:
@@ -332,12 +337,14 @@ class RankConfig:
         """What has to be found on the pool before the ranking begins."""
         auto = self.gamma == AUTO
         is_local = self.kernel == "local"
+        # the methods that D2 is compared with have none of it of their own
+        keeps_copies = self.method != "d2" and self.collapse_copies == AUTO
         return settling.Wanted(
             kernel=self.kernel,
             gamma=None if self.gamma == AUTO else float(self.gamma),
             median=not is_local and (auto or self.gamma_scale == "median"),
             cut_hardest=None if self.cut_hardest == AUTO else Decimal(self.cut_hardest),
-            copies=self.collapse_copies,
+            copies=None if keeps_copies else self.collapse_copies,
             tuned_for=TUNED_FOR if self.tuned_for is None else self.tuned_for,
             d2=self.method == "d2",
         )

@@ -346,7 +346,7 @@ def rank(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gamma", type=_gamma, default=default.gamma, metavar="X",
         help="how close is close: a number, or auto, which fits it to the budget and the pool "
-        f"(default: {default.gamma:g})",
+        f"(default: {default.gamma})",
     )  # fmt: skip
     group.add_argument(
         "--tuned-for", type=_share, default=None, metavar="SHARE",
@@ -401,9 +401,9 @@ def rank(parser: argparse.ArgumentParser) -> None:
         const=0.0,
         default=default.collapse_copies,
         metavar="SQDIST",
-        help="of neighbors up to this squared distance (0: identical; auto: 1/20 of the pool's "
-        "median to the k-th neighbor; none) the best one stays, the others rank after everything "
-        "else (default: none)",
+        help="of neighbors up to this squared distance (0: identical; auto: with d2 1/20 of the "
+        "pool's median to the k-th neighbor; none) the best one stays, the others rank after "
+        f"everything else (default: {default.collapse_copies})",
     )
 
 
@@ -441,7 +441,12 @@ def sweep(parser: argparse.ArgumentParser) -> None:
         ("--forward", str, default.forward, f"some of {', '.join(schemes.FORWARD)}"),
         ("--reverse", str, default.reverse, f"some of {', '.join(schemes.REVERSE)}"),
         ("--cut-hardest", _cut, "0", "shares that rank last, or auto"),
-        ("--collapse-copies", _copies, "none", "squared distances of copies, auto or none"),
+        (
+            "--collapse-copies",
+            _copies,
+            f"{default.collapse_copies}",
+            "squared distances of copies, auto or none",
+        ),
         ("--fraction", str, "0.1,0.3,0.5", "budgets"),
     ]
     for name, convert, given, text in many:

@@ -198,8 +198,10 @@ def test_a_gamma_that_overflows_in_its_unit_is_refused() -> None:
     near[:] = near[0]
     near[::2, 0] *= np.float32(1.01)
     with pytest.raises(UsageError, match=r"gamma 1e\+307 is too large"):
-        d2filter.rank(near, SCORES, gamma=1e307, gamma_scale="median", n_neighbors=8)
-    assert d2filter.rank(near, SCORES, gamma=1e307, n_neighbors=8).final.min() > -(2**62)
+        d2filter.rank(near, SCORES, gamma=1e307, kernel="rbf", gamma_scale="median", n_neighbors=8)
+    assert d2filter.rank(
+        near, SCORES, gamma=1e307, kernel="rbf", n_neighbors=8, collapse_copies=None
+    ).final.min() > -(2**62)
 
 
 ODD = st.one_of(

@@ -42,8 +42,9 @@ def auto(counts: I64, kept: Decimal, *, middle: float | None = None) -> Decimal:
     wrong or ambiguous, and as many wrong labels as the log could tell are in it. Of the rest a
     small budget leaves out the hardest too, for a network that sees few samples needs the typical
     ones first: (1 − √β)²/2 is 0.23 at β = 0.1, 0.15 at 0.2, 0.10 at 0.3 and 0.04 at 0.5. Its form
-    is found by measurement (jobs/results/bench_cifar.md), not derived. More than 1 − kept is never
-    taken away, as the budget would have to take it back.
+    is found by measurement, not derived (jobs/results/bench_cifar.md; bench_cifar_cuda.md and
+    bench_supervised.md came after it). More than 1 − kept is never taken away, as the budget would
+    have to take it back.
 
     Returns a decimal of 6 digits, 0 to below 1, rounded down. Where all difficulties are equal it
     is 0. The middle is compared with the histogram's bins, which are 2⁻⁷ of a value wide or less.

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2filter.algorithm import budget, coverage, distinct, selectors
-from d2filter.config import RankConfig, options_of
+from d2filter.config import AUTO, RankConfig, options_of
 from d2filter.errors import UsageError
 from d2filter.formats.paths import Folder, read_jsons
 from d2filter.formats.runstate import RunState, digest
@@ -70,10 +70,10 @@ def grid(fractions: Sequence[str], **values: Sequence[Any]) -> Grid:
         if options.get("method", "d2") != "d2":
             mine = ("method", "n_neighbors", "cut_hardest", "collapse_copies", "seed", "tuned_for")
             options = {name: value for name, value in options.items() if name in mine}
-            if "neighbors" not in selectors.SELECTORS[options["method"]].wants and not (
-                options.get("collapse_copies") is not None
-            ):
-                options.pop("n_neighbors", None)
+            if options.get("collapse_copies") in (None, AUTO):
+                options.pop("collapse_copies", None)
+                if "neighbors" not in selectors.SELECTORS[options["method"]].wants:
+                    options.pop("n_neighbors", None)
         config = RankConfig(**options)
         configs.setdefault(digest(options_of(config)), config)
     exact = tuple(sorted({budget.parse_fraction(f) for f in fractions}))

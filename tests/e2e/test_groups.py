@@ -93,6 +93,7 @@ def test_the_command_line_ranks_as_the_notebook_does(made: list[Path]) -> None:
         n_neighbors=5,
         groups=LABELS,
         uids_hex=POOL["uid"],
+        tuned_for="0.5",
     )
     assert ranks(made[0]) == dict(zip(POOL["uid"], pool.rank.tolist(), strict=True))
 

@@ -73,7 +73,9 @@ def test_the_self_check_agrees_with_the_captions_that_are_wrong(made: dict[str, 
     place = dict(zip(pool["uid"], range(N), strict=True))
     wrong = pool["wrong"][[place[one] for one in uid]]
     for gamma in (1.0, 5.0):
-        config = RankConfig(gamma=gamma, gamma_scale="median", n_neighbors=5)
+        config = RankConfig(
+            gamma=gamma, kernel="rbf", gamma_scale="median", collapse_copies=None, n_neighbors=5
+        )
         rank = selfcheck.ranks(known, config)
         for fraction, row in prepared.rates(config, selfcheck.FRACTIONS).items():
             really = checks.rate(rank, np.flatnonzero(wrong), int(float(fraction) * N)).kept

@@ -546,7 +546,7 @@ def test_what_was_swept_is_in_it(run: Path) -> None:
     ]
     page = Path(report.report(Folder(str(run)), each=0)).read_text()
     assert 'id="sweep"' in page
-    assert m.setting == "d2 k=4 gamma=1.0"  # what a sweep of it would be called
+    assert m.setting == "d2 k=4 gamma=auto tuned_for=0.3"  # what a sweep of it would be called
     assert "semdedup" in page
     # of another graph it is not
     path = next((run / "sweep/settings").glob("semdedup*"))

@@ -131,7 +131,7 @@ def test_a_dry_run_says_what_a_run_would_do_and_touches_nothing(
     # a contradiction is one, and a copy of the input with another time is none
     capsys.readouterr()
     assert main([*words, "--gamma", "2", "--dry-run"]) == 1
-    assert "gamma was 1.0 and is 2.0" in capsys.readouterr().err
+    assert "gamma was 'auto' and is 2.0" in capsys.readouterr().err
     for path in folder.iterdir():
         os.utime(path, (1, 1))
     assert dry() == done
