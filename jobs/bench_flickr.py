@@ -42,7 +42,9 @@ COPIES = (0.1, 0.3)
 SLOW = ("k_center", "herding")  # a minute a ranking: on one pool
 TRAINED_KEPT = ("0.1", "0.3", "0.5")
 TRAINED_STEPS, TRAINED_BATCH = 100, 256
-FACTS, SCORER, ALL, HINDSIGHT = "facts", "scorer", "all pairs", "best gamma in hindsight"
+BELOW, NOISIER = 0.01, 0.02  # useful share below the best of the grid, noise above the score's
+FACTS, SCORER, ALL = "facts", "scorer", "all pairs"
+HINDSIGHT, CLEAN = "D2, best of the grid", "D2, best of the grid that is as clean"
 
 GRID = [
     Candidate(method="d2", k=k, gamma=gamma, scale="median") for k in GRID_K for gamma in GAMMAS
@@ -154,13 +156,14 @@ def rank(pairs: Pairs, one: Entry) -> list[Row]:
     return rows
 
 
-def trained(figures: Figures) -> list[tuple[str, str, Entry | None]]:
-    """What models are trained on: a name, the share that is kept, and whose ranking it is of."""
-    fixed = [entry(c) for c in (RANDOM, SCORE, COLLAPSED[-1], PUBLISHED)]
-    found: list[tuple[str, str, Entry | None]] = [(ALL, "1", None)]
+def trained(figures: Figures) -> list[tuple[Entry | None, str]]:
+    """What models are trained on: whose ranking, None: the whole pool; the share kept of it."""
+    fixed = [*automatic()[:1], *(entry(c) for c in (RANDOM, SCORE, COLLAPSED[-1], PUBLISHED))]
+    found: list[tuple[Entry | None, str]] = [(None, "1")]
     for kept in TRAINED_KEPT:
-        found += [(one.name, kept, one) for one in [*automatic()[:1], *fixed]]
-        found.append((HINDSIGHT, kept, entry(figures.hindsight(MAIN, kept))))
+        best = {figures.hindsight(MAIN, kept, clean=clean) for clean in (False, True)}
+        settings = [entry(c) for c in GRID if c in best]
+        found += [(one, kept) for one in [*fixed, *settings]]
     return found
 
 
@@ -169,54 +172,56 @@ def train(
 ) -> None:
     """Models trained on what is kept of a draw of the main pool."""
     where = {"kind": "train", "share": MAIN, "draw": draw}
-    left = [
-        (name, kept, one)
-        for name, kept, one in trained(Figures(finished.rows))
-        if not finished.has(name=name, kept=kept, of=one.name if one else name, **where)
-    ]
-    if not left:
-        return
-    pairs = made(MAIN, draw)
-    for name, kept, one in left:
+    for one, kept in trained(Figures(finished.rows)):
+        name = one.name if one else ALL
+        if finished.has(name=name, kept=kept, **where):
+            continue
+        pairs = made(MAIN, draw)
         started = time.perf_counter()
-        order = np.arange(pairs.score.size)
-        if one is not None:
-            order = pairs.order(one.config(kept), one.k)
+        order = pairs.order(one.config(kept), one.k) if one else np.arange(pairs.score.size)
         rows = np.sort(order[: pairs.size(kept)])
         model = photographs.train(
             pairs.picture[rows], pairs.caption[rows], seed=draw, steps=TRAINED_STEPS,
             batch=TRAINED_BATCH,
         )  # fmt: skip
-        told = {"name": name, "kept": kept, "of": one.name if one else name}
-        finished.add([{**where, **told, **photographs.tested(model)}])
-        finished.say(f"trained {where} {told}: {time.perf_counter() - started:.1f} s")
+        finished.add([{**where, "name": name, "kept": kept, **photographs.tested(model)}])
+        seconds = time.perf_counter() - started
+        finished.say(f"draw {draw}, trained on {kept} by {name}: {seconds:.1f} s")
 
 
 class Figures:
-    """What was measured, by its name."""
+    """What was measured, by its name; `HINDSIGHT` and `CLEAN` are names too."""
 
     def __init__(self, rows: list[Row]) -> None:
-        def of(kind: str) -> list[Row]:
-            return [row for row in rows if row["kind"] == kind]
+        def of(*kinds: str) -> list[Row]:
+            return [row for row in rows if row["kind"] in kinds]
 
         self.scorer = of(SCORER)[0]
         self.facts = of(FACTS)
-        self.at = {(r["share"], r["draw"], r["name"], r["kept"]): r for r in of("rank")}
-        self.trained = {(r["draw"], r["name"], r["kept"], r["of"]): r for r in of("train")}
+        self.at: dict[tuple[Any, ...], Row] = {}
+        for r in of("rank", "train"):
+            self.at.setdefault((r["share"], r["draw"], r["name"], r["kept"]), {}).update(r)
 
     def values(self, share: float, name: str, kept: str, what: str) -> F64:
         """A figure of each draw that has it."""
-        rows = [self.at.get((share, draw, name, kept)) for draw in DRAWS]
-        return np.array([row[what] for row in rows if row is not None])
+        if name in (HINDSIGHT, CLEAN):
+            name = str(self.hindsight(share, kept, clean=name == CLEAN))
+        rows = [self.at.get((share, draw, name, kept), {}) for draw in DRAWS]
+        return np.array([row[what] for row in rows if what in row])
 
     def mean(self, share: float, name: str, kept: str, what: str = "useful") -> float:
         """Its mean over the draws, NaN where there is none."""
         values = self.values(share, name, kept, what)
         return float(values.mean()) if values.size else float("nan")
 
-    def hindsight(self, share: float, kept: str) -> Candidate:
-        """The setting of the grid with the largest useful share on these pools themselves."""
-        return max(GRID, key=lambda c: self.mean(share, str(c), kept))
+    def hindsight(self, share: float, kept: str, *, clean: bool = False) -> Candidate | None:
+        """The setting of the grid with the largest useful share on these pools themselves.
+
+        clean: among those whose noise is at most NOISIER above the score's; None: there are none.
+        """
+        most = self.mean(share, str(SCORE), kept, "noise") + NOISIER
+        fit = [c for c in GRID if not clean or self.mean(share, str(c), kept, "noise") <= most]
+        return max(fit, key=lambda c: self.mean(share, str(c), kept), default=None)
 
 
 def main() -> None:

@@ -41,6 +41,7 @@ class Heads:
         """What is trained, for the report."""
         net = self.network
         return (
+            f"{len(self.rows):,} training pictures; "
             f"a head of {self.rows.shape[1]}-{net.hidden[0][1]}-{CLASSES} on {self.rows.shape[1]} "
             "principal components of the features of a frozen EfficientNet-Lite0 (ImageNet) at "
             f"{self.pixels} × {self.pixels} pixels; {net.steps} steps of {net.batch} whatever is "

@@ -77,6 +77,7 @@ class Pixels:
         """What is trained, for the report."""
         plan = self._schedule
         return (
+            f"{len(self._train):,} training pictures; "
             f"a residual network of 8 layers with {plan.width} to {8 * plan.width} channels, "
             f"trained from pixels; {plan.steps} steps of {plan.batch} whatever is kept, the log "
             f"from {plan.epochs} rounds over everything"

@@ -123,7 +123,12 @@ class Pool:
     ) -> I64:
         some, difficulty = lists.first(setting.k), self.difficulty(score)
         config = RankConfig(
-            gamma=setting.gamma, gamma_scale=setting.gamma_scale, cut_hardest=cut, tuned_for=kept
+            gamma=setting.gamma,
+            kernel="rbf",
+            collapse_copies=None,
+            gamma_scale=setting.gamma_scale,
+            cut_hardest=cut,
+            tuned_for=kept,
         )
         ids = self._hi, self._lo
         settled, last = config.settled_on(
