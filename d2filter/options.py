@@ -296,22 +296,15 @@ def rank_alone(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the hashes that a method uses")
 
 
-def _share(text: str) -> Decimal:
+def _share(text: str, allowed: str = "allowed is") -> Decimal:
     try:
         return Decimal(text)
     except InvalidOperation:
-        raise argparse.ArgumentTypeError(f"{text!r}, allowed is a number such as 0.4") from None
+        raise argparse.ArgumentTypeError(f"{text!r}, {allowed} a number such as 0.4") from None
 
 
 def _cut(text: str) -> Any:
-    if text == config.AUTO:
-        return text
-    try:
-        return Decimal(text)
-    except InvalidOperation:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}, allowed are auto and a number such as 0.4"
-        ) from None
+    return text if text == config.AUTO else _share(text, "allowed are auto and")
 
 
 def _partitions(text: str) -> int:
@@ -391,8 +384,8 @@ def rank(parser: argparse.ArgumentParser) -> None:
         type=_cut,
         default=default.cut_hardest,
         metavar="SHARE",
-        help="samples of the highest difficulty that rank after everything else: wrong labels, "
-        "where hard ones go first; auto fits the share to the budget and the scores",
+        help="rank this share of the samples, hardest first, after everything else, because wrong "
+        "labels are among them; auto fits the share to the budget and the scores",
     )
     group.add_argument(
         "--collapse-copies",

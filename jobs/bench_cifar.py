@@ -6,10 +6,10 @@ FOLDER holds cifar10/. Labels are the clean ones and CIFAR-10N's human ones, `ag
 One training on everything, for each set of labels, makes the log that difficulties come from; then
 every method keeps 70 to 10%, and networks are trained on what it keeps. --device cpu: small heads
 on the features of a frozen encoder. --device cuda: residual networks from pixels, sized for 8
-minutes of an H100. No method sees a test picture or knows which labels are wrong; for CCS and for
-D2 as published the best of several cuts is shown too, chosen by the test pictures, which favors
-them: D2 with `--cut-hardest auto` chooses nothing so. With --cache FOLDER it goes on where it was
-stopped; --smoke runs the whole of it on few pictures.
+minutes of an H100. No method sees a test picture or knows which labels are wrong. The report also
+shows CCS and D2 as published with the best of several cuts, chosen by the test pictures, which
+favors them; D2 with `--cut-hardest auto` uses no test picture. With --cache FOLDER the job resumes;
+--smoke runs all of it on few pictures.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ import torch
 
 from d2filter.algorithm import backend, budget
 from jobs import cifar_heads, cifar_pixels, cifar_pools, cifar_report, real_data
-from jobs.bench import commit
 from jobs.cifar_pools import Lists, Pool, Setting, Trainer
 
 F32 = npt.NDArray[np.float32]
@@ -271,7 +270,6 @@ class Run:
                 "accuracy": there[digests[one]],
                 "wrong": float(np.mean(wrong[rows])),
                 "all_wrong": float(np.mean(wrong)),
-                "code": commit(),
             }
             for one, rows in subsets.items()
         ]

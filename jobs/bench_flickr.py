@@ -75,9 +75,7 @@ def automatic() -> list[Entry]:
     """Settings that the tool chooses by itself."""
 
     def config(kept: str) -> RankConfig:
-        return RankConfig(
-            gamma="auto", kernel="local", collapse_copies="auto", tuned_for=Decimal(kept)
-        )
+        return RankConfig(tuned_for=Decimal(kept))
 
     return [Entry(name="D2 auto", k=10, config=config, per_budget=True)]
 

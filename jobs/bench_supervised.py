@@ -442,7 +442,7 @@ def _section(task: Task, found: Accuracies) -> list[str]:
         f"{len(task.data.test_rows):,} to test on, {task.data.network.steps} steps of "
         f"{task.data.network.batch}. All training data: {mean:.1f} ± {error:.1f}.",
         "",
-        "| pruned | " + " | ".join(map(_pruned, KEPT)) + " |",
+        "| pruned | " + " | ".join(map(data.pruned, KEPT)) + " |",
         "|---" * (len(KEPT) + 1) + "|",
     ]
     for method, name in METHODS.items():
@@ -462,10 +462,6 @@ def _section(task: Task, found: Accuracies) -> list[str]:
             shares = (found.of(method, kept, "wrong").mean() for kept in KEPT)
             lines.append(f"| {name} | " + " | ".join(f"{share:.1f}" for share in shares) + " |")
     return lines
-
-
-def _pruned(kept: str) -> str:
-    return f"{100 - 100 * float(kept):.0f}%"
 
 
 def _chosen(found: Accuracies, kept: str) -> str:
@@ -504,7 +500,7 @@ def _says(reported: dict[Task, Accuracies]) -> list[str]:
         words = []
         for kept in KEPT:
             rival = found.first(kept, but=OURS)
-            words.append(f"at {_pruned(kept)} {_points(found.lead(OURS, kept))} against random")
+            words.append(f"at {data.pruned(kept)} {_points(found.lead(OURS, kept))} against random")
             if rival == "random":
                 words[-1] += ", the best other"
             else:
@@ -518,7 +514,7 @@ def _says(reported: dict[Task, Accuracies]) -> list[str]:
 
 
 def _shares(which: Iterable[bool]) -> str:
-    named = [_pruned(kept) for kept, holds in zip(KEPT, which, strict=True) if holds]
+    named = [data.pruned(kept) for kept, holds in zip(KEPT, which, strict=True) if holds]
     return ", ".join(named) or "no share"
 
 
@@ -541,7 +537,7 @@ def _tried(tasks: list[Task], rows: list[Row]) -> list[str]:
         f"the training data, mean ± standard error over seeds {_list(CHOOSING)}. These seeds "
         "chose the setting, which favors it. None of it went into the tables above.",
         "",
-        "| | " + " | ".join(f"{task.name}, {_pruned(k)} pruned" for task, k in columns) + " |",
+        "| | " + " | ".join(f"{task.name}, {data.pruned(k)} pruned" for task, k in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
     for method in ("random", *(f"d2: {name}" for name in CHANGES)):

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from d2filter.algorithm import dynamics
+from jobs.supervised_data import batches
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
@@ -278,14 +279,6 @@ def _layer(into: int, out: int, *, halved: bool = False) -> nn.Sequential:
     # before the normalization, which then has a quarter to do
     middle = [nn.MaxPool2d(2)] if halved else []
     return nn.Sequential(conv, *middle, nn.BatchNorm2d(out), nn.ReLU())
-
-
-def batches(subset: I64, steps: int, batch: int, seed: int) -> I64:
-    """Row numbers of each step, (steps, batch): one shuffle of the subset after the other."""
-    rng = np.random.default_rng([seed, 2, len(subset)])
-    rounds = -(-steps * batch // len(subset))
-    shuffled = np.concatenate([rng.permutation(subset) for _ in range(rounds)])
-    return shuffled[: steps * batch].reshape(steps, batch)
 
 
 def changes(steps: int, batch: int, seed: int) -> I64:

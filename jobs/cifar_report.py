@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jobs.bench import made_by
-from jobs.supervised_data import needed
+from jobs.supervised_data import needed, pruned
 
 F64 = npt.NDArray[np.float64]
 Row = dict[str, Any]
@@ -152,7 +152,7 @@ def _section(which: str, found: Found) -> list[str]:
         "",
         f"All training pictures: {full.mean():.1f} ± {full.std(ddof=1):.1f}.",
         "",
-        "| pruned | " + " | ".join(map(_pruned, found.kept)) + " |",
+        "| pruned | " + " | ".join(map(pruned, found.kept)) + " |",
         "|---" * (len(found.kept) + 1) + "|",
     ]
     there = [method for method in SAYS if found.has(method)]
@@ -185,13 +185,9 @@ def _says(found: dict[str, Found]) -> list[str]:
             for kept in one.kept:
                 mean, error = one.lead(kept, other)
                 behind = ", behind" if mean < -2 * error else ""
-                words.append(f"{_pruned(kept)} {mean:+.1f} ± {error:.1f}{behind}")
+                words.append(f"{pruned(kept)} {mean:+.1f} ± {error:.1f}{behind}")
             lines.append(f"- against {SAYS[other]}, {which}: {'; '.join(words)}")
     return lines
-
-
-def _pruned(kept: str) -> str:
-    return f"{100 - 100 * float(kept):.0f}%"
 
 
 def _plot(found: dict[str, Found], path: Path) -> None:

@@ -165,8 +165,7 @@ def configured(k: int = 10, **options: Any) -> Rule:
     """Any configuration, tuned for the share that is kept."""
 
     def rule(pool: Pool, kept: str) -> I64:
-        auto = {"gamma": "auto", "kernel": "local", "collapse_copies": "auto"}
-        config = RankConfig(tuned_for=Decimal(kept), **{**auto, **options})
+        config = RankConfig(tuned_for=Decimal(kept), **options)
         neighbors, sqdist = pool.neighbors[:, :k], pool.sqdist[:, :k]
         settled, last = config.settled_on(
             pool.score, pool.hi, pool.lo, neighbors, sqdist, settling.Told(wrong=pool.wrong)

@@ -287,7 +287,7 @@ def _train_stack(
         layer.requires_grad_()
     optimizer = torch.optim.AdamW(layers, weight_decay=network.decay, fused=True)
     batches = torch.from_numpy(
-        np.stack([_batches(one, network.steps, network.batch, seed) for one in subsets], axis=1)
+        np.stack([batches(one, network.steps, network.batch, seed) for one in subsets], axis=1)
     )
     x, y = torch.from_numpy(rows), torch.from_numpy(label)
     epoch = -(-len(rows) // network.batch)
@@ -336,9 +336,14 @@ def _start(network: Network, classes: int, width: int, copies: int, seed: int) -
     return layers
 
 
-def _batches(subset: I64, steps: int, batch: int, seed: int) -> I64:
+def batches(subset: I64, steps: int, batch: int, seed: int) -> I64:
     """Row numbers of each step, (steps, batch): one shuffle of the subset after the other."""
     rng = np.random.default_rng([seed, 2, len(subset)])
     rounds = -(-steps * batch // len(subset))
     shuffled = np.concatenate([rng.permutation(subset) for _ in range(rounds)])
     return shuffled[: steps * batch].reshape(steps, batch)
+
+
+def pruned(kept: str) -> str:
+    """The share that goes, for people: 70% for a kept share of 0.3."""
+    return f"{100 - 100 * float(kept):.0f}%"

@@ -1,4 +1,4 @@
-"""How much of the hardest to take away before labelled data is pruned: `--cut-hardest auto`.
+"""Chooses the share of the hardest samples to cut before pruning (`--cut-hardest auto`).
 
 The smaller the budget, the more of the hardest must go: they are wrong labels, and samples that a
 network trained on so little cannot learn (Zheng et al. 2022, who tune the share by hand). Here the

@@ -65,12 +65,10 @@ class Wanted:
         """Whether gamma is looked for."""
         return self.d2 and self.gamma is None
 
-    def cut(self, counts: I64, told: Told) -> Decimal:
-        """The share of the hardest to take away. counts: `quantile.upper_counts` of the
-        difficulties of all samples, which a cut that is auto needs.
+    def auto_cut(self, counts: I64, told: Told) -> Decimal:
+        """The share of the hardest to take away, where it is auto. counts: `quantile.upper_counts`
+        of the difficulties of all samples.
         """
-        if self.cut_hardest is not None:
-            return self.cut_hardest
         return hardest.auto(counts, self.tuned_for, middle=told.learned_below)
 
 
@@ -116,7 +114,9 @@ def settle(
     unit = late.unit(sqdist) if wanted.median else 1.0
     most: float | None
     most = copies.threshold(median_reach) if wanted.copies == "auto" else wanted.copies
-    share = wanted.cut(quantile.upper_counts(difficulty), told)
+    share = wanted.cut_hardest
+    if share is None:
+        share = wanted.auto_cut(quantile.upper_counts(difficulty), told)
     last = late.mask(difficulty, hi, lo, neighbors, sqdist, cut_hardest=share, collapse_copies=most)
     above = late.hardest_above(difficulty, share) if late.cut_size(n, share) else None
     cut = 0 if above is None else int(np.count_nonzero(difficulty > np.float32(above)))

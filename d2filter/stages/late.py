@@ -112,9 +112,8 @@ def _places(
         return {}, share or Decimal(0)
     each("upper", count_upper, k=k, kinds=kinds)
     upper = _summed(out, "upper", kinds)
-    if "difficulty" in kinds:
-        share = wanted.cut(upper["difficulty"], told)
-    assert share is not None
+    if share is None:
+        share = wanted.auto_cut(upper["difficulty"], told)
     cut = late.cut_size(total, share)
     places: dict[str, tuple[int, int]] = {}
     for name in kinds:

@@ -97,7 +97,6 @@ class KnownPool:
         self.rows = rows
         """(n, d), or (n, 0): not read"""
         self.told = told
-        """share of pairs that match no better than random ones; None: it is not known"""
         self.order = uids.ascending(part.hi, part.lo)
         """(n,) graph ids by ascending uid"""
         self.position = np.empty_like(self.order)

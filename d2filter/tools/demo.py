@@ -55,7 +55,7 @@ PUBLISHED = Setting(
 )  # fmt: skip
 AUTO = Setting(
     name="d2-auto", label="D2 by itself", k=10,
-    rank=config.RankConfig(gamma="auto", kernel="local", collapse_copies="auto"),
+    rank=config.RankConfig(),
 )  # fmt: skip
 
 _COPIES = 0.3

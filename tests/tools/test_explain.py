@@ -32,8 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
     pool["uid"][9] = pool["uid"][8]
     pools.write(folder / "m", pool, files=2)
     words = ["--metadata-dir", str(folder / "m"), "--out-dir", str(folder / "o")]
-    more = ["--n-neighbors", "4", "--partitions", "3"]
-    more += ["--collapse-copies", "none"]
+    more = ["--n-neighbors", "4", "--partitions", "3", "--collapse-copies", "none"]
     assert main(["run", *words, *more, "--max-bad", "1", "--cut-hardest", "0.05"]) == 2
     assert main(["run", *words, *more, "--max-bad", "1"]) == 0
     return folder / "o"
