@@ -96,7 +96,7 @@ def rank(
     exact_below: int = 16384,
     seed: int = 0,
 ) -> RankedPool:
-    """Rank a pool with D2 Pruning (DESIGN §2–4): the result of `d2filter run` on the same arrays.
+    """Rank a pool with D2 Pruning: the same result as `d2filter run` (docs/method.md).
 
     embeddings: (n, d) numbers, or several such arrays, each normalized on its own and concatenated
     (image and text make `image|text`). scores: (n,) difficulty, higher is kept first, rounded to

@@ -1,4 +1,4 @@
-"""The command line (DESIGN §7). Every failure is one line on stderr and an exit code."""
+"""The command line (docs/settings.md). Every failure is one line on stderr and an exit code."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Configuration is data: frozen dataclasses, checked on construction.
 
 A stage's fingerprint covers the fields of its own dataclass and the fingerprint of its input
-(DESIGN §6). Where a run happens (address, workers) is in `RunConfig` and never counts.
+(docs/files.md#records-and-fingerprints). Where a run happens (address, workers) is in `RunConfig`
+and never counts.
 """
 
 from __future__ import annotations
@@ -243,7 +244,7 @@ class GraphConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankConfig:
-    """Graph → ranking (DESIGN §3)."""
+    """Graph → ranking (docs/method.md#d2-pruning)."""
 
     method: str = "d2"
     """d2, or a selector to compare it with"""

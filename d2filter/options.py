@@ -1,4 +1,7 @@
-"""The options of the commands, in groups, and the configuration that they make (DESIGN §7)."""
+"""The options of the commands, in groups, and the configuration that they make.
+
+See docs/settings.md.
+"""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ refine.py    neighbors of neighbors
 partition.py cells to partitions, rows to where they must be compared
 sizes.py     memory of rows, and the partitions that it makes
 knn.py       all these steps for a pool in memory; measured recall
-messages.py  fixed-point scores, edge weights, sums over neighbors (§3)
+messages.py  fixed-point scores, edge weights, sums over neighbors
 schemes.py   message schemes: kernels, forward and reverse rules, each a table entry
-supersteps.py the exact parallel greedy in one partition: states in, states out (§3)
+supersteps.py the exact parallel greedy in one partition: states in, states out
 bestfirst.py  its compiled part: the queue, and what is checked before a sample is final
 cut.py       what partitions of a graph must tell each other
 share.py     the whole program of one partition of a ranking

@@ -1,4 +1,4 @@
-"""The compiled part of `supersteps`: the greedy in one partition, best first (DESIGN §3).
+"""The compiled part of `supersteps`: the greedy in one partition, best first.
 
 A score and whether it can still fall share one word, 2·x + 1 while live and 2·x when final: whoever
 looks at a neighbor needs both, and the look is what the time goes into.
@@ -9,6 +9,8 @@ that are still in the queue, and is final without a look at any. Where there is 
 wait for it and others for them, so there the rule has to be checked.
 
 Arrays are those of `supersteps.LocalGraph`, `_State` and `_Queue`.
+
+See docs/method.md#parallel-rule.
 """
 
 from __future__ import annotations

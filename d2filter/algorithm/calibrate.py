@@ -1,7 +1,9 @@
-"""How many cells to probe, and whether to refine, for a recall the user asks for (DESIGN §4.7).
+"""How many cells to probe, and whether to refine, for a recall the user asks for.
 
 Everything is tried on hash-chosen samples first, and costs are counted distance evaluations, never
 seconds: the clock cannot change the graph.
+
+See docs/method.md#calibration.
 """
 
 from __future__ import annotations

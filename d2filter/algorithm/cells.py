@@ -1,4 +1,4 @@
-"""Centroids on two levels and the exact choice of cells (DESIGN §4.1, §4.3).
+"""Centroids on two levels and the exact choice of cells (docs/method.md#cells).
 
 Cells are small, because a search costs less the finer they are, and there are many of them, so a
 row is not compared with all: it chooses among the cells under its nearest few *parents*. Every

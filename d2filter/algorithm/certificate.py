@@ -1,10 +1,12 @@
-"""A proof, edge by edge, that a ranking is the one of the sequential greedy (DESIGN §3).
+"""A proof, edge by edge, that a ranking is the one of the sequential greedy.
 
 The sequential greedy takes the best key each time. Given final scores sorted by key, that is so iff
 for every sample u, walked through its senders v in the order of their ranks: v's final key beats
 u's key as it stands before v's message, and u's final score is what remains after the last one.
 Between two messages u does not change and the keys taken only fall, so nothing in between needs a
 look. Work: one sort of the edges that carried a message; no selection is repeated.
+
+See docs/method.md#certificate.
 """
 
 from __future__ import annotations

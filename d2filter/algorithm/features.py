@@ -24,7 +24,8 @@ _BLOCK = 1 << 19  # values that a thread takes at a time: about a millisecond
 
 
 def fix(modalities: Sequence[npt.NDArray[Any]], *, normalize: bool = True) -> F16:
-    """Concatenate modalities to the float16 rows of DESIGN §4.0, shape (n, Σd), C-contiguous.
+    """The features of n samples: float16, shape (n, Σd), C-contiguous. See
+    docs/method.md#features-and-distances.
 
     modalities: arrays (n, d_m), float16 or float32. Each is L2-normalized in float64 unless
     `normalize` is false. −0 becomes +0, so that equal rows have equal bits. A row that cannot be

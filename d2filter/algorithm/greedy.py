@@ -1,4 +1,4 @@
-"""The exact parallel greedy (DESIGN §3): the sequential selection without its sequence.
+"""The exact parallel greedy: the sequential selection without its sequence.
 
 Sequential definition: take the unselected sample with the best key (x descending, uid ascending);
 for each out-neighbor j still unselected, x_j ← x_j − rint(w_ij·x_i); repeat.
@@ -8,6 +8,8 @@ out- and in-edges both, is final. Scores only fall, so nothing can change its x 
 sequential order is "final key, best first".
 
 This is the whole pool in one partition; `supersteps` has the rule itself, for any number of them.
+
+See docs/method.md#parallel-rule.
 """
 
 from __future__ import annotations

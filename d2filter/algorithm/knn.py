@@ -1,4 +1,4 @@
-"""The kNN graph of a pool in memory, and its measured recall (DESIGN §4).
+"""The kNN graph of a pool in memory, and its measured recall (docs/method.md#exact-search).
 
 The same steps that `stages/` runs over files for a pool of any size: train, assign, calibrate,
 search, refine, measure. Rows are in ascending order of uid, so that a row number is the sample's

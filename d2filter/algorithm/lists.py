@@ -1,4 +1,4 @@
-"""Exact neighbor lists from proposals, with copies expanded in ring order (DESIGN §4.5).
+"""Exact neighbor lists from proposals, with copies expanded in ring order.
 
 Proposals come with float32 distances that are off by at most a known bound. They are measured
 exactly, nearest first, until nothing else can be as near as the last place of the list. A list for
@@ -7,6 +7,8 @@ which that cannot be told is *unsure*: `search` looks again at all its cells in 
 Samples are known by their *number*: the position of their uid in the ascending order of all n uids.
 Among neighbors at equal distance the order is (number_j − number_i) mod n, which is the order of
 (uid_j − uid_i) mod 2¹²⁸.
+
+See docs/method.md#ring-order.
 """
 
 from __future__ import annotations

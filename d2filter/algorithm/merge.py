@@ -1,8 +1,10 @@
-"""The global ranking from the partitions' scores, without gathering them (DESIGN §3).
+"""The global ranking from the partitions' scores, without gathering them.
 
 Every partition sorts its samples by key: score descending, uid ascending. Splitters drawn from all
 of them cut the keys into ranges of about equal size; each range is merged on its own, and a key's
 rank is its place in its range behind all ranges before.
+
+See docs/method.md#global-order.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fixed-point scores, edge weights and the forward pass (DESIGN §3, paper §3.2).
+"""Fixed-point scores, edge weights and the forward pass (docs/method.md#fixed-point-arithmetic).
 
 Scores are int64 in units of 2⁻⁴⁰ (`ONE` is 1.0). Sums of integers do not depend on the order of
 their terms, so neither do the results on partitions, threads or the order of neighbors.

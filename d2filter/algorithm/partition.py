@@ -1,7 +1,9 @@
-"""Cells → partitions: neighboring cells together, balanced by rows (DESIGN §4.2).
+"""Cells → partitions: neighboring cells together, balanced by rows.
 
 The layout decides where work is done and what crosses, never the result. A *unit* is a cell, or a
 slice of one that is too large for a partition: any split of the members gives the same lists.
+
+See docs/method.md#graph-partitions.
 """
 
 from __future__ import annotations

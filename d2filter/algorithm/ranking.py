@@ -40,7 +40,7 @@ def rank_graph(
     undirected: bool = False,
     late: Bools | None = None,
 ) -> RankedGraph:
-    """Rank all samples of a graph (DESIGN §3). Nothing is modified.
+    """Rank all samples of a graph (docs/method.md#d2-pruning). Nothing is modified.
 
     hi, lo: (n,) uint64, distinct uids in any order. difficulty: (n,) float32, finite. neighbors:
     (n, k) int64 rows, −1 pads. sqdist: (n, k) float32. undirected: an edge counts in both

@@ -1,8 +1,10 @@
-"""Refinement over neighbors of neighbors (DESIGN §4): what few probes missed, friends know.
+"""Refinement over neighbors of neighbors: what few probes missed, friends know.
 
 The pass reads the lists of the search and nothing else (double-buffered), so neither order nor
 partition can change it. A neighbor of a neighbor is measured only when its home cell was not
 probed: all others were compared already.
+
+See docs/method.md#refinement.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Message schemes: how distance weighs an edge, and what the two passes make of it (DESIGN §3).
+"""Message schemes: how distance weighs an edge, and what the two passes make of it.
 
 A scheme is three words: a kernel, a forward and a reverse rule. Each is an entry of one of the
 tables at the end of this file; adding one is adding an entry. The greedy is exact for any scheme
 whose weights are float32 in [0, 1] and whose scores are sums of integers: messages are then never
 negative, and depend on nothing but the two samples and their distance.
+
+See docs/method.md#message-schemes.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""Exact k nearest neighbors within chosen cells: one matrix product a cell (DESIGN §4.4, §4.5).
+"""Exact k nearest neighbors within chosen cells: one matrix product a cell.
 
 The result is a function of (members, queries, probed cells, k) alone: products propose, exact
 distances decide, and where rounding could matter a float64 look at all members follows. Threads,
 blocks, CPU or GPU cannot change a bit. Bit-identical members are searched once and listed in ring
 order. Lists over disjoint sets of members merge to the list over all of them, which is what makes
 the graph independent of partitions.
+
+See docs/method.md#exact-search.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 Progress = Callable[[int], None]
 
-OVER_FETCH = 16  # proposals beyond k (DESIGN §4.5)
+OVER_FETCH = 16  # proposals beyond k (docs/method.md#exact-search)
 EVERY_CELL = -2  # in the first column of `probed`: this query searches all members
 
 _QUERY_BLOCK = 65536  # distinct queries whose lists a thread holds at a time

@@ -1,4 +1,4 @@
-"""The program of one partition of a ranking, from its rows of the graph to its final scores (§3).
+"""The program of one partition of a ranking, from its rows of the graph to its final scores.
 
     share = Share(rows, starts, number)
     share.cut().to(peer)                    cut edges, once, to the partitions of their targets

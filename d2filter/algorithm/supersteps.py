@@ -1,4 +1,4 @@
-"""One partition of the exact greedy: states of other partitions in, changed states out (DESIGN §3).
+"""One partition of the exact greedy: states of other partitions in, changed states out.
 
 A partition holds the edges that have an end in it. Its *nodes* are its own samples and the *halo*:
 samples of other partitions at the other ends. Only states travel: (x, final) of a sample. x merges
@@ -8,6 +8,8 @@ snapshot of its own alone and repeat what it forgot.
 
 A halo node of which nothing is known yet counts as live with the best score there is: waiting on it
 is conservative. That is true of every stale score, for scores only fall.
+
+See docs/method.md#ranking-in-partitions.
 """
 
 from __future__ import annotations

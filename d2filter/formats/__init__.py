@@ -1,4 +1,4 @@
-"""What lies on disk, one module a format (DESIGN §6).
+"""What lies on disk, one module a format (docs/files.md).
 
 paths.py       folders on local disks and fsspec URLs; atomic publication
 addresses.py   paths, URLs with queries, names of files that are called after others

@@ -1,4 +1,4 @@
-"""What a metadata file holds, in a few digits (DESIGN §6, fingerprints).
+"""What a metadata file holds, in a few digits (docs/files.md#records-and-fingerprints).
 
 An npz lists the CRC-32 of each array in its directory, which sums it up. The footer of a parquet
 file does not: rows in another order have the same one. These files are small, and hashed whole. A

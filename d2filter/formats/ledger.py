@@ -1,6 +1,8 @@
-"""bad_samples.parquet: every sample that was read and not ranked, with its reason (DESIGN §6).
+"""bad_samples.parquet: every sample that was read and not ranked, with its reason.
 
 Tasks publish their own part under ledger/<stage>/; `collect` joins them when a stage is done.
+
+See docs/files.md#ledger.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""logs/: what happened, one JSON object a line (DESIGN §6).
+"""logs/: what happened, one JSON object a line (docs/files.md#lock-and-logs).
 
 logs/driver.jsonl           the run: stages, fan-outs, tasks tried again, what failed
 logs/<stage>/<task>.jsonl   each attempt at a task: where it ran, on what, its figures or its error

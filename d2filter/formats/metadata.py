@@ -1,4 +1,7 @@
-"""Metadata in DataComp's layout: NAME.parquet with its NAME.npz, row by row (DESIGN §6)."""
+"""Metadata in DataComp's layout: NAME.parquet with its NAME.npz, row by row.
+
+See docs/files.md#metadata.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""ranking/part-00000.parquet: the ranking, row-aligned with the graph's parts (DESIGN §6)."""
+"""ranking/part-00000.parquet: the ranking, row-aligned with the graph's parts.
+
+See docs/files.md#ranking.
+"""
 
 from __future__ import annotations
 

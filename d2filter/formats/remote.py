@@ -1,7 +1,9 @@
-"""File systems behind a network: asked again when they fail, and checked for length (DESIGN §8).
+"""File systems behind a network: asked again when they fail, and checked for length.
 
 A connection that breaks costs the range that was being read, not the file. How long they are asked
 is in `patience`.
+
+See docs/reliability.md.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""What a run directory knows of itself: config.json, stats.json, completions/ (DESIGN §6).
+"""What a run directory knows of itself: config.json, stats.json, completions/.
 
 completions/<stage>/<task>.json   published last by each task: its result, for a rerun to skip it
 completions/<stage>.started.json  published first: fingerprint and options of what is being made
 completions/<stage>.tasks.json    how the stage is split into tasks, where that may change
 completions/<stage>.json          published when the stage is done: fingerprint, options, figures
 config.json, stats.json           joined from those, for people and for other tools
+
+See docs/files.md#records-and-fingerprints.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""subset.npy, which DataComp's resharder takes, and kept/, the filtered shard lists (DESIGN §6)."""
+"""subset.npy, which DataComp's resharder takes, and kept/, the filtered shard lists.
+
+See docs/files.md#subset-and-kept.
+"""
 
 from __future__ import annotations
 

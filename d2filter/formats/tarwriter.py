@@ -1,10 +1,12 @@
-"""New shards of raw members, as DataComp's train.py and open_clip read them (DESIGN §6).
+"""New shards of raw members, as DataComp's train.py and open_clip read them.
 
 00000000.tar, 00000001.tar, …   keys {uid}-{j}: j counts the copies of a uid that a subset repeats
 00000000_stats.json             {"successes": n}, written after its tar
 sizes.json                      {"00000000.tar": n}
 meta.json                       output_shard_count, output_shard_format, and what they were made of
 sample_ids.npy                  (n,) (u8, u8), the uids in the order of the shards
+
+See docs/files.md#reshard-folder.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sample ids: 32 lowercase hex digits on disk, two uint64 in arrays (DESIGN §6)."""
+"""Sample ids: 32 lowercase hex digits on disk, two uint64 in arrays (docs/files.md#identity)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples of WebDataset shards: tar files whose members share a key (DESIGN §6).
+"""Samples of WebDataset shards: tar files whose members share a key (docs/files.md#shards).
 
 A key is the member's path up to the first dot of its base name, as webdataset defines it, and what
 webdataset leaves out belongs to no sample. Members of a key need not lie side by side: the headers

@@ -1,9 +1,11 @@
-"""Metadata → catalog: judge rows, sort by uid, keep one of each repeated uid (DESIGN §4.0, §6).
+"""Metadata → catalog: judge rows, sort by uid, keep one of each repeated uid.
 
 Two passes like an external sort. Pass one reads groups of metadata files and writes each as a run
 sorted by uid; pass two merges one range of uids of all runs to one part. The ranges are quantiles
 of what pass one saw, so that parts are of one size whatever the uids look like. Memory: a group of
 files in the first pass, one part in the second.
+
+See docs/files.md#catalog.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""How to search a pool: the calibration, with a task for each catalog part (DESIGN §4.7).
+"""How to search a pool: the calibration, with a task for each catalog part.
 
 The driver asks, and every part answers for its own rows; their lists merge to those of the pool.
 The driver makes no products.
 
 index/asked-KIND-TURN-00.*       queries of one request: numbers, features, cells to search
 index/answer-KIND-TURN-00-00000.*   what a part has found for it
+
+See docs/method.md#calibration.
 """
 
 from __future__ import annotations

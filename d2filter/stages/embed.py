@@ -1,4 +1,7 @@
-"""Shards → metadata: one shard a task, decoded by threads beside the model (DESIGN §6)."""
+"""Shards → metadata: one shard a task, decoded by threads beside the model.
+
+See docs/files.md#metadata.
+"""
 
 from __future__ import annotations
 

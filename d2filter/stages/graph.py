@@ -1,7 +1,9 @@
-"""Catalog → index/ and graph/: the order of the tasks, and what each may use (DESIGN §4).
+"""Catalog → index/ and graph/: the order of the tasks, and what each may use.
 
 train → assign, choose (by catalog part) → lay out → route (by part) → find, merge, improve, finish
 (by partition) and measure (by part) → judge. Every task publishes its output; a rerun skips it.
+
+See docs/method.md#graph-partitions.
 """
 
 from __future__ import annotations

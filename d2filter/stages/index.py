@@ -1,4 +1,4 @@
-"""Catalog → index/: sketches, centroids, the cells of every row, how to search (DESIGN §4.1–4.3).
+"""Catalog → index/: sketches, centroids, the cells of every row, how to search.
 
 index/centroids.npy            (nlist, d') float16; parents.npy, parent.npy, looked_under.npy: the
                                level above, and how many of it a row looks under
@@ -9,6 +9,8 @@ index/assigned-00000.npy       (rows, p) int32, by catalog part: cells that each
 index/counts-00000.npy         (nlist,) int64 rows of each cell in that part
 
 All but centroids.npy and cells.parquet is removed when the graph is done.
+
+See docs/method.md#cells.
 """
 
 from __future__ import annotations

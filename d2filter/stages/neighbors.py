@@ -1,4 +1,4 @@
-"""Partitions → graph/: search by cell, merge at home, refine, measure (DESIGN §4.4–4.7).
+"""Partitions → graph/: search by cell, merge at home, refine, measure.
 
 index/lists-00000.*       shortlists of a partition's own rows: number, list, near, exact
 index/found-00000.*       shortlists that a partition found for rows of others, by home partition;
@@ -10,6 +10,8 @@ graph/part-00000.parquet  the graph
 
 Shortlists over the members of several partitions merge to the one over all of them, exactly: how
 rows were partitioned cannot be seen in the graph.
+
+See docs/method.md#exact-search.
 """
 
 from __future__ import annotations

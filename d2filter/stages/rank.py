@@ -1,4 +1,4 @@
-"""Graph → ranking/: one partition a graph part, and one order over all of them (DESIGN §3).
+"""Graph → ranking/: one partition a graph part, and one order over all of them.
 
 settle (see `late`) → cut → describe → supersteps (actors, see `supersteps`) → ranges → merge →
 finish.
@@ -15,6 +15,8 @@ ranking-work/ranks-00000.*    ranks of one range of keys, by partition; start (P
 ranking/part-00000.parquet    the ranking
 
 All of ranking-work/ is removed when the ranking is done.
+
+See docs/method.md#global-order.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shards + subset → new shards of the kept samples, byte by byte (DESIGN §6).
+"""Shards + subset → new shards of the kept samples, byte by byte (docs/files.md#reshard-folder).
 
 find (by input shard) → write (by output shard) → finish. Nothing is decoded. The first pass reads
 headers and json members and notes where the members of kept samples lie; the second copies these

@@ -1,4 +1,4 @@
-"""Ranking → subset.npy and kept/: one budget of a finished ranking (DESIGN §3, §6)."""
+"""Ranking → subset.npy and kept/: one budget of a finished ranking (docs/method.md#budgets)."""
 
 from __future__ import annotations
 

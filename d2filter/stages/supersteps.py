@@ -1,9 +1,11 @@
-"""The supersteps of a ranking: partitions in actors, states between them (DESIGN §3).
+"""The supersteps of a ranking: partitions in actors, states between them.
 
 The driver holds counters and references; states travel from actor to actor. Every partition's state
 is published now and then. When an actor dies, a new one goes on from the last snapshots of its own
 partitions alone, and the others send it all states that these have edges with once more; when the
 driver dies, the next run begins with the last snapshot of each.
+
+See docs/method.md#ranking-in-partitions.
 """
 
 from __future__ import annotations

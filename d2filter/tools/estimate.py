@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from d2filter.algorithm import cells, knn, sizes, sketch
 from d2filter.errors import UsageError
 
-# bytes, from what the stages hold and write (DESIGN §6; bench_memory.md, bench_rank.md)
+# bytes, from what the stages hold and write (docs/files.md; bench_memory.md, bench_rank.md)
 _META = 150  # of a row of metadata beside its embeddings: uid, url, caption, score
 _ROW = 60  # of a catalog row beside its features
 _PROCESS = 250_000_000  # a worker before it holds a sample
