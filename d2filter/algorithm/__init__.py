@@ -1,39 +1,58 @@
-"""Arrays in, arrays out: no Ray, no files, no clock, no torch.
+"""The algorithms: arrays in, arrays out. No Ray, no files, no clock, no torch.
 
-features.py  what a sample is: fixed float16 rows, exact distances, groups of copies
-cells.py     centroids on two levels, exact choice of cells
-sketch.py    short rows, projections, that propose neighbors
-search.py    exact neighbors within chosen cells: one matrix product a cell
-shortlist.py the nearest by sketch, of which exact distances choose
-lists.py     exact lists in ring order from what the products proposed; merging lists
-backend.py   threads, products on a CPU or a GPU
-calibrate.py how many cells to probe, and whether to refine, for a recall
-refine.py    neighbors of neighbors
-partition.py cells to partitions, rows to where they must be compared
-sizes.py     memory of rows, and the partitions that it makes
-knn.py       all these steps for a pool in memory; measured recall
-messages.py  fixed-point scores, edge weights, sums over neighbors
-schemes.py   message schemes: kernels, forward and reverse rules, each a table entry
-supersteps.py the exact parallel greedy in one partition: states in, states out
-bestfirst.py  its compiled part: the queue, and what is checked before a sample is final
-cut.py       what partitions of a graph must tell each other
-share.py     the whole program of one partition of a ranking
-merge.py     the global order from the partitions' scores
-greedy.py    the greedy over lists in one piece
-budget.py    how many, and which: budgets as prefixes of one ranking
-ranking.py   a ranking in one partition, in memory
-certificate.py  proof that a ranking is the greedy's
-late.py      what ranks after everything else: the hardest, copies; the unit of distances
-quantile.py  the k-th smallest of a pool in parts
-spread.py    whether scaling leaves scores apart, where a clip cuts them
-groups.py    classes: edges inside, budgets for each
-scores.py    difficulty from embeddings, and the table of all scores
-dynamics.py  difficulty from a training log
-selectors.py other methods, each a ranking of the pool; baselines.py: the two simplest
-submodular.py facility location and graph cut on a sparse graph
-metrics.py   how good a ranking is where the truth is known
-coverage.py  what a subset covers and keeps, without any truth
-uids.py      order and hashes of 128-bit sample ids
+Features and neighbors (docs/method.md#features-and-distances and the sections after it)
+features.py   the float16 vectors of samples, exact distances, groups of exact copies
+sketch.py     short projections of features that propose neighbors
+cells.py      centroids on two levels, and which cells a sample probes
+search.py     exact neighbors within cells: one matrix product per cell
+backend.py    matrix products on CPU or GPU; loads faiss
+shortlist.py  the nearest samples by sketch, from which exact distances choose
+lists.py      exact neighbor lists: from proposals, in ring order, merged
+calibrate.py  how many cells to probe, and whether to refine, for a target recall
+refine.py     compares samples with the neighbors of their neighbors
+partition.py  assigns cells to partitions, and samples to the partitions that compare them
+sizes.py      memory per sample, and the number of partitions that follows from it
+knn.py        all these steps for a pool in memory; measured recall
+
+Ranking (docs/method.md#d2-pruning)
+messages.py   fixed-point scores, edge weights, the sum of the forward pass
+schemes.py    kernels, forward rules and reverse rules, each an entry of a table
+local.py      the kernel `local`: distances relative to those around both ends
+greedy.py     the exact parallel greedy on one graph in memory
+supersteps.py the same in one partition of several: states in, states out
+bestfirst.py  its compiled inner loop
+cut.py        edges between partitions, and the graph that each partition works on
+share.py      the ranking of one partition, from its rows to its final scores
+merge.py      the global order from the scores of all partitions
+ranking.py    the whole ranking in memory
+certificate.py proves that a ranking is the one of the sequential greedy
+budget.py     budgets as prefixes of a ranking
+
+Before and after the ranking
+scores.py     difficulty from embeddings, and the table of all scores
+dynamics.py   difficulty from a training log
+terms.py      scores that are sums of other scores
+spread.py     whether scaling makes scores equal, and where to clip them
+settling.py   settings that depend on the whole pool, in order
+tuning.py     automatic gamma; pairs.py: the share of wrong pairs that it needs
+hardest.py    automatic share of the hardest samples to cut
+copies.py     automatic distance of near-copies
+late.py       demoted samples: the hardest ones and near-copies
+groups.py     classes: neighbors inside each, and a share of every budget for each
+soft.py       repeats of samples by score
+quantile.py   exact quantiles of values that lie in several parts
+
+Other methods and measures
+selectors.py  the table of other ranking methods; pool.py: what they get
+baselines.py, geometric.py, density.py, submodular.py: these methods
+metrics.py    quality of a ranking if the truth is known
+coverage.py, distinct.py  what a subset covers, without knowing the truth
+selfcheck.py  how many wrong pairs a setting keeps, measured with swapped captions
+
+Tools for the others
+uids.py       order and hashes of uids
+threads.py, compiled.py  threads; functions compiled by numba
+intervals.py  confidence intervals
 """
 
 import os

@@ -1,8 +1,7 @@
-"""The one place where faiss is loaded, and where products run on a CPU or on a GPU.
+"""Matrix products for the neighbor search, on CPU or GPU. The only module that loads faiss.
 
-Products only propose: they improve the list of each query with what lies in one cell. Their
-distances may be off by `relative_error`; what they propose is then measured exactly, so the path
-chosen here cannot change a list.
+A product gives approximate distances, with an error of at most `relative_error`. Its results are
+only proposals, which `search` then measures exactly. CPU and GPU therefore give the same lists.
 """
 
 from __future__ import annotations

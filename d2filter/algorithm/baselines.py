@@ -1,4 +1,4 @@
-"""Rankings of the same pool that D2 is compared with."""
+"""The two simplest rankings to compare with: random order, and highest score first."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""The compiled part of `supersteps`: the greedy in one partition, best first.
+"""The compiled inner loop of `supersteps`: the greedy in one partition, best sample first.
 
-A score and whether it can still fall share one word, 2·x + 1 while live and 2·x when final: whoever
-looks at a neighbor needs both, and the look is what the time goes into.
+Samples wait in a queue of narrow score buckets. The best one is taken; if a message has lowered its
+score since it was queued, it is queued again. A partition without a halo needs no further check:
+the best sample beats all its neighbors. With a halo, the parallel rule is checked, and a sample
+that a neighbor still beats waits for that neighbor.
 
-Samples are taken best first, from a queue of narrow buckets; one that a message has lowered is put
-where it belongs when its turn comes. In a pool in one partition a sample then beats all neighbors
-that are still in the queue, and is final without a look at any. Where there is a halo, some samples
-wait for it and others for them, so there the rule has to be checked.
+A score and its finality share one int64, `packed`: 2·x + 1 while the score can fall, 2·x when it is
+final. Most of the time goes into reading both of a neighbor, and this makes it one read.
 
-Arrays are those of `supersteps.LocalGraph`, `_State` and `_Queue`.
+The arrays are those of `supersteps.LocalGraph`, `_State` and `_Queue`.
 
 See docs/method.md#parallel-rule.
 """

@@ -1,4 +1,4 @@
-"""How many samples a budget keeps, and which: every budget is a prefix of one ranking."""
+"""How many samples a budget keeps, and which: the first ranks of one ranking."""
 
 from __future__ import annotations
 

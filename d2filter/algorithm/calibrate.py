@@ -1,7 +1,7 @@
-"""How many cells to probe, and whether to refine, for a recall the user asks for.
+"""Chooses how many cells to probe, and whether to refine, for a target recall.
 
-Everything is tried on hash-chosen samples first, and costs are counted distance evaluations, never
-seconds: the clock cannot change the graph.
+Several choices are tried on a few hundred samples, chosen by a hash of the uid. Cost is the counted
+number of distances, never time, so that a slow machine makes the same graph.
 
 See docs/method.md#calibration.
 """

@@ -1,10 +1,13 @@
-"""Centroids on two levels and the exact choice of cells (docs/method.md#cells).
+"""Trains centroids on two levels and finds the cells that a sample probes.
 
-Cells are small, because a search costs less the finer they are, and there are many of them, so a
-row is not compared with all: it chooses among the cells under its nearest few *parents*. Every
-step is decided on exact distances, ties to the smaller cell; sums of float16 values in float64 are
-exact as well. So neither the number of threads nor the layout of blocks can change a centroid or a
-cell.
+There are many small cells, because small cells make the search cheap. Comparing a sample with all
+their centroids would be expensive, so it considers only the cells under its nearest *parents*,
+which are the centroids of the upper level.
+
+All choices use exact distances, ties go to the smaller cell, and sums are exact. The number of
+threads and the size of blocks cannot change a centroid or a choice.
+
+See docs/method.md#cells.
 """
 
 from __future__ import annotations

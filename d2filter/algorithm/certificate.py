@@ -1,10 +1,10 @@
-"""A proof, edge by edge, that a ranking is the one of the sequential greedy.
+"""Proves, edge by edge, that a ranking is the one of the sequential greedy.
 
-The sequential greedy takes the best key each time. Given final scores sorted by key, that is so iff
-for every sample u, walked through its senders v in the order of their ranks: v's final key beats
-u's key as it stands before v's message, and u's final score is what remains after the last one.
-Between two messages u does not change and the keys taken only fall, so nothing in between needs a
-look. Work: one sort of the edges that carried a message; no selection is repeated.
+For each sample u, go through the samples that sent it a message, in the order of their ranks. The
+ranking is the greedy's if and only if each sender had a better key than u before its message
+arrived, and u's final score is what remains after the last message. Between two messages u's key
+does not change while the keys of selected samples only fall, so no other moment has to be checked.
+Cost: one sort of the edges that carried a message.
 
 See docs/method.md#certificate.
 """

@@ -1,9 +1,10 @@
-"""Loops that numba compiles: numba is loaded at the first call, and a cache is never needed.
+"""Functions compiled by numba, which is loaded at the first call only.
 
-Importing numba takes longer than `d2filter --help` may. A loop releases the interpreter and runs in
-one thread; `threads.in_blocks` calls it from several. (numba's own parallel loops need a library
-of OpenMP that slim systems lack, end the process when two threads call them, and end it after a
-fork.)
+Importing numba takes longer than `d2filter --help` may take. The compiled code is cached if a cache
+can be written, but does not need one. A compiled loop releases the interpreter lock and runs in one
+thread; `threads.in_blocks` runs it in several. numba's own parallel loops are not used: they need
+an OpenMP library that slim systems lack, and they end the process when two threads call them or
+after a fork.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""What a subset of a pool covers, and what it keeps: measures that need no truth.
+"""How well a subset covers its pool, measured without knowing the truth.
 
-All are functions of a mask of kept samples, so that one table can hold any method at any budget.
+Every measure is a function of a mask of kept samples, so that any method at any budget can be
+compared in one table.
 """
 
 from __future__ import annotations

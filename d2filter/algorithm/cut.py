@@ -1,8 +1,10 @@
-"""What partitions of a graph must tell each other, and the graph that each then works on.
+"""Finds the edges between partitions and builds the graph that each partition works on.
 
-Samples have graph ids; those of partition p are starts[p] … starts[p + 1] − 1, ascending by uid. An
-edge is *cut* when its ends lie in two partitions. The partition of its target learns of it once;
-both then know each other's end as a halo node.
+Partition p holds the graph ids starts[p] to starts[p + 1] − 1, ascending by uid. An edge is *cut*
+if its ends lie in two partitions. The partition of its source sends it to the partition of its
+target, once. Each of the two then knows the other end as a halo sample.
+
+A *node* is the index of a sample in such a graph (docs/glossary.md: vertex).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Scores from the log of a training run: what a network thought of a sample, epoch after epoch."""
+"""Scores from a training log: how a network judged each sample, epoch by epoch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""What a sample is: one fixed float16 row, and exact distances between such rows.
+"""The features of samples: float16 vectors, exact distances between them, groups of exact copies.
 
-From the catalog on, the float16 row *is* the sample. Every distance is the float64 sum of squared
-differences of two rows, rounded to float32. For L2-normalized modalities all terms are multiples
-of 2⁻⁴⁸ below 2⁴, so the float64 sum is exact whatever its order, on any processor.
+From the catalog on, a sample is its float16 vector. A distance is the sum of squared differences in
+float64, rounded to float32. For L2-normalized modalities all terms are multiples of 2⁻⁴⁸ and the
+sum is below 2⁴, so the float64 sum is exact in any order, on any processor.
+
+See docs/method.md#features-and-distances.
 """
 
 from __future__ import annotations

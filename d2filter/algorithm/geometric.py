@@ -1,6 +1,6 @@
-"""Selectors that look at where samples lie: near a center, far from or unlike each other.
+"""Ranking methods that use positions in feature space: near a center, or far from each other.
 
-Each gives an order of all rows of a pool, (n,) int64, best first; ties go to the smaller row.
+Each returns all rows of a pool in order, (n,) int64, best first; ties go to the smaller row.
 """
 
 from __future__ import annotations

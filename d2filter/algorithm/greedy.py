@@ -1,13 +1,13 @@
-"""The exact parallel greedy: the sequential selection without its sequence.
+"""The exact parallel greedy on a graph in memory.
 
 Sequential definition: take the unselected sample with the best key (x descending, uid ascending);
 for each out-neighbor j still unselected, x_j ← x_j − rint(w_ij·x_i); repeat.
 
-Rule used here: an unselected sample whose key beats those of all its unselected neighbors, over
-out- and in-edges both, is final. Scores only fall, so nothing can change its x any more, and the
-sequential order is "final key, best first".
+Rule used here: an unselected sample whose key beats the keys of all its unselected neighbors, over
+out- and in-edges both, is final. Scores only fall, so its x cannot change any more, and sorting by
+final key gives the sequential order.
 
-This is the whole pool in one partition; `supersteps` has the rule itself, for any number of them.
+This module runs the rule on the whole pool in one partition; `supersteps` runs it in several.
 
 See docs/method.md#parallel-rule.
 """

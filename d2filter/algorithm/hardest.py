@@ -1,9 +1,11 @@
-"""Chooses the share of the hardest samples to cut before pruning (`--cut-hardest auto`).
+"""Computes the share of the hardest samples to cut (`--cut-hardest auto`).
 
-The smaller the budget, the more of the hardest must go: they are wrong labels, and samples that a
-network trained on so little cannot learn (Zheng et al. 2022, who tune the share by hand). Here the
-share follows from the budget and the histogram of the difficulties. Counts add up, so partitions,
-order and split of the samples cannot change it, and all arithmetic is decimal.
+The smaller the budget, the larger the share that must go: wrong labels, and samples that a network
+with so little data cannot learn (Zheng et al. 2022 tune the share by hand). Here it follows from
+the budget and a histogram of the difficulties. Histograms of parts add up and the arithmetic is
+decimal, so the partitions, order and split of the samples cannot change it.
+
+See docs/method.md#hardest-samples.
 """
 
 from __future__ import annotations

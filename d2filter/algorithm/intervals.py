@@ -1,4 +1,4 @@
-"""The 95% interval of a share that some draws gave."""
+"""The 95% confidence interval of a measured share."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""The kNN graph of a pool in memory, and its measured recall (docs/method.md#exact-search).
+"""Builds the kNN graph of a pool in memory, and measures its recall.
 
-The same steps that `stages/` runs over files for a pool of any size: train, assign, calibrate,
-search, refine, measure. Rows are in ascending order of uid, so that a row number is the sample's
-number. The graph is a function of the rows and the options alone.
+The steps are those that `stages/` runs on files: train, assign, calibrate, search, refine, measure.
+Rows ascend by uid, so a row number is the catalog row of the sample (called *number* in the code).
+The graph depends on the rows and the options alone.
+
+See docs/method.md#exact-search and the sections around it.
 """
 
 from __future__ import annotations

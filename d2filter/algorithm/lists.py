@@ -1,12 +1,12 @@
-"""Exact neighbor lists from proposals, with copies expanded in ring order.
+"""Exact neighbor lists: made from approximate proposals, in ring order, and merged.
 
-Proposals come with float32 distances that are off by at most a known bound. They are measured
-exactly, nearest first, until nothing else can be as near as the last place of the list. A list for
-which that cannot be told is *unsure*: `search` looks again at all its cells in float64.
+Proposals have float32 distances with a known maximal error. They are measured exactly, nearest
+first, until nothing else can be as near as the last place of the list. If the error bound cannot
+show this, the list is *unsure*, and `search` compares all members of its cells in float64.
 
-Samples are known by their *number*: the position of their uid in the ascending order of all n uids.
-Among neighbors at equal distance the order is (number_j − number_i) mod n, which is the order of
-(uid_j − uid_i) mod 2¹²⁸.
+Samples are identified by their *number*: their position in the ascending order of all n uids
+(docs/glossary.md: catalog row). Neighbors at equal distance are sorted by (number_j − number_i) mod
+n, which is the order of (uid_j − uid_i) mod 2¹²⁸.
 
 See docs/method.md#ring-order.
 """

@@ -1,14 +1,17 @@
-"""Distances in units of how far apart the neighbors of both ends lie: the kernel `local`.
+"""The kernel `local`: distances relative to the distances around both ends of an edge.
 
     d²_ij  →  (d²_ij / (σ_i·σ_j))²,    σ_i² = max(d² from i to its k-th neighbor, floor)
 
-Self-tuning clustering (Zelnik-Manor & Perona 2004) divides by the same product. Squared once more,
-the weight falls from 1 to 0 within a narrow band, so that a list may be longer than a group of
-near-copies is large. A sample that lies alone, a picture with a wrong caption for example, has a
-large σ: its few neighbors count as near, and it is thinned like everything else. With one width for
-the whole pool nobody would suppress it.
+With one width for the whole pool, no neighbor would lower a sample that is far from everything,
+such as an image with a wrong caption. Here such a sample has a large σ, so its neighbors count as
+near. Dividing by σ_i·σ_j follows self-tuning clustering (Zelnik-Manor & Perona 2004). The extra
+square makes the weight fall from 1 to 0 within a narrow band, so that a neighbor list may be longer
+than a group of near-copies is large.
 
-The floor keeps σ from 0 where a list holds copies only. It is half the pool's median.
+The floor, half of the pool's median, keeps σ above 0 if a list contains copies only. `reach` is the
+squared distance to the k-th neighbor.
+
+See docs/method.md#local-kernel.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The global ranking from the partitions' scores, without gathering them.
+"""The global ranking from the scores of all partitions, without collecting them in one place.
 
-Every partition sorts its samples by key: score descending, uid ascending. Splitters drawn from all
-of them cut the keys into ranges of about equal size; each range is merged on its own, and a key's
-rank is its place in its range behind all ranges before.
+Every partition sorts its samples by key: score descending, uid ascending. A few keys of each
+partition give splitters, which cut all keys into ranges of about equal size. Each range is merged
+on its own. A rank is the position in the range, plus the number of keys in all better ranges.
 
 See docs/method.md#global-order.
 """

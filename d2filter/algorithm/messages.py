@@ -1,7 +1,9 @@
-"""Fixed-point scores, edge weights and the forward pass (docs/method.md#fixed-point-arithmetic).
+"""Fixed-point scores, edge weights, and the sum of the forward pass.
 
-Scores are int64 in units of 2⁻⁴⁰ (`ONE` is 1.0). Sums of integers do not depend on the order of
-their terms, so neither do the results on partitions, threads or the order of neighbors.
+Scores are int64 in units of 2⁻⁴⁰ (`ONE` is 1.0). Integer sums do not depend on the order of their
+terms, so partitions, threads and the order of neighbors cannot change a result.
+
+See docs/method.md#fixed-point-arithmetic.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How good a ranking is where the truth was planted."""
+"""Quality of a ranking, for pools in which the copies and wrong pairs are known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many pairs of a pool match no better than random ones.
+"""Estimates the share of image-text pairs that match no better than random pairs.
 
 rows = features[pairs.sampled(hi, lo)]
 share = pairs.wrong_share({"pairs": pairs.judged(rows)})

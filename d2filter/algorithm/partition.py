@@ -1,7 +1,7 @@
-"""Cells → partitions: neighboring cells together, balanced by rows.
+"""Assigns cells to partitions: neighboring cells together, partitions of about equal size.
 
-The layout decides where work is done and what crosses, never the result. A *unit* is a cell, or a
-slice of one that is too large for a partition: any split of the members gives the same lists.
+The assignment decides where work is done and how many edges are cut, never the result. A *unit* is
+a cell, or a slice of a cell that is too large for one partition.
 
 See docs/method.md#graph-partitions.
 """

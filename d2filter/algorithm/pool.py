@@ -1,4 +1,4 @@
-"""What a selector looks at, and how one is described."""
+"""The input of a ranking method, and the description of a method for the table in `selectors`."""
 
 from __future__ import annotations
 

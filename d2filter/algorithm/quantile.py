@@ -1,8 +1,9 @@
-"""The k-th smallest float32 of a pool in parts, exactly, from two histograms a part.
+"""The k-th smallest of float32 values that lie in several parts, exactly.
 
-Keys are the bits of a float32 as integers of the same order. The first histogram counts their upper
-halves and says in which bin the value lies; the second counts the lower halves within it. Counts
-add up, so neither the number of parts nor their order can matter.
+The bits of a float32 are turned into an integer, the *key*, that has the order of the values. A
+first histogram over the upper 16 bits of the keys tells in which bin the value is; a second one,
+over the lower 16 bits, finds it in that bin. Histograms of parts add up, so the number and order of
+parts do not matter.
 """
 
 from __future__ import annotations

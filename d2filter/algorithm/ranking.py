@@ -1,4 +1,4 @@
-"""The whole of D2 over a finished graph: scores → weights → forward pass → greedy → ranking."""
+"""D2 on a finished graph in memory: scores, weights, forward pass, greedy, ranking."""
 
 from __future__ import annotations
 

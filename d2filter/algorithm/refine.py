@@ -1,8 +1,8 @@
-"""Refinement over neighbors of neighbors: what few probes missed, friends know.
+"""Refinement: compares each sample with the neighbors of its neighbors.
 
-The pass reads the lists of the search and nothing else (double-buffered), so neither order nor
-partition can change it. A neighbor of a neighbor is measured only when its home cell was not
-probed: all others were compared already.
+This finds neighbors that lie in cells which were not probed. The pass reads the lists of the search
+and writes new ones, so order and partitions cannot change it. A candidate is measured only if its
+home cell was not probed; all others were compared before.
 
 See docs/method.md#refinement.
 """

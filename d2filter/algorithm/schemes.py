@@ -1,9 +1,8 @@
-"""Message schemes: how distance weighs an edge, and what the two passes make of it.
+"""Message schemes: kernels, forward rules and reverse rules.
 
-A scheme is three words: a kernel, a forward and a reverse rule. Each is an entry of one of the
-tables at the end of this file; adding one is adding an entry. The greedy is exact for any scheme
-whose weights are float32 in [0, 1] and whose scores are sums of integers: messages are then never
-negative, and depend on nothing but the two samples and their distance.
+A scheme names one of each. They are entries of the tables at the end of this file; to add one, add
+an entry. The greedy is exact for every scheme with float32 weights in [0, 1] and integer scores:
+messages are then never negative, and depend only on the two samples and their distance.
 
 See docs/method.md#message-schemes.
 """

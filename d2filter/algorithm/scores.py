@@ -1,8 +1,8 @@
-"""Scores that can be a sample's difficulty: one pure function each, and a table of them all.
+"""Scores that can be a sample's difficulty: one function each, and a table of all.
 
-Those of embeddings are here, those of a training log in `dynamics.py`. The table at the end says of
-each what a high value means and which end is kept first; `difficulty` turns values so that higher
-goes first, as the ranking wants it.
+Scores from embeddings are here, those from a training log in `dynamics.py`. The table at the end
+states what a high value means and which end is kept first. `difficulty` turns the sign if needed,
+so that higher goes first.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Exact k nearest neighbors within chosen cells: one matrix product a cell.
+"""Exact k nearest neighbors within chosen cells, with one matrix product per cell.
 
-The result is a function of (members, queries, probed cells, k) alone: products propose, exact
-distances decide, and where rounding could matter a float64 look at all members follows. Threads,
-blocks, CPU or GPU cannot change a bit. Bit-identical members are searched once and listed in ring
-order. Lists over disjoint sets of members merge to the list over all of them, which is what makes
-the graph independent of partitions.
+Products propose neighbors and exact distances decide. If rounding could matter, all members of the
+cells are compared in float64. The result therefore depends on members, queries, probed cells and k
+alone, not on threads, block sizes, CPU or GPU. Members with the same bits are searched once and
+listed in ring order. Lists over disjoint sets of members merge to the list over their union; this
+makes the graph independent of partitions.
 
 See docs/method.md#exact-search.
 """

@@ -1,8 +1,8 @@
-"""Rankings of one pool by the selection methods that D2 is compared with.
+"""The table of ranking methods that D2 is compared with.
 
-A selector is a pure function of a `Pool` and gives an order of all its rows, shape (n,) int64, best
-first: every budget is a prefix. Ties go to the smaller uid, which is the smaller row, and what is
-random is a hash of the uid. `SELECTORS` lists them all; `order` runs one by name.
+A method is a function of a `Pool` that returns all its rows in order, (n,) int64, best first: every
+budget is a prefix. Ties go to the smaller row, which has the smaller uid, and random choices are
+hashes of the uid. `SELECTORS` lists the methods; `order` runs one by name.
 """
 
 from __future__ import annotations

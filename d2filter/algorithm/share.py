@@ -1,14 +1,17 @@
-"""The program of one partition of a ranking, from its rows of the graph to its final scores.
+"""The ranking of one partition, from its rows of the graph to its final scores.
 
     share = Share(rows, starts, number)
-    share.cut().to(peer)                    cut edges, once, to the partitions of their targets
-    share.hear_edges(...)                   those of the others
+    share.cut().to(peer)                    cut edges, sent once to the partitions of their targets
+    share.hear_edges(...)                   the cut edges of the other partitions
     share.describe(ids)                     uid and difficulty of own samples, for others' halos
     share.begin(...)                        forward pass
     share.states_for(peer) → hear_states    what changed since the last time …
     share.advance()                         … superstep by superstep, until live() is 0 everywhere
 
-No method waits for anything: who calls them, over a network or in a loop, is somebody else's.
+No method waits or communicates; the caller carries the data between partitions, in a loop or over a
+network.
+
+See docs/method.md#ranking-in-partitions.
 """
 
 from __future__ import annotations

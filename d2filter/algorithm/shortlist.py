@@ -1,7 +1,10 @@
-"""Shortlists: the nearest by sketch, of which the nearest by exact distance become the list.
+"""Shortlists: the nearest samples by sketch, from which exact distances choose the neighbors.
 
-A shortlist is an exact list in the space of sketches. So those over disjoint members merge to the
-one over all of them, whatever the partitions, and only then are the lists made from it.
+A shortlist is an exact list in the space of sketches. Shortlists over disjoint members therefore
+merge to the shortlist over all of them. The neighbor lists are made after merging, so partitions
+cannot change them.
+
+See docs/method.md#shortlists.
 """
 
 from __future__ import annotations

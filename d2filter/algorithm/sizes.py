@@ -1,6 +1,6 @@
-"""What rows take in memory, and into how many partitions a graph is cut for it.
+"""Memory that samples take, and the number of partitions that follows from it.
 
-The stages and `plan` decide by these figures alone (measured: jobs/results/bench_memory.md).
+The stages and `d2filter plan` both use these numbers (measured: jobs/results/bench_memory.md).
 """
 
 from __future__ import annotations

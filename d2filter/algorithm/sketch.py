@@ -1,12 +1,14 @@
-"""Sketches: short rows that propose neighbors, so that a product costs a fraction of its length.
+"""Sketches: short projections of the features, which make a matrix product cheaper.
 
-A sketch is the projection of a fixed row on the first principal axes of the training sample. Cells,
-their centroids and every product live in sketches; of each sample the nearest by sketch make a
-*shortlist*, and exact distances between the fixed rows decide what is listed.
+A sketch is the projection on the first principal axes of a training sample. Cells, centroids and
+products use sketches; the nearest samples by sketch are the shortlist, and exact distances between
+the features choose the neighbors from it.
 
-A sketch must not depend on how many rows are projected at once. So rows, mean and axes are rounded
-to integers small enough that every sum of products is exact in float32, whatever its order; rows
-too large for that are summed in float64, to the same value.
+A sketch must not depend on how many rows are projected together. So features, mean and axes are
+rounded to integers that are small enough for every sum of products to be exact in float32. Rows
+that are too large for that are summed in float64, with the same value.
+
+See docs/method.md#sketches.
 """
 
 from __future__ import annotations

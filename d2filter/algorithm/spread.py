@@ -1,8 +1,8 @@
-"""How far apart min–max scaling leaves the scores of a pool, and where a clip cuts them.
+"""Detects scores that min–max scaling makes (nearly) equal, and finds where to clip them.
 
-One extreme value (−9999 for "unknown") makes the range so wide that all other scores become equal
-after scaling. Everything here is an order statistic of the whole pool, from histograms that add up
-over parts (`quantile`): neither files nor partitions can show in it.
+One extreme value (−9999 for "unknown") can make the range so wide that all other scores are equal
+after scaling. Everything here is computed from order statistics of the whole pool, through
+histograms that add up over parts (`quantile`), so files and partitions cannot change it.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""One partition of the exact greedy: states of other partitions in, changed states out.
+"""The exact greedy in one partition of several: states of other partitions in, changed states out.
 
 A partition holds the edges that have an end in it. Its *nodes* are its own samples and the *halo*:
-samples of other partitions at the other ends. Only states travel: (x, final) of a sample. x merges
-by minimum and `final` is sticky, so states may come late, repeated or out of order; and because a
-partition derives the message of a final halo node itself, once per edge, it may go back to an older
-snapshot of its own alone and repeat what it forgot.
+the samples of other partitions at the other ends. Partitions exchange states only: (x, final) of a
+sample. On receipt x becomes the minimum of old and new, and `final` never reverts, so states may
+arrive late, repeatedly or out of order. A partition computes the message of a final halo node
+itself, once per edge. It may therefore return to an older snapshot of its own and repeat the rest.
 
-A halo node of which nothing is known yet counts as live with the best score there is: waiting on it
-is conservative. That is true of every stale score, for scores only fall.
+Scores only fall, so an old score is an upper bound, and waiting because of one is safe. A halo node
+of which nothing is known yet counts as live with the best possible score.
 
 See docs/method.md#ranking-in-partitions.
 """

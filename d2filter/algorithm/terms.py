@@ -1,11 +1,11 @@
-"""A score that is a sum of others: `0.7*clip_score+0.3*column`, `rank(el2n)-rank(column)`.
+"""Scores that are sums of other scores: `0.7*clip_score+0.3*column`, `rank(el2n)-rank(column)`.
 
     score = [sign] term {sign term}      term = [weight *] (name | rank(name))
 
-A name is a computed score, or a column; one with other characters than letters, digits, `_` and `.`
-stands in double quotes. Values are taken as they are, not standardized: where scales differ, `rank`
-makes them alike. It is the percentile rank over the pool: the share of samples with a lower value,
-and half of those with the same.
+A name is a computed score or a column. A name with characters other than letters, digits, `_` and
+`.` needs double quotes. Values are used as they are. `rank` replaces them by their percentile rank
+in the pool (the share of samples with a lower value, plus half of those with the same value), for
+scores with different scales.
 """
 
 from __future__ import annotations

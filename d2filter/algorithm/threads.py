@@ -1,7 +1,7 @@
-"""Threads of one process: how many, and loops in blocks that they share.
+"""Threads of one process: how many to use, and loops over blocks that they share.
 
-Any number of threads may call at once, and so may the child of a fork, in which new threads are
-made. What runs in these threads takes no further ones.
+Any number of threads may call these functions at once, also in a forked child, which gets threads
+of its own. Code that runs in these threads starts no further ones.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Order and hashes of 128-bit sample ids held as two uint64 arrays.
+"""Order and hashes of uids, which are held as two uint64 arrays.
 
-A uid is the number `hi·2⁶⁴ + lo`. All choices that must not depend on the layout of files (which
-samples train the centroids, which ones measure recall) are made by a hash of the uid.
+A uid is the integer `hi·2⁶⁴ + lo`. Samples that train the centroids or measure the recall are
+chosen by a hash of the uid, so that the layout of files cannot change the choice.
 """
 
 from __future__ import annotations
