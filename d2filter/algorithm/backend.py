@@ -70,10 +70,10 @@ def use_threads(count: int) -> None:
 
 
 def each(work: Callable[[int], None], count: int) -> None:
-    """Call work(0) … work(count − 1) from as many threads as allowed, BLAS in one thread each.
+    """Call work(0) … work(count − 1) from the allowed number of threads, each with one BLAS thread.
 
-    Products and compiled loops release the interpreter, and a thread that has its own products
-    never waits for others between two small ones.
+    Products and compiled loops release the interpreter lock, so a thread with products of its own
+    never waits for the others between two small ones.
     """
     if not count:
         return
@@ -117,7 +117,8 @@ def gpus() -> int:
 
 
 def may_use_gpus() -> bool:
-    """Whether the faiss of this installation knows GPUs at all: what to ask a cluster for."""
+    """Whether the installed faiss supports GPUs, so that it makes sense to request some from Ray.
+    """
     try:
         return hasattr(load_faiss(), "knn_gpu")
     except DependencyError:
@@ -127,11 +128,12 @@ def may_use_gpus() -> bool:
 def improve_inplace(
     queries: F16, askers: I64, members: F16, which: I64, names: I64, center: F32, held: Nearest
 ) -> None:
-    """Offer the members of one cell to the queries that ask for it.
+    """Compare the members of one cell with the queries that probe it, and update `held` with the
+    nearest.
 
-    queries: (q, d); askers: positions in it. members: (m, d); which: positions in it; names: what
-    the lists are to call them. center: (d,) float32, a point near both: products of differences to
-    it are the more exact the nearer it is.
+    queries: (q, d); askers: positions in it. members: (m, d); which: positions in it; names: the
+    ids that the lists get for them. center: (d,) float32, a point near both; products are computed
+    on differences to it, which are more exact the nearer it is.
     """
     if gpus():
         _improve_on_gpu_inplace(queries, askers, members, which, names, held)

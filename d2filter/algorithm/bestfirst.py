@@ -156,8 +156,8 @@ def _bucket(packed, high, shift, last):  # type: ignore[no-untyped-def]  # compi
 
 @compiled.njit()
 def _release(j, released, packed, head, after):  # type: ignore[no-untyped-def]
-    """Those that wait for j and that it no longer beats, or all when it is final, go to the list
-    that begins with `released`; returns its new beginning.
+    """Move the nodes that wait for j, and that it does not beat any more (all, if j is final), to
+    the list that starts with `released`; returns the new start.
     """
     w = np.int64(head[j])
     head[j] = -1
@@ -189,11 +189,12 @@ def advance(  # type: ignore[no-untyped-def]  # compiled by numba
     start, target, weight, in_start, source, packed, flags, head, after, held, applied, first, high,
     shift, key, node, lowered,
 ):  # fmt: skip
-    """Until no own node can become final without news. Every live own node is in one place: a
-    bucket, the heap, `coming` on its way to one of them, or the list of those that wait for one
-    blocker. Returns the number of nodes that were looked at.
+    """Make own nodes final until none can become final without new states. Returns how many nodes
+    were checked.
 
-    In one piece, for a call with arrays takes longer than what a node needs.
+    Every live own node is in exactly one place: a bucket, the heap, the list `coming` on its way to
+    one of them, or the list of nodes that wait for one blocker. This is a single function because a
+    call with arrays takes longer than one node.
     """
     waits = head.size > 0
     last = first.size - 1
@@ -287,7 +288,7 @@ def advance(  # type: ignore[no-untyped-def]  # compiled by numba
 def receive(  # type: ignore[no-untyped-def]  # compiled by numba
     nodes, x, final, start, target, weight, packed, flags, head, after, held, applied
 ):
-    """Merge states of halo nodes; returns the own nodes that have to be decided anew."""
+    """Merge states of halo nodes; returns the own nodes that must be checked again."""
     woken = np.int64(-1)  # a list that goes on in `after`
     fallen, falls = np.empty(packed.size, after.dtype), 0
     for at in range(nodes.size):

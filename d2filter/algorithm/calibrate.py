@@ -39,7 +39,7 @@ _Z = 1.96
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """Lists that are asked for."""
+    """Lists to be searched."""
 
     queries: F16
     """(q, d)"""
@@ -88,17 +88,18 @@ class Choice:
     predicted: float
     """recall@k on the calibration sample"""
     evaluations: float
-    """expected cost a row: as many distances of whole rows by products"""
+    """expected cost per row, as a number of distances between whole rows by products"""
     reached: bool
     """whether the lower end of the sample's 95% interval is at the target"""
     short_of: str = ""
-    """why it was missed: "cells", most probed of which do not hold the neighbors, or "axes", for
-    shortlists by sketch lose them"""
+    """why it missed the target: "cells", if most probed cells do not contain the neighbors, or
+    "axes", if shortlists by sketch lose them
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How cells and sketches are made, where the least of both missed the target."""
+    """How much work cells and sketches get. It is raised if the least effort misses the target."""
 
     looked_under: int = cells.PARENTS_LOOKED_UNDER
     """parents under which a row chooses among cells"""
@@ -109,12 +110,13 @@ class Effort:
 def harder(
     effort: Effort, choice: Choice, target: float, *, axes: int, parents: int
 ) -> Effort | None:
-    """What to try where `choice` is to miss the target; None where it is not, or nothing is left.
+    """The effort to try next if `choice` is expected to miss the target; None if it is not, or if
+    nothing is left to try.
 
-    axes: of the sketches that it was made with, 0 for whole rows. parents: of the cells. Where
-    groups of rows lie as far from each other as any, parents cut through them; and where neighbors
-    differ by no axis in particular, a sample, thinner than its pool, takes its few near rows for
-    all there are, and too few axes for enough.
+    axes: of the sketches that it was made with, 0 for whole rows. parents: of the cells. If
+    clusters are about equidistant, parent cells split them, so more parents must be searched. If
+    neighbors differ along no particular axis, the sample that chooses the number of axes
+    underestimates it, because its few near rows look like all of them.
     """
     if choice.predicted >= target:
         return None
@@ -128,9 +130,9 @@ def choose(
 ) -> Choice:
     """The cheapest way to search whose recall on the sample reaches `target` with confidence.
 
-    queries: (q, d) hash-chosen rows; numbers: (q,); probed: (q, most probes). They are compared
-    with the whole pool once, so that their true neighbors are known: where these lie tells how many
-    probes hold enough of them. Around that number, shortlists and refinement are tried. The pool is
+    queries: (q, d) hash-chosen rows; numbers: (q,); probed: (q, most probes). The queries are
+    compared with the whole pool once. The cells of their true neighbors show how many probes
+    contain enough of them. Around that number, shortlists and refinement are tried. The pool is
     read three times.
     """
     k = min(k, pool.total - 1)
@@ -200,9 +202,9 @@ def _steps(bound: int, factors: Sequence[float], most: int) -> list[int]:
 
 
 def _positions(pool: Searcher, truth: Lists, probed: I32) -> I64:
-    """Which probe of its query finds each true neighbor, (q, k).
+    """Which probe of a query finds each of its true neighbors, (q, k).
 
-    −1 where the list is padded, the number of probes where none of them does.
+    −1 where the list is padded; the number of probes if no probe finds it.
     """
     there = truth.numbers >= 0
     home = refine.home_cells(truth.numbers, lambda numbers: pool.probed(numbers)[:, 0])

@@ -89,9 +89,10 @@ def to_kept(rows: features.F16, chosen: I64, near: I64, distance: F32, kept: Boo
 
 
 def kept_by_decile(values: npt.NDArray[np.floating], kept: Bools) -> F64:
-    """Share kept in each tenth of the pool by ascending value, (10,); values: (n,). Equal values
-    count with the share that is kept of all of them: their order says nothing. NaN for a tenth
-    without samples.
+    """Share kept in each tenth of the pool by ascending value, (10,); values: (n,).
+
+    Equal values count with the share that is kept of all of them, because their order has no
+    meaning. NaN for a tenth without samples.
     """
     order = np.argsort(values, kind="stable")
     _, tie = np.unique(values[order], return_inverse=True)

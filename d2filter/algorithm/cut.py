@@ -67,7 +67,7 @@ class Edges:
         return self.start.size - 1
 
     def own(self) -> Bool:
-        """(m,) whether a node is at home here."""
+        """(m,) whether a node is a sample of this partition."""
         out = np.ones(self.nodes, np.bool_)
         out[self.halo_node] = False
         return out
@@ -226,7 +226,7 @@ def whole(neighbors: I64, sqdist: F32, *, both_ways: bool) -> tuple[I64, I64, F3
 
 
 def boundary(edges: Edges, starts: I64) -> list[I64]:
-    """Own nodes, ascending, that each partition must hear of: (P,) lists."""
+    """Own nodes, ascending, whose states each partition needs: (P,) lists."""
     if not edges.halo_ids.size:
         return [np.empty(0, np.int64)] * (len(starts) - 1)
     own = edges.own()

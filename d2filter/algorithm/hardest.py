@@ -29,7 +29,7 @@ _STEP = Decimal("0.000001")  # of a share
 
 
 def auto(counts: I64, kept: Decimal, *, middle: float | None = None) -> Decimal:
-    """The share of the hardest samples to take away when `kept` of all are kept.
+    """The share of the hardest samples to cut when `kept` of all samples are kept.
 
     counts: (65536,) int64, `quantile.upper_counts` of the difficulties of all n samples. kept:
     share of the n that a budget keeps, in (0, 1]. middle: difficulty from which on a sample counts
@@ -40,17 +40,17 @@ def auto(counts: I64, kept: Decimal, *, middle: float | None = None) -> Decimal:
 
         min(e + (1 − e)·(1 − √β)²/2, 1 − kept).
 
-    What the network that has seen everything did not learn, e, no smaller one learns: most of it is
-    wrong or ambiguous, and as many wrong labels as the log could tell are in it. Of the rest a
-    small budget leaves out the hardest too, for a network that sees few samples needs the typical
-    ones first: (1 − √β)²/2 is 0.23 at β = 0.1, 0.15 at 0.2, 0.10 at 0.3 and 0.04 at 0.5. Its form
-    is found by measurement, not derived (jobs/results/bench_cifar.md; bench_cifar_cuda.md and
-    bench_supervised.md came after it). More than 1 − kept is never taken away, as the budget would
-    have to take it back.
+    A network that has seen everything did not learn the share e, so a smaller one will not either:
+    most of it is wrong or ambiguous, and it contains the wrong labels that the log can reveal. A
+    small budget also leaves out the hardest of the rest, because a network that sees few samples
+    needs typical ones first: (1 − √β)²/2 is 0.23 at β = 0.1, 0.15 at 0.2, 0.10 at 0.3 and 0.04 at
+    0.5. The form was found by measurement, not derived (jobs/results/bench_cifar.md;
+    bench_cifar_cuda.md and bench_supervised.md were measured later). At most 1 − kept is cut,
+    because the budget would have to take the rest back.
 
-    Returns a decimal of 6 digits, 0 to below 1, rounded down. Where all difficulties are equal it
-    is 0. The middle is compared with the histogram's bins, which are 2⁻⁷ of a value wide or less.
-    Raises ValueError for counts of no samples and a share outside (0, 1].
+    Returns a decimal of 6 digits, 0 to below 1, rounded down; 0 if all difficulties are equal. The
+    middle is compared with the bins of the histogram, which are 2⁻⁷ of a value wide or less. Raises
+    ValueError for counts of no samples and a share outside (0, 1].
     """
     if not 0 < kept <= 1:
         raise ValueError(f"kept is {kept}: it must be above 0 and at most 1")

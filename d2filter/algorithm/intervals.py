@@ -8,8 +8,9 @@ _Z = 1.959963984540054  # standard deviations of 95%
 
 
 def wilson(share: float, draws: float) -> tuple[float, float]:
-    """Wilson's interval (Wilson 1927) of a share in [0, 1] that `draws` > 0 draws gave, of which
-    there may be parts: draws that tell as much as so many independent ones.
+    """Wilson's interval (Wilson 1927) for a share in [0, 1], measured on `draws` > 0 draws.
+
+    `draws` may be a fraction: the number of independent draws that would have the same variance.
     """
     z2 = _Z * _Z
     center = (share + z2 / (2 * draws)) / (1 + z2 / draws)

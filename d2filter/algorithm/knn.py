@@ -59,7 +59,7 @@ class Trained:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Index:
-    """What a search needs besides the rows; fixed before the search begins."""
+    """What a search needs besides the rows. It is fixed before the search starts."""
 
     trained: Trained
     choice: calibrate.Choice
@@ -224,7 +224,7 @@ def build(
     seed: int = 0,
     progress: Progress = lambda done: None,
 ) -> tuple[Graph, Index]:
-    """The graph with the recall that is asked for, and how it was searched."""
+    """Build a graph with the target recall; returns it, and how it was searched."""
     total = len(pool.rows)
     trained = train(pool, k, exact_below=exact_below, seed=seed, effort=LEAST)
     held = in_cells(pool, trained)
@@ -321,11 +321,11 @@ def pooled(recalls: list[tuple[int, Recall]]) -> Recall:
 
 
 def recall_of(truth: Lists, found: I64, total: int) -> Recall:
-    """recall@k of lists `found` (q, k) against exact ones, of q samples among `total`.
+    """recall@k of lists `found` (q, k) against exact ones, for q samples out of `total`.
 
-    The interval is Wilson's at 95%, which is no point where every neighbor was found. Hits of one
-    query are not independent: q counts for as many as its spread over queries says. The whole pool
-    as queries leaves nothing open.
+    The interval is Wilson's at 95%; it has a width even if every neighbor was found. The k hits of
+    a query are not independent, so the effective number of draws follows from the spread over
+    queries. If the queries are the whole pool, the interval is a point.
     """
     share = truth.share_in(found)
     value = float(share.mean())

@@ -135,11 +135,12 @@ def insert(numbers, sqdist, number, distance, query, total):  # type: ignore[no-
 
 @compiled.njit()
 def certain(reach, bar, relative):  # type: ignore[no-untyped-def]  # compiled by numba
-    """The exact distance that a member has at least whose approximate one is `bar` or more.
+    """A lower bound of the exact distance of every member whose approximate distance is `bar` or
+    more.
 
-    reach: largest squared norm of the query x in its products; errors are at most
-    relative·(‖x‖ + ‖y‖)². If ‖y‖ ≤ 2‖x‖, y is at least bar − 9·relative·‖x‖² away, and if
-    ‖y‖ > 2‖x‖ the error is at most 9·relative times the distance itself.
+    reach: largest squared norm of the query x in its products; errors are at most relative·(‖x‖ +
+    ‖y‖)². If ‖y‖ ≤ 2‖x‖, y is at least bar − 9·relative·‖x‖² away, and if ‖y‖ > 2‖x‖ the error is
+    at most 9·relative times the distance itself.
     """
     return bar - 9.1 * relative * max(np.float64(reach), np.float64(bar))
 

@@ -24,13 +24,15 @@ LEAST = 100
 
 
 def sampled(hi: uids.U64, lo: uids.U64) -> npt.NDArray[np.int64]:
-    """Rows that are looked at: up to SAMPLE, chosen by a hash of the uid."""
+    """Rows to estimate the share on: up to SAMPLE, chosen by a hash of the uid."""
     return uids.hash_sample(hi, lo, SAMPLE, salt=uids.SALT_PAIRS)
 
 
 def judged(rows: npt.NDArray[np.floating]) -> dict[str, int]:
-    """How many of m pairs were looked at, and how many are like random ones; nothing for fewer than
-    LEAST. rows: (m, d), an image and a text embedding of d/2 each.
+    """How many of m pairs were compared, and how many are like random ones; empty for fewer than
+    LEAST.
+
+    rows: (m, d), an image and a text embedding of d/2 each.
     """
     if len(rows) < LEAST:
         return {}
@@ -40,12 +42,12 @@ def judged(rows: npt.NDArray[np.floating]) -> dict[str, int]:
 
 
 def like_random(image: npt.NDArray[np.floating], text: npt.NDArray[np.floating]) -> int:
-    """How many of m pairs match no better than random ones: twice those whose cosine is at most the
-    median cosine of pairs that were made at random, m at most.
+    """How many of m pairs match no better than random ones: twice the number whose cosine is at
+    most the median cosine of random pairs, at most m.
 
-    image, text: (m, d), m ≥ 2, row i of both is one pair, in an order that has nothing to do with
-    their content. A wrong pair lies below that median with probability 1/2. A right one lies there
-    where the model cannot tell: it counts, too, for no filter by this model can know better.
+    image, text: (m, d), m ≥ 2, row i of both is one pair, in an order that is independent of their
+    content. A wrong pair is below that median with probability 1/2. A right pair that the model
+    cannot recognize is below it too and counts: no filter that uses this model can do better.
     """
     own = _cosines(image, text)
     made = np.sort(_cosines(image, np.roll(text, 1, axis=0)))
@@ -54,7 +56,7 @@ def like_random(image: npt.NDArray[np.floating], text: npt.NDArray[np.floating])
 
 
 def wrong_share(figures: Mapping[str, Any]) -> Fraction | None:
-    """The share of such pairs, from the figures of a catalog; None where it is not known."""
+    """The share of such pairs, from the figures of a catalog; None if it was not measured."""
     looked_at = figures.get("pairs", {}).get("looked_at", 0)
     return Fraction(figures["pairs"]["like_random"], looked_at) if looked_at else None
 

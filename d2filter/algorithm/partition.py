@@ -24,7 +24,7 @@ _ITERATIONS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Where every row of a catalog is at home."""
+    """Which partition is the home of each row of a catalog."""
 
     partition: I32
     """(parts, nlist) home partition of the rows of a cell that lie in a catalog part"""

@@ -17,7 +17,7 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankedGraph:
-    """Result for n samples, in the order of the rows given."""
+    """The ranking of n samples, in the order of the given rows."""
 
     forward: I64
     """(n,) score after the forward pass, units of 2⁻⁴⁰"""

@@ -36,7 +36,9 @@ def distinct(numbers: I64) -> tuple[I64, I64]:
 
 
 def home_cells(numbers: I64, home_of: Callable[[I64], I32]) -> I32:
-    """Home cell of each neighbor in lists, −1 where padded; home_of is asked once for each."""
+    """Home cell of each neighbor in lists, −1 where padded; home_of is called once with all of
+    them.
+    """
     named, where = distinct(numbers)
     cells = np.full(numbers.shape, -1, np.int32)
     cells[where >= 0] = home_of(named)[where[where >= 0]]

@@ -228,13 +228,13 @@ def _sqdist(a, b):  # type: ignore[no-untyped-def]  # compiled by numba
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What a score is, for those who choose one."""
+    """A score and its meaning."""
 
     name: str
     kept_first: Literal["high", "low"]
     """the end that is kept first"""
     meaning: Literal["better", "harder", "easier"]
-    """what a high value says of a sample"""
+    """what a high value means for a sample"""
     needs: Literal["pair", "target", "pool", "log"]
     """image and text embedding | a target set | the whole pool | a training log"""
     says: str

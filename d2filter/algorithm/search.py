@@ -39,7 +39,7 @@ _ROUNDED = 1.0 + 2.0**-22  # what a limit is widened by, as it was rounded to fl
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Members:
-    """What is searched: m samples in cells."""
+    """The samples that are searched: m samples in cells."""
 
     rows: F16
     """(m, d) fixed features, finite"""
@@ -80,7 +80,7 @@ def search_all(
     *,
     over_fetch: int = OVER_FETCH,
 ) -> Lists:
-    """The k nearest of all `rows` to each query: `search` where there is one cell."""
+    """The k nearest of all `rows` to each query: `search` with a single cell."""
     among = make_members(rows, numbers, np.zeros(len(rows), np.int32), 1)
     probed = np.zeros((len(queries), 1), np.int32)
     return search(among, queries, query_numbers, probed, k, total, over_fetch=over_fetch)

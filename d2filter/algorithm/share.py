@@ -47,7 +47,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class States:
-    """What travels in a superstep: s samples."""
+    """The states that one partition sends to another in a superstep: s samples."""
 
     ids: I64
     """(s,) graph ids"""
@@ -71,24 +71,24 @@ def joined(states: list[States]) -> States:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """What a partition must know of its halo, by ascending graph id."""
+    """What a partition must know about its halo, by ascending graph id."""
 
     ids: I64
     hi: uids.U64
     lo: uids.U64
     difficulty: F32
     late: Bool
-    """which rank after everything else"""
+    """which are demoted"""
     reach: F32
     """squared distances to their last neighbors"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a partition has found for its n rows, in their order."""
+    """The scores of the n rows of a partition, in their order."""
 
     forward: I64
-    """−2⁶² of those that rank after everything else"""
+    """−2⁶² for demoted samples"""
     final: I64
     suppressed_by: I64
     """graph ids, −1 none"""
@@ -105,9 +105,9 @@ class Share:
         late: Bool | None = None,
         reach: F32 | None = None,
     ) -> None:
-        """starts: (P + 1,) first graph id of each partition. late: (n,) which of the rows rank
-        after everything else, see `late.py`. reach: (n,) squared distances to the last neighbors,
-        where `rows` come without their lists. The rows are let go at `begin`.
+        """starts: (P + 1,) first graph id of each partition. late: (n,) which of the rows are
+        demoted, see `late.py`. reach: (n,) squared distances to the last neighbors, needed if
+        `rows` have no lists. `begin` frees the rows.
         """
         self.size = len(rows.hi)
         self.reach = local.reach(rows.sqdist) if reach is None else reach
@@ -121,14 +121,16 @@ class Share:
         self._halo: I64 | None = None
 
     def range(self) -> tuple[float, float]:
-        """Smallest and largest difficulty of what is ranked in earnest; (inf, −inf) for nothing."""
+        """Smallest and largest difficulty of the rows that are not demoted; (inf, −inf) if there
+        are none.
+        """
         difficulty = self._held().difficulty[~self._late]
         if not difficulty.size:
             return np.inf, -np.inf
         return float(difficulty.min()), float(difficulty.max())
 
     def late(self) -> int:
-        """How many of the rows rank after everything else."""
+        """How many of the rows are demoted."""
         return int(self._late.sum())
 
     def cut(self) -> cut.CutEdges:
@@ -137,7 +139,7 @@ class Share:
         return cut.cut_edges(self._starts, self._number, rows.neighbors, rows.sqdist)
 
     def hear_edges(self, source: I64, target: I64, sqdist: F32) -> None:
-        """Cut edges of one other partition that lead here."""
+        """Add the cut edges of one other partition that lead here."""
         self._incoming.append((source, target, sqdist))
         self._halo = None
 
@@ -227,7 +229,7 @@ class Share:
         return self._partition.live()
 
     def advance(self) -> int:
-        """Make final what can be; returns how many samples were looked at."""
+        """Make final what can be; returns how many samples were checked."""
         self._moved = True
         return self._partition.advance()
 
@@ -249,7 +251,8 @@ class Share:
         return States(ids=self._first + rows.astype(np.int64), x=x, final=final)
 
     def hear_states(self, states: States) -> None:
-        """States of samples of another partition: late, repeated or out of order."""
+        """Merge states of samples of another partition. They may be late, repeated or out of order.
+        """
         if states.ids.size:
             nodes = self._halo_node[np.searchsorted(self._halo_ids, states.ids)]
             self._partition.receive(nodes, states.x, states.final)
@@ -265,7 +268,7 @@ class Share:
         self._moved = True
 
     def outcome(self) -> Outcome:
-        """What was found, for the rows in their order. All must be final."""
+        """The scores of the rows, in their order. All must be final."""
         final, _ = self._partition.states(self._own_node)
         by = self._partition.suppressed_by()[self._own_node]
         ids = np.empty(self._own_node.size + self._halo_node.size, np.int64)

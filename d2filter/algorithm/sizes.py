@@ -18,16 +18,16 @@ CATALOG_GROUP = 128_000_000  # of metadata that a task reads
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """How a graph is cut."""
+    """The number of partitions of a graph, and the memory of their tasks."""
 
     partitions: int
     memory: int
-    """bytes that a task of a partition asks for; 0: one task has the node"""
+    """bytes that a task of a partition requests; 0: a task has the node for itself"""
 
 
 def graph_row(row_bytes: int, sketch_dim: int, places: int) -> int:
-    """Bytes of a row in the task that searches it: features, sketch, copies and cells; shortlists
-    of own rows, then of those that visit. places: of a shortlist.
+    """Bytes per row in the task that searches it: features, sketch, copies and cells; shortlists of
+    own rows, then of visiting ones. places: length of a shortlist.
     """
     return row_bytes + 2 * sketch_dim + 200 + 32 * places
 
@@ -41,7 +41,7 @@ def class_row(row_bytes: int, k: int) -> int:
 
 
 def task_memory(rows: float, row: float) -> int:
-    """Bytes of a task that holds so many rows of so many bytes."""
+    """Bytes of a task that holds `rows` rows of `row` bytes."""
     return math.ceil(SEARCHING + rows * row / SHARE)
 
 
@@ -49,11 +49,12 @@ def cut(
     rows: int, row: float, *, nodes: int, cpus: int, node_bytes: int, memory: int = 0,
     partitions: int = 0,
 ) -> Cut:  # fmt: skip
-    """As few partitions as memory allows, at least one a node; one where a single node holds all.
+    """As few partitions as memory allows, but at least one per node; one if a single node holds all
+    rows.
 
-    rows: of the pool, of `row` bytes each. cpus, node_bytes: of a node. memory: bytes that a task
-    may use; 0: a CPU's share of the node. partitions: as many as are wanted; 0: to be decided. A
-    task then asks for what its rows take, so that no node starts more than it holds.
+    rows: of the pool, with `row` bytes each. cpus, node_bytes: of a node. memory: bytes that a task
+    may use; 0: a CPU's share of the node. partitions: a fixed number; 0: choose it. A task then
+    requests what its rows need, so that no node starts more tasks than it can hold.
     """
     if not memory:
         whole = rows * row <= (node_bytes - SEARCHING) * SHARE

@@ -40,7 +40,7 @@ class LocalGraph(NamedTuple):
     """The edges with an end in one partition; m nodes in ascending order of uid."""
 
     own: Bool
-    """(m,) whether a node is at home here"""
+    """(m,) whether a node is a sample of this partition"""
     start: Nodes
     """(m + 1,) offsets into `target`"""
     target: Nodes
@@ -48,7 +48,7 @@ class LocalGraph(NamedTuple):
     weight: F32
     """(e,) of the reverse pass, in [0, 1]"""
     in_start: Nodes
-    """(m + 1,) offsets into `source`; (0,) where out-edges are all there is to know"""
+    """(m + 1,) offsets into `source`; (0,) if out-edges are enough"""
     source: Nodes
     """in-edges of own nodes"""
 
@@ -60,7 +60,7 @@ class Snapshot:
     packed: I64
     """(m,) 2·x + 1 of live nodes, 2·x of final ones"""
     applied: Bool
-    """(e,) edges of halo nodes whose message has been taken; empty where there is no halo"""
+    """(e,) edges of halo nodes whose message was applied; empty without a halo"""
 
     def copy(self) -> Snapshot:
         """One that shares nothing with this."""
@@ -68,7 +68,7 @@ class Snapshot:
 
 
 class _State(NamedTuple):
-    """What a partition knows, and who waits for whom."""
+    """Scores, and which node waits for which."""
 
     packed: I64
     applied: Bool
@@ -100,8 +100,8 @@ class _Queue(NamedTuple):
 def make_graph(
     own: Bool, start: Nodes, target: Nodes, weight: F32, *, both_ways: bool = False
 ) -> LocalGraph:
-    """A graph from its out-edges. both_ways: each edge is there in both directions, with one
-    weight, so that out-edges are all there is to know.
+    """A graph from its out-edges. both_ways: each edge exists in both directions with one weight,
+    so that out-edges are enough.
     """
     in_start, source = start[:0], target[:0]
     # without a halo nobody ever waits, and in-edges are not looked at
@@ -116,8 +116,8 @@ class Partition:
     """The greedy in one partition, superstep by superstep."""
 
     def __init__(self, graph: LocalGraph, forward: I64) -> None:
-        """forward: (m,) scores after the forward pass, in [−2⁶², 2⁶²); of halo nodes UNKNOWN. At
-        −2⁶² nothing can change any more: such a node is final from the beginning.
+        """forward: (m,) scores after the forward pass, in [−2⁶², 2⁶²); UNKNOWN for halo nodes. A
+        node at −2⁶² cannot change and is final from the start.
         """
         self._graph = graph
         edges = 0 if graph.own.all() else graph.target.size
@@ -162,7 +162,7 @@ class Partition:
         )  # fmt: skip
 
     def advance(self) -> int:
-        """Make everything final that can be. Returns how many nodes were looked at."""
+        """Make everything final that can be. Returns how many nodes were checked."""
         work = np.concatenate(self._work)
         self._work = [work[:0]]
         if not work.size:
@@ -177,8 +177,8 @@ class Partition:
         return int(looks)
 
     def changed(self) -> I64:
-        """Own nodes whose state changed since the last call; at first all. Where there is no halo
-        nobody wants to know, and it is not noted.
+        """Own nodes whose state changed since the last call; at first all. Without a halo no other
+        partition needs them, and changes are not recorded.
         """
         nodes = np.flatnonzero(self._state.flags & bestfirst.CHANGED)
         self._state.flags[nodes] &= ~np.uint8(bestfirst.CHANGED)

@@ -41,11 +41,12 @@ def count() -> int:
 
 
 def in_blocks(work: Callable[[slice], None], size: int, block: int) -> None:
-    """Call work on slices of 0 … size − 1, from as many threads as allowed. `block` is about their
-    length. For loops that release the interpreter and call no BLAS.
+    """Call work on slices of 0 … size − 1 of about `block` items, from the allowed number of
+    threads.
 
-    The calling thread works too, and waits for none that has not begun: on a busy machine, and
-    from any number of threads at once.
+    For loops that release the interpreter lock and call no BLAS. The calling thread works too and
+    does not wait for threads that have not started, so it also works on a busy machine and from
+    many threads at once.
     """
     parts = deque(slice(begin, min(begin + block, size)) for begin in range(0, size, block))
 
@@ -68,8 +69,8 @@ def in_blocks(work: Callable[[slice], None], size: int, block: int) -> None:
 
 
 def each(work: Callable[[int], None], number: int) -> None:
-    """Call work(0) … work(number − 1) from as many threads as allowed, new ones: what they hold for
-    themselves goes with them.
+    """Call work(0) … work(number − 1) from the allowed number of new threads. Thread-local data
+    ends with them.
     """
     threads = min(number, count())
     if threads <= 1:
@@ -109,10 +110,10 @@ os.register_at_fork(after_in_child=_after_fork)
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Products take one thread each, until the last of those who asked for it is done.
+    """Limit BLAS to one thread until the last caller is done.
 
-    OpenBLAS takes a number from the thread that set one before: where another thread is the last,
-    products may stay at one thread, which changes their speed alone.
+    OpenBLAS takes the number from the thread that set one before. If another thread is the last,
+    products may stay at one thread, which changes only their speed.
     """
     import threadpoolctl
 

@@ -41,14 +41,14 @@ def ascending(hi: U64, lo: U64) -> I64:
 
 
 def repeats(hi: U64, lo: U64) -> npt.NDArray[np.bool_]:
-    """Which of some uids, equal ones side by side, are that before them, shape (n,) bool."""
+    """Which uids equal the one before them, shape (n,) bool. Equal uids must be adjacent."""
     out = np.zeros(hi.size, np.bool_)
     out[1:] = (hi[1:] == hi[:-1]) & (lo[1:] == lo[:-1])
     return out
 
 
 def falls(hi: U64, lo: U64) -> npt.NDArray[np.bool_]:
-    """Which uids are smaller than that before them, shape (n,) bool."""
+    """Which uids are smaller than the one before them, shape (n,) bool."""
     out = np.zeros(hi.size, np.bool_)
     out[1:] = (hi[1:] < hi[:-1]) | ((hi[1:] == hi[:-1]) & (lo[1:] < lo[:-1]))
     return out
@@ -99,8 +99,9 @@ _BUCKET_BITS = 20
 
 
 def buckets(pairs: U64) -> tuple[I64, int]:
-    """Where ascending (n, 2) pairs of hi and lo begin for each value of the first bits of hi:
-    (2^bits + 1,) int64, and 64 − bits. A search among millions then stays within few pages.
+    """Where ascending (n, 2) pairs of hi and lo start for each value of the first bits of hi:
+    (2^bits + 1,) int64, and 64 − bits. A search among millions of pairs then reads few pages of
+    memory.
     """
     bits = min(_BUCKET_BITS, max(1, (len(pairs) // _BUCKET_ROWS).bit_length()))
     return _bucket_starts(pairs, bits), 64 - bits
@@ -125,9 +126,11 @@ def _bucket_starts(pairs, bits):  # type: ignore[no-untyped-def]  # compiled by 
 
 @compiled.njit()
 def occurrences(pairs, starts, shift, digits):  # type: ignore[no-untyped-def]
-    """How often a uid, 32 lowercase hex digits as bytes, stands in ascending (n, 2) uint64 pairs of
-    hi and lo; −1 for what are no such digits. starts, shift: their `buckets`. Digits are read here:
-    Python takes as long for them as for all the rest.
+    """How often a uid, given as 32 lowercase hex digits in bytes, occurs in ascending (n, 2) uint64
+    pairs of hi and lo; −1 if it is not 32 such digits.
+
+    starts, shift: the `buckets` of the pairs. The digits are parsed here, because parsing them in
+    Python would take as long as everything else.
     """
     hi, lo = np.uint64(0), np.uint64(0)
     if len(digits) != 32:
