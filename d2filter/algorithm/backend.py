@@ -117,8 +117,7 @@ def gpus() -> int:
 
 
 def may_use_gpus() -> bool:
-    """Whether the installed faiss supports GPUs, so that it makes sense to request some from Ray.
-    """
+    """Whether the installed faiss supports GPUs: if not, none are requested from Ray."""
     try:
         return hasattr(load_faiss(), "knn_gpu")
     except DependencyError:

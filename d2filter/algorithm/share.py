@@ -251,8 +251,7 @@ class Share:
         return States(ids=self._first + rows.astype(np.int64), x=x, final=final)
 
     def hear_states(self, states: States) -> None:
-        """Merge states of samples of another partition. They may be late, repeated or out of order.
-        """
+        """Merge states of another partition. They may be late, repeated or out of order."""
         if states.ids.size:
             nodes = self._halo_node[np.searchsorted(self._halo_ids, states.ids)]
             self._partition.receive(nodes, states.x, states.final)

@@ -1,9 +1,10 @@
-"""Metadata → catalog: judge rows, sort by uid, keep one of each repeated uid.
+"""Stage catalog: metadata → valid samples with distinct uids, sorted by uid.
 
-Two passes like an external sort. Pass one reads groups of metadata files and writes each as a run
-sorted by uid; pass two merges one range of uids of all runs to one part. The ranges are quantiles
-of what pass one saw, so that parts are of one size whatever the uids look like. Memory: a group of
-files in the first pass, one part in the second.
+An external sort in two passes. The first pass reads groups of metadata files, checks the rows, and
+writes each group as a run sorted by uid. The second pass merges one range of uids of all runs into
+one part, and keeps one sample of each repeated uid. The ranges are quantiles of the uids seen in
+the first pass, so that parts have about equal sizes for any distribution of uids. Memory: a group
+of files in the first pass, a part in the second.
 
 See docs/files.md#catalog.
 """
@@ -255,12 +256,12 @@ def read_group(
 
 
 def _contents(source: Folder, name: str) -> dict[str, str]:
-    """What the two files of a pair hold, in a few digits."""
+    """A hash of the content of each of the two files of a pair."""
     return {file: contents.of(source, file) for file in (f"{name}.parquet", f"{name}.npz")}
 
 
 def _found(where: str, rows: metadata.Rows, row: int) -> str:
-    """Where a bad row was found, and what it holds if that is no uid."""
+    """Where a bad row was found, and its value if it is no uid."""
     told = f"{where} row {row}"
     if metadata.REASONS[rows.reason[row]] == "malformed uid":
         told += f": {tables.quoted(rows.uid[row])} is not 32 hex digits"
@@ -321,8 +322,8 @@ def distinct(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Rows that stay, ascending by uid, and rows whose uid is repeated, each int64.
 
-    Of a repeated uid the row with the smallest blake2b of (feature bytes, score bits) stays; among
-    rows equal in those, the one whose shard, key and class sort first.
+    Of rows with one uid, the one with the smallest blake2b of (feature bytes, score bits) stays; of
+    rows that are equal in those, the one whose shard, key and class sort first.
     """
     order = uids.ascending(samples.hi, samples.lo)
     hi, lo = samples.hi[order], samples.lo[order]
@@ -355,7 +356,7 @@ def _ranges(marks: Sequence[str], parts: int) -> list[tuple[str, str]]:
 
 
 def _alerts(source: Folder, read: Sequence[dict[str, Any]], score_name: str) -> list[str]:
-    """What to tell of metadata that was read without an error."""
+    """Alerts about metadata that was read without an error."""
     alerts = []
     others = metadata.left_out(source)
     if others:

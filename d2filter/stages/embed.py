@@ -1,4 +1,4 @@
-"""Shards → metadata: one shard a task, decoded by threads beside the model.
+"""Stage embed: shards → metadata, one task per shard. Threads decode images while the model runs.
 
 See docs/files.md#metadata.
 """
@@ -83,9 +83,10 @@ def build(
 
 
 def _rehearse(runner: Runner, config: EmbedConfig, fingerprint: str) -> dict[str, Any]:
-    """Figures of `check_model` where shards will be embedded: once, before all of them would find
-    out one by one that the model cannot be had. Raises UsageError when it must run on GPUs and
-    torch sees none there.
+    """Run `check_model` once on the kind of worker that will embed shards, so that a missing model
+    is one error and not one per shard; returns its figures.
+
+    Raises UsageError if GPUs are required and torch finds none there.
     """
     kind = "gpu" if runner.uses_gpus() else "cpu"
     task = Task(name=f"model-{kind}", run=check_model, arguments={"config": config})
@@ -101,8 +102,8 @@ def _rehearse(runner: Runner, config: EmbedConfig, fingerprint: str) -> dict[str
 
 
 def check_model(*, report: Report, config: EmbedConfig) -> dict[str, Any]:
-    """Task: load the model where shards will be embedded, and run one batch; the worker keeps it.
-    Its peak of memory is what a task needs beside its pictures.
+    """Task: load the model in the worker, which keeps it, and run one batch. The peak of memory is
+    what a task needs beside its images.
     """
     model = _load(config)
     clip.use_threads(assigned_cpus())
@@ -221,7 +222,7 @@ class _Line:
 
 
 def _tokenizable(caption: str) -> str:
-    """What the model can see of a caption."""
+    """The part of a caption that the model can use."""
     if len(caption) <= _LONGEST_CAPTION:
         return caption
     return " ".join(caption.split())[:_LONGEST_CAPTION]
@@ -244,7 +245,7 @@ def _row(ready: Ready, shard: webdataset.Shard) -> dict[str, Any]:
 
 
 def _size(told: object, decoded: int) -> int:
-    """What the json says, when it is a sensible number, else the size of the stored picture."""
+    """The size from the json, if it is a sensible number, else the size of the stored image."""
     return told if type(told) is int and 0 < told < 2**31 else decoded
 
 

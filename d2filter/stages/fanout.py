@@ -1,11 +1,11 @@
-"""Many tasks on a cluster that loses some of them: attempts, back-off, nodes that come and go.
+"""Submits tasks to a Ray cluster that may lose workers and nodes, and collects their outcomes.
 
-A worker that is killed, that runs out of memory, or whose node is lost costs an attempt; the task
-is tried again after a pause that doubles. An error of the task itself is final at once: it would
-come again. Neither stops the other tasks. Ray's own retries are off, for they know no pause.
+If a worker is killed, runs out of memory or loses its node, its task is tried again after a pause
+that doubles each time. An error that the task itself raises is final, because it would occur again.
+Other tasks continue in both cases. Ray's own retries are off, because they have no pause.
 
-Tasks that ask for a GPU are done by processes that keep theirs, and with it what is loaded there,
-from task to task: see `hands`.
+Tasks that need a GPU run in processes that keep their GPU and what they have loaded on it from task
+to task, see `hands`.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class FanOut:
         bar: Any,
         word: str = "",
     ) -> None:
-        """needs: what each task asks of the cluster as it is now; bar: for progress; word: what
-        must be in the run directory where a task runs, see `shared`.
+        """needs: returns the resources of a task on the cluster as it is now; bar: for progress;
+        word: the token that a task must find in the run directory, see `shared`.
         """
         self._ray = ray
         self._folder = folder
@@ -76,9 +76,9 @@ class FanOut:
         self._then: Then | None = None
 
     def run(self, tasks: Sequence[Task], then: Then | None = None) -> list[Outcome]:
-        """All outcomes, in the order in which they came. then: more tasks that a finished one makes
-        possible; they go before those that wait. Raises StageError when the cluster is gone or has
-        no node that could take a task.
+        """All outcomes, in the order of arrival. then: returns more tasks that a finished one makes
+        possible; they run before the waiting ones. Raises StageError if the cluster is gone or no
+        node can take a task.
         """
         self._waiting.extend(tasks)
         self._then = then
@@ -143,7 +143,7 @@ class FanOut:
         return outcomes
 
     def _outcome(self, reference: Any) -> Outcome | None:
-        """What came of a task, or None when it is tried again."""
+        """The outcome of a task, or None if it will be tried again."""
         task = self._running.pop(reference)
         errors = self._ray.exceptions
         what = f"{self._stage} task {task.name}"
@@ -198,7 +198,9 @@ class FanOut:
         self._bar.update(max(0, min(done, most) - self._bar.n))
 
     def _look(self) -> None:
-        """Tasks that no node can take any more ask for less, or wait for nodes to come back."""
+        """If no node can take a task any more, request fewer resources, or wait for nodes to
+        return.
+        """
         now = time.monotonic()
         if now - self._looked < _LOOK_SECONDS:
             return

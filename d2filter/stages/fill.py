@@ -1,7 +1,8 @@
-"""One new shard of `reshard`, filled from the input shards.
+"""Writes one new shard of `reshard` from the input shards.
 
-It is laid out first, for the indexes tell all sizes, and then filled from one input after the
-other: each is opened once and read from its begin to its end, whatever the order of the samples.
+All sizes are known from the indexes, so the new shard is laid out first. Then it is filled from one
+input shard after the other; each is opened once and read from start to end, for any order of the
+samples.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def fill(
 
 
 def _entries(work: Folder, rows: Rows, pool: Executor) -> list[dict[str, Any]]:
-    """What the indexes tell of the samples of a new shard, in its order."""
+    """The index rows of the samples of a new shard, in its order."""
     indexes = np.unique(rows.index).tolist()
     where = {index: np.flatnonzero(rows.index == index) for index in indexes}
 
@@ -113,7 +114,7 @@ def _lay_out(
 
 
 def _copy(shard: webdataset.Shard, places: list[tarwriter.Place], writer: tarwriter.Writer) -> None:
-    """What a new shard takes from one input shard."""
+    """Copy the members that a new shard takes from one input shard."""
     folder, name = shard.place
     with folder.reading(name, shard.info) as buffered:
         # a buffer would read ahead, by megabytes of an object store

@@ -1,7 +1,8 @@
-"""Catalog → index/ and graph/: the order of the tasks, and what each may use.
+"""Stage graph: catalog → index/ and graph/. This module runs the steps in order.
 
-train → assign, choose (by catalog part) → lay out → route (by part) → find, merge, improve, finish
-(by partition) and measure (by part) → judge. Every task publishes its output; a rerun skips it.
+train, then assign and choose (one task per catalog part), lay out, route (per catalog part), find,
+merge, improve and finish (per partition), measure (per catalog part), judge. Every task publishes
+its output, and a rerun skips it.
 
 See docs/method.md#graph-partitions.
 """
@@ -84,7 +85,7 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
 
 
 def tidy(out: Folder) -> None:
-    """Remove what only the making of a graph needs. After the stage is recorded as done."""
+    """Remove files needed only while a graph is made. Call it after the stage is recorded."""
     index = out.sub("index")
     names = [name for name in index.names() if name not in _KEPT]
     with ThreadPoolExecutor(_REMOVERS) as pool:  # an object store takes its time for each
@@ -109,7 +110,7 @@ class _Steps:
         self._made = ""
 
     def choose(self, effort: Effort) -> tuple[Figures, Figures, Effort | None]:
-        """Train, assign, calibrate; with what to try next where the target was missed."""
+        """Train, assign, calibrate; returns the effort to try next if the target was missed."""
         kind = f"cells-{effort.looked_under}-{effort.least_axes}"
         if effort == knn.LEAST:
             kind = "cells"
@@ -127,7 +128,7 @@ class _Steps:
         return trained, figures, more
 
     def _calibrate(self, kind: str) -> Figures:
-        """Figures of the choice: the driver decides, and every catalog part is asked."""
+        """Figures of the choice. The driver decides; tasks of all catalog parts search."""
 
         def each(turn: str, run: Any, arguments: Figures) -> None:
             names = [f"choose-{turn}-{part:05d}" for part in range(self._parts)]
@@ -148,7 +149,7 @@ class _Steps:
         return figures
 
     def compare_all(self) -> tuple[Figures, Figures]:
-        """One cell, whatever the calibration found."""
+        """Use one cell, regardless of the calibration."""
         trained = self._train("exact", exact=True, effort=knn.LEAST)
         self._made = "exact"
         return trained, {**asdict(knn.exact_choice(self.total)), "pays": True}
@@ -165,7 +166,9 @@ class _Steps:
         self._map("assign", index.assign, names, arguments, self.total, variant=kind)
 
     def lay_out(self, width: int, sketch_dim: int) -> tuple[Figures, int]:
-        """Cells → partitions: as many as asked for, as before, or as a worker's memory needs."""
+        """Assign cells to partitions. Their number is the requested one, that of an earlier
+        attempt, or follows from memory.
+        """
         marker = "completions/graph/layout.json"
         before = self._out.read_json(marker)
         partitions = self._config.partitions
@@ -257,7 +260,9 @@ class _Steps:
         return found, edges, judged
 
     def _cut(self, width: int, sketch_dim: int, partitions: int) -> int:
-        """Number of partitions, as asked for or as memory needs, and what their tasks ask for."""
+        """The number of partitions, as requested or as memory requires; sets the memory of their
+        tasks.
+        """
         places = sketch.places(width, identity=2 * sketch_dim == self._row_bytes)
         row = sizes.graph_row(self._row_bytes, sketch_dim, places)
         cpus, nodes, node_bytes = self._runner.resources()
@@ -301,8 +306,8 @@ class _Steps:
         return figures
 
     def _print(self, label: str, variant: Any) -> str:
-        """Fingerprint of one step: another number of partitions makes it anew, and so do other
-        cells, once they are chosen.
+        """Fingerprint of one step. It changes with the number of partitions and, after the choice,
+        with the kind of cells.
         """
         made = "" if label in _CHOOSING else self._made
         return digest([self._fingerprint, made, label, variant])

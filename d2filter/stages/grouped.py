@@ -1,7 +1,7 @@
-"""Catalog → graph/ where samples have classes: neighbors are of the same class.
+"""Stage graph for samples with classes: catalog → graph/, with neighbors of the same class only.
 
-Whole classes make a partition, so no edge crosses and none has to be merged. A task holds the
-features of its partition: a class is the smallest one.
+A partition holds whole classes, so no edge is cut and nothing has to be merged. A task holds the
+features of its partition, and a class cannot be divided.
 
 index/classes.json     names of the classes, by number
 index/cells.parquet    class, partition, rows

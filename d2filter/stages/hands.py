@@ -1,7 +1,7 @@
-"""Processes that keep their GPU from task to task: one process, one model for each.
+"""Processes that keep one GPU from task to task, so that a model is loaded once per process.
 
-Ray's own workers may be given another GPU with each task, which a process that has used one cannot
-move to; and if it ended after each task, a model would be loaded for each.
+Ray's own workers may get another GPU for each task, but a process that has used one GPU cannot
+change to another. Ending the process after each task would load the model for every task.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _STILLBORN = 5  # in a row
 
 
 class Hands:
-    """Some processes for the tasks of one fan-out. A task is only given to one that is there, so
-    that none waits for a GPU while others are free.
+    """Processes for the tasks of one fan-out. A task is given only to a process that has started,
+    so that no task waits for a GPU while others are free.
     """
 
     def __init__(self, ray: Any, work: Callable[..., Any]) -> None:
-        """work: what a process does with the arguments of `begin`."""
+        """work: function that a process calls with the arguments of `begin`."""
         self._ray = ray
         self._work = work
         self._coming: dict[Any, Any] = {}
@@ -32,10 +32,10 @@ class Hands:
         self._stillborn = 0
 
     def free(self, needs: dict[str, float], waiting: int, more: int = 0) -> int:
-        """How many can take a task now; asks for others while more tasks wait, and lets go of those
-        for which there is none. more: tasks that will wait soon.
+        """How many processes can take a task now. Requests more while tasks wait, and ends those
+        without a task. more: tasks that will wait soon.
 
-        Raises StageError when processes end as soon as they begin.
+        Raises StageError if processes end as soon as they start.
         """
         if self._coming:
             ready, _ = self._ray.wait(list(self._coming), num_returns=len(self._coming), timeout=0)
@@ -59,7 +59,7 @@ class Hands:
         return reference
 
     def done(self, reference: Any) -> None:
-        """The process of this result is free again. What is not of a process is left alone."""
+        """Mark the process of this result as free. References of other tasks are ignored."""
         if reference in self._busy:
             self._free.append(self._busy.pop(reference))
 

@@ -1,14 +1,14 @@
-"""Catalog → index/: sketches, centroids, the cells of every row, how to search.
+"""Steps train and assign of stage graph: sketches, centroids, and the cells that each row probes.
 
 index/centroids.npy            (nlist, d') float16; parents.npy, parent.npy, looked_under.npy: the
-                               level above, and how many of it a row looks under
+                               upper level, and the number of parents that a row considers
 index/sketch.*                 the projection: mean (d,), axes (d, d') and grid
 index/calibrate.*, measure.*   hash-chosen samples: numbers and features; calibrate.probed.npy: the
                                cells that may be searched for them
 index/assigned-00000.npy       (rows, p) int32, by catalog part: cells that each row probes
 index/counts-00000.npy         (nlist,) int64 rows of each cell in that part
 
-All but centroids.npy and cells.parquet is removed when the graph is done.
+All files except centroids.npy and cells.parquet are removed when the graph is done.
 
 See docs/method.md#cells.
 """
@@ -99,7 +99,7 @@ def assign(*, report: Report, out: Folder, part: int, probes: int) -> dict[str, 
 
 
 def read_trained(out: Folder) -> knn.Trained:
-    """Sketches and cells; copies, for compiled code is made anew for read-only arrays."""
+    """Sketches and cells, as copies: numba would compile once more for read-only arrays."""
     index = out.sub("index")
     found = cells.Cells(
         centroids=np.array(read_array(index, CENTROIDS)),

@@ -1,11 +1,11 @@
-"""Figures of a running run at Ray's Prometheus endpoint, beside Ray's own.
+"""Figures of a running command at Ray's Prometheus endpoint, beside Ray's own.
 
-ray_d2filter_samples_total{stage}   counter: samples that went through a stage's tasks, so that
-                                    rate() is samples a second
+ray_d2filter_samples_total{stage}   counter: samples that the tasks of a stage have processed;
+                                    rate() of it is samples per second
 ray_d2filter_recall{k}              gauge: measured recall@k of the graph
-ray_d2filter_share_final            gauge: share of the ranking's samples whose score is final
+ray_d2filter_share_final            gauge: share of the samples whose final score is known
 
-Each process tells Ray of its own; nothing is told, and nothing costs, where Ray does not run.
+Each process reports its own figures. Without Ray nothing is reported, at no cost.
 """
 
 from __future__ import annotations

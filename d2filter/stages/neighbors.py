@@ -1,15 +1,15 @@
-"""Partitions → graph/: search by cell, merge at home, refine, measure.
+"""Steps find, merge, improve, finish, measure and judge of stage graph: partitions → graph/.
 
 index/lists-00000.*       shortlists of a partition's own rows: number, list, near, exact
-index/found-00000.*       shortlists that a partition found for rows of others, by home partition;
-                          start (P + 1,): whoever merges them reads one piece of each
-index/merged-00000.*      lists after what other partitions found came home: number, list, sqdist
+index/found-00000.*       shortlists that a partition found for visiting rows, sorted by their home
+                          partition; start (P + 1,): each home reads one range of each file
+index/merged-00000.*      lists after merging, in the home partition: number, list, sqdist
 index/refined-00000.*     the same after the refinement pass
 index/truth-00000.*       exact lists of the measured samples within one catalog part
 graph/part-00000.parquet  the graph
 
-Shortlists over the members of several partitions merge to the one over all of them, exactly: how
-rows were partitioned cannot be seen in the graph.
+Shortlists over the members of several partitions merge exactly to the shortlist over all members,
+so the partitions cannot change the graph.
 
 See docs/method.md#exact-search.
 """
@@ -47,7 +47,7 @@ _FETCHED_ROWS = 65536  # features from anywhere that are held at a time
 def find(
     *, report: Report, out: Folder, number: int, parts: int, partitions: int, nlist: int, width: int
 ) -> dict[str, Any]:
-    """Task: search the cells of one partition for its own rows and for those that visit.
+    """Task: search the cells of one partition for its own rows and for visiting rows.
 
     Memory: the partition's rows and sketches, the visitors from one catalog part, and shortlists.
     """
@@ -197,7 +197,7 @@ def measure(*, report: Report, out: Folder, part: int, k: int) -> dict[str, Any]
 def list_exactly(out: Folder, part: int, asked: str, answer: str, k: int) -> int:
     """Publish exact lists of some queries over one catalog part; returns its rows.
 
-    asked, answer: stems of the queries and of their lists. Memory: the part.
+    asked, answer: file stems of the queries and of their lists. Memory: the part.
     """
     backend.use_threads(assigned_cpus())
     layout = catalog.layout(out.sub("catalog"))

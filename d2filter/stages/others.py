@@ -1,6 +1,6 @@
-"""Graph and catalog → ranking/, by another method than D2: one task that holds the pool.
+"""Stage rank for other methods than D2: one task that holds the whole pool.
 
-`algorithm/selectors.py` says up to what size each is practical, and refuses beyond.
+`algorithm/selectors.py` states the largest pool of each method; larger pools are refused.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str, k: i
 
 
 def rank_all(*, report: Report, out: Folder, config: RankConfig, k: int) -> Figures:
-    """Task: the whole ranking. Figures: samples that rank last.
+    """Task: the whole ranking. Figures: the number of demoted samples.
 
-    Scores have no meaning here: `final` counts the samples ranked behind, so that it falls with
-    rank, and nobody suppresses anybody.
+    Scores have no meaning here: `forward` and `final` are the number of samples that rank behind,
+    and `suppressed_by` is −1.
     """
     backend.use_threads(assigned_cpus())
     known = read_pool(out, k, with_features=wants_features(config.method))
@@ -148,8 +148,8 @@ def narrowed(part: graph.GraphPart, k: int) -> graph.GraphPart:
 def ranks_of(
     known: KnownPool, config: RankConfig
 ) -> tuple[I64, npt.NDArray[np.bool_], settling.Settled]:
-    """Rank of each row of the graph, D2 or any other method, which samples rank last, and what was
-    found on the pool before.
+    """The rank of each row of the graph, by D2 or any other method; which samples are demoted; the
+    settings found on the pool.
     """
     part = known.part
     settled, last = config.settled_on(
@@ -169,7 +169,7 @@ def ranks_of(
 def interleaved(
     known: KnownPool, rank: I64, last: npt.NDArray[np.bool_], config: RankConfig
 ) -> I64:
-    """Ranks by graph row, of which every budget gives each class its share, where there are any."""
+    """Ranks by graph row; with classes, every budget gives each class its share."""
     group, order = known.part.group, known.order
     if group is None:
         return rank

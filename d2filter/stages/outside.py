@@ -1,5 +1,6 @@
-"""What a catalog needs beside the metadata, made ready once for all tasks that read it: scores of
-training logs, and the tables that are joined by uid (`formats/joined.py`).
+"""Prepares inputs beside the metadata for the catalog: training logs, score files, subsets.
+
+They are read once, before the tasks that read metadata join them by uid (`formats/joined.py`).
 
 catalog/outside/log-NAME.*     hi, lo, value of a training log's score
 catalog/outside/scores-00000.* buckets of the score file, and within-00000.* of the subset
@@ -114,7 +115,7 @@ def ready(out: Folder, config: CatalogConfig) -> outside.Outside:
 
 
 def alerts(rows: Mapping[str, int], ranked: int) -> list[str]:
-    """What to tell of tables that hold more uids than were ranked: each ranked sample has one."""
+    """Alerts about tables with more uids than ranked samples; each sample has a row in them."""
     names = {outside.SCORES: "score file", outside.WITHIN: "subset"}
     return [
         f"{uids - ranked:,} of the {uids:,} uids of the {names[name]} belong to no ranked sample"

@@ -1,7 +1,7 @@
-"""Pictures of samples → what the model takes: decoded ahead by threads, within bounds of memory.
+"""Decodes images into the tensors that the model takes, ahead of the model and in bounded memory.
 
-A picture is seen as open_clip's training sees it: its first frame, as RGB before it is scaled, not
-turned by EXIF.
+Images are decoded as in open_clip's training: the first frame, converted to RGB before it is
+scaled, not turned by EXIF.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF's tags
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A sample whose picture is decoded and transformed; the encoded one is let go."""
+    """A sample whose image is decoded and transformed; the encoded bytes are freed."""
 
     sample: webdataset.Sample
     sha256: str
@@ -53,8 +53,8 @@ class Ready:
 
 
 class Memory:
-    """Bytes that threads take together for pictures that they decode. A picture that needs more
-    than all of them is decoded alone.
+    """Limits the bytes that threads use together for decoding. An image that needs more than the
+    limit is decoded alone.
     """
 
     def __init__(self, most: int) -> None:
@@ -64,7 +64,7 @@ class Memory:
 
     @contextmanager
     def held(self, count: int) -> Iterator[None]:
-        """Wait until so many are free, and hold them."""
+        """Wait until `count` bytes are free, and hold them."""
         with self._changed:
             self._changed.wait_for(lambda: self._taken == 0 or self._taken + count <= self._most)
             self._taken += count
@@ -77,9 +77,10 @@ class Memory:
 
 
 def bytes_at_once(config: EmbedConfig) -> int:
-    """Bytes of the pictures that a task decodes at the same time: the largest one, or many small.
+    """Bytes of the images that a task decodes at the same time: one of the largest, or many small
+    ones.
 
-    Files that wait are not among them.
+    Waiting files are not included.
     """
     return config.max_pixels * _MOST_BYTES_A_PIXEL
 
@@ -123,8 +124,8 @@ def decoded(
 
 @contextmanager
 def _own_limits(max_pixels: int) -> Iterator[None]:
-    """Pillow refuses pictures by the same limit, some of them before they can be looked at here. It
-    warns of half as many pixels, which are not hostile, and of palettes.
+    """Set Pillow's limit of pixels to ours, because Pillow refuses some images before this module
+    sees them, and silence its warnings about half as many pixels and about palettes.
     """
     from PIL import Image
 
@@ -241,10 +242,10 @@ def _is_transparent(picture: Any) -> bool:
 
 
 def _as_rgb(picture: Any, alpha: str, transparent: bool) -> Any:
-    """A picture in the mode that training scales: RGB, or gray, which scales alike.
+    """An image in the mode that training scales: RGB, or gray, which scales in the same way.
 
-    alpha: drop takes the colors that lie below transparent pixels, as training does; white and
-    black put the picture on such a ground.
+    alpha: drop takes the colors that the file has below transparent pixels, as training does; white
+    and black put the image on such a background.
     """
     from PIL import Image
 

@@ -1,7 +1,7 @@
-"""Which stages a command runs, which are there already, and what is recorded of them.
+"""Runs the stages of a command: plans each one, skips it if it is finished, records its result.
 
-Every stage is planned first (see `plans`). A finished stage of the same plan is skipped; one of
-another plan is an error that names what differs.
+A finished stage with the same plan is skipped (see `plans`). A finished stage with another plan is
+an error that names the difference.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ class Pipeline:
         self._runner = Runner(out, self.config.address, self._show_progress, self.config.device)
 
     def run(self, command: str, then: Callable[[], object] = lambda: None) -> dict[str, Any]:
-        """Run the stages of `command`, and `then` what looks at them; returns stats.json.
+        """Run the stages of `command`, then call `then`, which may read the results; returns
+        stats.json.
 
-        Raises LockedError while another command writes to the run directory, and TooManyBadError
-        or RecallError after everything else is finished.
+        Raises LockedError while another command writes to the run directory, and TooManyBadError or
+        RecallError after everything else is finished.
         """
         stages = self._plans.stages(command)
         # a mistyped input or run directory is refused before anything is created
@@ -169,7 +170,7 @@ class Pipeline:
         spread.tidy(self.out)
 
     def _require_no_catalog_anew(self) -> None:
-        """Raise UsageError when a catalog is to be made again whose metadata is not given."""
+        """Raise UsageError if the catalog must be made again and its metadata is not given."""
         if self.config.heal or "catalog" in self.config.overwrite:
             option = "heal" if self.config.heal else "overwrite catalog"
             raise UsageError(f"{option} needs the metadata again: give --metadata-dir")
@@ -238,8 +239,8 @@ class Pipeline:
         self._stage(plan, build)
 
     def _is_done(self, plan: Plan) -> bool:
-        """Whether a stage is done as planned. Raises RunStateError when it is done otherwise, but
-        for a selection: another budget of the same ranking is no contradiction.
+        """Whether a stage is done as planned. Raises RunStateError if it is done otherwise, except
+        for a selection: another budget of the same ranking is allowed.
         """
         if plan.stage == "select":
             return self.state.is_selected(plan)
@@ -277,7 +278,7 @@ class Pipeline:
         self._say(f"{plan.stage:<9} {_brief(plan.stage, figures)} ({seconds:.1f} s)")
 
     def _judge(self, stats: dict[str, Any], stages: Sequence[str]) -> None:
-        """Raise what a finished command still has to say through its exit code."""
+        """Raise the error of a finished command: too many bad samples, or low recall."""
         samples = stats["samples"]
         if "catalog" in stages or "embed" in stages:
             lost = stats["lost_shards"]

@@ -1,7 +1,8 @@
-"""Which sample of `reshard` comes where, told shard by shard as the inputs are searched.
+"""Decides which sample of `reshard` goes to which new shard, while the input shards are searched.
 
-Without a shuffle a new shard is settled once the inputs up to its last sample are searched, so it
-is written while others still are. A shuffle must know them all.
+Without a shuffle, the content of a new shard is known as soon as the inputs up to its last sample
+have been searched, so it can be written while other inputs are still searched. A shuffle needs all
+of them first.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class _Found:
     """(n,) of (u8, u8)"""
 
     def take(self, some: slice | I64) -> _Found:
-        """Some of them, copied: the others can be let go."""
+        """A copy of some of them, so that the others can be freed."""
         rows = {name: getattr(self.rows, name)[some].copy() for name in _COLUMNS}
         return _Found(rows=Rows(**rows), ids=self.ids[some].copy())
 

@@ -1,7 +1,7 @@
-"""What each stage of a command is asked to be: its options and its input, before anything runs.
+"""Plans the stages of a command: their options, inputs and fingerprints, before anything runs.
 
-`Plans` reads the run directory and the input's listings; it writes nothing, so that `--dry-run`
-sees what a run would.
+`Plans` reads the run directory and lists the input files. It writes nothing, so that `--dry-run`
+makes the same plans as a run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CHAINS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """A stage that is to be there when a command is done."""
+    """The plan of one stage of a command."""
 
     plan: Plan
     says: str = ""
@@ -87,8 +87,8 @@ class Plans:
         )
 
     def catalog(self, upstream: str = "") -> Planned | None:
-        """Metadata of a folder, or what `embed` writes. None: it is done, and this command was not
-        told again from what.
+        """The plan for metadata of a folder, or for what `embed` writes. None: the catalog is done,
+        and this command does not name its input.
         """
         own = self._out.sub("metadata")
         config = self._config.catalog
@@ -168,9 +168,9 @@ class Plans:
         return Planned(plan=Plan(stage="rank", options=options, upstream=upstream))
 
     def _tuned_for(self, options: dict[str, Any]) -> str | None:
-        """The kept share that auto settings are for: what is asked for, else that of a ranking that
-        is there and is otherwise the same, so that another budget of it needs no other ranking,
-        else that of the selection.
+        """The kept share that automatic settings are for: the requested one; else that of an
+        existing ranking that is otherwise the same, so that another budget does not need another
+        ranking; else that of the selection.
         """
         rank, select = self._config.rank, self._config.select
         if not rank.is_tuned:
@@ -212,7 +212,9 @@ class Plans:
         return wanted
 
     def _check_method(self) -> None:
-        """Refuse what cannot be, before anything is thrown away for it."""
+        """Raise UsageError for a method that the pool does not allow, before anything is removed
+        for it.
+        """
         record = self._state.done("catalog")
         if record is None:
             return  # a plan only: the catalog is not made yet
@@ -231,7 +233,9 @@ class Plans:
 
 
 def _catalog_options(config: CatalogConfig) -> dict[str, Any]:
-    """Where files beside the metadata lie is told by the plan's inputs."""
+    """The options of a catalog. The location of files beside the metadata is not an option: the
+    plan's inputs list them.
+    """
     return {**options_of(config), **{n: bool(getattr(config, n)) for n in CATALOG_SOURCES}}
 
 

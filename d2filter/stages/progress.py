@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a bar of samples, and lines on what went wrong."""
+"""Terminal output while a command runs: a progress bar of samples, and lines about problems."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _TICK_SECONDS = 1.0
 
 
 def progress_bar(label: str, total: int | None, show: bool | None) -> Any:
-    """A bar of samples done, whose clock goes on while nothing is done; show: None for only on a
-    terminal.
+    """A progress bar of samples whose clock runs on without progress. show: None for terminals
+    only.
     """
     return _Bar(
         desc=f"{label:<9}",

@@ -1,20 +1,20 @@
-"""Graph → ranking/: one partition a graph part, and one order over all of them.
+"""Stage rank: graph → ranking/. One partition per graph part, then one order over all of them.
 
-settle (see `late`) → cut → describe → supersteps (actors, see `supersteps`) → ranges → merge →
-finish.
+The steps are settle (see `late`), cut, describe, supersteps (in actors, see `supersteps`), ranges,
+merge, finish.
 
 ranking-work/cut-00000.*      edges that leave a partition: source, target, sqdist; start (P + 1,)
 ranking-work/reach-00000.npy  squared distances of its rows to their last neighbors
-ranking-work/known-00000.*    uid, difficulty and reach of samples that others have edges with: ids,
-                              hi, lo, difficulty, late, reach; start (P + 1,)
+ranking-work/known-00000.*    for the halos of the others: ids, hi, lo, difficulty, late, reach of
+                              the samples that they have edges with; start (P + 1,)
 ranking-work/state-*.npz      the last snapshot of each partition
 ranking-work/scores-00000.*   forward, final, suppressed_by of its rows; order: best key first
-ranking-work/best-00000.*     its keys in that order, and sampled-00000.*: some of them
-ranking-work/ranges-00000.*   where these are cut into ranges
+ranking-work/best-00000.*     its keys in that order; sampled-00000.*: some of them, for splitters
+ranking-work/ranges-00000.*   where these keys are cut into ranges
 ranking-work/ranks-00000.*    ranks of one range of keys, by partition; start (P + 1,)
 ranking/part-00000.parquet    the ranking
 
-All of ranking-work/ is removed when the ranking is done.
+ranking-work/ is removed when the ranking is done.
 
 See docs/method.md#global-order.
 """
@@ -122,7 +122,7 @@ def build(
 def _supersteps(
     runner: Runner, out: Folder, parts: int, made: Figures, fingerprint: str, total: int
 ) -> Figures:
-    """Actors where there are several partitions, a task where there is one."""
+    """Run the supersteps: in actors for several partitions, in a task for one."""
     if parts == 1:
         task = Task(name="supersteps", run=supersteps.alone, arguments={"out": out, "made": made})
         return runner.map(
@@ -138,7 +138,7 @@ def _supersteps(
 
 
 def told_of(settled: late.Settled) -> Figures:
-    """What was found on the pool, for the record of the stage."""
+    """The settings that were found on the pool, for the record of the stage."""
     tuned = {name: value for name, value in settled.tuned.items() if name != "gamma"}
     return {
         "gamma": settled.gamma,
@@ -151,13 +151,15 @@ def told_of(settled: late.Settled) -> Figures:
 
 
 def tidy(out: Folder) -> None:
-    """Remove what only the making of a ranking needs. After the stage is recorded as done."""
+    """Remove files that are needed only while a ranking is made. Call it after the stage is
+    recorded.
+    """
     out.remove(WORK)
 
 
 def cut(*, report: Report, out: Folder, number: int, settled: late.Settled) -> Figures:
-    """Task: the edges that leave a partition. Figures: how many, extremes of difficulty, and how
-    many samples rank last.
+    """Task: the edges that leave a partition. Figures: their number, the extremes of difficulty,
+    and the number of demoted samples.
     """
     one = read_share(out, number, settled)
     leaving = one.cut()
@@ -174,7 +176,7 @@ def cut(*, report: Report, out: Folder, number: int, settled: late.Settled) -> F
 def describe(
     *, report: Report, out: Folder, number: int, parts: int, settled: late.Settled
 ) -> Figures:
-    """Task: what the other partitions must know of own samples that they have edges with."""
+    """Task: the data of own samples that other partitions need for their halos."""
     work = out.sub(WORK)
     one = read_share(out, number, settled, lists=False)
     own = read_columns(work, f"cut-{number:05d}", "start", "source")
@@ -208,7 +210,7 @@ def cut_keys(*, report: Report, out: Folder, number: int, parts: int) -> Figures
 
 
 def merge_range(*, report: Report, out: Folder, number: int, parts: int) -> Figures:
-    """Task: ranks of one range of keys, whichever partitions they lie in."""
+    """Task: ranks of one range of keys, over all partitions."""
     work = out.sub(WORK)
     pieces, first = [], 0
     for p in range(parts):

@@ -1,14 +1,18 @@
-"""Shards + subset → new shards of the kept samples, byte by byte (docs/files.md#reshard-folder).
+"""Command reshard: shards + subset → new shards of the kept samples, copied byte by byte.
 
-find (by input shard) → write (by output shard) → finish. Nothing is decoded. The first pass reads
-headers and json members and notes where the members of kept samples lie; the second copies these
-ranges, into each new shard as soon as `placing` knows what belongs there. Names and contents follow
-from the input, the subset, shard size and seed, never from the number of workers.
+The steps are find (one task per group of input shards), write (one per new shard) and finish.
+Nothing is decoded. The first pass reads tar headers and json members and records where the members
+of kept samples are. The second pass copies these byte ranges into a new shard, as soon as `placing`
+knows its samples. Names and contents depend on the input, the subset, the shard size and the seed,
+not on the number of workers.
 
-Of a run directory that knows its shards, the samples that were ranked are taken, by shard and key.
-Otherwise the first sample with a uid that has picture and caption is taken.
+If the subset is a run directory that knows its shards, samples are taken by shard and key, so that
+the sample that was ranked is copied. Otherwise the first sample with the uid, an image and a
+caption is taken.
 
-OUT/.d2filter/     completions, logs and, until it is done, work/: index-*.parquet, what is wanted
+OUT/.d2filter/     completions, logs and, until all is written, work/ with index-*.parquet
+
+See docs/files.md#reshard-folder.
 """
 
 from __future__ import annotations
@@ -54,7 +58,7 @@ _BYTES_A_TASK = 128 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReshardConfig:
-    """What the new shards are to be."""
+    """Options of the new shards."""
 
     shard_size: int = 10_000
     """samples in a shard; the last one has fewer"""
@@ -120,7 +124,7 @@ def _make(
     config: ReshardConfig,
     fingerprint: str,
 ) -> Figures:
-    """Search the inputs, and write each new shard once it is known what comes into it."""
+    """Search the inputs, and write each new shard as soon as its samples are known."""
     state = out.sub(STATE)
     work = state.sub(_WORK)
     subset = wanted.subset
@@ -239,7 +243,7 @@ class _Indexes:
 def _plan(
     shards: Sequence[webdataset.Shard], wanted: Wanted, config: ReshardConfig
 ) -> dict[str, Any]:
-    """What the new shards follow from."""
+    """What the new shards depend on."""
     return {
         "d2filter version": __version__,
         "shard_size": config.shard_size,
@@ -275,7 +279,7 @@ def _read_shards(work: Folder, private: Mapping[int, str]) -> list[webdataset.Sh
 
 
 def _bounds(shards: Sequence[webdataset.Shard]) -> list[int]:
-    """Where the shards of one task end and those of the next begin: small ones go together."""
+    """Where the shards of one task end and those of the next start; small shards share a task."""
     bounds, held = [0], 0
     for number, shard in enumerate(shards):
         held += max(shard.info.size, _BYTES_A_TASK // _SHARDS_A_TASK)
@@ -345,7 +349,7 @@ def finish(
     figures: Figures,
     inputs: int,
 ) -> Figures:
-    """Task of the driver: what trainers read beside the shards."""
+    """Task of the driver: write the files beside the shards that trainers read."""
     samples = sum(len(own) for own in ids)
     told = sum(out.read_json(f"{n:08d}_stats.json")["successes"] for n in range(len(ids)))
     if told != samples:

@@ -1,12 +1,15 @@
-"""Catalog parts → partitions: every row goes home, and as a query to where it must be compared.
+"""Steps lay out and route of stage graph: sends each row to all partitions that must compare it.
 
-index/cells.parquet            cell i32, partition i32, rows i64 (a cell cut in slices: several)
-index/routed-00000.npy         (entries, d) float16, by catalog part: for every partition the rows
-                               that are at home there, then those that visit, both by number
-index/routed-00000.*.npy       beside it: number, home partition, probed; start (2·P + 1,)
+Each row goes to its home partition, and as a visitor to every other partition that owns a cell that
+it probes.
+
+index/cells.parquet            cell i32, partition i32, rows i64 (several rows for a divided cell)
+index/routed-00000.npy         (entries, d) float16, by catalog part: for each partition its home
+                               rows, then its visitors, both by number
+index/routed-00000.*.npy       of these entries: number, home partition, probed; start (2·P + 1,)
 index/ids-00000.npy            (rows,) int64, by catalog part: the graph id of each sample
 
-Vectors travel as float16 on disk and never through an object store.
+Features travel as float16 files, not through Ray's object store.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ _OF_A_LAYOUT = ("routed-", "ids-", "found-", "lists-", "merged-", "refined-")
 
 
 def lay_out(*, report: Report, out: Folder, parts: int, partitions: int) -> dict[str, Any]:
-    """Task of the driver: cells → partitions. Removes what another layout has left."""
+    """Task of the driver: cells → partitions. Removes the files of an earlier layout."""
     index = out.sub("index")
     centroids = np.array(read_array(index, CENTROIDS))
     counts = read_counts(out, parts)
@@ -63,7 +66,7 @@ def lay_out(*, report: Report, out: Folder, parts: int, partitions: int) -> dict
 def route(
     *, report: Report, out: Folder, part: int, parts: int, probes: int, k: int, partitions: int
 ) -> dict[str, Any]:
-    """Task: send the rows of one catalog part on. Figures: entries, home rows by partition."""
+    """Task: send the rows of one catalog part to partitions. Figures: entries."""
     index = out.sub("index")
     layout = catalog.layout(out.sub("catalog"))
     # of the tables by part only its own row: all of them have gigabytes in large pools
@@ -110,7 +113,7 @@ class Entries:
 
 
 def read_entries(out: Folder, part: int, number: int, *, visitors: bool) -> Entries:
-    """What partition `number` got from catalog part `part`: its own rows, or those that visit."""
+    """The rows that partition `number` got from catalog part `part`: its own, or its visitors."""
     index = out.sub("index")
     stem = f"routed-{part:05d}"
     some = _slice(index, stem, number, visitors=visitors)

@@ -1,6 +1,6 @@
-"""Runs the tasks of a stage: what was done before is skipped, the rest fans out on Ray.
+"""Runs the tasks of a stage on Ray: starts or joins Ray, skips finished tasks, submits the rest.
 
-A task that fails does not stop the others; at the end the stage fails and names every failed task.
+If a task fails, the others continue. At the end the stage fails and names every failed task.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class Runner:
     """auto: GPUs where the cluster has any; cpu: none; cuda: wait for them"""
     _owns_ray: bool = field(default=False, init=False)
     _word: str | None = field(default=None, init=False)
-    """what every node must see in the run directory; None: not looked at yet, empty: no need"""
+    """token that every node must find in the run directory; None: not checked yet, empty: no check
+    needed
+    """
 
     def map(
         self,
@@ -61,17 +63,19 @@ class Runner:
         cpus: float = 1,
         then: Follow | None = None,
     ) -> list[dict[str, Any]]:
-        """Figures of all tasks, in their order; those that a former run published are not run.
+        """Run tasks; returns their figures in their order. Tasks that an earlier run finished are
+        not run.
 
-        label: what the progress bar shows. total: samples expected, when known. share_node:
-        fewer tasks than CPUs get the others' too. on_gpu: each task gets a GPU, where `uses_gpus`,
-        and its share of the CPUs beside it; else it shares the node. memory: bytes that
-        each task asks Ray for, so that no node starts more of them than it can hold; 0 for none.
-        cpus: that each task takes at least; less than 1 for those that wait for disks. then: asked
-        with name and figures of each task that is done, in the order in which they come, for tasks
-        that can begin now; they go before those that wait, and their figures come last, in the
-        order in which `then` told of them. What it raises is raised when all others are done.
-        Raises the task's own error when all failures are the same, StageError otherwise.
+        label: name on the progress bar. total: expected samples, if known. share_node: if there are
+        fewer tasks than CPUs, tasks share the other CPUs. on_gpu: each task gets a GPU, if
+        `uses_gpus`, and its share of the CPUs; else it shares the node. memory: bytes that each
+        task requests, so that no node starts more tasks than it can hold; 0 for none. cpus: CPUs of
+        each task, at least; less than 1 for tasks that wait for disks. then: called with name and
+        figures of each finished task, in the order of arrival; returns tasks that can start now.
+        They run before the waiting ones, and their figures come last, in the order in which `then`
+        returned them. An error in `then` is raised when all other tasks are done.
+
+        Raises the task's own error if all failures are the same, StageError otherwise.
         """
         # one listing: to ask for each of many markers on an object store takes as long as a stage
         there = set(self.folder.sub(f"completions/{stage}").names(".json"))
@@ -135,7 +139,9 @@ class Runner:
     def here(
         self, stage: str, task: Task, *, fingerprint: str, skip: bool = False
     ) -> dict[str, Any]:
-        """Run one small task in this process, recorded like any other; skip: unless it was done."""
+        """Run one small task in this process, recorded like any other. skip: not if it was done
+        before.
+        """
         record = self.folder.read_json(marker(stage, task.name)) if skip else None
         if record is not None and record["fingerprint"] == fingerprint:
             found: dict[str, Any] = record
@@ -144,8 +150,8 @@ class Runner:
         return self._figures(stage, [outcome])[task.name]
 
     def uses_gpus(self) -> bool:
-        """Whether tasks for GPUs ask for them. Raises UsageError when they must, and Ray runs on
-        this machine only, which has none: a cluster may bring a node that has.
+        """Whether tasks that can use GPUs request them. Raises UsageError if they must, Ray runs on
+        this machine only, and the machine has none; a cluster may get a node with GPUs later.
         """
         ray = self.ray()
         there = any(_count(node, "GPU") for node in _alive(ray))
@@ -162,8 +168,8 @@ class Runner:
         return _largest_node(ray), len(_alive(ray)), _node_bytes(ray)
 
     def processes(self, most: int, memory: int) -> int:
-        """How many processes of one CPU can run at once, at least one and at most `most`. memory:
-        bytes that each needs, 0 for unknown.
+        """How many processes with one CPU can run at once, at least one and at most `most`. memory:
+        bytes that each needs, 0 if unknown.
         """
         places = 0
         for node in _alive(self.ray()):
@@ -291,8 +297,8 @@ def _temporary() -> str:
 
 
 def _obstacle() -> str:
-    """What keeps Ray from starting on this machine, and the remedy; empty for nothing. It would
-    tell most of this after a minute, or by an error that does not name it.
+    """Why Ray cannot start on this machine, with a remedy; empty if it can. Ray itself would report
+    most of this after a minute, or with an error that does not name the cause.
     """
     folder = _temporary()
     instead = "set RAY_TMPDIR to another folder, such as /tmp"
@@ -338,8 +344,8 @@ def _node_bytes(ray: Any) -> int:
 
 
 def _cpus_of_task(nodes: Sequence[dict[str, Any]], tasks: int, memory: int) -> int:
-    """So many that the largest node is busy with as many of them as there are, or as it has memory
-    for.
+    """CPUs per task, so that the largest node is fully used by the tasks that there are, or that it
+    has memory for.
     """
     nothing: dict[str, Any] = {"Resources": {}}
     largest = max(nodes, key=lambda node: _count(node, "CPU"), default=nothing)
@@ -348,6 +354,6 @@ def _cpus_of_task(nodes: Sequence[dict[str, Any]], tasks: int, memory: int) -> i
 
 
 def _cpus_beside_gpu(nodes: Sequence[dict[str, Any]]) -> int:
-    """So many that every node can use all of its GPUs at once."""
+    """CPUs per GPU task, so that every node can use all of its GPUs at once."""
     shares = [_count(n, "CPU") // _count(n, "GPU") for n in nodes if _count(n, "GPU")]
     return max(1, min(shares, default=1))

@@ -1,16 +1,15 @@
-"""Scores that need the whole pool, between the catalog's parts and the graph: terms such as
-negclip_loss and prototypicality, and ranks of terms. What they make replaces the difficulty in
-catalog/part-*.parquet.
+"""Computes scores that need the whole pool, after the catalog's parts are written.
 
-catalog/scores/terms-00000.npy    values of the terms that need no pool, from the merge; 0 of others
-catalog/scores/centroids.npy      prototypicality: trained on samples chosen by uid hash
+Such terms are negclip_loss, prototypicality and percentile ranks. The result replaces the
+difficulty in catalog/part-*.parquet. Batches are chosen by a hash of the uid and sorted by it, and
+ranks are computed from counts, so that files and parts cannot change a score.
+
+catalog/scores/terms-00000.npy    values of the terms that need no pool; 0 for the others
+catalog/scores/centroids.npy      for prototypicality: trained on hash-chosen samples
 catalog/scores/value-00000.*      negclip_loss of the batches of one task: row, value; start by part
-catalog/scores/whole-00000.npy    values of all terms, where some are ranked
-catalog/scores/keys-00000.t0.*    of a ranked term: distinct keys of a part, and how often
-catalog/scores/pool.t0.*          those of the pool, and how many values are below
-
-Batches are chosen by a hash of the uid and sorted by it, and ranks are counted, so that neither
-files nor parts show.
+catalog/scores/whole-00000.npy    values of all terms, if some are ranked
+catalog/scores/keys-00000.t0.*    of a ranked term: distinct keys of a part, and their counts
+catalog/scores/pool.t0.*          the same of the pool, and how many values are below each
 """
 
 from __future__ import annotations
@@ -47,8 +46,10 @@ _KEYS = 4_000_000  # of the pool, at a time
 def build(
     runner: Runner, out: Folder, config: CatalogConfig, fingerprint: str, memory: int
 ) -> tuple[list[Figures], int]:
-    """Score all parts anew; returns `part_figures` of each, and the peak memory of a task. Raises
-    ValueError for a score of the whole pool that nothing here computes.
+    """Compute the scores of all parts; returns `part_figures` of each, and the peak memory of a
+    task.
+
+    Raises ValueError for a score of the whole pool that is not implemented here.
     """
     peaks: list[int] = []
     folder = out.sub("catalog")

@@ -1,8 +1,8 @@
-"""A run directory must be one folder for all nodes: stages meet through its files.
+"""Checks that all nodes of a cluster see the same run directory.
 
-Where it is a path, the driver leaves a word there that only this run knows. Each node of a cluster
-is asked for it before the first fan-out, and each task looks for it, for nodes may come later.
-Object stores are the same from everywhere.
+Stages exchange data through its files. If it is a path, the driver writes a random token file; a
+node that cannot read it does not share the directory. Each node is checked before the first tasks,
+and each task checks again, because nodes may join later. Object stores need no check.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ANSWER_SECONDS = 60.0
 
 
 def leave_word(folder: Folder) -> str:
-    """Write a new word into a run directory that is a path; returns it, or an empty one."""
+    """Write a new token into a run directory that is a path; returns it, or an empty string."""
     if folder.local is None:
         return ""
     word = secrets.token_hex(8)
@@ -32,7 +32,7 @@ def leave_word(folder: Folder) -> str:
 
 
 def missing(folder: Folder, word: str) -> UsageError | None:
-    """What to say when this process does not find the word there; None when all is well."""
+    """The error if this process does not find the token there; None if it does."""
     if not word:
         return None
     for pause in _PAUSES:
@@ -45,9 +45,9 @@ def missing(folder: Folder, word: str) -> UsageError | None:
 
 
 def ask_nodes(ray: Any, folder: Folder, word: str) -> None:
-    """Raise UsageError that names nodes which do not see the run directory of this process.
+    """Raise UsageError naming the nodes that do not see the run directory of this process.
 
-    A node that does not answer is not waited for without end: its tasks will look themselves.
+    A node that does not answer within a minute is skipped; its tasks check again.
     """
     if not word:
         return

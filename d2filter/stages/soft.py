@@ -1,8 +1,7 @@
-"""Ranking → copies of its samples, by their score: `select --soft` (`algorithm/soft.py`).
+"""Soft selection (`select --soft`): repeats samples by score (`algorithm/soft.py`).
 
-The score is the one that decided the ranking: of D2 that when the sample was selected, so that
-copies share what one of them would have; of other methods the difficulty. What ranks after
-everything else, or below --min-score, gets no copy.
+D2 uses the final score, so that near-copies share the repeats that one of them would get. Other
+methods use the difficulty. Demoted samples and samples below --min-score get no repeats.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Workers run the same d2filter as the driver, and import it the way the driver did.
+"""Makes sure that workers run the same d2filter as the driver, imported in the same way.
 
-Ray puts the driver's current folder in front of its workers' import path. Started inside a clone,
-an installed d2filter would run the clone's code in its workers, and a file there named like a
-package (numba.py, faiss.py) would be taken for it. So that folder is left out (`import_path`), and
-each task compares the version and a hash of the sources with the driver's before it begins
-(`run_task`): nodes of a cluster can have another version installed.
+Ray puts the driver's current folder first in the import path of its workers. If a command starts
+inside a clone, workers would import the clone instead of the installed package, or take a file
+numba.py in that folder for the package numba. `import_path` removes this folder. Nodes may also
+have another version installed, so `run_task` compares a hash of the sources with the driver's
+before it runs a task.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def require_same(driver: Sources) -> None:
 
 
 def different(found: str, driver: Sources) -> DependencyError:
-    """What to say of a worker whose d2filter is `found`."""
+    """The error for a worker whose d2filter is `found`."""
     return DependencyError(
         f"a worker runs another d2filter than this process: {found}; here it is {driver}: install "
         "one version on all nodes, or submit with --working-dir"
@@ -69,11 +69,11 @@ def different(found: str, driver: Sources) -> DependencyError:
 
 
 def run_task(digest: str, call: bytes, *more: Any) -> Any:
-    """In a worker: run a pickled (function, arguments) when its d2filter has these sources. Returns
-    what the function returns, or a text that says which d2filter it has found.
+    """In a worker: run a pickled (function, arguments) if its d2filter has these sources. Returns
+    the function's result, or a string that describes the other d2filter.
 
-    Ray sends this function by value (`by_value`): another version of d2filter may lack it, or have
-    another signature for the function in `call`.
+    Ray sends this function by value (`by_value`), because another version of d2filter may lack it,
+    or have another signature for the function in `call`.
     """
     import pickle
     import platform
@@ -94,7 +94,9 @@ def run_task(digest: str, call: bytes, *more: Any) -> Any:
 
 
 def by_value(ray: Any, *modules: str) -> None:
-    """Ray sends what these modules define by value: a worker runs it without importing them."""
+    """Make Ray send the definitions of these modules by value, so that a worker need not import
+    them.
+    """
     for name in (__name__, *modules):
         ray.cloudpickle.register_pickle_by_value(sys.modules[name])
 

@@ -1,9 +1,9 @@
-"""The supersteps of a ranking: partitions in actors, states between them.
+"""The supersteps of a ranking: partitions in Ray actors that exchange states.
 
-The driver holds counters and references; states travel from actor to actor. Every partition's state
-is published now and then. When an actor dies, a new one goes on from the last snapshots of its own
-partitions alone, and the others send it all states that these have edges with once more; when the
-driver dies, the next run begins with the last snapshot of each.
+The driver holds counters and references only; states travel from actor to actor. Snapshots of all
+partitions are published at intervals. If an actor dies, a new one restores the snapshots of its
+partitions, and the others send it all their states again. If the driver dies, the next run starts
+from the last snapshots.
 
 See docs/method.md#ranking-in-partitions.
 """
@@ -84,7 +84,7 @@ def alone(*, report: Report, out: Folder, made: Figures) -> Figures:
 
 
 class _Driver:
-    """Calls the actors, carries references between them, replaces the dead."""
+    """Calls the actors, passes references between them, replaces actors that died."""
 
     def __init__(
         self,
@@ -109,8 +109,8 @@ class _Driver:
         self._gather(places)
 
     def _gather(self, places: Callable[[], int]) -> None:
-        """Wait until all actors are there. Raises StageError: what cannot be placed would be waited
-        for without end.
+        """Wait until all actors have started. Raises StageError if the cluster has no room for
+        them, because Ray would wait forever.
         """
         waiting = {actor.ping.remote(): a for a, actor in enumerate(self._actors)}
         moved: set[int] = set()
@@ -166,7 +166,7 @@ class _Driver:
                 self._ray.kill(actor)
 
     def _superstep(self) -> bool:
-        """States in, all that can be final, states out. Returns whether anything happened."""
+        """States in, all that can be final, states out. Returns whether anything changed."""
         inbox, self._inbox = self._inbox, [[] for _ in self._actors]
         # those that are done only had to be told while they were not
         running = {
@@ -218,8 +218,8 @@ class _Driver:
         return None
 
     def _replace(self, a: int, error: BaseException) -> None:
-        """New actors, from the last snapshots, for this one and all others that are gone; what any
-        of them may have missed is sent again, and so is what this one may have sent in vain.
+        """Replace this actor and all others that died by new ones, from the last snapshots. All
+        states are sent to them again, and those of this actor are sent again to the others.
         """
         gone = [b for b in range(len(self._actors)) if not self._alive(b)]
         for b in {a, *gone}:
@@ -293,8 +293,9 @@ class _Actor:
         """Answers while the process lives."""
 
     def step(self, heard: list[Any]) -> Figures:
-        """One superstep. heard: references to states of other processes, fetched one by one, for
-        all of them need not fit into the object store. Returns what is left, and such references.
+        """One superstep. heard: references to states of other processes. They are fetched one by
+        one, because all of them need not fit into the object store. Returns the number of live
+        samples and references to the states to send.
         """
         import ray
 
@@ -337,7 +338,7 @@ class _Actor:
         return sum(one.size for one in self._loaded().values())
 
     def everything_for(self, peer: int) -> tuple[int, share.States]:
-        """All states that a partition has edges with: it has forgotten them."""
+        """All states that a partition needs, after it has lost them."""
         shares = self._loaded().values()
         return peer, share.joined([one.states_for(peer, everything=True) for one in shares])
 
@@ -416,7 +417,7 @@ class _Actor:
         return f"state-{self._made['fingerprint'][:16]}-{number:05d}.npz"
 
     def _known(self, one: share.Share, number: int) -> share.Known:
-        """What is known of the samples elsewhere, by graph id: partition after partition."""
+        """The data of halo samples, by graph id: partition after partition."""
         work = self._out.sub(WORK)
         parts = [one.describe(np.empty(0, np.int64))]
         for peer in range(self._parts):
@@ -436,8 +437,8 @@ class _Actor:
 
 
 def read_share(out: Folder, number: int, settled: Settled, *, lists: bool = True) -> share.Share:
-    """One partition, before it has heard of the others; lists: with its neighbors. Without them,
-    the task `cut` has run before.
+    """One partition, before it has data of the others. lists: with its neighbors; without them, the
+    task `cut` must have run before.
     """
     part = graph.read_part(out.sub("graph"), number, lists=lists)
     columns = {field.name: getattr(part, field.name) for field in fields(share.Rows)}

@@ -1,7 +1,7 @@
-"""Which samples `reshard` searches its input shards for, and which of those found are the ones.
+"""Which samples `reshard` searches in the input shards, and which of several matches it takes.
 
-A task searches some shards for two kinds of samples: those with a key, which the run ranked there,
-and those with a uid, wherever they lie.
+A task searches its shards for two kinds of samples: those with a known key, which the run ranked
+from this shard, and those with a known uid only, which may be in any shard.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Wanted:
         return groups
 
     def not_given(self) -> str:
-        """What a message says of shards of the run that are none of the inputs."""
+        """Part of a message: how many shards of the run are not among the inputs."""
         if self._kept is None:
             return ""
         given = set(self._numbers)
@@ -100,7 +100,7 @@ class Wanted:
 
 
 class Searched:
-    """What one task searches its shards for."""
+    """The samples that one task searches its shards for."""
 
     def __init__(self, work: Folder, group: int | None, strict: bool) -> None:
         """group: row group of its samples with a key, None for none; strict: see `Wanted`."""
@@ -119,7 +119,7 @@ class Searched:
         return bool(len(self._pairs)) or place in self._keys
 
     def keys(self, place: int) -> Container[str] | None:
-        """Keys of an input shard that need to be looked at, None for all."""
+        """Keys of an input shard to read; None for all."""
         return None if len(self._pairs) else self._keys.get(place, {})
 
     def choose(self, place: int, found: Sequence[webdataset.Located]) -> list[tuple[int, Uid]]:
@@ -130,8 +130,8 @@ class Searched:
     def _by_key(
         self, found: Sequence[webdataset.Located], keys: dict[str, list[Uid]]
     ) -> dict[int, Uid]:
-        """Of several samples with one key that with the uid is taken; if none has it, and not
-        `strict`, the first whose json has none.
+        """Of several samples with one key the one with the right uid is taken. If none has it, and
+        not `strict`, the first one without a uid in its json.
         """
         left = {key: list(own) for key, own in keys.items()}
         chosen: dict[int, Uid] = {}
@@ -179,7 +179,7 @@ def _numbers(shards: Sequence[webdataset.Shard], kept: Kept) -> list[int]:
 
 
 def _table(rows: kept_format.Rows, place: int) -> Any:
-    """Each sample once: how often it comes is for the subset to tell."""
+    """Each sample once; the subset contains the number of its repeats."""
     n = len(rows.key)
     if n > 1:
         # rows ascend by key and uid

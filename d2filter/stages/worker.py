@@ -1,7 +1,8 @@
-"""A task where it runs: its outputs, its marker, its log, its memory.
+"""Runs one task in a worker: function, log, memory measurement, completion marker.
 
-A task is a module-level function and its arguments. It writes its outputs and returns a small dict
-of figures; that dict is published last, as completions/<stage>/<task>.json: what a rerun looks for.
+A task is a module-level function with arguments. It writes its outputs and returns a small dict of
+figures. The dict is published last, as completions/<stage>/<task>.json; a rerun skips a task with
+this marker.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What came of a task: figures, or what went wrong."""
+    """The result of a task: figures, or an error."""
 
     name: str
     figures: dict[str, Any] | None = None
@@ -44,7 +45,7 @@ class Outcome:
 
 
 def marker(stage: str, task: str) -> str:
-    """What tells that a task is done, and with which figures."""
+    """The completion marker of a task: it contains the task's figures."""
     return f"completions/{stage}/{task}.json"
 
 
@@ -93,7 +94,7 @@ def execute(
 
 
 def checksums_of(figures: Sequence[dict[str, Any]]) -> Checksums:
-    """Those of the files that some tasks have published."""
+    """The checksums of the files that some tasks have published."""
     return {name: told for one in figures for name, told in one.get("checksums", {}).items()}
 
 
@@ -137,8 +138,8 @@ def _assigned() -> dict[str, float]:
 
 
 def _give_back_memory() -> None:
-    """What earlier tasks have freed in this process goes back to the system, where its C library
-    can do that: allocators keep it, half a GB of it beside the next task.
+    """Return memory that earlier tasks have freed to the system, if the C library can. Allocators
+    keep up to half a GB of it, beside the next task's own.
     """
     import pyarrow
 
@@ -149,7 +150,7 @@ def _give_back_memory() -> None:
 
 
 def reset_peak_rss() -> None:
-    """Start the peak anew: a Ray worker runs many tasks in one process."""
+    """Reset the measured peak of memory, because a Ray worker runs many tasks in one process."""
     try:
         with open("/proc/self/clear_refs", "w") as stream:
             stream.write("5")
