@@ -1,18 +1,28 @@
-"""What lies on disk, one module a format (docs/files.md).
+"""Files on disk, one module per format. docs/files.md lists all files with their schemas.
 
-paths.py       folders on local disks and fsspec URLs; atomic publication
-addresses.py   paths, URLs with queries, names of files that are called after others
-remote.py      file systems behind a network: ranges, lengths, versions; patience.py, web.py
-logs.py        logs/
-uid.py         32 hex digits ↔ two uint64
-metadata.py    DataComp parquet + npz pairs, read and written
-columns.py     columns of tables that others made
-shardlist.py   which shards some patterns name (braces.py), and their names in a run
-webdataset.py  samples of tar shards (tarindex.py; filetype.py: what was given instead)
-catalog.py     valid, distinct samples with fixed features
-graph.py       kNN graph parts
-ranking.py     ranking parts
-subset.py      subset.npy and kept/
-ledger.py      bad_samples.parquet
-runstate.py    config.json, stats.json, completions/
+Storage
+paths.py       folders on local disks and fsspec URLs; atomic publication of files
+addresses.py   paths, URLs and file names
+remote.py      file systems behind a network; patience.py: retries; web.py: web servers
+lock.py        one writer per run directory
+rows.py        arrays in numbered .npy files; sparse.py: a few rows of parquet parts
+
+Input
+uid.py         uids as 32 hex digits and as two uint64
+metadata.py    DataComp's pairs of parquet and npz; npz.py, columns.py: untrusted arrays and columns
+scored.py      the score of each row; contents.py: hash of a file's content
+outside.py     inputs beside the metadata: scorefile.py, traininglog.py; joined.py: joins by uid
+shardlist.py   shards by patterns (braces.py); shardnames.py: shards of a run by URL
+webdataset.py  samples of tar shards; tarindex.py: their members; filetype.py: by first bytes
+loaded.py      samples of webdataset's loader
+
+Run directory
+catalog.py, graph.py, ranking.py   parts of the catalog, the graph, the ranking
+subset.py, kept.py                 subset.npy and kept/
+ledger.py                          bad_samples.parquet
+runstate.py                        config.json, stats.json, completions/
+logs.py                            logs/
+
+tables.py      reading parquet, with clear errors
+tarwriter.py   new shards
 """

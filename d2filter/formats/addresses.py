@@ -1,4 +1,4 @@
-"""Addresses of files and folders: local paths, URLs with or without a query, and file names."""
+"""Parses addresses: local paths, URLs with and without a query, and file names."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def is_local(url: str) -> bool:
 
 
 def is_web(url: str) -> bool:
-    """Whether it is http:// or https://, where ? begins a query."""
+    """Whether it is an http:// or https:// address, in which ? starts a query."""
     return _protocol(url) in _WEB
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The file system of a URL and the path inside it, without a trailing slash: fsspec's own for
-    local paths, else one that is asked patiently.
+    """The file system of a URL and the path in it, without a trailing slash: fsspec's own for local
+    paths, else one with retries.
 
-    Raises DependencyError when its package is missing and UsageError for an unknown protocol.
+    Raises DependencyError if its package is missing and UsageError for an unknown protocol.
     """
     protocol = _protocol(url)
     try:
@@ -98,7 +98,7 @@ def file_name(url: str) -> str:
 
 
 def temporary_suffix(name: str) -> str:
-    """What a temporary file ends in, for those who judge a format by it; "" for a long one."""
+    """The ending of a temporary file, for tools that choose a format by it; "" for a long one."""
     suffix = Path(name).suffix
     return suffix if len(suffix.encode("utf-8", "surrogateescape")) <= _SUFFIX_BYTES else ""
 

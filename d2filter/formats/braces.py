@@ -1,7 +1,7 @@
-"""Brace patterns, one name at a time: `{00000..30000000}` takes no memory before it is walked.
+"""Expands brace patterns lazily: `{00000..30000000}` takes no memory before it is iterated.
 
-The language is that of the package braceexpand, which webdataset and open_clip use; that one makes
-all names of a range before it gives the first.
+The syntax is that of the package braceexpand, which webdataset and open_clip use, but which makes
+all names of a range before it returns the first.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""The catalog: valid, distinct samples in ascending order of uid, with their fixed features.
+"""The catalog: valid, distinct samples in ascending order of uid, with their features.
 
 catalog/part-00000.parquet   uid_hi u64, uid_lo u64, difficulty f32; shard, key, group str?
-catalog/part-00000.npy       (rows, d) float16, row-aligned
-catalog/runs/                sorted runs of the first pass, removed when the parts are there
+catalog/part-00000.npy       (rows, d) float16, the same rows
+catalog/runs/                sorted runs of the first pass, removed when the parts are written
 
-Each part holds a range of uids, so the rows of all parts in name order ascend by uid, whatever the
-number of parts and however the metadata was split.
+Each part holds a range of uids. The rows of all parts in name order ascend by uid, for any number
+of parts and any split of the metadata.
+
+See docs/files.md#catalog.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Columns of tables that others made, as arrays of one kind."""
+"""Converts columns of tables from other tools to arrays of one type."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _as_float64(chunk: Any) -> npt.NDArray[np.float64]:
 
 
 def strings(table: Any, name: str, where: str) -> Any:
-    """A column as valid UTF-8, null where there is none. Raises InputError for too much text."""
+    """A column as valid UTF-8, null where there is none. Raises InputError if it is too large."""
     if name not in table.column_names:
         return pa.nulls(table.num_rows, pa.string())
     column = table.column(name)

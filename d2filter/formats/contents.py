@@ -1,8 +1,9 @@
-"""What a metadata file holds, in a few digits (docs/files.md#records-and-fingerprints).
+"""Hashes the content of a metadata file, so that a copied or touched file counts as unchanged.
 
-An npz lists the CRC-32 of each array in its directory, which sums it up. The footer of a parquet
-file does not: rows in another order have the same one. These files are small, and hashed whole. A
-copy has another time and the same digits.
+For an npz, the CRC-32 of each array is in the zip directory, and only that is hashed. Parquet files
+are hashed whole, because the footer is the same for rows in another order, and they are small.
+
+See docs/files.md#records-and-fingerprints.
 """
 
 from __future__ import annotations

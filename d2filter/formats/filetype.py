@@ -1,4 +1,7 @@
-"""What a file is by its first bytes: so that a message can name what was given instead."""
+"""Recognizes a file by its first bytes.
+
+A message about a broken image or shard can then name what the file is.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""graph/part-00000.parquet: kNN lists, one row a sample, ascending by uid in a part.
+"""graph/part-00000.parquet: the neighbor lists, one row per sample, ascending by uid in a part.
 
-A *graph id* is the row number over all parts in name order; `neighbors` holds graph ids, −1 pads.
+A *graph id* is the row number over all parts in name order. `neighbors` holds graph ids; −1 pads.
 
 See docs/files.md#index-and-graph.
 """

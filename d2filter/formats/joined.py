@@ -1,12 +1,12 @@
-"""A table that others made, to be joined to samples by uid: in buckets, sorted once, read by many.
+"""A large table from another tool, prepared for joining by uid: in buckets, each sorted by uid.
 
 NAME.json                 buckets, columns, rows
 NAME-00000.hi.npy, .lo    uids of a bucket, ascending, distinct
-NAME-00000.v0.npy, …      float32, one file a column
+NAME-00000.v0.npy, …      float32, one file per column
 
-The bucket follows from a hash of the uid, so that all are of one size whatever uids look like. A
-task holds one bucket at a time, on a local disk only the pages of it that it looks at; what lies
-in an object store is fetched once by each process.
+A hash of the uid chooses the bucket, so that buckets have about equal sizes. A task holds one
+bucket at a time; on a local disk only the pages that it reads. A bucket in an object store is
+fetched once by each process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ROW_BYTES = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Joined:
-    """A table that is there."""
+    """A joined table on disk."""
 
     folder: Folder
     name: str
@@ -52,7 +52,9 @@ class Joined:
     """names this making of it"""
 
     def find(self, hi: uids.U64, lo: uids.U64) -> tuple[Bools, dict[str, F32]]:
-        """Which of some uids (n,) the table has, and the values of each column, NaN elsewhere."""
+        """Which of some uids (n,) the table contains, and the values of each column, NaN for the
+        others.
+        """
         there = np.zeros(hi.size, np.bool_)
         values = {column: np.full(hi.size, np.nan, np.float32) for column in self.columns}
         bucket = bucket_of(hi, lo, self.buckets)

@@ -1,7 +1,7 @@
-"""kept/ of a run directory: which sample, by shard and key, was ranked and kept under each uid.
+"""Reads kept/ of a run directory: shard, key and uid of the samples that were kept.
 
-Shards may hold a uid several times: copies, and broken twins of a sound sample. A run ranks one of
-them. Whoever copies, streams or shows samples of a run finds that one here.
+Shards may contain a uid several times: copies, and damaged versions of a good sample. A run ranks
+one of them. Code that copies, streams or shows samples finds here which one it was.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Kept:
     """(shards + 1,): rows of shard i are bounds[i] to bounds[i + 1]"""
     rows: Rows
     loose: npt.NDArray[np.uint64]
-    """(m, 2) hi and lo, ascending: kept samples whose shard or key the run does not know"""
+    """(m, 2) hi and lo, ascending: kept samples whose shard or key is not in the run's metadata"""
     embedded: bool
     """whether the run made the uids itself, from the shards; else they came with the metadata, and
     a sample without a uid in its json is known by shard and key alone"""

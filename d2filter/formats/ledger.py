@@ -1,6 +1,6 @@
-"""bad_samples.parquet: every sample that was read and not ranked, with its reason.
+"""bad_samples.parquet: every sample that was read and not ranked, with the reason.
 
-Tasks publish their own part under ledger/<stage>/; `collect` joins them when a stage is done.
+Tasks publish their parts under ledger/<stage>/; `collect` joins them when a stage is done.
 
 See docs/files.md#ledger.
 """
@@ -33,15 +33,16 @@ class Entry:
     reason: str
     """one of few words, to count by"""
     message: str = ""
-    """where it was found, or what the decoder said"""
+    """where it was found, or the decoder's message"""
     shard: str | None = None
     key: str | None = None
     uid: str | None = None
 
 
 def outside(stage: str, reason: str, shard: Any, key: Any, uid: Sequence[str]) -> Any:
-    """Entries of samples that are not looked at, as a table: there may be millions. shard, key:
-    (n,) arrow string arrays; uid: (n,).
+    """Entries of samples outside of the subset, as a table, because there may be millions.
+
+    shard, key: (n,) arrow string arrays; uid: (n,).
     """
     coded = shard.dictionary_encode()
     known = [_recorded("shard", url) for url in coded.dictionary.to_pylist()]

@@ -1,7 +1,7 @@
-"""A sample as webdataset's loader yields it, judged by the rules of `d2filter embed`.
+"""Checks a sample from webdataset's loader by the rules of `d2filter embed`.
 
-A loader yields a dictionary of bytes by extension, before anything is decoded. What `embed` would
-count as bad, by all that its bytes tell without a decoder, can be in no subset.
+A loader yields a dictionary of bytes by extension. A sample that `embed` would count as bad is in
+no subset. All rules are applied that need no image decoder.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _BYTES = (bytes, bytearray, memoryview)
 
 def uid_of(sample: Sample) -> str | None:
     """The uid of a webdataset sample, by the rule of `d2filter embed`: that of its json, else of
-    its content; None for a sample that no run could rank, as far as its bytes tell.
+    its content. None for a sample that no run would rank, as far as its bytes show.
 
-    Raises InputError where the content decides and is decoded already.
+    Raises InputError if the content decides and is decoded already.
     """
     parts = _parts(sample)
     return None if parts is None else parts[0] or _content_uid(sample, *parts[1:])
@@ -57,8 +57,8 @@ def _is_among(digits: bytes, wanted: bytes) -> bool:
 
 
 def is_whole(sample: Sample) -> bool:
-    """Whether picture and caption are there, as bytes that can be used. False where that takes a
-    parser to tell.
+    """Whether the sample has an image and a caption as usable bytes. False if only a parser could
+    tell.
     """
     text = sample.get("txt")
     if type(text) is not bytes or len(text) > webdataset.MAX_TEXT_BYTES:

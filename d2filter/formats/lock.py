@@ -2,11 +2,11 @@
 
 OUT/lock.json names the owner: host, process, start time, command, and a heartbeat that the owner
 renews. Another command refuses to start while the owner is alive, and takes the lock over when the
-owner is dead. Every file that the owner or its tasks publish is preceded by a look at the lock, so
-that tasks that outlive their driver cannot write over the files of the next owner.
+owner is dead. The owner and its tasks read the lock before they publish a file, so that tasks that
+outlive their driver cannot overwrite the files of the next owner.
 
-Whether an owner is alive is known at once on its own machine, from the process table. From another
-machine it is watched: an owner whose heartbeat does not change for `stale` seconds is dead.
+On the owner's machine the process table shows whether it is alive. On another machine, an owner
+whose heartbeat does not change for `stale` seconds counts as dead.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Holder:
 
 
 def read(folder: Folder) -> Holder | None:
-    """Who holds the lock of a run directory, dead or alive; None for nobody.
+    """The owner of the lock of a run directory, dead or alive; None if there is none.
 
     Raises InputError for a file that cannot be read or is no lock.
     """
@@ -72,7 +72,7 @@ def read(folder: Folder) -> Holder | None:
 
 
 def alive_here(holder: Holder) -> bool | None:
-    """Whether the owner's process runs; None when it is of another machine or container."""
+    """Whether the owner's process runs; None if it is on another machine or container."""
     if holder.machine != _machine() or not holder.born:
         return None
     born = _born(holder.pid)
@@ -96,10 +96,11 @@ def hold(
     beat: float = BEAT_SECONDS,
     stale: float = STALE_SECONDS,
 ) -> Iterator[Folder]:
-    """Hold the lock of a run directory; yields the folder with which its owner writes.
+    """Hold the lock of a run directory; yields the folder through which its owner writes.
 
-    say: gets a line when another owner has to be watched. beat, stale: seconds between heartbeats,
-    and without one until an owner counts as dead. Raises LockedError when another one is alive.
+    say: gets a line while another owner is watched. beat: seconds between heartbeats. stale:
+    seconds without a heartbeat after which an owner counts as dead. Raises LockedError if another
+    owner is alive.
     """
     now = time.time()
     mine = Holder(
@@ -157,8 +158,8 @@ def _take(folder: Folder, mine: Holder, say: Callable[[str], None], stale: float
 
 
 def _look(folder: Folder) -> Holder | None:
-    """Who holds the lock. Some file systems replace a file by removing it first: one that is not
-    there is looked for again.
+    """The owner of the lock. A missing file is read again, because some file systems replace a file
+    by removing it first.
     """
     found = read(folder)
     if found is None and folder.local is None:

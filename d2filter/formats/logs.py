@@ -1,11 +1,12 @@
-"""logs/: what happened, one JSON object a line (docs/files.md#lock-and-logs).
+"""logs/: what happened in a run, one JSON object per line.
 
-logs/driver.jsonl           the run: stages, fan-outs, tasks tried again, what failed
-logs/<stage>/<task>.jsonl   each attempt at a task: where it ran, on what, its figures or its error
+logs/driver.jsonl           the run: stages, fan-outs, retries, failures
+logs/<stage>/<task>.jsonl   each attempt at a task: machine, arguments, figures or error
 
-Lines are for counting and searching; samples are in the ledger. A line carries `time` (UTC) and
-`event` first. Characters that end a line for some readers, or that a terminal obeys, are escaped;
-URLs have no passwords.
+Logs are for counting and searching; samples are in the ledger. `time` (UTC) and `event` come first
+in a line. Line separators and control characters are escaped, and URLs contain no passwords.
+
+See docs/files.md#lock-and-logs.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ def where() -> dict[str, Any]:
 
 
 def told(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments or figures as logs tell them: plain values, addresses, the first of long lists."""
+    """Arguments or figures as they are logged: plain values, addresses, the first items of long
+    lists.
+    """
     plain = {name: _plain(value) for name, value in values.items()}
     return {name: value for name, value in plain.items() if value is not None}
 

@@ -1,4 +1,4 @@
-"""Metadata in DataComp's layout: NAME.parquet with its NAME.npz, row by row.
+"""Metadata in DataComp's layout: NAME.parquet with NAME.npz, the same rows in both.
 
 See docs/files.md#metadata.
 """
@@ -71,7 +71,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """The n rows of one pair, fixed and judged."""
+    """The n rows of one pair, with features and validity."""
 
     hi: uids.U64
     lo: uids.U64
@@ -79,7 +79,7 @@ class Rows:
     """(n,) index into REASONS; 0 for a valid row"""
     difficulty: npt.NDArray[np.float32]
     terms: npt.NDArray[np.float32] | None
-    """(n, terms) of a score that waits for the pool (`formats/scored.py`); None of others"""
+    """(n, terms) if the score needs the whole pool (`formats/scored.py`); else None"""
     features: features.F16
     """(n, d) fixed float16 features"""
     are_pairs: bool
@@ -129,8 +129,8 @@ def list_pairs(folder: Folder) -> tuple[list[Pair], list[FileInfo]]:
 
 
 def left_out(folder: Folder) -> str:
-    """One line about what a folder of metadata holds that is not read: other files, and pairs in
-    folders inside. Empty where there is nothing; names that begin with . or _ do not count.
+    """One line about files in a metadata folder that are not read: other files, and pairs in
+    subfolders. Empty if there are none; names that begin with . or _ do not count.
     """
     others = [
         name

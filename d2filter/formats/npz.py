@@ -1,7 +1,7 @@
-"""Arrays of .npz and .npy files that others made.
+"""Reads arrays from .npz and .npy files of unknown origin.
 
-Nothing is unpickled, and no memory is taken on the word of a header: its shape must be that of the
-table beside it, its bytes those of the zip directory, and what is deflated must not be a bomb.
+Nothing is unpickled. A header cannot make the reader allocate memory: the shape must match the
+table beside the file, the size must match the zip directory, and compression ratios are limited.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def read_arrays(
 ) -> dict[str, Array]:
     """Some arrays (rows, dimension) of an .npz file, C-contiguous float16, float32 or float64.
 
-    keys: what each is needed for. rows: those of the table beside it, None for any. Raises
-    InputError, naming the file, for all that is no such archive: pickled objects, another shape, a
-    header or directory that claims more than is there.
+    keys: what each is needed for. rows: the number of rows of the table beside it, None for any.
+    Raises InputError, naming the file, for pickled objects, another shape, a header or directory
+    that claims more than the file has, and everything else that is no such archive.
     """
     where = folder.where(name)
     with folder.reading(name) as stream:

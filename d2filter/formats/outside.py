@@ -1,6 +1,6 @@
-"""What a catalog needs beside the metadata: target sets, training logs, score files, a subset.
+"""Reads inputs of a catalog beside the metadata: target sets, training logs, score files, subsets.
 
-Score files and subsets may be as long as the pool: they are joined from buckets (`joined`).
+Score files and subsets may be as long as the pool, so they are joined in buckets (`joined`).
 """
 
 from __future__ import annotations

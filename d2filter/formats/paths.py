@@ -1,8 +1,7 @@
 """Folders on a local path or any fsspec URL, and files that appear whole or not at all.
 
-Local: written beside the final name, fsynced, renamed. Object stores: uploaded in one put, which
-those publish atomically; whoever reads waits for the marker that is written last. How the network
-is borne with is in `remote`.
+A local file is written beside its final name, fsynced and renamed. An object store gets the whole
+file in one put, which it publishes atomically. `remote` handles network failures.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ _FORGOTTEN_SECONDS = 3600.0  # a temporary file of no owner, unchanged for as lo
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """What tells whether a file changed."""
+    """Name, size and version of a file, to detect changes."""
 
     name: str
     size: int
@@ -80,7 +79,7 @@ class Owner:
 
     @property
     def mark(self) -> str:
-        """What the names of this owner's temporary files begin with."""
+        """The start of the names of this owner's temporary files."""
         return f"{TEMPORARY}{self.token[:12]}-"
 
 
@@ -90,7 +89,7 @@ class Folder:
 
     url: str
     owner: Owner | None = field(default=None, compare=False, repr=False)
-    """whose lock is looked at before anything is published or removed; None: nobody's"""
+    """owner whose lock is checked before anything is published or removed; None: no check"""
 
     @property
     def local(self) -> Path | None:
@@ -104,7 +103,7 @@ class Folder:
         return Folder(inside(self.url, name), self.owner)
 
     def owned_by(self, owner: Owner) -> Folder:
-        """The same folder, written to in the name of an owner."""
+        """The same folder, for writing as this owner."""
         return Folder(self.url, owner)
 
     def _check_owner(self) -> None:
@@ -112,7 +111,7 @@ class Folder:
             self.owner.check()
 
     def where(self, name: str) -> str:
-        """How messages call a file of this folder, without passwords."""
+        """The name of a file of this folder for messages, without passwords."""
         return redacted(inside(self.url, name))
 
     def exists(self, name: str = "") -> bool:
@@ -125,8 +124,8 @@ class Folder:
         return sorted(name for name, _ in self._listed(suffix))
 
     def files(self, suffix: str = "") -> list[FileInfo]:
-        """Files directly inside that end in `suffix`, sorted by name. What a listing does not tell
-        of them is looked up file by file.
+        """Files directly inside that end in `suffix`, sorted by name. Values that the listing lacks
+        are looked up file by file.
         """
         fs, root = filesystem(self.url)
 
@@ -143,8 +142,8 @@ class Folder:
             return sorted(pool.map(known, self._listed(suffix)), key=lambda info: info.name)
 
     def info(self, name: str) -> FileInfo | None:
-        """One file, looked up without a listing of its folder; None when there is no such file. A
-        query that belongs to its URL is left out of its name.
+        """One file, looked up without listing its folder; None if there is no such file. A query of
+        its URL is not part of its name.
         """
         fs, root = filesystem(self.url)
         path = inside(root, name)
@@ -292,18 +291,18 @@ class Folder:
             fs.put(temporary, inside(root, name))
 
     def publish_json(self, name: str, value: Any) -> None:
-        """Publish `value` as indented JSON, keys in the order given. What a terminal would obey is
-        escaped. Whoever records a URL redacts it: what looks like one may be a name of a class.
+        """Publish `value` as indented JSON, keys in the given order. Control characters are
+        escaped. URLs are not redacted here, because a class name may look like one; the caller
+        redacts them.
         """
         text = json.dumps(value, indent=2, ensure_ascii=False)
         with self.publish(name) as path:
             path.write_text(printable(text, lines=True) + "\n", "utf-8")
 
     def append(self, name: str, text: str) -> None:
-        """Add text to the end of a file, which begins if there is none.
-
-        For logs: it is not fsynced, and elsewhere than on a local disk the file is written anew,
-        so that only one may write to it at a time.
+        """Add text to the end of a file, which is created if missing. For logs: the file is not
+        fsynced. In an object store the whole file is written again, so only one process may write
+        to it at a time.
         """
         content = text.encode("utf-8", "backslashreplace")
         target = self.local
@@ -344,8 +343,8 @@ def checksum(folder: Folder, name: str) -> list[int | str]:
 
 
 def read_jsons(folder: Folder, names: Sequence[str]) -> dict[str, Any]:
-    """Several JSON files of a folder at once, without those that are missing: an object store
-    answers one request as fast as many.
+    """Several JSON files of a folder, without missing ones. They are read in parallel, because an
+    object store answers many requests as fast as one.
     """
     with ThreadPoolExecutor(_READERS) as pool:
         found = zip(names, pool.map(folder.read_json, names), strict=True)
@@ -353,11 +352,11 @@ def read_jsons(folder: Folder, names: Sequence[str]) -> dict[str, Any]:
 
 
 def remove_leftovers(folder: Folder, name: str, *, own: bool = False) -> None:
-    """Remove temporary files below a local folder: those of writers that were killed.
+    """Remove temporary files of writers that were killed, below a local folder.
 
-    Those of earlier owners go, for they are dead. Those of the folder's own owner go only with
-    `own`: once none of its tasks runs any more. Others (a report that is being written beside the
-    run) go when nobody has changed them for an hour.
+    Files of earlier owners are removed, because these owners are dead. Files of the folder's own
+    owner are removed only with `own`: when none of its tasks runs any more. Other files (such as a
+    report that is being written) are removed if they are unchanged for an hour.
     """
     root = folder.local
     if root is None or not (root / name).is_dir():
@@ -392,9 +391,8 @@ def place_of(url: str) -> tuple[Folder, str]:
 
 @contextmanager
 def writing(where: str, path: Path | None = None, done: str = "written") -> Iterator[None]:
-    """What the system says of a full disk and the like becomes a StorageError.
-
-    where: how the message calls it. path: what is written; errors of other files are left alone.
+    """Turn the system's errors about full disks and the like into StorageError. where: the name for
+    the message. path: the file that is written; errors of other files are not changed.
     """
     try:
         yield

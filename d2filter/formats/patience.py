@@ -1,5 +1,6 @@
-"""Asking storage again while it fails in a way that may pass: for about a minute, ever more rarely.
-What is left then is one StorageError.
+"""Retries storage operations that fail temporarily: for about a minute, with growing pauses.
+
+What still fails then is raised as one StorageError.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _jitter = random.SystemRandom()
 
 
 class Broken(OSError):
-    """Fewer bytes than asked for came or went: worth another try."""
+    """Fewer bytes were transferred than requested. The operation can be retried."""
 
 
 class NoRangesError(Exception):
@@ -53,10 +54,11 @@ class NoRangesError(Exception):
 
 
 def patiently(ask: Callable[[], T], where: str, done: str) -> T:
-    """What `ask` returns, asked again while it fails in a way that may pass.
+    """The result of `ask`, which is retried while it fails in a way that may be temporary.
 
-    where, done: for the message "WHERE could not be DONE". Raises StorageError when patience ends
-    or waiting is no use, and what says that a file is not there (or there already) as it is.
+    where, done: for the message "WHERE could not be DONE". Raises StorageError after the last try,
+    or if a retry is useless. Errors about a file that is missing (or exists already) are raised
+    unchanged.
     """
     began = time.monotonic()
     tries = 0

@@ -1,4 +1,4 @@
-"""ranking/part-00000.parquet: the ranking, row-aligned with the graph's parts.
+"""ranking/part-00000.parquet: the ranking, with the same rows as the part of the graph.
 
 See docs/files.md#ranking.
 """

@@ -1,7 +1,7 @@
-"""File systems behind a network: asked again when they fail, and checked for length.
+"""File systems behind a network: operations are retried, and files are checked for length.
 
-A connection that breaks costs the range that was being read, not the file. How long they are asked
-is in `patience`.
+A broken connection costs the range that was being read, not the whole file. `patience` decides how
+long an operation is retried.
 
 See docs/reliability.md.
 """
@@ -47,7 +47,7 @@ _VERBS = {"ls": "listed", "glob": "listed", "info": "looked up", "exists": "look
 
 
 class Remote:
-    """An fsspec file system of whose methods each is asked patiently."""
+    """An fsspec file system whose methods are retried."""
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs
@@ -94,8 +94,8 @@ class Remote:
             return False
 
     def known(self, path: str) -> tuple[int, str]:
-        """Size and version of a file. What its storage does not tell is found by reading it: the
-        version is then a sum of its content. Raises FileNotFoundError.
+        """Size and version of a file. If its storage gives none, the file is read: the version is
+        then a hash of its content. Raises FileNotFoundError.
         """
         size, version = self._looked_up(path)
         if size is not None and version:
@@ -123,8 +123,8 @@ class Remote:
     def fetch(
         self, path: str, target: IO[bytes], size: int | None = None, version: str = ""
     ) -> None:
-        """Write the file to an empty local one, by ranges where the server knows them, and go to
-        its begin. Raises like `reading`.
+        """Write the file to an empty local one, in ranges if the server supports them, and seek to
+        its start. Raises like `reading`.
         """
         if size is None:
             size, version = self._looked_up(path)
@@ -182,8 +182,8 @@ class Remote:
         target.seek(0)
 
     def read_small(self, path: str) -> bytes:
-        """A file of a few MB at most in one request, if there is no more of it: not checked for
-        length. Raises FileNotFoundError.
+        """A file of a few MB at most, in one request and without a check of its length. Raises
+        FileNotFoundError.
         """
 
         def ask() -> bytes:
@@ -297,7 +297,7 @@ def _is_pattern(path: str) -> bool:
 
 
 class RangeReader(io.RawIOBase):
-    """A file read by ranges, each asked for again until it is whole."""
+    """A file read in ranges, each of which is retried until it is complete."""
 
     def __init__(
         self, fs: Remote, path: str, size: int, version: str, *, only_ranges: bool = False
@@ -417,7 +417,7 @@ def _changed(where: str) -> StorageError:
 
 
 def version_of(entry: dict[str, Any]) -> str:
-    """What a listing tells of a file's content or time; "" when the file system tells nothing."""
+    """The content hash or time of a file from a listing; "" if the file system gives neither."""
     stamp = next((entry[name] for name in _STAMPS if entry.get(name)), "")
     # some tell a time in listings and a date of single files
     return str(stamp.timestamp() if isinstance(stamp, datetime) else stamp)

@@ -1,6 +1,6 @@
-"""Arrays of one row a sample that lie in parts: NAME-00000.npy, NAME-00001.npy, …
+"""Arrays with one row per sample in numbered files: NAME-00000.npy, NAME-00001.npy, …
 
-A sample's *number* is its row over all parts in name order. Only what is asked for is read: from a
+A sample's *number* is its row over all files in name order. Only the needed rows are read: from a
 local disk by memory map, from elsewhere part by part.
 """
 
@@ -81,7 +81,7 @@ class Rows:
         return out
 
     def read_few(self, number: int, rows: I64) -> Array:
-        """Some rows of one part, each asked for by itself: for those that lie far apart."""
+        """Some rows of one part, each read on its own: for rows that are far apart."""
         name = self._file(number)
         with _reported(self.folder, name), self.folder.reading(name) as stream:
             shape, kind = _header(stream)
@@ -107,7 +107,7 @@ def read_array(folder: Folder, name: str) -> Array:
 
 
 def read_range(folder: Folder, name: str, rows: slice | None = None) -> Array:
-    """All rows of one .npy file or a range of them, in memory and writable; no more is read.
+    """All rows of one .npy file or a range of them, in memory and writable. Nothing else is read.
 
     Raises InputError for a broken file.
     """
@@ -177,9 +177,9 @@ def read_columns(
 
 
 def mapped(array: Array) -> Array:
-    """The same values in a file in TMPDIR that nobody else sees and that goes with the process.
+    """The same values in an unnamed file in TMPDIR, which disappears with the process.
 
-    Raises StorageError when there is no room for it.
+    Raises StorageError if there is no room for it.
     """
     if not array.nbytes:
         return array

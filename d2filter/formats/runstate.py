@@ -1,10 +1,10 @@
-"""What a run directory knows of itself: config.json, stats.json, completions/.
+"""The records of a run directory: config.json, stats.json, completions/.
 
-completions/<stage>/<task>.json   published last by each task: its result, for a rerun to skip it
-completions/<stage>.started.json  published first: fingerprint and options of what is being made
-completions/<stage>.tasks.json    how the stage is split into tasks, where that may change
-completions/<stage>.json          published when the stage is done: fingerprint, options, figures
-config.json, stats.json           joined from those, for people and for other tools
+completions/<stage>/<task>.json   written last by each task; a rerun then skips the task
+completions/<stage>.started.json  written first: fingerprint and options of the stage
+completions/<stage>.tasks.json    how the stage is divided into tasks, if that can change
+completions/<stage>.json          written when the stage is done: fingerprint, options, figures
+config.json, stats.json           joined from these, for people and other tools
 
 See docs/files.md#records-and-fingerprints.
 """
@@ -54,7 +54,9 @@ _PACKAGES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a stage is asked to be: compared with what is there, recorded when it is done."""
+    """The planned options and input of a stage: compared with its record, and recorded when it is
+    done.
+    """
 
     stage: str
     options: dict[str, Any]
@@ -149,7 +151,9 @@ class RunState:
         return all(self.folder.exists(name) for name in record["checksums"])
 
     def begun(self, plan: Plan) -> bool:
-        """Whether an attempt of this plan was begun and not finished: it would go on."""
+        """Whether an attempt of this plan was begun and not finished, so that it would be
+        continued.
+        """
         note = self.folder.read_json(f"completions/{plan.stage}.started.json")
         return note is not None and note["fingerprint"] == plan.fingerprint
 
@@ -182,9 +186,9 @@ class RunState:
             raise self._other_making(stage, difference)
 
     def begin(self, plan: Plan) -> str:
-        """Note that a stage begins; what an attempt of another plan left is removed first.
+        """Record that a stage begins; outputs of an attempt with another plan are removed first.
 
-        Returns why what was there is not gone on with; empty when it is, or there was nothing.
+        Returns why an earlier attempt is not continued; empty if it is, or if there was none.
         """
         why = ""
         place = f"completions/{plan.stage}.started.json"
@@ -203,10 +207,12 @@ class RunState:
         return why
 
     def heal(self, plan: Plan) -> bool:
-        """Remove what was damaged since a stage was done, and the stages that follow from it;
-        returns whether there was anything. Of independent parts those go that were damaged or whose
-        input changed. A damaged selection stays until its successor is there. Nothing goes where a
-        stage was made with other options or by another version, which is refused as ever.
+        """Remove the damaged files of a finished stage and all later stages; returns whether
+        anything was damaged.
+
+        Of independent parts, those are removed that are damaged or whose input changed. A damaged
+        selection stays until its successor is written. Nothing is removed if the stage was made
+        with other options or by another version; that is refused as usual.
         """
         record = self.done(plan.stage)
         if record is None or record["d2filter"] != d2filter.__version__:
@@ -227,8 +233,9 @@ class RunState:
         return self.folder if stage in _REPLACED else self.folder.sub(_OUTPUTS[stage][0])
 
     def make_room(self, plan: Plan, *, by_content: bool = False) -> None:
-        """Remove what a stage and those after it left, but not independent parts still planned
-        whose files are there. by_content: files that are not what was published do not count.
+        """Remove the outputs of a stage and of later stages, except for independent parts that are
+        still planned and whose files exist. by_content: a file must also have its published
+        content.
 
         Whether such a part is made again is decided by its own fingerprint.
         """
@@ -248,8 +255,8 @@ class RunState:
                     folder.remove(name)
 
     def _forget_parts(self, stage: str, by_content: bool) -> None:
-        """Remove the markers of independent parts whose files are gone or of another size, or, by
-        content, are not what was published.
+        """Remove the markers of independent parts whose files are missing or have another size;
+        with by_content, or another content.
         """
         home = self.home(stage)
         there = {info.name: info.size for info in home.files()}
@@ -312,7 +319,7 @@ class RunState:
         self.folder.publish_json(_REPORTED, {"select": fingerprint})
 
     def drop_report(self) -> None:
-        """Remove the report: what it shows is there no more."""
+        """Remove the report, because the selection that it shows is gone."""
         self.folder.remove(_REPORTED)
         self.folder.remove(REPORT)
         self.folder.remove(REPORT_DATA)
@@ -320,7 +327,7 @@ class RunState:
     def finish(
         self, plan: Plan, *, seconds: float, peak_rss_bytes: int, stats: dict[str, Any]
     ) -> None:
-        """Record a finished stage, and join config.json and stats.json anew."""
+        """Record a finished stage, and join config.json and stats.json again."""
         self.folder.publish_json(
             f"completions/{plan.stage}.json",
             {
@@ -399,7 +406,7 @@ def differing_input(
     files: Sequence[FileInfo],
     content_of: Callable[[str], str] | None,
 ) -> str:
-    """The first input file of a finished stage that is not what it was; "" when there is none."""
+    """The first input file of a finished stage that has changed; "" if there is none."""
     old = record.get("inputs", {})
     new = {f.name: [f.size, f.version] for f in files}
     for name in sorted(old.keys() | new.keys()):
@@ -425,7 +432,7 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions that can change bits or explain a difference. Packages are looked at once."""
+    """Versions of packages that can change results. They are looked up once."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for package in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""The score of each row of a pair: its own column or cosine, or the terms of another score."""
+"""The score of each row of a metadata pair: from its column, from its embeddings, or from terms."""
 
 from __future__ import annotations
 

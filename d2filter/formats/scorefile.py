@@ -1,6 +1,6 @@
-"""Published scores: a parquet or csv file, or a folder of them, with `uid` and columns of numbers.
+"""Reads score files: `uid` and columns of numbers, in one parquet or csv file or a folder of them.
 
-Read block by block, so that a file of any length takes the memory of a block.
+They are read in blocks, so that a file of any length needs the memory of one block.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def only_column(url: str, wanted: str) -> str:
 
 
 def count_rows(url: str) -> int:
-    """Rows at most: those of parquet files, and as many as the bytes of csv files can hold."""
+    """An upper bound of the rows: exact for parquet files, from the size for csv files."""
     folder, found = files(url)
     return sum(
         info.size // _CSV_ROW
@@ -90,9 +90,9 @@ def count_rows(url: str) -> int:
 
 
 def blocks(url: str, columns: Sequence[str]) -> Iterator[Block]:
-    """uids and some columns as float32, NaN where there is none, of all rows in their order.
+    """uids and some columns as float32, NaN for missing values, of all rows in their order.
 
-    Raises InputError, naming file and row, for what is no such table.
+    Raises InputError, naming file and row, for a table that cannot be read.
     """
     folder, found = files(url)
     for info in found:

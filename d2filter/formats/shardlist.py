@@ -1,4 +1,4 @@
-"""Which shards some patterns name, and what each is called in a run."""
+"""Finds the shards that patterns name, and gives each a name that is unique in the run."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def unique_names(urls: Sequence[str]) -> list[str]:
 
 
 def says(left_out: dict[str, int]) -> str:
-    """What was left out, for people: `100 .json, 2 folders`; empty for nothing."""
+    """A list of what was left out, for messages: `100 .json, 2 folders`; empty if nothing was."""
     return ", ".join(f"{count:,} {ending}" for ending, count in left_out.items())
 
 

@@ -1,7 +1,7 @@
-"""Which shard of a run a URL names, wherever the shard lies now.
+"""Finds the shard of a run that a URL names, even if the shard has moved.
 
-A run records a shard as it was given: relative or absolute, on a disk or an object store. Trainers
-name the same shard otherwise: it was copied, it is behind another mount, it is read through a pipe.
+A run records the address that a shard was given with. A trainer may use another address for it: a
+copy, another mount, a pipe.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _IN_QUERY = re.compile(r"=([^=&#]+\.tar)(?:[&#]|$)", re.IGNORECASE)  # get?file=
 class ShardNames:
     """The shards of a run, looked up by URL.
 
-    A URL names the shard of the same address. Otherwise it names the one of the same file name; of
-    several, the one whose path ends in the same folders for longest: `/mnt/b/0.tar` is
+    A URL names the shard with the same address, otherwise the one with the same file name. Of
+    several, it names the one whose path shares the most folders at its end: `/mnt/b/0.tar` is
     `s3://pool/b/0.tar` rather than `s3://pool/a/0.tar`.
 
     >>> names = ShardNames(["s3://pool/a/0.tar", "s3://pool/b/0.tar", "s3://pool/a/1.tar"])

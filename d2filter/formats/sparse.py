@@ -1,4 +1,4 @@
-"""A few rows of row-aligned parquet parts, by graph id or by uid: only what holds them is read."""
+"""Reads a few rows of parquet parts, by graph id or uid, without reading the other row groups."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Sparse:
     def rows(
         self, numbers: npt.NDArray[np.int64], columns: Sequence[str]
     ) -> dict[str, npt.NDArray[Any]]:
-        """Columns of some rows, in the order asked for; (n, k) where they hold lists."""
+        """Columns of some rows, in the given order; (n, k) for lists."""
         place = np.searchsorted(self._starts, numbers, side="right") - 1
         out: dict[str, npt.NDArray[Any]] = {}
         for p in np.unique(place).tolist():

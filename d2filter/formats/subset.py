@@ -1,4 +1,4 @@
-"""subset.npy, which DataComp's resharder takes, and kept/, the filtered shard lists.
+"""subset.npy, which DataComp's resharder reads, and kept/, the kept samples of each shard.
 
 See docs/files.md#subset-and-kept.
 """
@@ -107,9 +107,9 @@ def kept_table(
 ) -> Any:
     """shard, key, uid, rank of the kept samples whose shard is known, by shard and key.
 
-    samples: the parts of a catalog. hi, lo: (n,) kept uids, ascending, a sample that is repeated as
-    often; rank: (n,) theirs. shards:
-    gets all shards of the catalog, those of which nothing is kept too.
+    samples: the parts of a catalog. hi, lo: (n,) kept uids, ascending, repeated for repeated
+    samples; rank: (n,) their ranks. shards: all shards of the catalog are added to it, also those
+    of which nothing is kept.
     """
     parts = []
     start = 0
@@ -137,9 +137,9 @@ def kept_table(
 
 
 def publish_kept(folder: Folder, table: Any, shards: Iterable[str] = ()) -> Checksums:
-    """Write kept/: what to keep of each shard, and sizes.json; nothing when no shard is known.
+    """Write kept/: the kept samples of each shard, and sizes.json; nothing if no shard is known.
 
-    shards: more that the run has ranked; sizes.json says that nothing of them is kept.
+    shards: further shards that the run has ranked; sizes.json lists them with 0.
     """
     sums: Checksums = {}
     counted: Any = table.group_by("shard").aggregate([([], "count_all")]).to_pydict()

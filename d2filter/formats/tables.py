@@ -1,4 +1,4 @@
-"""Reading parquet, with one clear line for a file that cannot be read."""
+"""Reads parquet files, with a one-line error for a file that cannot be read."""
 
 from __future__ import annotations
 
@@ -122,9 +122,8 @@ def read_checked(parquet: Any, columns: Sequence[str]) -> Any:
 
 
 def checked(table: Any) -> Any:
-    """The same table. Raises ValueError for dictionaries that point outside.
-
-    Arrow hands such indices out as the file has them, and whoever follows one reads foreign memory.
+    """The same table. Raises ValueError for dictionary indices out of range: Arrow does not check
+    them, and using one would read foreign memory.
     """
     for column in table.columns:
         for chunk in column.chunks:

@@ -1,9 +1,8 @@
-"""Where the members of a tar file lie, whatever its headers claim.
+"""Finds the members of a tar file, whatever its headers claim.
 
-The standard library's tarfile parses the headers. It believes them, though: sizes that are negative
-lead it in circles, and headers of gigabytes into memory. What it may read is limited here. Headers
-of plain files with short names, which nearly all are, are read here without it, in a quarter of
-the time; it judges everything else.
+The standard library's tarfile parses headers, but trusts them: a negative size makes it loop, and a
+header of gigabytes fills the memory. Its input is limited here. Headers of plain files with short
+names, nearly all headers, are parsed here in a quarter of the time.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class Key:
     name: str
     members: dict[str, Member] = field(default_factory=dict)
     cut: bool = False
-    """whether the archive breaks off before all its members were read, as far as one can tell"""
+    """whether the archive probably ends before all its members were read"""
 
 
 def read(stream: IO[bytes], images: Sequence[str]) -> tuple[list[Key], str]:
@@ -74,8 +73,8 @@ def read(stream: IO[bytes], images: Sequence[str]) -> tuple[list[Key], str]:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(key, extension in lower case) of a member: cut at the first dot of the base name. The key is
-    empty where webdataset knows none: without a dot, and mostly where the name begins with it.
+    """(key, extension in lower case) of a member: split at the first dot of the base name. The key
+    is empty where webdataset finds none: without a dot, and mostly if the name begins with a dot.
     """
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
@@ -161,7 +160,7 @@ def _headers(stream: IO[bytes], size: int, images: frozenset[str]) -> tuple[list
 
 
 class _Found(NamedTuple):
-    """What a header tells."""
+    """The content of a header."""
 
     name: str
     offset: int
@@ -226,10 +225,10 @@ def _refuse_hostile(archive: tarfile.TarFile, member: tarfile.TarInfo, after: in
 
 
 def _rest(stream: IO[bytes], after: int) -> str:
-    """What is wrong behind the last member: tarfile takes a damaged header for the end.
+    """What is wrong after the last member, because tarfile takes a damaged header for the end.
 
-    A whole archive ends in a block of zeros, and only zeros follow: where one archive was appended
-    to another, or a header was zeroed, samples would be missing without a word.
+    A whole archive ends in a block of zeros, and only zeros follow. If an archive was appended to
+    another one, or a header was zeroed, samples would otherwise be missing without an error.
     """
     stream.seek(after)
     block = stream.read(_BLOCK)

@@ -1,9 +1,9 @@
-"""New shards of raw members, as DataComp's train.py and open_clip read them.
+"""Writes new shards from raw members, in the layout of DataComp's train.py and open_clip.
 
-00000000.tar, 00000001.tar, …   keys {uid}-{j}: j counts the copies of a uid that a subset repeats
+00000000.tar, 00000001.tar, …   keys {uid}-{j}: j counts the repeats of a uid in the subset
 00000000_stats.json             {"successes": n}, written after its tar
 sizes.json                      {"00000000.tar": n}
-meta.json                       output_shard_count, output_shard_format, and what they were made of
+meta.json                       output_shard_count, output_shard_format, options and counts
 sample_ids.npy                  (n,) (u8, u8), the uids in the order of the shards
 
 See docs/files.md#reshard-folder.
@@ -76,7 +76,7 @@ class Place(NamedTuple):
 
 
 class Writer:
-    """One shard, whose members may be written in any order and from several threads."""
+    """One shard. Its members may be written in any order and from several threads."""
 
     def __init__(self, file: int, members: Sequence[Member]) -> None:
         """file: descriptor of an empty file."""
@@ -93,7 +93,7 @@ class Writer:
         self._end = end
 
     def write(self, number: int, content: Iterable[Piece]) -> None:
-        """Write a member, once. content: pieces of as many bytes as were told before."""
+        """Write a member, once. content: pieces with the announced number of bytes in all."""
         at = self._put(self._places[number], [self._headers[number]])
         for piece in content:
             at = self._put(at, [piece])
@@ -101,11 +101,11 @@ class Writer:
         self._count(1)
 
     def copy(self, stream: IO[bytes], places: Iterable[Place], on_disk: bool) -> None:
-        """Write members from a file that is read once, in its order: what lies side by side at one
-        go. Memory: 2 MB of a disk, 8 MB of what is behind a network, where each reading takes its
-        time.
+        """Write members from a file that is read once, in its order; adjacent members are read
+        together.
 
-        Raises EOFError when the file ends before they do.
+        Memory: 2 MB for a disk, 8 MB for a file behind a network, where each read takes longer.
+        Raises EOFError if the file ends before the members do.
         """
         most, apart = (_RUN_ON_DISK, _APART_ON_DISK) if on_disk else (_RUN, _APART_ELSEWHERE)
         buffer = memoryview(bytearray(most)) if on_disk else None

@@ -1,8 +1,8 @@
-"""A training log: one row a sample and epoch, as any training loop can write it.
+"""Reads a training log: one row per sample and epoch, easy to write from any training loop.
 
 LOG.parquet   uid (32 hex digits), epoch int, label int, and probabilities or logits list<float>[c]
 
-A folder of such files is one log. Every sample must have the same epochs, and one label.
+A folder of such files is one log. All samples must have the same epochs, and each one label.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def files(url: str) -> tuple[Folder, list[FileInfo]]:
 
 
 def score(url: str, name: str) -> Scored:
-    """One of `dynamics.LOG_SCORES` of every sample in a log. Memory: the whole log.
+    """One of `dynamics.LOG_SCORES` for every sample in a log. Memory: the whole log.
 
-    Raises InputError, naming file and uid, for anything that is no such log.
+    Raises InputError, naming file and uid, for a log that cannot be read.
     """
     folder, found = files(url)
     parts = [_read(folder, info.name) for info in found]

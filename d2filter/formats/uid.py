@@ -1,4 +1,7 @@
-"""Sample ids: 32 lowercase hex digits on disk, two uint64 in arrays (docs/files.md#identity)."""
+"""Uids: 32 lowercase hex digits on disk, two uint64 in arrays.
+
+See docs/files.md#identity.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Web servers as file systems: folders by their index pages, files by HEAD and ranged GET.
+"""Web servers as file systems: folders from index pages, files by HEAD and ranged GET.
 
-fsspec's own client takes any failure for a missing file and an unknown size for none. Here a status
-is told as it is: 404 is a missing file, 403 a refusal, 503 worth another try. Signed URLs are sent
-as they were given, and what a server does not tell of a file is left None.
+fsspec's own client reports every failure as a missing file, and an unknown size as 0. Here 404 is a
+missing file, 403 a refusal, 503 is retried, and unknown values are None. Signed URLs are sent
+unchanged.
 """
 
 from __future__ import annotations

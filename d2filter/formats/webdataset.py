@@ -1,9 +1,10 @@
-"""Samples of WebDataset shards: tar files whose members share a key (docs/files.md#shards).
+"""Reads the samples of WebDataset shards: tar files whose members share a key.
 
-A key is the member's path up to the first dot of its base name, as webdataset defines it, and what
-webdataset leaves out belongs to no sample. Members of a key need not lie side by side: the headers
-of a shard are read first, then the samples. Nothing is ever extracted: a name is a name, whatever
-path it spells.
+A key is the member's path up to the first dot of its base name, as in webdataset; members without a
+key are ignored, as there. Members of a key need not be adjacent, because all headers of a shard are
+read before the samples. Nothing is extracted to disk, so a path in a name has no effect.
+
+See docs/files.md#shards.
 """
 
 from __future__ import annotations
