@@ -1,6 +1,6 @@
-"""What a notebook holds, as NumPy arrays: tensors, data frames, Arrow columns, lists of rows.
+"""Converts tensors, data frames, Arrow columns and lists of rows to NumPy arrays.
 
-Nothing of theirs is imported: each is known by the methods that it has.
+None of these packages is imported; objects are recognized by their methods.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command line (docs/settings.md). Every failure is one line on stderr and an exit code."""
+"""The command line. Every failure is one line on stderr and an exit code. See docs/settings.md."""
 
 from __future__ import annotations
 

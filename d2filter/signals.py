@@ -1,8 +1,8 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a command in order: what was started is stopped, once.
+"""Ends a command in order on Ctrl-C, SIGTERM and SIGHUP: everything that it started is stopped.
 
-Each raises KeyboardInterrupt in the main thread. While something is started or stopped that must
-not be left half done (`held`), they are noted and raised afterwards; the clean-up of a command that
-was interrupted is not interrupted again.
+Each signal raises KeyboardInterrupt in the main thread. While something is started or stopped that
+must not be left half done (`held`), signals are recorded and raised afterwards. Further signals do
+not interrupt the clean-up; after 10 seconds they end the process at once.
 """
 
 from __future__ import annotations

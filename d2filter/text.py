@@ -1,7 +1,6 @@
-"""Text that leaves the program: without passwords, and without what a terminal would obey.
+"""Removes passwords and terminal control characters from text that is printed, logged or recorded.
 
-Captions, file names and scores come from anybody, and URLs may hold passwords or signatures. Each
-is dealt with once, where text is printed, logged or recorded.
+Captions, file names and scores come from strangers, and URLs may contain passwords or signatures.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Models that embed.
+"""Models that embed images and captions.
 
 clip.py  open_clip's factory, transforms and tokenizers
-tiny/    the bundled model: config, weights, how good it is
+tiny/    the bundled model: config, weights, measured quality
 """

@@ -1,4 +1,4 @@
-"""A CLIP model through open_clip's own factory, transforms and tokenizer."""
+"""Loads and runs a CLIP model through open_clip's own factory, transforms and tokenizer."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class Clip:
         return int(min(size) if isinstance(size, tuple | list) else size)
 
     def prepare(self, images: Sequence[Any], captions: Sequence[str], pad_to: int) -> Batch:
-        """n transformed images and n captions as a batch of `pad_to` rows, so that every forward
-        pass has one shape: other shapes choose other kernels, whose last bits differ.
+        """n transformed images and n captions as a batch of `pad_to` rows.
 
-        For a GPU it lies in page-locked memory, in the model's own type: a copy from there takes a
-        fraction of the time.
+        Every forward pass has this shape, because other shapes use other kernels, whose last bits
+        differ. For a GPU the batch is in page-locked memory and in the model's own type, from which
+        copying takes a fraction of the time.
         """
         import torch
 
@@ -140,9 +140,9 @@ def rehearse(model: Clip, batch_size: int) -> None:
 
 
 def _refuse_pickles(pretrained: str, version: str) -> None:
-    """Raise InputError for a file of weights that an old torch would run code of (CVE-2025-32434).
+    """Raise InputError for a file of weights that could run code in an old torch (CVE-2025-32434).
 
-    pip asks for a newer torch; environments that were made otherwise may hold any.
+    pip requires a newer torch, but other environments may have any version.
     """
     major, minor = (int(part) for part in version.split(".")[:2])
     file = Path(pretrained)

@@ -65,7 +65,7 @@ def train(
         index, "sketch", mean=to_sketch.mean, axes=to_sketch.axes, grid=np.array([to_sketch.grid])
     )
     if count > 1:
-        # the driver, which calibrates, makes no products: Ray has lent it no GPU
+        # all matrix products run in tasks: the driver, which calibrates, has no GPU
         asked = trained.sketch.apply(layout.gather(chosen[uids.SALT_CALIBRATE]))
         probed = cells.assign(asked, trained.cells, cells.MOST_PROBES)
         write_array(index, f"{CALIBRATE}.probed.npy", probed)

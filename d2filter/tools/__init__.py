@@ -1,7 +1,19 @@
 """Small programs over a planned or finished run.
 
-pack.py     a folder of images and captions → shards
-demo.py     drawn pairs with planted truth, filtered and compared
-scenes.py   draws captioned scenes
-verify.py   everything that the files of a run alone can prove
+Before a run
+pack.py     a folder of images with captions → shards
+plan.py     what a run would take; estimate.py: its cost model
+demo.py     draws pairs with known truth and filters them; scenes.py, scene_words.py: the drawing
+
+During a run
+status.py   how far a run is
+alerts.py   warnings at the end of a command
+
+After a run
+verify.py   checks the files of a run; provenance.py, reread.py: against records and input
+report.py   report.html: measures.py, drawn.py, plots.py, gallery.py, album.py, pages.py
+explain.py  why a sample was kept or dropped
+sweep.py    many settings side by side; advise.py: recommended settings
+selfcheck.py  how many wrong pairs a setting keeps
+keep.py     filters shards in a training loop
 """

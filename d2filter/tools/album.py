@@ -1,4 +1,4 @@
-"""Thumbnails for the report's galleries, out of the shards: which are opened, and what is found."""
+"""Reads thumbnails for the report's galleries from the shards."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def look_up(
 ) -> Album:
     """Thumbnails of all samples of some galleries, from the shards that the catalog names.
 
-    shards: patterns of shards to look into instead; those that go by the name of a shard of the run
-    are searched for its samples, others by uid. asked: whether the user wants pictures wherever
-    they are. Unasked, only shards are opened that the run was given, and that lie on this machine:
-    metadata is made by anybody, and names what it likes.
+    shards: patterns of other shards to search; those with the name of a shard of the run are
+    searched by key, others by uid. asked: whether the user requested images, wherever they are.
+    Otherwise only shards are opened that were inputs of the run and are on this machine, because
+    metadata from strangers may name any file.
     """
     wanted = {one.uid for gallery in galleries for group in gallery.groups for one in group}
     album = _Filling()
@@ -119,8 +119,8 @@ def _look_into(
 
 
 def _read_all(places: dict[str, dict[str, str]], asked: bool, album: _Filling) -> set[str]:
-    """Pictures of shards by name; returns the uids of those that are elsewhere and not asked for.
-    The names may be anything: they are looked up as they are.
+    """Images of shards by name; returns the uids of those that are elsewhere and were not
+    requested. Names may be any string; they are looked up literally.
     """
     skipped: set[str] = set()
     far = 0
@@ -152,8 +152,8 @@ def _read_all(places: dict[str, dict[str, str]], asked: bool, album: _Filling) -
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it may be opened: a pipe waits for ever, a device never ends. True for what is not
-    there, of which others tell.
+    """Whether the path can be opened safely: a pipe waits forever, a device never ends. True if
+    nothing is there, which other code reports.
     """
     try:
         return stat.S_ISREG(path.stat().st_mode)

@@ -1,8 +1,7 @@
-"""What a finished command must not leave unsaid: lines for the end of its output and the top of the
-report.
+"""Warnings about a finished run: the last lines of its output, and the top of the report.
 
-Each alert is a function from `Facts` to one line, empty where there is nothing to say. A new one is
-a function in `ALERTS`. None of them reads samples: what was counted on them lies in report.json.
+Each alert is a function from `Facts` to one line, empty if there is nothing to report. To add one,
+add a function to `ALERTS`. Alerts read no samples: counts over samples are in report.json.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Facts:
     records: dict[str, Record]
     """of the finished stages"""
     counted: Record
-    """report.json: what was counted on samples; empty without a report"""
+    """report.json: counts over samples; empty without a report"""
 
     def stats(self, stage: str) -> Record:
         """Figures of a stage."""
@@ -169,7 +168,7 @@ def swapped_captions(facts: Facts) -> str:
 
 
 def recall(facts: Facts) -> str:
-    """The graph has less recall than was asked for."""
+    """The recall of the graph is below the target."""
     target, found = facts.option("graph", "target_recall"), facts.stats("graph").get("recall")
     if target is None or found is None or found >= target:
         return ""

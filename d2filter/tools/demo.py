@@ -1,8 +1,8 @@
-"""`d2filter demo`: drawn pairs with planted truth, filtered by the real line and compared.
+"""`d2filter demo`: draws pairs with known truth, filters them with all stages, and compares.
 
-About 30% of the pairs are near-copies of another pair (crop, jitter, recompression) and about 20%
-carry another pair's caption. OUT holds what a user's run would: shards/, then one run directory
-for each setting of D2, and truth/, which no filter sees.
+About 30% of the pairs are near-copies of another pair (cropped, jittered, recompressed), and about
+20% carry another pair's caption. OUT contains what a user's run would: shards/ and one run
+directory for each setting of D2, and also truth/, which the filter does not read.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Layout:
     copy: metrics.Bools
     """(n,) True for a near-copy"""
     caption_of: I64
-    """(n,) pair whose caption this one carries; itself when right"""
+    """(n,) pair whose caption this one carries; its own number if the caption is right"""
 
     @property
     def swapped(self) -> metrics.Bools:
@@ -109,7 +109,7 @@ def lay_out(pairs: int, seed: int) -> Layout:
 def draw_shard(
     *, report: Report, out: Folder, number: int, rows: I64, layout: Layout, seed: int
 ) -> dict[str, Any]:
-    """Task: draw some pairs into one shard, and write what is true of them to truth/."""
+    """Task: draw some pairs into one shard, and write the truth about them to truth/."""
     name = f"{number:05d}"
     uids = []
     with out.sub("shards").publish(f"{name}.tar") as path, path.open("wb") as stream:

@@ -1,7 +1,7 @@
-"""Samples of a finished run that a hash of the uid chooses, and what must be counted over all.
+"""A sample of a finished run, chosen by a hash of the uid, and counts over all ranked samples.
 
-Reads ranking and graph a row group at a time. Memory: the features of the sample, the uids of one
-catalog part, and a byte for each ranked sample.
+Reads the ranking and the graph one row group at a time. Memory: the features of the chosen samples,
+the uids of one catalog part, and a byte for each ranked sample.
 """
 
 from __future__ import annotations
@@ -76,8 +76,7 @@ class Drawn:
     rank: I64
     """in the whole ranking"""
     lost: F64
-    """what was taken from its score, in units of the normalized difficulty; 0 for those that rank
-    after everything else"""
+    """sum of received messages, in units of the normalized difficulty; 0 for demoted samples"""
     suppressed_by: I64
     """graph id, −1 for none"""
     spacing: F32

@@ -1,9 +1,8 @@
-"""What a run costs, from counts: rows, bytes, operations and memory of every step, and seconds from
-measured rates.
+"""Estimates time, memory and bytes of every step of a run from counts and measured rates.
 
-A step's work is counted in units that grow with the pool as its cost does; a rate tells the seconds
-of a unit on one CPU, and what a task costs before its first unit. What only the data decide (how
-many cells must be probed, how short sketches may be) is a `Habits`, measured on a small pool.
+The work of a step is counted in units that grow with the pool as its cost does. A rate is the
+seconds of one unit on one CPU, plus a fixed time per task. What depends on the data (how many cells
+must be probed, how short sketches can be) is in `Habits`, measured on a small pool.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ STAGES = ("embed", "catalog", "graph", "rank", "select")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:
-    """What is filtered."""
+    """The size of the pool to filter."""
 
     samples: int
     dimension: int
@@ -46,7 +45,7 @@ class Pool:
     fraction: float = 0.3
     exact_below: int = 16384
     images: bool = False
-    """whether it begins with shards"""
+    """whether the run starts from shards"""
     image_bytes: int = 60_000
     """of a pair in a shard"""
 
@@ -61,9 +60,9 @@ class Cluster:
     memory: int = 16_000_000_000
     """bytes of a node"""
     disk: int = 0
-    """bytes that the run directory may take; 0: not told"""
+    """bytes that the run directory may take; 0: unknown"""
     storage: int = 0
-    """bytes a second that a node reads and writes; 0: as many as are asked for"""
+    """bytes per second that a node reads and writes; 0: no limit"""
     memory_per_worker: int = 0
     """bytes that a task may use; 0: the node's share"""
     partitions: int = 0
@@ -85,7 +84,7 @@ class Habits:
     passes: int
     sketch_dim: int
     evaluations: float
-    """cost a row: as many distances of whole rows by products"""
+    """cost per row, as a number of distances between whole rows by products"""
     growth: float = 0.5
     """power of the pool's size by which that cost grows"""
 
@@ -112,7 +111,9 @@ class Rates:
     recall: float = 0.95
     """target that the habits were measured with"""
     images: float = 0.0
-    """embedded a second by one GPU, or by one node's CPUs where there is none; 0: not measured"""
+    """images embedded per second by one GPU, or by the CPUs of one node without GPUs; 0: not
+    measured
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +139,7 @@ class Stage:
 
     name: str
     seconds: float | None
-    """None: nothing measured tells"""
+    """None: not determined by any measurement"""
     memory: float
     """bytes of its largest process"""
     read: float
@@ -175,8 +176,10 @@ class Estimate:
 
 
 def habits_at(habits: Habits, samples: int, k: int) -> Habits:
-    """The same pool with more samples: cells grow, and with them what a probe costs. As many are
-    probed, unless the habits are those of a sample of the pool: it is thinner, and takes more.
+    """The habits of the same pool with more samples: cells grow, and with them the cost of a probe.
+
+    The number of probes stays, unless the habits are those of a sample of the pool, which is
+    sparser and needs more.
     """
     count = cells.cell_count(samples, k)
     # cells hold √n rows: of a growth by the root, this is what it is
@@ -205,7 +208,7 @@ def partitions_of(pool: Pool, cluster: Cluster, h: Habits) -> tuple[int, float]:
 
 
 def count(pool: Pool, h: Habits, partitions: int) -> list[Step]:
-    """The steps of a run that begins with metadata, with their work."""
+    """The steps of a run that starts from metadata, with their work."""
     n, d, k = pool.samples, pool.dimension, pool.k
     row = 2 * d
     parts = parts_of(pool)
@@ -295,7 +298,7 @@ def count(pool: Pool, h: Habits, partitions: int) -> list[Step]:
 
 
 def estimate(pool: Pool, cluster: Cluster, rates: Rates) -> Estimate:
-    """What a run of `pool` on `cluster` takes, if steps cost what `rates` says."""
+    """Time, memory and bytes of a run of `pool` on `cluster` at the given rates."""
     exact = pool.samples <= pool.exact_below
     h = habits_at(rates.habits, pool.samples, pool.k)
     share = min(1.0, rates.habits.sketch_dim / rates.dimension)
@@ -343,8 +346,8 @@ def estimate(pool: Pool, cluster: Cluster, rates: Rates) -> Estimate:
 
 
 def seconds(step: Step, cluster: Cluster, rates: Rates) -> float:
-    """Wall seconds of a step: its tasks in as many waves as the CPUs need, or its bytes where
-    storage is slower.
+    """Wall seconds of a step: its tasks in as many waves as the CPUs need, or the transfer of its
+    bytes if storage is slower.
     """
     return max(_computed(step, cluster, rates), stored(step, cluster))
 

@@ -1,6 +1,6 @@
-"""Why a sample was kept or dropped: what it received, what was taken from it, and by whom.
+"""Why a sample was kept or dropped: its scores, its suppressors and its neighbors.
 
-Reads the row groups that hold the sample and its neighbors, and nothing else of a run.
+Reads only the row groups that contain the sample and its neighbors.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Explained:
 
     uid: str
     shard: str | None
-    """with `key`, which of several samples with this uid was ranked; None: the run does not know"""
+    """with `key`: which of several samples with this uid was ranked; None if unknown"""
     key: str | None
     difficulty: float
     normalized: float
@@ -84,10 +84,8 @@ class NotRanked:
 
 
 def explain(folder: Folder, uids_hex: Sequence[str]) -> list[Explained | NotRanked]:
-    """Why each sample is where it is.
-
-    Raises UsageError for what is no uid, InputError for one that the run has not read, and
-    RunStateError when nothing is ranked yet.
+    """Why each sample has its rank. Raises UsageError for an invalid uid, InputError for one that
+    the run has not read, and RunStateError if nothing is ranked yet.
     """
     for text in uids_hex:
         if uid_format.normalized(text) is None:
@@ -104,7 +102,7 @@ def explain(folder: Folder, uids_hex: Sequence[str]) -> list[Explained | NotRank
 
 
 def settled_of(figures: dict[str, Any], options: RankConfig) -> settling.Settled:
-    """What was found on the pool before a ranking, from its record."""
+    """The settings that were found on the pool before a ranking, from its record."""
     gamma = figures.get("gamma", options.gamma)
     return settling.Settled(
         k=options.n_neighbors,
@@ -115,7 +113,7 @@ def settled_of(figures: dict[str, Any], options: RankConfig) -> settling.Settled
 
 
 class _Run:
-    """What is asked of the files of one run."""
+    """The files of one run."""
 
     def __init__(self, folder: Folder) -> None:
         state = RunState(folder)

@@ -1,4 +1,4 @@
-"""The report's galleries: samples worth a look."""
+"""Chooses the samples of the report's galleries."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class _People:
         self._graph = Sparse(folder.sub("graph"))
 
     def shown(self, ids: I64, sqdist: Iterable[float | None] | None = None) -> list[Shown]:
-        """What is told of each."""
+        """The facts shown about each sample."""
         if not ids.size:
             return []
         rows = self._ranking.rows(ids, _COLUMNS)

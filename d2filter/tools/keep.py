@@ -1,12 +1,12 @@
-"""Training on a subset without copying it: a webdataset stage that lets kept samples through.
+"""Trains on a subset without copying it: a webdataset stage that yields only kept samples.
 
     stage = d2filter.keep("OUT")
     dataset = wds.WebDataset(urls).compose(stage).decode("pil")
     length = sum(stage.expected(urls).values())
 
-Of a run directory whose metadata names shards, the stage follows shard and key: of several samples
-with one uid only the one that was ranked comes out. Otherwise it goes by uid. What it looks up lies
-in memory maps that all workers of a machine share.
+If the subset is a run directory whose metadata names shards, samples are matched by shard and key,
+so that of several samples with one uid only the ranked one is yielded. Otherwise they are matched
+by uid. The lookup tables are memory maps, which all workers of a machine share.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ _KEYS_HELD = 250_000  # in memory, some 60 MB: loaders that mix shards go to and
 
 
 def load_subset(subset: str | os.PathLike[str] | Subset) -> Subset:
-    """A subset as (n,) of (u8, u8), ascending: the uids to keep, as DataComp's resharder has them.
+    """A subset as (n,) of (u8, u8), ascending: the uids to keep, in the format of DataComp's
+    resharder.
 
-    subset: a run directory, a .npy file at any fsspec URL, or such an array. Unsorted ones, of
-    other tools, are sorted, with a warning; repeats stay. Raises InputError for what is no subset.
+    subset: a run directory, a .npy file at any fsspec URL, or such an array. An unsorted subset of
+    another tool is sorted, with a warning; repeats stay. Raises InputError if it is no subset.
 
     >>> import numpy as np
     >>> load_subset(np.array([(1, 7), (1, 9)], "u8,u8")).tolist()
@@ -86,20 +87,21 @@ def keep(subset: str | os.PathLike[str] | Subset) -> Keep:
     """A stage for `wds.WebDataset(urls).compose(…)` that yields only samples of the subset.
 
     subset: as for `load_subset`. Put the stage before `decode`: it needs a sample's json, or its
-    picture and caption, as bytes. Samples that no run could rank (no picture, no caption, broken
-    json) are dropped.
+    image and caption, as bytes. Samples that no run would rank (no image, no caption, broken json)
+    are dropped.
 
-    *A run directory whose metadata names shards* (of embedded shards it does) keeps by shard and
-    key: a sample comes out if its `__key__` is kept in the shard that its `__url__` names, and it
-    has the uid that was ranked there. Copies and broken twins of a kept sample stay out, so what
-    comes out is what `expected` says. A shard may lie elsewhere than when it was ranked: it goes by
-    file name, and by as many of its folders as tell it from others (see `ShardNames`). Nothing of
-    other shards comes out, with a warning. A sample without `__url__` goes by uid, with a warning.
-    Only two samples of one shard with the same key and the same uid cannot be told apart.
+    *A run directory whose metadata names shards* (as metadata from `embed` does) keeps by shard and
+    key: a sample is yielded if its `__key__` is kept in the shard that its `__url__` names, and it
+    has the uid that was ranked there. Copies and damaged versions of a kept sample are dropped, so
+    that the number of samples is what `expected` returns. A shard may have moved since: it is
+    recognized by its file name, and by as many of its folders as needed (see `ShardNames`). No
+    sample of an unknown shard is yielded, with a warning. A sample without `__url__` is matched by
+    uid, with a warning. Only two samples of one shard with the same key and the same uid cannot be
+    told apart.
 
-    *A .npy file or an array* keeps by uid. A uid that it repeats is yielded as often, and one that
-    the shards repeat is let through each time. For shards that were renamed or packed anew this is
-    the way: `keep("OUT/subset.npy")`. Repeats of a soft selection come out side by side either way.
+    *A .npy file or an array* keeps by uid. A uid that the subset repeats is yielded as often, and
+    so is each sample with this uid in the shards. Use `keep("OUT/subset.npy")` for shards that were
+    renamed or packed again. Repeats of a soft selection are adjacent in both cases.
 
     >>> import numpy as np
     >>> stage = keep(np.array([(0, 1)], "u8,u8"))
@@ -145,8 +147,8 @@ class Keep:
         return self._size
 
     def __call__(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """The samples of the subset, in their order. Raises InputError for a sample whose uid has
-        to be made from a picture or caption that is decoded already.
+        """The samples of the subset, in their order. Raises InputError for a sample whose uid
+        depends on an image or caption that is decoded already.
         """
         if self._kept is not None:
             yield from self._by_place(samples, self._kept)
@@ -190,7 +192,7 @@ class Keep:
         return found
 
     def _without_url(self, kept: Kept) -> _Uids:
-        """All uids: for samples that do not tell their shard."""
+        """All uids, for samples that do not name their shard."""
         self._warn("url", "samples have no __url__: they are kept by uid, copies of one included")
         if self._all is None:
             rows = np.stack([kept.rows.hi, kept.rows.lo], axis=1)
@@ -199,7 +201,7 @@ class Keep:
         return self._all
 
     def _warn(self, kind: str, text: str) -> None:
-        """Once of a kind: what is said of every shard is read of none."""
+        """Warn once per kind of problem, because a warning for every shard would be ignored."""
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(text, stacklevel=5)

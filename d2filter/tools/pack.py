@@ -1,8 +1,8 @@
 """`d2filter pack FOLDER --shards OUT`: a folder of captioned images → WebDataset shards.
 
-An image X.png goes with the caption in X.txt, or in the field `caption` or `text` of X.json. Image
-bytes are stored as they are. Beside each shard lies NAME_stats.json, and each sample has a json
-with img2dataset's fields, so that tools made for img2dataset's output read ours.
+The caption of X.png is in X.txt, or in the field `caption` or `text` of X.json. Image bytes are
+stored unchanged. Each shard has a NAME_stats.json, and each sample a json with img2dataset's
+fields, so that tools for img2dataset's output can read them.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def pack(
 ) -> Packed:
     """Write all captioned images below `source`, in order of their paths; skipped.csv comes last.
 
-    The same folder gives the same bytes, and what an interrupted run left is replaced. Raises
-    UsageError for an unusable folder, and InputError when there is nothing to pack or `shards`
-    holds shards that are finished or somebody else's.
+    The same folder gives the same bytes. Files of an interrupted run are replaced. Raises
+    UsageError for an unusable folder, and InputError if there is nothing to pack or `shards`
+    contains finished shards or files of another tool.
     """
     if not source.is_dir():
         raise UsageError(f"{source} is no folder: pack takes a folder of images and captions")
@@ -118,7 +118,7 @@ def pack(
 
 
 def summary(packed: Packed, shards: Folder, say: Callable[[str], None]) -> None:
-    """Tell a person what was packed, what was not and why, and what to do next."""
+    """Print what was packed, what was not and why, and what to do next."""
     say(f"packed {packed.samples:,} pairs into {packed.shards:,} shards in {shards.url}")
     for reason, count in packed.skipped.items():
         say(f"  skipped {count:>6,}  {reason}")

@@ -1,7 +1,7 @@
-"""Pages that open anywhere: templates of page/, with styles, scripts and plots inside one file.
+"""Builds HTML pages in one file, from the templates in page/, with styles, scripts and plots.
 
-They ask for nothing from outside, and their policy (CSP) lets nothing in: only the scripts that are
-put in here have the hashes that it names.
+A page loads nothing from elsewhere, and its content security policy allows only its own scripts, by
+their hashes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`d2filter plan`: what a run would take, before it is paid for.
+"""`d2filter plan`: what a run would take, before it is started.
 
-Rates come from a file that `make bench` has written, or from two small runs of the whole line on
-this machine (`--calibrate`): what they leave open is said with the result.
+Rates come from a file written by `make bench`, or from two small runs on this machine
+(`--calibrate`). The output lists what these do not determine.
 """
 
 from __future__ import annotations
@@ -44,9 +44,8 @@ PILOTS = (6_000, 48_000)  # rows of the two runs, as far as there are so many
 
 
 def asked(arguments: argparse.Namespace, say: Say) -> tuple[Pool, Cluster, Rates]:
-    """Pool, cluster and rates of the command line; measures what it asks to be measured.
-
-    Raises UsageError for what cannot be planned.
+    """Pool, cluster and rates from the command line; runs the requested measurements. Raises
+    UsageError for what cannot be planned.
     """
     for name in ("dim", "n_neighbors", "nodes", "cpus"):
         if getattr(arguments, name) < 1:
@@ -121,9 +120,8 @@ def write_rates(url: str, rates: Rates) -> None:
 
 
 def look_at(folder: Folder, catalog: config.CatalogConfig) -> tuple[int, int, list[str]]:
-    """Rows and width of the features of a metadata folder, and the names of its pairs.
-
-    Reads all footers and one pair. Raises InputError for what is no metadata.
+    """Rows and width of the features of a metadata folder, and the names of its pairs. Reads all
+    footers and one pair. Raises InputError if it is no metadata.
     """
     pairs, _ = metadata.list_pairs(folder)
     rows = sum(tables.count_rows(folder, f"{pair.name}.parquet") for pair in pairs)
@@ -146,8 +144,8 @@ def real_rows(
 
 
 def drawn_rows(count: int, dimension: int) -> Rows:
-    """Rows in clusters whose spread falls from axis to axis, as that of learned embeddings does; a
-    tenth are copies. They stand in for a pool that is not at hand.
+    """Random rows in clusters whose spread falls from axis to axis, as in learned embeddings; a
+    tenth are copies. They replace a pool that is not available.
     """
     rng = np.random.default_rng(0)
     axes = np.arange(1.0, dimension + 1) ** -0.5
@@ -163,11 +161,12 @@ def drawn_rows(count: int, dimension: int) -> Rows:
 def calibrate(
     rows: Rows, k: int, say: Say, target_recall: float = 0.95, growth: float = 0.5
 ) -> Rates:
-    """Rates of this machine: the whole line on a few rows and on all of them, files to files.
+    """Rates of this machine: all stages on a few rows and on all of them, from files to files.
 
-    Ray is started here unless it runs, and its start is counted as the catalog's. Of a pool whose
-    neighbors lie in small groups a sample has so few that cells miss the target; a lower one then
-    tells what cells cost. growth: see `Habits`. Raises InputError where none does.
+    Ray is started here unless it runs, and its start counts as part of the catalog. If the
+    neighbors of the pool lie in small groups, a sample of it has so few that cells miss the target;
+    then a lower target shows the cost of cells. growth: see `Habits`. Raises InputError if no
+    target can be reached.
     """
     import ray
 

@@ -1,4 +1,4 @@
-"""The report's plots: Bokeh figures of `Measures`, in colors that the page replaces by its own."""
+"""The report's plots: Bokeh figures of `Measures`, whose colors the page replaces by its own."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def seconds(m: Measures) -> Any:
 
 
 def difficulty(m: Measures) -> Any:
-    """Histogram of the difficulty: the pool, what is kept, what is pruned."""
+    """Histogram of the difficulty: all ranked samples, kept ones, pruned ones."""
     raw = m.raw.astype(np.float64)
     edges = np.histogram_bin_edges(raw, _BINS)
     before, _ = np.histogram(raw, edges)
@@ -114,7 +114,7 @@ def deciles(m: Measures, values: npt.NDArray[np.floating], axis: str) -> Any:
 
 
 def coverage_bars(m: Measures) -> Any:
-    """Coverage of several ways to keep as many samples."""
+    """Coverage of several subsets of the same size."""
     bars = [(subset.name, subset.coverage, color) for subset, color in _subsets(m)]
     bars += [(row["setting"], row["coverage"], _SWEPT[0]) for row in _alike(m)]
     bars = [bar for bar in {bar[0]: bar for bar in bars}.values() if math.isfinite(bar[1])]
@@ -305,7 +305,7 @@ def _named(
 
 
 def _alike(m: Measures) -> list[dict[str, Any]]:
-    """What was swept at the budget of this run, measured on the same samples."""
+    """The swept settings at the budget of this run, measured on the same samples."""
     size, known = int(m.drawn.kept.sum()), {"score", "random", m.setting}
     return [
         row for row in m.swept if m.whole and row["kept"] == size and row["setting"] not in known

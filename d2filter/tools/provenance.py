@@ -1,4 +1,4 @@
-"""Whether the files of a run are those that its stages made, of the input that is there now."""
+"""Checks that the files of a run are those its stages wrote, and that the input is the same."""
 
 from __future__ import annotations
 
@@ -109,8 +109,8 @@ def _seen(source: Folder) -> bool:
 
 
 def _there(urls: Sequence[str]) -> dict[str, FileInfo | None]:
-    """Files as they are now, None for one that is gone; without those of folders that are gone, or
-    that let nobody in.
+    """Files as they are now, None for a missing one; files of missing or unreadable folders are
+    left out.
     """
     inside: dict[str, list[str]] = defaultdict(list)
     for url in urls:

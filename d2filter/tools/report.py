@@ -1,8 +1,8 @@
-"""`d2filter report OUT`: what a finished run did to its pool, as one page that opens anywhere.
+"""`d2filter report OUT`: what a finished run did to its pool, as one HTML page that works offline.
 
-The page asks for nothing from outside, and its policy (CSP) lets nothing in: captions come from the
-web. Plots are Bokeh's, whose script is the smallest that can be carried along (1.3 MB; Plotly's is
-4.8; Vega's, 0.9, comes in Python only with a compiler of 33 MB).
+The page loads nothing from elsewhere and its content security policy allows no foreign script,
+because captions come from the web. Plots use Bokeh because its script is the smallest to embed (1.3
+MB; Plotly's is 4.8 MB; Vega's is 0.9 MB, but its Python package contains a compiler of 33 MB).
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def render(
     found: Sequence[str] = (),
     checked: dict[str, Any] | None = None,
 ) -> str:
-    """The page, of at most MOST_BYTES: what does not fit is left out, and it says so."""
+    """The page, of at most MOST_BYTES. What does not fit is left out, with a note."""
     drawn = pages.drawn(plots.all_plots(m))
     nothing = album.Album(pictures={}, troubles=pictures.troubles)
     bare = _page(folder, m, galleries, nothing, drawn, found, checked)
@@ -272,7 +272,7 @@ def _not_ranked(samples: dict[str, int]) -> str:
 
 
 def _flow(m: measures.Measures) -> list[dict[str, Any]]:
-    """Counts that add up to what was read."""
+    """Counts whose sum is the number of samples read."""
     samples = m.stats["samples"]
     read = max(1, samples["read"])
     labels = {"kept": "kept", "pruned": "pruned", "duplicate": "duplicates", "bad": "bad"}

@@ -1,7 +1,7 @@
-"""`verify --deep`: reads the input once more and finds every sample of it in the run's files.
+"""`verify --deep`: reads the input again and looks for every sample of it in the run's files.
 
-Shards: their samples, in order, are those of OUT/metadata and of the ledger. Metadata: each row is
-in the catalog with the same bits, or in the ledger. Pictures are not embedded again.
+For shards: their samples, in order, must be those of OUT/metadata and the ledger. For metadata:
+each row must be in the catalog with the same bits, or in the ledger. Images are not embedded again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Breaches = list[str]
 
 
 def shards(folder: Folder) -> Breaches:
-    """Shards whose samples are not those that were embedded or reported."""
+    """Shards whose samples are not those that were embedded or recorded as bad."""
     out: Breaches = []
     embed = RunState(folder).done("embed")
     if embed is None:
@@ -42,7 +42,7 @@ def shards(folder: Folder) -> Breaches:
 
 
 def _shard(folder: Folder, shard: webdataset.Shard) -> str:
-    """What differs first between a shard and what is known of it."""
+    """The first difference between a shard and its recorded samples."""
     embedded = folder.sub("metadata")
     rows: list[tuple[str, str]] = []
     if embedded.exists(f"{shard.name}.parquet"):
@@ -150,7 +150,7 @@ def _rows(
 def _clipped(
     record: dict[str, Any], config: CatalogConfig, read: metadata.Rows
 ) -> npt.NDArray[np.float32]:
-    """Difficulties as the catalog holds them: clipped where it was told to."""
+    """Difficulties as the catalog contains them: clipped if `--clip-scores` was given."""
     told = record["stats"].get("clipped")
     if told is None:
         return read.difficulty

@@ -1,4 +1,4 @@
-"""The words and colors of drawn scenes: what `scenes.py` can draw, and how captions say it."""
+"""Shapes, colors and words of drawn scenes: what `scenes.py` can draw, and its captions."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Captioned scenes that a machine without a network can draw: tests, demo and the tiny model.
+"""Draws captioned scenes without a network: for tests, the demo and the tiny model.
 
-A scene is one or two colored shapes on a textured background.  `Scene` holds the whole truth,
-`draw` and `caption` are functions of it, so a pair can be matched, swapped, copied or captioned
-anew without guessing what the picture shows.  Nothing here is a photograph, and nothing that is
-learned from these pictures says anything about photographs.
+A scene is one or two colored shapes on a textured background. `Scene` contains the whole truth;
+`draw` and `caption` are functions of it, so pairs can be matched, swapped, copied or captioned
+again with known truth. Nothing here is a photograph, and results on these pictures say nothing
+about photographs.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class Thing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """All that determines a picture, and all that its caption may say.
+    """Everything that determines an image, and everything that its caption may mention.
 
-    Raises ValueError for an unknown name, an object that its background would hide, or two
-    objects that would cover each other: such a caption would describe what nobody can see.
+    Raises ValueError for an unknown name, an object that its background would hide, or two objects
+    that would cover each other, because the caption would describe what nobody can see.
     """
 
     things: tuple[Thing, ...]

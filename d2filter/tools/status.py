@@ -1,6 +1,6 @@
-"""How far a run is, from what its tasks and its driver have left on disk.
+"""How far a run is, from the files that its tasks and its driver have written.
 
-Works while the run goes on, after it failed, and on another machine that sees the run directory.
+Works while the run goes on, after it failed, and on any machine that sees the run directory.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Status:
     out: str
     stages: tuple[StageStatus, ...]
     next: str
-    """stage that the same command goes on with; empty when there is none"""
+    """stage that the same command would continue with; empty if there is none"""
     error: str
     """what the last attempt ended with, if it failed"""
     last_sign: str
@@ -65,7 +65,7 @@ class Status:
     writer: str = ""
     """the command that holds the lock of the run directory"""
     alive: bool | None = None
-    """whether it runs; None where only its machine could tell"""
+    """whether it runs; None if only its own machine could determine this"""
 
 
 def read(folder: Folder) -> Status:
@@ -131,7 +131,7 @@ def lines(status: Status, now: datetime | None = None) -> list[str]:
 
 
 def _ending(status: Status, now: datetime) -> str:
-    """What is going on, and what comes next."""
+    """The last lines: what is running, and what comes next."""
     if status.alive:
         return f"running: {status.writer}"
     if not status.next:

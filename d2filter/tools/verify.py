@@ -1,7 +1,7 @@
-"""`d2filter verify OUT`: everything that the files of a finished run alone can prove.
+"""`d2filter verify OUT`: checks everything that the files of a finished run can prove.
 
-Each check is a function from a loaded run to the list of its breaches. Memory: the graph and the
-ranking of the whole run.
+Each check is a function from a loaded run to a list of breaches. Memory: the graph and the ranking
+of the whole run.
 """
 
 from __future__ import annotations
@@ -290,7 +290,7 @@ def _scores(run: _Run) -> Breaches:
 
 
 def _found(settled: settling.Settled, figures: dict[str, Any]) -> Breaches:
-    """What was found on the pool before the ranking, found again: gamma above all."""
+    """Find the settings of the ranking again, gamma above all, and compare them with the record."""
     mine = {
         "gamma": settled.gamma,
         "gamma_unit": settled.unit,
