@@ -2,7 +2,9 @@
 
 The score is the one that decided the ranking: of D2 that when the sample was selected, so that
 copies share what one of them would have; of other methods the difficulty. What ranks after
-everything else, or below --min-score, gets no copy.
+everything else, or below --min-score, gets no copy. With classes each class gets as many copies as
+it has samples in the first B of the ranking, its share without `--soft`; a class of which no sample
+may be repeated gets none.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ def times(
     kept_first: str,
     method: str,
     sizes: Sequence[int],
+    group: I64 | None = None,
 ) -> list[I64]:
     """Copies of each sample of a ranking, (n,) int64, for each number of samples in all.
 
-    columns: COLUMNS of the whole ranking, (n,) each, in any order of rows. Memory: about 60 bytes a
-    sample. Raises UsageError where no sample is left to choose from.
+    columns: COLUMNS of the whole ranking, (n,) each, in any order of rows. group: (n,) classes.
+    Memory: about 60 bytes a sample, with classes 100. Raises UsageError where no sample is left to
+    choose from.
     """
     assert config.soft is not None
     difficulty = columns["difficulty"].astype(np.float32)
@@ -50,6 +54,10 @@ def times(
     found = []
     for size in sizes:
         out = np.zeros(among.size, np.int64)
-        out[rows] = soft.copies(score, hi, lo, size, config.soft)
+        if group is None:
+            out[rows] = soft.copies(score, hi, lo, size, config.soft)
+        else:
+            quota = np.bincount(group[columns["rank"] < size], minlength=int(group.max()) + 1)
+            out[rows] = soft.copies_by_class(score, hi, lo, group[rows], quota, config.soft)
         found.append(out)
     return found
