@@ -13,7 +13,16 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Literal, cast
 
-from d2filter.algorithm import groups, late, schemes, scores, selectors, settling, uids
+from d2filter.algorithm import (
+    groups,
+    late,
+    schemes,
+    scores,
+    selectors,
+    settling,
+    submodular,
+    uids,
+)
 from d2filter.algorithm import terms as summed
 from d2filter.algorithm.budget import parse_fraction
 from d2filter.errors import UsageError
@@ -279,6 +288,10 @@ class RankConfig:
     collapse_copies: float | Literal["auto"] | None = "auto"
     """neighbors up to this squared distance are copies: all but the best rank after everything
     else; None: no; auto: with D2 see `algorithm/copies.py`, other methods stay as published"""
+    redundancy: float = 1.0
+    """of infomax: what likeness to a kept sample costs, in units of the scores' range (λ)"""
+    temperature: float = 0.1
+    """of density: the higher, the more alike are the shares of clusters in a budget (τ)"""
 
     def __post_init__(self) -> None:
         if self.n_neighbors:
@@ -316,10 +329,32 @@ class RankConfig:
         ):
             if word not in known:
                 raise UsageError(f"{name} is {word!r}, allowed are {', '.join(known)}")
+        self._check_options_of_methods()
         if self.kernel == "local" and self.gamma_scale != "none":
             raise UsageError(
                 f"gamma-scale is {self.gamma_scale} and the kernel local has units of its own, the "
                 "distances to the k-th neighbors: leave it out, or take --kernel rbf"
+            )
+
+    def _check_options_of_methods(self) -> None:
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in sorted(selectors.OPTIONS):
+            value = getattr(self, name)
+            readers = [one for one in selectors.SELECTORS if name in selectors.options(one)]
+            if value != default[name] and self.method not in readers:
+                raise UsageError(
+                    f"{name} is {value} and the method {self.method} does not read it: leave it "
+                    f"out, or take --method {' or '.join(readers)}"
+                )
+        if not (_finite(self.redundancy) and 0 <= self.redundancy <= submodular.MOST_RELEVANCE):
+            raise UsageError(
+                f"redundancy is {self.redundancy}, allowed is 0 (score alone) to "
+                f"{submodular.MOST_RELEVANCE}: --redundancy 1"
+            )
+        if not (_finite(self.temperature) and self.temperature > 0):
+            raise UsageError(
+                f"temperature is {self.temperature}, allowed is a finite number above 0: "
+                "--temperature 0.1"
             )
 
     @classmethod
@@ -466,7 +501,6 @@ class RunConfig:
             raise UsageError(f"max-bad is {self.max_bad}, allowed is 0 to 1: --max-bad 0.01")
         if self.device not in DEVICES:
             raise UsageError(f"device is {self.device!r}, allowed are {', '.join(DEVICES)}")
-        refuse_classes(self.select, self.catalog.group_column)
         if self.partitions:
             _at_least("partitions", self.partitions, 1)
         if self.memory_per_worker and self.memory_per_worker < LEAST_MEMORY:
@@ -474,15 +508,6 @@ class RunConfig:
                 f"memory-per-worker is {self.memory_per_worker} bytes, allowed is at least "
                 f"{LEAST_MEMORY}: --memory-per-worker 1GB"
             )
-
-
-def refuse_classes(select: SelectConfig, group_column: str) -> None:
-    """Raise UsageError for a soft selection of samples with classes."""
-    if select.soft is not None and group_column:
-        raise UsageError(
-            "soft repeats samples by score, which would not give each class its share: leave out "
-            "--soft, or --group-column when the graph is made"
-        )
 
 
 def parse_bytes(text: str) -> int:

@@ -401,6 +401,16 @@ def rank(parser: argparse.ArgumentParser) -> None:
         "pool's median to the k-th neighbor; none) the best one stays, the others rank after "
         f"everything else (default: {default.collapse_copies})",
     )
+    group.add_argument(
+        "--redundancy", type=float, default=default.redundancy, metavar="LAMBDA",
+        help="of --method infomax: what likeness to a kept sample costs, in units of the scores' "
+        f"range, 0 (score alone) to 16 (default: {default.redundancy:g})",
+    )  # fmt: skip
+    group.add_argument(
+        "--temperature", type=float, default=default.temperature, metavar="TAU",
+        help="of --method density: the higher, the more alike are the shares of clusters in a "
+        f"budget (default: {default.temperature:g})",
+    )  # fmt: skip
 
 
 def select(parser: argparse.ArgumentParser) -> None:
@@ -443,6 +453,8 @@ def sweep(parser: argparse.ArgumentParser) -> None:
             f"{default.collapse_copies}",
             "squared distances of copies, auto or none",
         ),
+        ("--redundancy", float, f"{default.redundancy:g}", "of infomax"),
+        ("--temperature", float, f"{default.temperature:g}", "of density"),
         ("--fraction", str, "0.1,0.3,0.5", "budgets"),
     ]
     for name, convert, given, text in many:

@@ -30,6 +30,7 @@ from d2filter.algorithm import (
     groups,
     local,
     metrics,
+    quantile,
     ranking,
     settling,
     tuning,
@@ -181,7 +182,7 @@ def power(kernel: str, exponent: float, k: int = 10) -> Rule:
     def rule(pool: Pool, kept: str) -> I64:
         neighbors, sqdist = pool.neighbors[:, :k], pool.sqdist[:, :k]
         reach = local.reach(sqdist)
-        floor = local.floor_of(settling.middle(reach))
+        floor = local.floor_of(quantile.middle(reach))
         there = neighbors >= 0
         if kernel == "local":
             of = reach[np.where(there, neighbors, 0)]

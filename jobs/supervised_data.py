@@ -286,15 +286,14 @@ def _train_stack(
     for layer in layers:
         layer.requires_grad_()
     optimizer = torch.optim.AdamW(layers, weight_decay=network.decay, fused=True)
-    batches = torch.from_numpy(
-        np.stack([batches(one, network.steps, network.batch, seed) for one in subsets], axis=1)
-    )
+    drawn = [batches(one, network.steps, network.batch, seed) for one in subsets]
+    rows_of_step = torch.from_numpy(np.stack(drawn, axis=1))
     x, y = torch.from_numpy(rows), torch.from_numpy(label)
     epoch = -(-len(rows) // network.batch)
     for step in range(network.steps):
         rate = network.rate * (1 + np.cos(np.pi * step / network.steps)) / 2
         optimizer.param_groups[0]["lr"] = float(rate)
-        some = batches[step]
+        some = rows_of_step[step]
         _, logits = forward(network, layers, x[some])
         loss = functional.cross_entropy(logits.flatten(0, 1), y[some].flatten(), reduction="sum")
         optimizer.zero_grad(set_to_none=True)

@@ -1,8 +1,14 @@
-"""`--collapse-copies auto`: up to which distance two samples are copies of each other."""
+"""Up to which distance two samples are copies of each other.
+
+`--collapse-copies auto` collapses these, and reports count the same ones as near-copies.
+"""
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
+
+from d2filter.algorithm import local, quantile
 
 SHARE = 1 / 20
 """of the pool's median squared distance to the k-th neighbor"""
@@ -19,3 +25,11 @@ def threshold(median_reach: float) -> float:
     gives 0, exact copies alone.
     """
     return float(np.float32(SHARE * median_reach))
+
+
+def near(sqdist: npt.NDArray[np.float32]) -> float:
+    """The threshold of a pool. sqdist: (n, k) float32 lists, ascending in each row, inf where a
+    list is padded.
+    """
+    reach = local.reach(sqdist)
+    return threshold(quantile.middle(reach))

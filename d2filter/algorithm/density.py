@@ -6,6 +6,7 @@ budget; dense ones are thinned.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def density(pool: Pool, *, temperature: float = 0.1, rows_a_cluster: int = _ROWS
     budget. Ties go to the smaller row. Raises UsageError for a temperature that is not positive and
     for less than one row a cluster.
     """
-    if not temperature > 0:
+    if not 0 < temperature < math.inf:
         raise UsageError(f"temperature is {temperature}, allowed is a number above 0: 0.1")
     if rows_a_cluster < 1:
         raise UsageError(f"rows_a_cluster is {rows_a_cluster}, allowed is 1 or more")

@@ -24,14 +24,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import coverage, features, late, messages, uids
+from d2filter.algorithm import copies, coverage, features, late, messages, uids
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-
-NEAR = 0.1  # of the median squared distance between neighbors: closer ones are near-copies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,8 +170,9 @@ class Yardstick:
         """
         self.unit = late.unit(sqdist)
         """median squared distance between neighbors"""
-        self.near = NEAR * self.unit
-        """squared distance up to which samples are near-copies"""
+        self.near = copies.near(sqdist)
+        """squared distance up to which samples are near-copies: what `--collapse-copies auto` finds
+        with lists of this length"""
         self.groups = groups(hi, lo, difficulty, neighbors, sqdist, self.near)
         self._rows, self._neighbors, self._sqdist = rows, neighbors, sqdist
         self._watched = watch(rows, hi, lo, self.groups, watched)

@@ -37,6 +37,10 @@ class Pool:
     """(n,) class of each sample, ≥ 0; without it the pool is one class"""
     seed: int = 0
     """of the hashes"""
+    redundancy: float = 1.0
+    """what likeness to a kept sample costs, in units of the scores' range"""
+    temperature: float = 0.1
+    """of the softmax that makes shares of a budget from how wide clusters are"""
 
     def __post_init__(self) -> None:
         n = len(self.hi)
@@ -71,6 +75,8 @@ class Selector:
     """what to use beyond"""
     wants: frozenset[str]
     """what it reads besides difficulty: a subset of {"features", "neighbors"}"""
+    options: frozenset[str] = frozenset()
+    """fields of `Pool` that a user sets for this method alone"""
 
 
 def ascending(values: Array) -> I64:

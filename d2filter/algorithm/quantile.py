@@ -63,6 +63,11 @@ def locate(counts: I64, place: int) -> tuple[int, int]:
     return found, place - int(below[found] - counts[found])
 
 
+def middle(values: F32) -> float:
+    """The lower median of values (n,); 0 for nothing."""
+    return smallest(values, (values.size - 1) // 2) if values.size else 0.0
+
+
 def value_of(upper: int, lower: int) -> float:
     """The float32 with this key."""
     key = upper << 16 | lower

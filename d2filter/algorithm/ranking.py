@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -94,7 +94,8 @@ def rank_by(
     place = np.full(n, -1, np.int64)
     place[seen] = np.arange(seen.size)
     neighbors = pool.neighbors[seen]
-    some = selectors.Pool(
+    some = replace(
+        pool,
         hi=pool.hi[seen],
         lo=pool.lo[seen],
         difficulty=pool.difficulty[seen],
@@ -102,7 +103,6 @@ def rank_by(
         neighbors=np.where(neighbors >= 0, place[neighbors], -1),
         sqdist=pool.sqdist[seen],
         group=None if pool.group is None else pool.group[seen],
-        seed=pool.seed,
     )
     rank[np.concatenate([seen[selectors.order(method, some)], last])] = np.arange(n)
     return rank

@@ -18,7 +18,7 @@ from d2filter.errors import UsageError
 
 I64 = npt.NDArray[np.int64]
 
-__all__ = ["SELECTORS", "Pool", "Selector", "ccs", "check_size", "order"]
+__all__ = ["OPTIONS", "SELECTORS", "Pool", "Selector", "ccs", "check_size", "options", "order"]
 
 
 def order(name: str, pool: Pool) -> I64:
@@ -154,18 +154,22 @@ _LISTED = (
     Selector(
         name="infomax",
         says="score less the likeness to what is kept, lazy greedy on the graph (Tan et al. 2025)",
-        rank=lambda pool: submodular.infomax(pool.difficulty, pool.neighbors, pool.sqdist),
+        rank=lambda pool: submodular.infomax(
+            pool.difficulty, pool.neighbors, pool.sqdist, redundancy=pool.redundancy
+        ),
         most=50_000_000,  # k·n + n·log n, 150 bytes a sample
         instead="d2, which runs on partitions",
         wants=frozenset({"neighbors"}),
+        options=frozenset({"redundancy"}),
     ),
     Selector(
         name="density",
         says="a quota for each cluster by its spread, best score first (Abbas et al. 2024)",
-        rank=density.density,
+        rank=lambda pool: density.density(pool, temperature=pool.temperature),
         most=10_000_000,  # 500·n·d: the distance of each sample to each center
         instead="d2, which thins dense regions on partitions",
         wants=frozenset({"features"}),
+        options=frozenset({"temperature"}),
     ),
     Selector(
         name="semdedup",
@@ -180,3 +184,11 @@ _LISTED = (
 )
 
 SELECTORS: dict[str, Selector] = {selector.name: selector for selector in _LISTED}
+
+OPTIONS: frozenset[str] = frozenset().union(*(selector.options for selector in _LISTED))
+"""fields of `Pool` that only some methods read"""
+
+
+def options(method: str) -> frozenset[str]:
+    """Those of `OPTIONS` that a method reads; D2 reads none."""
+    return SELECTORS[method].options if method in SELECTORS else frozenset()

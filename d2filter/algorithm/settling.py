@@ -110,7 +110,7 @@ def settle(
     """
     n = difficulty.size
     reach = local.reach(sqdist)
-    median_reach = middle(reach) if wanted.reaches else 0.0
+    median_reach = quantile.middle(reach) if wanted.reaches else 0.0
     unit = late.unit(sqdist) if wanted.median else 1.0
     most: float | None
     most = copies.threshold(median_reach) if wanted.copies == "auto" else wanted.copies
@@ -175,8 +175,3 @@ def tune(
     found = tuning.tune(exponents, near, kept, told.wrong)
     share = None if told.wrong is None else float(told.wrong)
     return {**asdict(found), "tuned_for": str(wanted.tuned_for), "wrong_share": share}
-
-
-def middle(reach: F32) -> float:
-    """The lower median, 0 for nothing."""
-    return quantile.smallest(reach, (reach.size - 1) // 2) if reach.size else 0.0

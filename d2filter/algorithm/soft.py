@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import uids
+from d2filter.algorithm import features, uids
 from d2filter.errors import UsageError
 
 F64 = npt.NDArray[np.float64]
@@ -96,3 +96,24 @@ def copies(
     scores: (n,) finite, higher is better. Raises UsageError as `expected`.
     """
     return resampled(expected(scaled(scores), size, temperature), hi, lo, size)
+
+
+def copies_by_class(
+    scores: npt.NDArray[np.generic],
+    hi: uids.U64,
+    lo: uids.U64,
+    group: I64,
+    quota: I64,
+    temperature: float,
+) -> I64:
+    """Copies of each of n samples, (n,) int64: `copies` of each class alone.
+
+    group: (n,) classes from 0. quota: (classes,) copies that each class gets in all; one without
+    samples gets none. Scores are scaled within a class.
+    """
+    out = np.zeros(group.size, np.int64)
+    start, by_class = features.bucketed(group, quota.size)
+    for number in np.flatnonzero((quota > 0) & (np.diff(start) > 0)).tolist():
+        rows = by_class[start[number] : start[number + 1]]
+        out[rows] = copies(scores[rows], hi[rows], lo[rows], int(quota[number]), temperature)
+    return out

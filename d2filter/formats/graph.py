@@ -89,6 +89,14 @@ def has_groups(folder: Folder) -> bool:
         return "group" in parquet.schema_arrow.names
 
 
+def read_groups(folder: Folder) -> npt.NDArray[np.int64] | None:
+    """Classes of all samples by graph id, (n,) int64; None where they have none."""
+    if not has_groups(folder):
+        return None
+    parts = range(len(starts(folder)) - 1)
+    return np.concatenate([read_columns(folder, part, "group")["group"] for part in parts])
+
+
 def read_columns(folder: Folder, number: int, *names: str) -> dict[str, npt.NDArray[Any]]:
     """Some columns of one part; (n, k) where they hold lists. One is read after the other: two
     copies of a part would be what a partition takes most memory for.

@@ -120,6 +120,8 @@ class KnownPool:
             sqdist=part.sqdist[order],
             group=None if part.group is None else part.group[order],
             seed=config.seed,
+            redundancy=config.redundancy,
+            temperature=config.temperature,
         )
 
 

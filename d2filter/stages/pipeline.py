@@ -14,7 +14,7 @@ from typing import Any
 
 import d2filter
 from d2filter.algorithm import settling
-from d2filter.config import RankConfig, RunConfig, SelectConfig, refuse_classes
+from d2filter.config import RankConfig, RunConfig, SelectConfig
 from d2filter.errors import D2FilterError, RecallError, TooManyBadError, UsageError
 from d2filter.formats import ledger, lock, logs
 from d2filter.formats.paths import Folder, absolute, remove_leftovers
@@ -209,7 +209,6 @@ class Pipeline:
         ranked = catalog["stats"]["samples"]["ranked"]
         plan = self._plans.select(before["fingerprint"]).plan
         select.check(self.config.select, ranked)  # before anything is touched
-        refuse_classes(self.config.select, catalog["options"]["group_column"])
 
         def build() -> dict[str, Any]:
             figures = self._runner.here(

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from d2filter.algorithm import budget, uids
 from d2filter.config import SelectConfig
-from d2filter.formats import catalog, ranking, subset
+from d2filter.formats import catalog, graph, ranking, subset
 from d2filter.formats.paths import Checksums, Folder
 from d2filter.stages import soft
 from d2filter.stages.worker import Report
@@ -100,7 +100,9 @@ def _repeated(
     """The same of a soft selection: all samples, and how often each is in."""
     parts = list(ranking.iter_columns(out.sub("ranking"), soft.COLUMNS))
     whole = {name: np.concatenate([part[name] for part in parts]) for name in soft.COLUMNS}
-    times = soft.times(whole, config, kept_first, method, sizes)
+    times = soft.times(
+        whole, config, kept_first, method, sizes, graph.read_groups(out.sub("graph"))
+    )
     report(len(whole["rank"]))
     hi, lo = whole["uid_hi"].astype(np.uint64), whole["uid_lo"].astype(np.uint64)
     return hi, lo, whole["rank"].astype(np.int64), times

@@ -1,7 +1,9 @@
 """Soft selection (`select --soft`): repeats samples by score (`algorithm/soft.py`).
 
 D2 uses the final score, so that near-copies share the repeats that one of them would get. Other
-methods use the difficulty. Demoted samples and samples below --min-score get no repeats.
+methods use the difficulty. Demoted samples and samples below --min-score get no repeats. With
+classes, each class gets as many repeats in all as it has samples among the first B ranks, which is
+its share without `--soft`; a class in which no sample may be repeated gets none.
 """
 
 from __future__ import annotations
@@ -28,11 +30,13 @@ def times(
     kept_first: str,
     method: str,
     sizes: Sequence[int],
+    group: I64 | None = None,
 ) -> list[I64]:
     """Copies of each sample of a ranking, (n,) int64, for each number of samples in all.
 
-    columns: COLUMNS of the whole ranking, (n,) each, in any order of rows. Memory: about 60 bytes a
-    sample. Raises UsageError where no sample is left to choose from.
+    columns: COLUMNS of the whole ranking, (n,) each, in any order of rows. group: (n,) classes.
+    Memory: about 60 bytes a sample, with classes 100. Raises UsageError where no sample is left to
+    choose from.
     """
     assert config.soft is not None
     difficulty = columns["difficulty"].astype(np.float32)
@@ -49,6 +53,10 @@ def times(
     found = []
     for size in sizes:
         out = np.zeros(among.size, np.int64)
-        out[rows] = soft.copies(score, hi, lo, size, config.soft)
+        if group is None:
+            out[rows] = soft.copies(score, hi, lo, size, config.soft)
+        else:
+            quota = np.bincount(group[columns["rank"] < size], minlength=int(group.max()) + 1)
+            out[rows] = soft.copies_by_class(score, hi, lo, group[rows], quota, config.soft)
         found.append(out)
     return found

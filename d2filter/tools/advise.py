@@ -105,7 +105,7 @@ def advise(folder: Folder, *, fraction: str = "", say: Say = lambda line: None) 
     chosen = _best(settings, at, limit)
     copies = tried([
         replace(chosen.config, collapse_copies=value)
-        for value in (None, bench.yardstick.near)
+        for value in (None, 0.0, AUTO)
         if value != chosen.config.collapse_copies
     ])  # fmt: skip
     with_copies = _best_of_copies([chosen, *copies], at, limit)
@@ -200,9 +200,9 @@ def _plain(share: Decimal) -> Decimal:
 
 
 def _grid(k: int, share: Decimal) -> list[RankConfig]:
-    """Settings to try, those that fit themselves first: exact copies collapse in all of them."""
+    """Settings to try, those that fit themselves first: copies collapse in all of them."""
     ks = [n for n in NEIGHBORS if n <= k] or [k]
-    common: dict[str, Any] = {"kernel": "local", "collapse_copies": 0.0}
+    common: dict[str, Any] = {"kernel": "local", "collapse_copies": AUTO}
     fitted = [RankConfig(n_neighbors=n, gamma=AUTO, tuned_for=share, **common) for n in ks]
     fixed = itertools.product(ks, GAMMAS)
     return [*fitted, *(RankConfig(n_neighbors=n, gamma=g, **common) for n, g in fixed)]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import budget, distinct, knn, late, selfcheck, settling, uids
+from d2filter.algorithm import budget, copies, knn, selfcheck, settling, uids
 from d2filter.config import RankConfig
 from d2filter.formats import catalog, graph
 from d2filter.formats.paths import Folder
@@ -102,8 +102,7 @@ def prepare(folder: Folder, known: others.KnownPool) -> Prepared | str:
             "the score is not the cosine of the two halves (their correlation is "
             f"{line.correlation:.3f})"
         )
-    near = distinct.NEAR * late.unit(part.sqdist)
-    swapped, partner = selfcheck.choose(known.rows, part.hi, part.lo, near)
+    swapped, partner = selfcheck.choose(known.rows, part.hi, part.lo, copies.near(part.sqdist))
     if swapped.size < selfcheck.LEAST:
         return f"{swapped.size} distinct pairs are too few"
     made = selfcheck.splice(

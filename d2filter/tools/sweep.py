@@ -26,6 +26,7 @@ from d2filter.errors import UsageError
 from d2filter.formats.paths import Folder, read_jsons
 from d2filter.formats.runstate import RunState, digest
 from d2filter.stages import others
+from d2filter.tools import selfcheck
 
 Say = Callable[[str], None]
 Row = dict[str, Any]
@@ -46,6 +47,8 @@ MEASURES = {
     "effective": "effective share of the kept samples, 1 where none has a kept neighbor: high is "
     "good",
     "score": "mean score of the kept samples",
+    "wrong": "share of swapped captions that would be kept (self-check): low is good; empty where "
+    "it cannot be measured",
 }
 
 
@@ -64,11 +67,15 @@ def grid(fractions: Sequence[str], **values: Sequence[Any]) -> Grid:
     configs: dict[str, RankConfig] = {}
     for combination in itertools.product(*values.values()):
         options = dict(zip(values, combination, strict=True))
+        read = selectors.options(options.get("method", "d2"))
+        for name in selectors.OPTIONS - read:
+            options.pop(name, None)
         asked = RankConfig(**options)  # all must be in range, also what is not looked at
         if not asked.is_tuned:
             options.pop("tuned_for", None)
         if options.get("method", "d2") != "d2":
-            mine = ("method", "n_neighbors", "cut_hardest", "collapse_copies", "seed", "tuned_for")
+            mine = {"method", "n_neighbors", "cut_hardest", "collapse_copies", "seed", "tuned_for"}
+            mine |= read
             options = {name: value for name, value in options.items() if name in mine}
             if options.get("collapse_copies") in (None, AUTO):
                 options.pop("collapse_copies", None)
@@ -156,7 +163,8 @@ def table(rows: list[Row]) -> list[str]:
     out = [head]
     for r in sorted(rows, key=lambda r: (Decimal(r["fraction"]), -r["coverage"])):
         name = f"{r['fraction']:<5} {r['setting']}"
-        out.append(f"{name:<{width}}" + "".join(f"{r[m]:>10.4g}" for m in MEASURES))
+        values = ("-" if r[m] is None else f"{r[m]:.4g}" for m in MEASURES)
+        out.append(f"{name:<{width}}" + "".join(f"{value:>10}" for value in values))
     return [*out, *(f"{name}: {text}" for name, text in MEASURES.items())]
 
 
@@ -180,13 +188,27 @@ class _Pool:
         catalog = RunState(folder).require("catalog")["stats"]
         score = catalog.get("score", {})
         self._raw = budget.raw_scores(p.difficulty, score.get("kept_first", "high"))
+        self._checked = selfcheck.prepare(folder, selfcheck.load(folder))
+        if isinstance(self._checked, str):
+            say(f"no self-check: {self._checked}")
 
     def measured(self, config: RankConfig, fractions: Sequence[Decimal]) -> dict[str, Row]:
         """Measures of one setting, by fraction."""
         known = self._with(config.n_neighbors or self._k)
         ranks, _, _ = others.ranks_of(known, config)
         rank = ranks[self._order]
-        return {str(f): self._row(rank, f) for f in fractions}
+        wrong = self._wrong(config, fractions)
+        return {str(f): {**self._row(rank, f), "wrong": wrong.get(str(f))} for f in fractions}
+
+    def _wrong(self, config: RankConfig, fractions: Sequence[Decimal]) -> dict[str, float]:
+        """The rates at which swapped captions would be kept, by fraction."""
+        checked = self._checked
+        if isinstance(checked, str) or config.method not in selfcheck.CHEAP:
+            return {}
+        size = len(checked.known.part.hi)
+        # a budget that keeps nothing of a sample of the pool cannot be measured
+        rates = checked.rates(config, [f for f in fractions if budget.floor_of(f, size)])
+        return {fraction: row["kept"] for fraction, row in rates.items()}
 
     def _with(self, k: int) -> others.KnownPool:
         if k not in self._lists:
@@ -241,7 +263,7 @@ def _plot(folder: Folder, rows: list[Row]) -> None:
     names = list(dict.fromkeys(r["setting"] for r in rows))
     shown = names[:_CURVES]
     figure = Figure(figsize=(16, 7.6), dpi=110)
-    *axes, pareto, corner, empty = figure.subplots(2, 4).ravel()
+    *axes, pareto, corner = figure.subplots(2, 4).ravel()
     for at, name in enumerate(shown):
         mine = [r for r in rows if r["setting"] == name]
         style: dict[str, Any] = {
@@ -249,7 +271,8 @@ def _plot(folder: Folder, rows: list[Row]) -> None:
             "markersize": 3, "label": name,
         }  # fmt: skip
         for axis, measure in zip(axes, MEASURES, strict=True):
-            axis.plot([float(r["fraction"]) for r in mine], [r[measure] for r in mine], **style)
+            there = [r for r in mine if r[measure] is not None]
+            axis.plot([float(r["fraction"]) for r in there], [r[measure] for r in there], **style)
         scores, covered = [r["score"] for r in mine], [r["coverage"] for r in mine]
         pareto.plot(scores, covered, **style)
         for r in mine if len(shown) <= _LABELLED else ():
@@ -263,8 +286,7 @@ def _plot(folder: Folder, rows: list[Row]) -> None:
         pareto, "score against coverage", "mean score",
         "one dot a budget; of two settings at one budget the one up and right is better in both",
     )  # fmt: skip
-    for axis in (corner, empty):
-        axis.axis("off")
+    corner.axis("off")
     handles, labels = axes[0].get_legend_handles_labels()
     more = f"{len(names) - len(shown)} more settings are in table.csv"
     corner.legend(

@@ -364,7 +364,7 @@ def _prefix(run: _Run, name: str, chosen: npt.NDArray[np.void], size: int) -> Br
     if options.get("soft") is not None:
         chosen_by = SelectConfig.from_options(options)
         method, first = run.records["rank"]["options"]["method"], score.get("kept_first", "high")
-        (times,) = soft.times(r, chosen_by, first, method, [size])
+        (times,) = soft.times(r, chosen_by, first, method, [size], run.graph.group)
         what = "soft selection"
     expected_hi, expected_lo = np.repeat(r["uid_hi"], times), np.repeat(r["uid_lo"], times)
     order = uids.ascending(expected_hi, expected_lo)

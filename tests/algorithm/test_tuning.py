@@ -12,7 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Case, graphs
 
-from d2filter.algorithm import copies, local, messages, pairs, ranking, schemes, settling, tuning
+from d2filter.algorithm import (
+    copies,
+    local,
+    messages,
+    pairs,
+    quantile,
+    ranking,
+    schemes,
+    settling,
+    tuning,
+)
 from d2filter.config import RankConfig
 
 shares = st.sampled_from([Fraction(1, 10), Fraction(3, 10), Fraction(1, 2), Fraction(1)])
@@ -37,7 +47,7 @@ def relative_lists(case: Case) -> np.ndarray:
 @given(graphs())
 def test_relative_distances_are_those_of_the_definition(case: Case) -> None:
     reach = local.reach(case.sqdist)
-    floor = local.floor_of(settling.middle(reach))
+    floor = local.floor_of(quantile.middle(reach))
     there = case.neighbors >= 0
     of = reach[np.where(there, case.neighbors, 0)]
     found = tuning.local_lists(case.sqdist, reach, of, there, floor)

@@ -137,6 +137,39 @@ def test_what_a_method_does_not_look_at_is_not_swept_and_all_is_a_number() -> No
     assert len({sweeping.label(c) for c in grid.configs}) == 6
 
 
+def test_an_option_of_one_method_is_read_by_it_and_refused_by_the_others(
+    made: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for method, option, value, other in (
+        ("infomax", "--redundancy", 0, "d2"), ("density", "--temperature", 100, "infomax"),
+    ):  # fmt: skip
+        found = []
+        for words in ((), (option, value)):
+            again = ("--method", method, *words, "--overwrite", "rank")
+            assert run("rank", "--out-dir", made[0], *again) == 0
+            found.append(by_uid(made[0])["rank"])
+        assert (found[0] != found[1]).any()
+        assert run("select", "--out-dir", made[0]) == 0
+        assert run("verify", made[0]) == 0
+        capsys.readouterr()
+        again = ("--method", other, option, value, "--overwrite", "rank")
+        assert run("rank", "--out-dir", made[0], *again) == 2
+        assert f"the method {other} does not read it" in capsys.readouterr().err
+        for bad in (-1, "inf", "nan"):
+            again = ("--method", method, option, bad)
+            assert run("rank", "--out-dir", made[0], *again) == 2
+            assert f"{option[2:]} is {float(bad)}, allowed is" in capsys.readouterr().err
+    # likeness that costs nothing leaves the score alone
+    words = ("--method", "infomax", "--redundancy", 0, "--overwrite", "rank")
+    assert run("rank", "--out-dir", made[0], *words) == 0
+    ranked = by_uid(made[0])
+    assert (np.diff(ranked["difficulty"][np.argsort(ranked["rank"])]) <= 0).all()
+    grid = sweeping.grid(["0.5"], method=["infomax", "d2", "score"], redundancy=[0.0, 2.0])
+    assert [(c.method, c.redundancy) for c in grid.configs] == [
+        ("infomax", 0.0), ("infomax", 2.0), ("d2", 1.0), ("score", 1.0),
+    ]  # fmt: skip
+
+
 def rows_of(out: Path) -> list[dict[str, str]]:
     with (out / "sweep" / "table.csv").open() as stream:
         return list(csv.DictReader(stream))
@@ -160,6 +193,11 @@ def test_a_sweep_ranks_as_rank_does_and_does_nothing_twice(
     for fraction in ("0.1", "0.5"):
         assert max(settings, key=lambda name: mean[name, fraction]) == "score"
     assert all(0 <= float(r[name]) <= 1 for r in rows for name in ("coverage", "groups", "copies"))
+    # the score is the cosine of the two halves: swapped captions can be told, at any setting
+    wrong = {(r["setting"], r["fraction"]): float(r["wrong"]) for r in rows}
+    for fraction in ("0.1", "0.5"):
+        assert wrong["score", fraction] < wrong["random", fraction] < float(fraction) + 0.3
+        assert max(settings, key=lambda name: wrong[name, fraction]) == "random"
     # what the table says of a setting is true of its ranking
     one = ("--gamma", 3, "--n-neighbors", 1)
     assert run("rank", "--out-dir", out, "--overwrite", "rank", *one) == 0

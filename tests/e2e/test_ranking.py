@@ -176,7 +176,7 @@ def test_an_error_in_an_actor_is_one_line_and_what_was_done_stays(
     assert "known-00002.hi.npy does not exist" in said
     assert len(said) < 300
     monkeypatch.undo()
-    # its marker says that the file is there: the way out that the README names
+    # its marker says that the file is there: the way out that docs/reliability.md names
     assert run("rank", "--out-dir", made[4], "--overwrite", "rank") == 0
     assert same(ranking(made[4]), ranking(made[1]))
 

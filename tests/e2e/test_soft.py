@@ -182,15 +182,30 @@ def test_soft_selections_that_cannot_be(
     assert said in capsys.readouterr().err
 
 
-def test_soft_selections_have_no_classes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    columns = {"label": ["ab"[row % 2] for row in range(N)]}
-    metadata = pools.write(tmp_path / "m", POOL, columns=columns)
-    words = ("--metadata-dir", metadata, "--out-dir", tmp_path / "o", "--group-column", "label")
-    assert run("run", *words, "--soft") == 2
-    assert "which would not give each class its share" in capsys.readouterr().err
-    assert not (tmp_path / "o").exists()
-    assert run("run", *words) == 0
-    assert run("select", "--out-dir", tmp_path / "o", "--soft") == 2
-    assert "which would not give each class its share" in capsys.readouterr().err
+def test_each_class_gets_its_share_in_copies(tmp_path: Path) -> None:
+    """A class of good scores and one of bad ones: neither takes from the other, in any layout."""
+    label = dict(zip(POOL["uid"], ["aab"[row % 3] for row in range(N)], strict=True))
+    score = [OWN[row] + (label[uid] == "a") for row, uid in enumerate(POOL["uid"])]
+    columns = {"label": list(label.values()), "own": np.array(score, np.float32).tolist()}
+    subsets = set()
+    for number, (files, shuffle, partitions) in enumerate([(1, None, 1), (4, 2, 3)]):
+        metadata = pools.write(
+            tmp_path / f"m{number}", POOL, files=files, shuffle=shuffle, columns=columns
+        )
+        out = tmp_path / f"o{number}"
+        words = ("--metadata-dir", metadata, "--out-dir", out, "--partitions", partitions)
+        words = (*words, "--score-column", "own", "--n-neighbors", 2, "--group-column", "label")
+        assert run("run", *words, "--soft", 0.05, "--fraction", "0.6,0.2") == 0
+        assert run("verify", out) == 0
+        subsets.add((out / "subset.npy").read_bytes())
+        r = ranking(out)
+        uid = [f"{hi:016x}{lo:016x}" for hi, lo in zip(r["uid_hi"], r["uid_lo"], strict=True)]
+        for name, size in (("subset.npy", 36), ("subsets/d2_l14_20_percent.npy", 12)):
+            found = counts(out / name)
+            share = Counter(label[u] for u, at in zip(uid, r["rank"], strict=True) if at < size)
+            mine: Counter[str] = Counter()
+            for one, times in found.items():
+                mine[label[one]] += times
+            assert mine == share
+            assert max(found.values()) > 1
+    assert len(subsets) == 1

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs import bench_cifar, cifar_pixels, cifar_pools, cifar_report
+from jobs import bench_cifar, cifar_heads, cifar_pixels, cifar_pools, cifar_report
+from jobs.supervised_data import Network
 
 N = 120
 
@@ -33,9 +34,26 @@ def trainer(pictures: np.ndarray, label: np.ndarray) -> cifar_pixels.Pixels:
     return cifar_pixels.Pixels(pictures, pictures[:50], label[:50], plan, "cpu")
 
 
+@pytest.fixture(scope="module")
+def heads(label: np.ndarray) -> cifar_heads.Heads:
+    """Rows in place of pictures: each class has a direction of its own."""
+    rng = np.random.default_rng(1)
+    rows = rng.normal(size=(10, 16))[label] + rng.normal(scale=0.3, size=(N, 16))
+    rows = rows.astype(np.float32)
+    network = Network(hidden=((1, 16),), steps=48, rate=1e-2, batch=32)
+    return cifar_heads.Heads(
+        rows=rows, test_rows=rows[:50], test_label=label[:50], pixels=16, network=network
+    )
+
+
+BOTH = pytest.mark.parametrize("which", ["trainer", "heads"])
+
+
+@BOTH
 def test_a_network_learns_what_it_is_given_and_is_begun_anew(
-    trainer: cifar_pixels.Pixels, label: np.ndarray
+    which: str, request: pytest.FixtureRequest, label: np.ndarray
 ) -> None:
+    trainer: cifar_pools.Trainer = request.getfixturevalue(which)
     everything, half = np.arange(N), np.flatnonzero(label < 5)
     first = trainer.accuracies(label, [everything, half], 3)
     assert first[0] > 0.7
@@ -57,13 +75,15 @@ def test_pictures_are_shifted_and_flipped_as_drawn(trainer: cifar_pixels.Pixels)
     assert not moved[:, :2].any()
 
 
+@BOTH
 def test_every_method_gives_an_order_and_the_cut_takes_wrong_labels(
-    trainer: cifar_pixels.Pixels, label: np.ndarray
+    which: str, request: pytest.FixtureRequest, label: np.ndarray
 ) -> None:
+    trainer: cifar_pools.Trainer = request.getfixturevalue(which)
     given = label.copy()
     given[:12] = (given[:12] + 1) % 10
     log, rows = trainer.log(given, 1)
-    assert log.shape == (N, 12, 10)
+    assert log.shape == (N, 12, 10)  # as many epochs
     rows = cifar_pools.unit(rows)
     pool = cifar_pools.Pool(
         given, rows, log, 1, cifar_pools.lists(rows, given, k=4), cifar_pools.lists(rows, None, k=4)

@@ -264,12 +264,12 @@ def test_the_bundled_rates_plan_every_step() -> None:
     assert {step.name for step in steps if step.units} <= set(known.steps)
 
 
-README = Path(__file__).parents[2] / "README.md"
+CLUSTER = Path(__file__).parents[2] / "docs/cluster.md"
 TABLE = re.compile(r"^\| (small|medium|large|xlarge) \|.*$", re.MULTILINE)
 
 
 def predicted_row(name: str, samples: int, nodes: int) -> str:
-    """A line of the README's table."""
+    """A line of the table in docs/cluster.md."""
     cluster = Cluster(nodes=nodes, cpus=32, memory=256 * 10**9, storage=2 * 10**9)
     found = estimate.estimate(Pool(samples=samples, dimension=1536), cluster, plan.read_rates())
     assert not found.refusals
@@ -283,9 +283,9 @@ def predicted_row(name: str, samples: int, nodes: int) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def test_the_table_of_the_readme_is_what_plan_predicts() -> None:
+def test_the_table_of_datacomps_pools_is_what_plan_predicts() -> None:
     pools_ = {"small": 1, "medium": 4, "large": 32, "xlarge": 256}
     rows = [
         predicted_row(n, 12_800_000 * 10**i, nodes) for i, (n, nodes) in enumerate(pools_.items())
     ]
-    assert [line[0] for line in TABLE.finditer(README.read_text("utf-8"))] == rows
+    assert [line[0] for line in TABLE.finditer(CLUSTER.read_text("utf-8"))] == rows

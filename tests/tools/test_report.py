@@ -21,7 +21,7 @@ import shards as made
 from bokeh.models import ColumnDataSource
 from PIL import Image
 
-from d2filter.algorithm import distinct
+from d2filter.algorithm import late
 from d2filter.cli import main
 from d2filter.errors import RunStateError, StorageError, UsageError
 from d2filter.formats import catalog, graph, ranking, webdataset
@@ -107,7 +107,7 @@ def test_the_measures_are_those_of_the_whole_files(run: Path) -> None:
     for i in np.lexsort((np.arange(N), -rows["difficulty"][order])).tolist():
         leads.setdefault(group[i], i)
     assert m.groups == len(leads) < N
-    unit = m.near / distinct.NEAR
+    unit = late.unit(g.sqdist)
     for one in (m.own, m.by_score, m.at_random, m.everything):
         covered = set(group[one.kept].tolist())
         nearest = [
