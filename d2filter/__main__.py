@@ -11,6 +11,6 @@ if (
 ):
     del sys.path[0]
 
-from d2filter.cli import entry  # after the path is right
+from d2filter.cli.main import entry
 
 entry()

@@ -14,8 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from d2filter import arrays
-from d2filter.algorithm import budget, features, knn, pairs, ranking, settling, uids
-from d2filter.algorithm import groups as grouping
+from d2filter.algorithm import budget, features, uids
+from d2filter.algorithm import by_class as grouping
+from d2filter.algorithm.greedy import auto_settings, in_memory
+from d2filter.algorithm.knn import in_memory as knn
+from d2filter.algorithm.scores import mismatched
 from d2filter.config import AUTO, GraphConfig, RankConfig, SelectConfig
 from d2filter.errors import InputError
 from d2filter.formats import uid as uid_format
@@ -153,11 +156,11 @@ def rank(
         lo,
         graph.neighbors,
         graph.sqdist,
-        settling.Told(
+        auto_settings.Told(
             wrong=_wrong_share(modalities, rows, hi, lo), learned_below=_float(learned_below)
         ),
     )
-    ranked = ranking.rank_graph(
+    ranked = in_memory.rank_graph(
         hi,
         lo,
         difficulty[order],
@@ -206,7 +209,7 @@ def _wrong_share(
     widths = [array.shape[1] for array in modalities]
     if len(widths) != 2 or widths[0] != widths[1]:
         return None
-    return pairs.wrong_share({"pairs": pairs.judged(rows[pairs.sampled(hi, lo)])})
+    return mismatched.wrong_share({"pairs": mismatched.judged(rows[mismatched.sampled(hi, lo)])})
 
 
 def _classes(groups: Any, n: int) -> I64:

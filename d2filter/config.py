@@ -13,18 +13,12 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Literal, cast
 
-from d2filter.algorithm import (
-    groups,
-    late,
-    schemes,
-    scores,
-    selectors,
-    settling,
-    submodular,
-    uids,
-)
-from d2filter.algorithm import terms as summed
+from d2filter.algorithm import by_class, uids
 from d2filter.algorithm.budget import parse_fraction
+from d2filter.algorithm.greedy import auto_settings, demoted, schemes
+from d2filter.algorithm.methods import selectors, submodular
+from d2filter.algorithm.scores import registry as scores
+from d2filter.algorithm.scores import terms as summed
 from d2filter.errors import UsageError
 
 FeatureType = Literal["image|text", "image", "text"]
@@ -104,7 +98,7 @@ class CatalogConfig:
     score_column: str = ""
     """parquet column with the difficulty; empty: clip_NAME_similarity_score, else the cosine"""
     score: str = ""
-    """terms of `scores.SCORES` and columns (`algorithm/terms.py`); empty: the column"""
+    """terms of `scores.SCORES` and columns (`algorithm/scores/terms.py`); empty: the column"""
     score_file: str = ""
     """scores from elsewhere: .parquet or .csv with uid, or a folder of them; score_column, or the
     only other column, is the difficulty, unless score names its columns"""
@@ -261,7 +255,7 @@ class RankConfig:
     """of the hashes that a selector chooses by; D2 needs none"""
     gamma: float | Literal["auto"] = "auto"
     """kernel width of the reverse pass, and of the forward pass unless that is given; auto: see
-    `algorithm/tuning.py`"""
+    `algorithm/greedy/auto_gamma.py`"""
     tuned_for: Decimal | None = None
     """kept share that auto settings are for; None: that of the selection, else 0.3"""
     gamma_forward: float | None = None
@@ -284,10 +278,11 @@ class RankConfig:
     """of a graph with classes: proportional to their sizes, or uniform"""
     cut_hardest: Decimal | Literal["auto"] = Decimal(0)
     """share of the samples, highest difficulty first, that rank after everything else; auto: see
-    `algorithm/hardest.py`"""
+    `algorithm/greedy/auto_cut.py`"""
     collapse_copies: float | Literal["auto"] | None = "auto"
     """neighbors up to this squared distance are copies: all but the best rank after everything
-    else; None: no; auto: with D2 see `algorithm/copies.py`, other methods stay as published"""
+    else; None: no; auto: with D2 see `algorithm/greedy/near_copies.py`, other methods stay as
+    published"""
     redundancy: float = 1.0
     """of infomax: what likeness to a kept sample costs, in units of the scores' range (λ)"""
     temperature: float = 0.1
@@ -325,7 +320,7 @@ class RankConfig:
             ("forward", self.forward, schemes.FORWARD),
             ("reverse", self.reverse, schemes.REVERSE),
             ("gamma-scale", self.gamma_scale, GAMMA_SCALES),
-            ("group-budgets", self.group_budgets, groups.BUDGETS),
+            ("group-budgets", self.group_budgets, by_class.BUDGETS),
         ):
             if word not in known:
                 raise UsageError(f"{name} is {word!r}, allowed are {', '.join(known)}")
@@ -369,13 +364,13 @@ class RankConfig:
         return cls(**{**options, **told})
 
     @property
-    def wanted(self) -> settling.Wanted:
+    def wanted(self) -> auto_settings.Wanted:
         """What has to be found on the pool before the ranking begins."""
         auto = self.gamma == AUTO
         is_local = self.kernel == "local"
         # the methods that D2 is compared with have none of it of their own
         keeps_copies = self.method != "d2" and self.collapse_copies == AUTO
-        return settling.Wanted(
+        return auto_settings.Wanted(
             kernel=self.kernel,
             gamma=None if self.gamma == AUTO else float(self.gamma),
             median=not is_local and (auto or self.gamma_scale == "median"),
@@ -392,19 +387,19 @@ class RankConfig:
 
     def settled_on(
         self,
-        difficulty: late.F32,
+        difficulty: demoted.F32,
         hi: uids.U64,
         lo: uids.U64,
-        neighbors: late.I64,
-        sqdist: late.F32,
-        told: settling.Told,
-    ) -> tuple[settling.Settled, late.Bools]:
+        neighbors: demoted.I64,
+        sqdist: demoted.F32,
+        told: auto_settings.Told,
+    ) -> tuple[auto_settings.Settled, demoted.Bools]:
         """What this asks for, found on a pool in one piece, and which samples (n,) rank after
         everything else.
         """
-        return settling.settle(self.wanted, difficulty, hi, lo, neighbors, sqdist, told)
+        return auto_settings.settle(self.wanted, difficulty, hi, lo, neighbors, sqdist, told)
 
-    def scheme(self, settled: settling.Settled) -> schemes.Scheme:
+    def scheme(self, settled: auto_settings.Settled) -> schemes.Scheme:
         """How messages are made, with what was found on the pool."""
         forward = settled.gamma if self.gamma_forward is None else self.gamma_forward
         made = schemes.Scheme(

@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from d2filter.algorithm import backend, features, knn
+from d2filter.algorithm import features
+from d2filter.algorithm.knn import in_memory as knn
+from d2filter.algorithm.knn import products
 from d2filter.formats.runstate import versions
 
 SEED = 0
@@ -53,7 +55,7 @@ def _graph() -> list[str]:
     pool = knn.make_pool(rows, hi, lo)
     seconds, (graph, index) = _time(lambda: knn.build(pool, NEIGHBORS, target_recall=0.95))
     recall = knn.measure_recall(pool, graph)
-    faiss = backend.load_faiss()
+    faiss = products.load_faiss()
     wide = features.to_float32(rows)
     nlist = int(2 * np.sqrt(POOL))
     plain = faiss.IndexIVFFlat(faiss.IndexFlatL2(DIM), DIM, nlist)

@@ -29,7 +29,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from d2filter.algorithm import backend, budget
+from d2filter.algorithm import budget
+from d2filter.algorithm.knn import products
 from jobs import cifar_heads, cifar_pixels, cifar_pools, cifar_report, real_data
 from jobs.cifar_pools import Lists, Pool, Setting, Trainer
 
@@ -84,7 +85,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device == "cpu":
         torch.set_num_threads(1)
-        backend.use_threads(1)
+        products.use_threads(1)
     elif not arguments.smoke and not torch.cuda.is_available():
         parser.error("--device cuda: there is no card here; --smoke runs it on the CPU")
     with tempfile.TemporaryDirectory() as temporary:

@@ -28,11 +28,11 @@ import numpy as np
 from PIL import Image
 
 from d2filter.config import BUNDLED_MODEL, PRECISIONS, EmbedConfig
+from d2filter.engine.task import assigned_cpus
 from d2filter.formats import webdataset
 from d2filter.formats.paths import Folder
 from d2filter.models import clip
 from d2filter.stages import embed
-from d2filter.stages.worker import assigned_cpus
 from d2filter.tools import scenes
 from jobs.bench import made_by
 

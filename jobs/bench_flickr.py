@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from d2filter.algorithm import backend, selectors
+from d2filter.algorithm.knn import products
+from d2filter.algorithm.methods import selectors
 from d2filter.config import RankConfig
 from jobs.bench_planted import BEST, PUBLISHED, Candidate
 from jobs.flickr_pool import Pairs, Photographs
@@ -230,7 +231,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder for finished figures")
     parser.add_argument("--results", default="jobs/results/bench_flickr.md", type=Path)
     arguments = parser.parse_args()
-    backend.use_threads(1)
+    products.use_threads(1)
     torch.set_num_threads(1)
     finished = Finished(arguments.out, functools.partial(print, flush=True))
     measure(Photographs(arguments.data, arguments.cache), finished)

@@ -170,7 +170,7 @@ def _measured(folder: Path, n: int, dim: int, method: str, value: str) -> Row:
 
 
 def _agreement(n: int) -> str:
-    from d2filter.algorithm import knn
+    from d2filter.algorithm.knn import in_memory as knn
 
     rows = draw(n, DIM)
     pool = knn.make_pool(rows, np.arange(n, dtype=np.uint64), np.zeros(n, np.uint64))

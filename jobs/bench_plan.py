@@ -21,7 +21,7 @@ from typing import Any
 
 from d2filter import config
 from d2filter.formats.paths import Folder
-from d2filter.tools import estimate, plan
+from d2filter.tools import cost_model, plan
 from jobs import bench_memory
 from jobs.bench import made_by
 from jobs.knn_methods import DIM
@@ -57,15 +57,17 @@ def main() -> None:
     print(text)
 
 
-def _predict(folder: Path, memory: str) -> tuple[estimate.Estimate, estimate.Rates]:
+def _predict(folder: Path, memory: str) -> tuple[cost_model.Estimate, cost_model.Rates]:
     source = Folder(str(folder))
     catalog = config.CatalogConfig(feature_type="image")
     samples, dimension, names = plan.look_at(source, catalog)
     rows = plan.real_rows(source, names, catalog, plan.PILOTS[1])
     rates = plan.calibrate(rows, K, print, growth=plan.THIN)
-    pool = estimate.Pool(samples=samples, dimension=dimension, k=K)
-    cluster = estimate.Cluster(nodes=1, cpus=os.cpu_count() or 1, memory=config.parse_bytes(memory))
-    found = estimate.estimate(pool, cluster, rates)
+    pool = cost_model.Pool(samples=samples, dimension=dimension, k=K)
+    cluster = cost_model.Cluster(
+        nodes=1, cpus=os.cpu_count() or 1, memory=config.parse_bytes(memory)
+    )
+    found = cost_model.estimate(pool, cluster, rates)
     print("\n".join(plan.lines(found, pool, cluster, rates)))
     return found, rates
 
@@ -84,7 +86,7 @@ def _run(root: Path) -> dict[str, Any]:
     return stats
 
 
-def _compare(size: int, found: estimate.Estimate, stats: dict[str, Any]) -> list[str]:
+def _compare(size: int, found: cost_model.Estimate, stats: dict[str, Any]) -> list[str]:
     lines = []
     for stage in found.stages:
         taken, peak = stats["seconds"][stage.name], stats["peak_rss_bytes"][stage.name]

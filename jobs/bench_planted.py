@@ -28,11 +28,14 @@ import pyarrow.parquet as pq
 import webdataset
 
 from d2filter import config
-from d2filter.algorithm import backend, coverage, late, metrics, selectors
+from d2filter.algorithm.greedy import demoted
+from d2filter.algorithm.knn import products
+from d2filter.algorithm.measures import coverage, ground_truth
+from d2filter.algorithm.methods import selectors
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder, absolute
-from d2filter.stages import others
 from d2filter.stages.pipeline import Pipeline
+from d2filter.stages.rank import in_memory as rank_in_memory
 from d2filter.tools import demo, scenes
 from d2filter.tools.scene_words import COLORS, SHAPE_WORDS
 from jobs.bench import made_by
@@ -183,7 +186,7 @@ class Planted:
 
     def __init__(self, pool: Folder) -> None:
         run = pool.sub("run")
-        self.known = {k: others.read_pool(run, k, with_features=True) for k in NEIGHBORS}
+        self.known = {k: rank_in_memory.read_pool(run, k, with_features=True) for k in NEIGHBORS}
         whole = self.known[max(NEIGHBORS)]
         part, order = whole.part, whole.order
         self.hi, self.lo = part.hi[order], part.lo[order]
@@ -225,10 +228,10 @@ class Planted:
             "other_rare": np.quantile(others_at[right & (self.concept >= 0)], PERCENTILES).tolist(),
             "groups": int(np.unique(self.group[right]).size),
             # squared distance that a gamma "median" counts in, for each k
-            "unit": {str(k): late.unit(known.part.sqdist) for k, known in self.known.items()},
+            "unit": {str(k): demoted.unit(known.part.sqdist) for k, known in self.known.items()},
         }
         for copies in COPIES[1:]:
-            last = late.mask(
+            last = demoted.mask(
                 part.difficulty, part.hi, part.lo, part.neighbors, part.sqdist,
                 collapse_copies=copies,
             )[whole.order]  # fmt: skip
@@ -236,20 +239,20 @@ class Planted:
             facts[f"groups {copies}"] = int(np.unique(self.group[right & ~last]).size)
         return facts
 
-    def order(self, candidate: Candidate) -> metrics.I64:
+    def order(self, candidate: Candidate) -> ground_truth.I64:
         """Rows by ascending uid, best first."""
         if candidate.method == BEST:
-            return metrics.best_order(self.group, self.swapped)
+            return ground_truth.best_order(self.group, self.swapped)
         known = self.known[candidate.k]
-        rank, _, _ = others.ranks_of(known, candidate.rank_config)
+        rank, _, _ = rank_in_memory.ranks_of(known, candidate.rank_config)
         return np.argsort(rank[known.order], kind="stable").astype(np.int64, copy=False)
 
-    def judge(self, order: metrics.I64, fraction: float) -> Row:
+    def judge(self, order: ground_truth.I64, fraction: float) -> Row:
         """Figures of the first `fraction` of an order."""
         size = round(fraction * len(order))
         kept = np.zeros(len(order), np.bool_)
         kept[order[:size]] = True
-        found = metrics.usefulness(order, self.group, self.swapped, size)
+        found = ground_truth.usefulness(order, self.group, self.swapped, size)
         there = (self.concept >= 0) & ~self.swapped
         rare = np.unique(self.concept[there & kept]).size / np.unique(self.concept[there]).size
         return {
@@ -568,7 +571,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder for the pools and finished figures")
     parser.add_argument("--results", default="jobs/results/bench_planted.md")
     arguments = parser.parse_args()
-    backend.use_threads(1)
+    products.use_threads(1)
     figures = Figures(measure(arguments.out, functools.partial(print, flush=True)))
     results = Path(arguments.results)
     publish(results, report(figures))

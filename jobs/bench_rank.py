@@ -29,11 +29,12 @@ from typing import Any
 import numba
 import numpy as np
 
-from d2filter.algorithm import backend, messages, schemes, share
+from d2filter.algorithm.greedy import messages, ranker, schemes
+from d2filter.algorithm.knn import products
+from d2filter.engine.task import peak_rss_bytes, reset_peak_rss
 from d2filter.formats import graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import Plan, RunState
-from d2filter.stages.worker import peak_rss_bytes, reset_peak_rss
 from jobs.bench import made_by
 
 SEED = 0
@@ -45,7 +46,7 @@ BLOCK = 1_000_000  # rows drawn at a time
 Row = dict[str, Any]
 
 
-def rows_of(n: int, k: int, begin: int, end: int) -> share.Rows:
+def rows_of(n: int, k: int, begin: int, end: int) -> ranker.Rows:
     """Rows begin … end − 1 of a graph of n rows with k neighbors each, a growing distance; ids and
     uids ascend with rows. begin is a multiple of BLOCK.
     """
@@ -64,7 +65,7 @@ def rows_of(n: int, k: int, begin: int, end: int) -> share.Rows:
         neighbors[some] = np.where(far, away, near)
         sqdist[some] = np.sort(rng.random((size, k), dtype=np.float32), axis=1)
         difficulty[some] = rng.random(size, dtype=np.float32)
-    return share.Rows(
+    return ranker.Rows(
         hi=np.zeros(end - begin, np.uint64),
         lo=np.arange(begin, end, dtype=np.uint64),
         difficulty=difficulty,
@@ -73,7 +74,7 @@ def rows_of(n: int, k: int, begin: int, end: int) -> share.Rows:
     )
 
 
-def draw(n: int, k: int, *, ordered: bool = True) -> share.Rows:
+def draw(n: int, k: int, *, ordered: bool = True) -> ranker.Rows:
     """The whole graph; ordered: uids ascend with rows, or else neighbors lie anywhere."""
     rows = rows_of(n, k, 0, n)
     if ordered:
@@ -81,7 +82,7 @@ def draw(n: int, k: int, *, ordered: bool = True) -> share.Rows:
     order = np.random.default_rng(SEED).permutation(n)
     place = np.empty(n, np.int64)
     place[order] = np.arange(n)
-    return share.Rows(
+    return ranker.Rows(
         hi=rows.hi,
         lo=rows.lo,
         difficulty=rows.difficulty[order],
@@ -164,10 +165,10 @@ def _child(method: str, n: int, k: int, order: str = "ordered") -> Row:
 def _measure(method: str, n: int, k: int, *, ordered: bool) -> Row:
     _METHODS[method]([draw(2000, k)])  # compile
     given = [draw(n, k, ordered=ordered)]
-    held = sum(getattr(given[0], field.name).nbytes for field in fields(share.Rows))
+    held = sum(getattr(given[0], field.name).nbytes for field in fields(ranker.Rows))
     reset_peak_rss()
     empty = peak_rss_bytes() - held
-    backend.use_threads(1)  # ours set their own
+    products.use_threads(1)  # ours set their own
     started = time.perf_counter()
     found = _METHODS[method](given)
     found["seconds"] = time.perf_counter() - started
@@ -177,12 +178,12 @@ def _measure(method: str, n: int, k: int, *, ordered: bool) -> Row:
     return {**found, "peak": peak, "per_sample": (peak - empty) / n}
 
 
-def _in_partitions(given: list[share.Rows], *, parts: int, threads: int) -> Row:
+def _in_partitions(given: list[ranker.Rows], *, parts: int, threads: int) -> Row:
     """Runs of rows as partitions, as many at a time as there are threads. Takes the rows out of the
     list, for they are let go on the way.
     """
     workers = min(parts, threads)
-    backend.use_threads(threads // workers)
+    products.use_threads(threads // workers)
     rows = given.pop()
     hi, lo, difficulty = rows.hi, rows.lo, rows.difficulty
     n = len(hi)
@@ -191,13 +192,13 @@ def _in_partitions(given: list[share.Rows], *, parts: int, threads: int) -> Row:
     for p in range(parts):
         some = slice(starts[p], starts[p + 1])
         part = {field.name: getattr(rows, field.name)[some] for field in fields(rows)}
-        shares.append(share.Share(share.Rows(**part), starts, p))
+        shares.append(ranker.Share(ranker.Rows(**part), starts, p))
     del rows, part
     low, high = float(difficulty.min()), float(difficulty.max())
 
-    def begin(one: share.Share) -> None:
+    def begin(one: ranker.Share) -> None:
         ids = one.halo()
-        known = share.Known(
+        known = ranker.Known(
             ids=ids, hi=hi[ids], lo=lo[ids], difficulty=difficulty[ids],
             late=np.zeros(ids.size, np.bool_), reach=np.zeros(ids.size, np.float32),
         )  # fmt: skip
@@ -213,10 +214,10 @@ def _in_partitions(given: list[share.Rows], *, parts: int, threads: int) -> Row:
         looks = 0
         sent: list[int] = []
 
-        def send(one: share.Share) -> list[share.States]:
+        def send(one: ranker.Share) -> list[ranker.States]:
             return [one.states_for(q) for q in range(parts)]
 
-        def hear(q: int, states: list[list[share.States]]) -> None:
+        def hear(q: int, states: list[list[ranker.States]]) -> None:
             for p in range(parts):
                 shares[q].hear_states(states[p][q])
 
@@ -283,7 +284,7 @@ def rank_files(folder: Path) -> Row:
     return stats
 
 
-def _forward(rows: share.Rows) -> tuple[Any, Any]:
+def _forward(rows: ranker.Rows) -> tuple[Any, Any]:
     """Forward scores and weights, as the heaps need them."""
     n, k = rows.neighbors.shape
     scheme = schemes.Scheme()
@@ -294,7 +295,7 @@ def _forward(rows: share.Rows) -> tuple[Any, Any]:
     return scheme.forward_scores(scores, gathered), weights
 
 
-def _compiled_heap(given: list[share.Rows]) -> Row:
+def _compiled_heap(given: list[ranker.Rows]) -> Row:
     rows = given.pop()
     x, weights = _forward(rows)
     started = time.perf_counter()
@@ -331,7 +332,7 @@ def _lazy_heap(x, neighbors, weights):  # type: ignore[no-untyped-def]  # compil
 
 
 def _as_lists(
-    given: list[share.Rows],
+    given: list[ranker.Rows],
 ) -> tuple[float, list[int], list[list[int]], list[list[float]]]:
     """When the forward pass was done, its scores, neighbors and weights, as Python has them."""
     rows = given.pop()
@@ -340,7 +341,7 @@ def _as_lists(
     return started, forward.tolist(), rows.neighbors.tolist(), weights.tolist()
 
 
-def _python_heap(given: list[share.Rows]) -> Row:
+def _python_heap(given: list[ranker.Rows]) -> Row:
     """The same in Python, until FRACTION of the samples is selected."""
     started, x, lists, w = _as_lists(given)
     heap = [(-value, row) for row, value in enumerate(x)]
@@ -364,7 +365,7 @@ def _python_heap(given: list[share.Rows]) -> Row:
     return {"order": np.array(order), "greedy": time.perf_counter() - started}
 
 
-def _python_sorted(given: list[share.Rows]) -> Row:
+def _python_sorted(given: list[ranker.Rows]) -> Row:
     """A plain loop over a list that stays sorted, until FRACTION of the samples is selected."""
     started, x, lists, w = _as_lists(given)
     keys = sorted((value, -row) for row, value in enumerate(x))  # the best one last
@@ -384,7 +385,7 @@ def _python_sorted(given: list[share.Rows]) -> Row:
     return {"order": np.array(order), "greedy": time.perf_counter() - started}
 
 
-_METHODS: dict[str, Callable[[list[share.Rows]], Row]] = {
+_METHODS: dict[str, Callable[[list[ranker.Rows]], Row]] = {
     "ours": partial(_in_partitions, parts=1, threads=2),
     "ours, one thread": partial(_in_partitions, parts=1, threads=1),
     "ours, 2 partitions": partial(_in_partitions, parts=2, threads=2),

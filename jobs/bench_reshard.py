@@ -26,12 +26,12 @@ import pyarrow as pa
 import webdataset as wds
 
 import d2filter
+from d2filter.engine.runner import Runner
 from d2filter.formats import subset, webdataset
 from d2filter.formats.paths import Folder
 from d2filter.formats.subset import DTYPE
 from d2filter.formats.uid import to_hex
-from d2filter.stages import reshard
-from d2filter.stages.runner import Runner
+from d2filter.stages.reshard import build as build_shards
 from jobs.bench import made_by
 
 _SAMPLES = 500  # a shard
@@ -111,21 +111,21 @@ def copy(root: Path, uids: np.ndarray[Any, Any], count: int, turns: int) -> Copy
     names = [str(root / f"in/{n:08d}.tar") for n in range(count)]
     half = np.sort(uids[: count * _SAMPLES : 2])
     out = Folder(str(root / f"out-{count}"))
-    config = reshard.ReshardConfig(shard_size=1000)
+    config = build_shards.ReshardConfig(shard_size=1000)
     seconds, cp, peak, written = [], [], 0, 0
     for _ in range(turns):
-        runner = Runner(out.sub(reshard.STATE))
+        runner = Runner(out.sub(build_shards.STATE))
         runner.ray()
         os.sync()
         started = time.monotonic()
-        reshard.reshard(runner, out, webdataset.list_shards(names), half, config)
+        build_shards.reshard(runner, out, webdataset.list_shards(names), half, config)
         os.sync()
         seconds.append(time.monotonic() - started)
         runner.close()
-        for path in Path(out.url, reshard.STATE, "completions/reshard").glob("*.json"):
+        for path in Path(out.url, build_shards.STATE, "completions/reshard").glob("*.json"):
             if not path.name.startswith(("order", "finish")):  # of this process
                 peak = max(peak, json.loads(path.read_text())["peak_rss_bytes"])
-        shutil.rmtree(Path(out.url, reshard.STATE))
+        shutil.rmtree(Path(out.url, build_shards.STATE))
         started = time.monotonic()
         subprocess.run(["cp", "-r", out.url, str(root / "cp")], check=True)
         os.sync()

@@ -32,7 +32,11 @@ import numpy as np
 import torch
 
 import d2filter
-from d2filter.algorithm import backend, budget, dynamics, scores, selectors
+from d2filter.algorithm import budget
+from d2filter.algorithm.knn import products
+from d2filter.algorithm.methods import selectors
+from d2filter.algorithm.scores import registry as scores
+from d2filter.algorithm.scores import training_dynamics
 from jobs import supervised_data as data
 from jobs.bench import commit, made_by
 from jobs.supervised_data import F32, I64, Task
@@ -136,7 +140,7 @@ def main() -> None:
     parser.add_argument("--try", action="store_true", dest="tried", help="other words of D2 too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    backend.use_threads(1)
+    products.use_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(arguments.cache or temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -263,7 +267,7 @@ def _chooser(task: Task, drawn: data.Drawn, seed: int) -> tuple[Callable[[Candid
     def difficulty(name: str) -> F32:
         if name == "easiest":
             return -difficulty("margin")
-        values = dynamics.LOG_SCORES[name](log, drawn.label)
+        values = training_dynamics.LOG_SCORES[name](log, drawn.label)
         return scores.difficulty(values, scores.SCORES[name].kept_first)
 
     @cache
@@ -331,7 +335,7 @@ def _log(task: Task, drawn: data.Drawn, seed: int) -> tuple[F32, F32]:
 
     def watch(layers: data.Layers) -> None:
         last, logits = data.predict(network, layers, 0, drawn.rows)
-        epochs.append(np.asarray(dynamics.softmax(logits), np.float32))
+        epochs.append(np.asarray(training_dynamics.softmax(logits), np.float32))
         features[:] = [last]
 
     everything = [np.arange(len(drawn.rows))]
@@ -414,7 +418,8 @@ def _write(path: Path, tasks: list[Task], rows: list[Row]) -> None:
         f'over seeds {_list(CHOOSING)}; labels there are as wrong as in the rest. "D2, k=5, '
         'gamma=0.1" has the published values, on squared distances of rows of length 1; its cut '
         'and that of CCS are chosen of the same three in the same way. "D2, gamma and cut auto" '
-        "chooses nothing by accuracy: k=10, `algorithm/tuning.py`, and `algorithm/hardest.py`, "
+        "chooses nothing by accuracy: k=10, `algorithm/greedy/auto_gamma.py`, and "
+        "`algorithm/greedy/auto_cut.py`, "
         "whose form was found on CIFAR-10 and on none of these sets. How hard: the mean "
         "percentile of the difficulty among all training data, 50 for random.",
         "",

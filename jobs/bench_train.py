@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2filter.algorithm import backend
+from d2filter.algorithm.knn import products
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
 from d2filter.tools import scenes
@@ -550,7 +550,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder for the pools and finished figures")
     parser.add_argument("--results", default="jobs/results/bench_train.md")
     arguments = parser.parse_args()
-    backend.use_threads(1)
+    products.use_threads(1)
     torch.set_num_threads(1)
     figures = Figures(measure(arguments.out, lambda line: print(line, flush=True)))
     results = Path(arguments.results)

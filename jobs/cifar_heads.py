@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from d2filter.algorithm import dynamics
+from d2filter.algorithm.scores import training_dynamics
 from jobs import real_data
 from jobs import supervised_data as data
 
@@ -54,7 +54,7 @@ class Heads:
 
         def watch(layers: data.Layers) -> None:
             logits = data.predict(self.network, layers, 0, self.rows)[1]
-            epochs.append(np.asarray(dynamics.softmax(logits), np.float32))
+            epochs.append(np.asarray(training_dynamics.softmax(logits), np.float32))
 
         everything = [np.arange(len(self.rows))]
         data.train(self.network, CLASSES, self.rows, label, everything, seed=seed, watch=watch)

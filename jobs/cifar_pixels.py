@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from d2filter.algorithm import dynamics
+from d2filter.algorithm.scores import training_dynamics
 from jobs.supervised_data import batches
 
 F32 = npt.NDArray[np.float32]
@@ -94,7 +94,7 @@ class Pixels:
         def watch(step: int) -> None:
             if (step + 1) % epoch == 0:
                 found, logits = self._predict(self._train)
-                epochs.append(np.asarray(dynamics.softmax(logits), np.float32))
+                epochs.append(np.asarray(training_dynamics.softmax(logits), np.float32))
                 features[:] = [found]
 
         self._fit(label, np.arange(n), seed, plan.epochs * epoch, watch)

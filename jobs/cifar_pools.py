@@ -14,18 +14,12 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import (
-    backend,
-    dynamics,
-    features,
-    groups,
-    hardest,
-    quantile,
-    ranking,
-    scores,
-    selectors,
-    settling,
-)
+from d2filter.algorithm import by_class, features, quantile
+from d2filter.algorithm.greedy import auto_cut, auto_settings, in_memory
+from d2filter.algorithm.knn import products
+from d2filter.algorithm.methods import selectors
+from d2filter.algorithm.scores import registry as scores
+from d2filter.algorithm.scores import training_dynamics
 from d2filter.config import TUNED_FOR, RankConfig
 
 F32 = npt.NDArray[np.float32]
@@ -92,13 +86,13 @@ class Pool:
         """A score of the log, or `prototypicality`; higher goes first."""
         if score == "prototypicality":
             return scores.difficulty(_to_centroids(self._rows, self._seed), "high")
-        values = dynamics.LOG_SCORES[score](self._log, self._label)
+        values = training_dynamics.LOG_SCORES[score](self._log, self._label)
         return scores.difficulty(values, scores.SCORES[score].kept_first)
 
     def auto_cut(self, kept: Decimal, score: str = "margin") -> Decimal:
         """The share of the hardest that `--cut-hardest auto` takes away for a kept share."""
-        return hardest.auto(
-            quantile.upper_counts(self.difficulty(score)), kept, middle=hardest.MIDDLE.get(score)
+        return auto_cut.auto(
+            quantile.upper_counts(self.difficulty(score)), kept, middle=auto_cut.MIDDLE.get(score)
         )
 
     def d2(self, setting: Setting, cut: Decimal, kept: Decimal = TUNED_FOR) -> I64:
@@ -132,12 +126,12 @@ class Pool:
         )
         ids = self._hi, self._lo
         settled, last = config.settled_on(
-            difficulty, *ids, some.neighbors, some.sqdist, settling.Told()
+            difficulty, *ids, some.neighbors, some.sqdist, auto_settings.Told()
         )
-        ranked = ranking.rank_graph(
+        ranked = in_memory.rank_graph(
             *ids, difficulty, some.neighbors, some.sqdist, scheme=config.scheme(settled), late=last
         )
-        return np.argsort(groups.interleaved(ranked.rank, group, last, "proportional"))
+        return np.argsort(by_class.interleaved(ranked.rank, group, last, "proportional"))
 
     def ccs(self, cut: Decimal) -> I64:
         """CCS over the margin."""
@@ -170,7 +164,7 @@ def lists(rows: F32, label: I64 | None, *, k: int = NEIGHBORS) -> Lists:
     """Exact neighbor lists of rows of any length, inside the classes where there are labels."""
     n = len(rows)
     group = np.zeros(n, np.int64) if label is None else label
-    graph, _ = groups.graph(
+    graph, _ = by_class.graph(
         features.fix([rows]), np.zeros(n, np.uint64), np.arange(n, dtype=np.uint64), group, k
     )
     return Lists(neighbors=graph.neighbors, sqdist=graph.sqdist)
@@ -185,7 +179,7 @@ def unit(rows: F32) -> F32:
 
 def _to_centroids(rows: F32, seed: int) -> F32:
     """Distance to the nearest of CENTROIDS centers of k-means: no label is looked at."""
-    trained = backend.load_faiss().Kmeans(
+    trained = products.load_faiss().Kmeans(
         rows.shape[1], CENTROIDS, niter=25, spherical=True, seed=seed
     )
     trained.train(rows)

@@ -137,9 +137,9 @@ _ABOUT = [
     "for each set of labels, and what the other methods keep is the same for all seeds. Labels: "
     "clean, and CIFAR-10N's human ones; the test labels are right. D2 and CCS rank by the margin. "
     "D2 as published: k=5, gamma=0.1 on squared distances of rows of length 1. D2, cut auto: "
-    "k=10, distances in units of their median, and `algorithm/hardest.py`, whose cut comes from "
-    "the budget and the scores alone; gamma auto is `algorithm/tuning.py`. *Best cut in hindsight* "
-    "is chosen by the test pictures, which favors it. "
+    "k=10, distances in units of their median, and `algorithm/greedy/auto_cut.py`, whose cut comes "
+    "from the budget and the scores alone; gamma auto is `algorithm/greedy/auto_gamma.py`. "
+    "*Best cut in hindsight* is chosen by the test pictures, which favors it. "
     "Methods without labels rank by the distance to the nearest of 10 centers of k-means.",
 ]
 

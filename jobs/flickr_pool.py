@@ -15,10 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import features, groups, knn, late, metrics, pairs, settling, uids
+from d2filter.algorithm import by_class, features, uids
+from d2filter.algorithm.greedy import auto_settings, demoted
+from d2filter.algorithm.knn import in_memory as knn
+from d2filter.algorithm.measures import ground_truth
+from d2filter.algorithm.scores import mismatched
 from d2filter.config import RankConfig
 from d2filter.formats import graph
-from d2filter.stages import others
+from d2filter.stages.rank import in_memory as rank_in_memory
 from jobs import real_data, two_tower
 
 F32 = npt.NDArray[np.float32]
@@ -170,13 +174,15 @@ class Pairs:
         captions = photographs.caption_rows[self.caption]
         self.score: F32 = np.einsum("ij,ij->i", pictures, captions)
         rows = features.fix([pictures, captions])
-        found, classes = groups.graph(rows, hi, lo, np.zeros(hi.size, np.int64), NEIGHBORS)
+        found, classes = by_class.graph(rows, hi, lo, np.zeros(hi.size, np.int64), NEIGHBORS)
         self.recall = knn.pooled([(one.size, one.recall) for one in classes]).value
         part = graph.GraphPart(
             hi=hi, lo=lo, difficulty=self.score, neighbors=found.neighbors, sqdist=found.sqdist
         )
-        wrong = pairs.wrong_share({"pairs": pairs.judged(rows[pairs.sampled(hi, lo)])})
-        self.whole = others.KnownPool(part, rows, settling.Told(wrong=wrong))
+        wrong = mismatched.wrong_share(
+            {"pairs": mismatched.judged(rows[mismatched.sampled(hi, lo)])}
+        )
+        self.whole = rank_in_memory.KnownPool(part, rows, auto_settings.Told(wrong=wrong))
         # a right pair is useful when it is the first right one of its picture: a swapped one is of
         # a group of its own, so that it takes nobody's place
         own = len(photographs.names) + np.arange(hi.size)
@@ -195,7 +201,7 @@ class Pairs:
             "can be covered": self.can_be_covered,
             "recall": self.recall,
             "right": [float(right.mean()), float(right.std())],
-            "unit": late.unit(one),
+            "unit": demoted.unit(one),
             "same picture": float(same.mean()),
         }
         if wrong.size:
@@ -204,17 +210,17 @@ class Pairs:
 
     def order(self, config: RankConfig, k: int) -> I64:
         """Rows best first; k: neighbors of each list that count."""
-        rank, _, _ = others.ranks_of(self.whole.narrowed(k), config)
+        rank, _, _ = rank_in_memory.ranks_of(self.whole.narrowed(k), config)
         return np.argsort(rank, kind="stable").astype(np.int64, copy=False)
 
     def best_order(self) -> I64:
         """A ranking that no other beats."""
-        return metrics.best_order(self.group, self.swapped)
+        return ground_truth.best_order(self.group, self.swapped)
 
     def judge(self, order: I64, kept: str) -> Row:
         """Figures of the first share `kept` of an order."""
         size = self.size(kept)
-        found = metrics.usefulness(order, self.group, self.swapped, size)
+        found = ground_truth.usefulness(order, self.group, self.swapped, size)
         return {
             "useful": found.useful,
             "noise": found.swapped,

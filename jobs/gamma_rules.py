@@ -24,20 +24,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from d2filter.algorithm import (
-    backend,
-    features,
-    groups,
-    local,
-    metrics,
-    quantile,
-    ranking,
-    settling,
-    tuning,
-    uids,
-)
-from d2filter.algorithm import pairs as matched
-from d2filter.algorithm.schemes import Scheme
+from d2filter.algorithm import by_class, features, quantile, uids
+from d2filter.algorithm.greedy import auto_gamma, auto_settings, in_memory, local_kernel
+from d2filter.algorithm.greedy.schemes import Scheme
+from d2filter.algorithm.knn import products
+from d2filter.algorithm.measures import ground_truth
+from d2filter.algorithm.scores import mismatched as matched
 from d2filter.config import RankConfig
 from jobs import flickr_pool
 from jobs.bench import made_by
@@ -73,7 +65,7 @@ class Pool:
         """Useful share and noise of the first share of a ranking."""
         order = np.argsort(rank, kind="stable").astype(np.int64)
         size = int(Decimal(kept) * len(order))
-        found = metrics.usefulness(order, self.group, self.swapped, size)
+        found = ground_truth.usefulness(order, self.group, self.swapped, size)
         return found.useful, found.swapped
 
 
@@ -88,7 +80,7 @@ def make(name: str, halves: list[F32], score: F32, group: I64, swapped: Bools, s
     order = uids.ascending(hi, lo)
     rows = features.fix([half[order] for half in halves])
     hi, lo = hi[order], lo[order]
-    found, _ = groups.graph(rows, hi, lo, np.zeros(n, np.int64), max(NEIGHBORS))
+    found, _ = by_class.graph(rows, hi, lo, np.zeros(n, np.int64), max(NEIGHBORS))
     wrong = matched.wrong_share({"pairs": matched.judged(rows[matched.sampled(hi, lo)])})
     own = int(group.max()) + 1 + np.arange(n)
     return Pool(
@@ -169,7 +161,7 @@ def configured(k: int = 10, **options: Any) -> Rule:
         config = RankConfig(tuned_for=Decimal(kept), **options)
         neighbors, sqdist = pool.neighbors[:, :k], pool.sqdist[:, :k]
         settled, last = config.settled_on(
-            pool.score, pool.hi, pool.lo, neighbors, sqdist, settling.Told(wrong=pool.wrong)
+            pool.score, pool.hi, pool.lo, neighbors, sqdist, auto_settings.Told(wrong=pool.wrong)
         )
         return _ranked(pool, neighbors, sqdist, config.scheme(settled), last)
 
@@ -181,21 +173,21 @@ def power(kernel: str, exponent: float, k: int = 10) -> Rule:
 
     def rule(pool: Pool, kept: str) -> I64:
         neighbors, sqdist = pool.neighbors[:, :k], pool.sqdist[:, :k]
-        reach = local.reach(sqdist)
-        floor = local.floor_of(quantile.middle(reach))
+        reach = local_kernel.reach(sqdist)
+        floor = local_kernel.floor_of(quantile.middle(reach))
         there = neighbors >= 0
         if kernel == "local":
             of = reach[np.where(there, neighbors, 0)]
-            lists = tuning.local_lists(sqdist, reach, of, there, floor)
+            lists = auto_gamma.local_lists(sqdist, reach, of, there, floor)
             unit = 1.0
         else:
             unit = float(np.median(sqdist[there & (sqdist > 0)]))
-            lists = tuning.median_scaled(sqdist, unit)
+            lists = auto_gamma.median_scaled(sqdist, unit)
         target = float(kept) ** exponent * len(lists)
         low, high = 1e-3, 1e4
         for _ in range(40):
             middle = float(np.sqrt(low * high))
-            reached = tuning.share_of(lists, middle) / (1 << 40) >= target
+            reached = auto_gamma.share_of(lists, middle) / (1 << 40) >= target
             low, high = (low, middle) if reached else (middle, high)
         scheme = Scheme(
             kernel=kernel, gamma_forward=high / unit, gamma_reverse=high / unit, floor=floor
@@ -206,7 +198,7 @@ def power(kernel: str, exponent: float, k: int = 10) -> Rule:
 
 
 def _ranked(pool: Pool, neighbors: I64, sqdist: F32, scheme: Scheme, last: Bools) -> I64:
-    return ranking.rank_graph(
+    return in_memory.rank_graph(
         pool.hi, pool.lo, pool.score, neighbors, sqdist, scheme=scheme, late=last
     ).rank
 
@@ -246,7 +238,7 @@ def report(every: list[list[Pool]], say: Callable[[str], None]) -> list[str]:
         "Every cell: points of useful share (right caption, first of its picture) above the best "
         "gamma in hindsight / points of noise above the score alone. *a*: effective share = kept "
         "share ^ a, the same on every pool, k=10. *auto*: a from the pool, as "
-        "`d2filter/algorithm/tuning.py` says, copies collapsed.",
+        "`d2filter/algorithm/greedy/auto_gamma.py` says, copies collapsed.",
     ]
     for pools in every:
         score = measured(pools, by_score)
@@ -285,7 +277,7 @@ def main() -> None:
     parser.add_argument("--planted", default="", help="folder of jobs/bench_planted.py's pools")
     parser.add_argument("--results", type=Path, default=Path("jobs/results/gamma_rules.md"))
     arguments = parser.parse_args()
-    backend.use_threads(1)
+    products.use_threads(1)
     every = [*photographs(arguments.data, arguments.cache), clip_vectors(arguments.data)]
     if arguments.planted:
         every.append(planted(arguments.planted))

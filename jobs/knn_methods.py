@@ -95,7 +95,7 @@ def _load(path: Path) -> tuple[Any, Any, Any]:
 
 
 def _finished(seconds: float, found: Any, truth: Any, **more: Any) -> Row:
-    from d2filter.stages.worker import peak_rss_bytes
+    from d2filter.engine.task import peak_rss_bytes
 
     hit = (truth[:, :, None] == np.asarray(found)[:, None, :]).any(axis=2).mean()
     return {"seconds": seconds, "recall": float(hit), "peak": peak_rss_bytes(), **more}
@@ -114,7 +114,8 @@ def _sgemm_rate() -> float:
 
 def _ours(path: Path, value: str) -> Row:
     # not at the top: the peers run without our settings for threads
-    from d2filter.algorithm import knn, search
+    from d2filter.algorithm.knn import in_memory as knn
+    from d2filter.algorithm.knn import search
 
     rows, queries, truth = _load(path)
     n = len(rows)
@@ -221,7 +222,8 @@ def _hnswlib(path: Path, value: str) -> Row:
 
 
 def _partitions(path: Path, value: str) -> Row:
-    from d2filter.algorithm import knn, partition
+    from d2filter.algorithm.knn import in_memory as knn
+    from d2filter.algorithm.knn import partition
 
     rows, _, _ = _load(path)
     n = len(rows)

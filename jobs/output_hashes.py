@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2filter import cli
+from d2filter.cli import main as cli
 from d2filter.tools import scenes
 
 SAMPLES, DIM = 3000, 24

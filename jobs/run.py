@@ -17,7 +17,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from d2filter import __version__, cli
+from d2filter import __version__
+from d2filter.cli import main as cli
 from d2filter.errors import D2FilterError, UsageError
 from jobs.runs import RUNS
 

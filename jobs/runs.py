@@ -3,11 +3,11 @@
 A run is a command of d2filter with options. What is said here of memory follows from the code:
 
 - Features of a sample, image|text of ViT-L-14: 2 × 768 float16, 3,072 bytes.
-- In the graph a task holds of each row of its partition (`stages/graph.py`, `_partitions`) the
-  features, a sketch of 2 bytes an axis, 200 bytes of copies and cells, and 32 bytes for each of 32
-  places of its shortlist. A sketch has at most half as many axes as the features (768), so this is
-  3,072 + 1,536 + 200 + 1,024 = 5,832 bytes at most; with 160 of 512 axes, as measured on drawn rows
-  (jobs/results/bench_memory.md), it would be less.
+- In the graph a task holds of each row of its partition (`stages/graph/build.py`, `_partitions`)
+  the features, a sketch of 2 bytes an axis, 200 bytes of copies and cells, and 32 bytes for each
+  of 32 places of its shortlist. A sketch has at most half as many axes as the features (768), so
+  this is 3,072 + 1,536 + 200 + 1,024 = 5,832 bytes at most; with 160 of 512 axes, as measured on
+  drawn rows (jobs/results/bench_memory.md), it would be less.
 - A worker has 0.45 GB of libraries, and half of the rest is for rows: the other half is for
   products, arrow's buffers and copies. So partitions = rows × 5,832 / ((memory − 0.45 GB) / 2).
   Measured at 1 GB: 105,663 rows of 512 dimensions in the largest partition, peak 0.83 GB.
@@ -26,8 +26,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from d2filter import config, options
-from d2filter.cli import parse
+from d2filter import config
+from d2filter.cli import options
+from d2filter.cli.main import parse
 from d2filter.errors import UsageError
 
 _LISTS = ("shards", "feature-keys")  # options that take several values, parted by spaces

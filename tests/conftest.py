@@ -9,7 +9,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from d2filter import cli
+from d2filter.cli import main as cli
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Ray ends workers that idle for a second where there are more of them than CPUs; the next command

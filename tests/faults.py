@@ -26,10 +26,11 @@ KINDS = ("worker", "raylet", "writer", "actor", "driver", "publisher")
 
 # many small tasks, and a snapshot after every superstep, from which what was lost goes on
 SMALL_TASKS = """
-from d2filter.stages import catalog, supersteps
-catalog._GROUP_BYTES, catalog._PART_BYTES, supersteps._SAVE_SECONDS = 1, 150_000, 0.0
+from d2filter.stages.catalog import build
+from d2filter.stages.rank import actors
+build._GROUP_BYTES, build._PART_BYTES, actors._SAVE_SECONDS = 1, 150_000, 0.0
 """
-_ENTER = "\nfrom d2filter.cli import entry\nentry()\n"
+_ENTER = "\nfrom d2filter.cli.main import entry\nentry()\n"
 
 _STORE_BYTES = 80_000_000
 QUICK_DEATH = {  # a raylet without a pulse is given up after some seconds, not a minute

@@ -9,7 +9,7 @@ import pytest
 
 import d2filter
 from d2filter import api
-from d2filter.cli import main
+from d2filter.cli.main import main
 from d2filter.errors import InputError, UsageError
 from d2filter.formats import ranking
 from d2filter.formats.paths import Folder

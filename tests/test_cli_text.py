@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from d2filter import cli
+from d2filter.cli import main as cli
 from d2filter.formats import logs
 from d2filter.formats.paths import Folder
 from d2filter.tools import explain

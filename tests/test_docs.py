@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from d2filter import cli, options
+from d2filter.cli import main as cli
+from d2filter.cli import options
 from jobs import run as named_runs
 
 ROOT = Path(__file__).parents[1]

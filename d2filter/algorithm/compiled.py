@@ -156,7 +156,7 @@ def _cache_class() -> Any:
 def _sources() -> str:
     """Hash of the files that hold compiled loops."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from d2filter.algorithm import knn, sketch
+from d2filter.algorithm.knn import in_memory as knn
+from d2filter.algorithm.knn import sketch
 
 SEARCHING = 450_000_000  # bytes of a worker with compiled search and products, before any row
 SHARE = 0.5  # of what is left: products, arrow buffers and copies need the rest

@@ -3,18 +3,18 @@
 Storage
 paths.py       folders on local disks and fsspec URLs; atomic publication of files
 addresses.py   paths, URLs and file names
-remote.py      file systems behind a network; patience.py: retries; web.py: web servers
+remote.py      file systems behind a network; retry.py: retries; web.py: web servers
 lock.py        one writer per run directory
 rows.py        arrays in numbered .npy files; sparse.py: a few rows of parquet parts
 
 Input
 uid.py         uids as 32 hex digits and as two uint64
 metadata.py    DataComp's pairs of parquet and npz; npz.py, columns.py: untrusted arrays and columns
-scored.py      the score of each row; contents.py: hash of a file's content
-outside.py     inputs beside the metadata: scorefile.py, traininglog.py; joined.py: joins by uid
+scored.py      the score of each row; content_hash.py: hash of a file's content
+side_inputs.py inputs beside the metadata: scorefile.py, traininglog.py; join_table.py: joins
 shardlist.py   shards by patterns (braces.py); shardnames.py: shards of a run by URL
 webdataset.py  samples of tar shards; tarindex.py: their members; filetype.py: by first bytes
-loaded.py      samples of webdataset's loader
+loader_samples.py  samples of webdataset's loader
 
 Run directory
 catalog.py, graph.py, ranking.py   parts of the catalog, the graph, the ranking

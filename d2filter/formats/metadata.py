@@ -14,14 +14,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2filter.algorithm import features, scores, uids
+from d2filter.algorithm import features, uids
+from d2filter.algorithm.scores import registry as scores
 from d2filter.config import CatalogConfig
 from d2filter.errors import InputError
 from d2filter.formats import columns, npz, scored, tables
-from d2filter.formats import outside as outside_format
+from d2filter.formats import side_inputs as outside_format
 from d2filter.formats import uid as uid_format
-from d2filter.formats.outside import Outside
 from d2filter.formats.paths import Checksums, FileInfo, Folder
+from d2filter.formats.side_inputs import Outside
 from d2filter.text import redacted
 
 # reasons, by code in `Rows.reason`; 0 is a valid row

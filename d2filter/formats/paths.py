@@ -26,8 +26,8 @@ from d2filter.formats import addresses
 from d2filter.formats.addresses import absolute as absolute
 from d2filter.formats.addresses import filesystem as filesystem
 from d2filter.formats.addresses import inside
-from d2filter.formats.patience import REMEDIES
 from d2filter.formats.remote import TEMPORARY, Remote, version_of
+from d2filter.formats.retry import REMEDIES
 from d2filter.text import printable, redacted
 
 Checksums = dict[str, list[int | str]]

@@ -24,7 +24,7 @@ from fsspec.dircache import DirCache
 from fsspec.utils import get_protocol
 
 from d2filter.errors import StorageError, UsageError
-from d2filter.formats.patience import Broken, NoRangesError, patiently, words
+from d2filter.formats.retry import Broken, NoRangesError, patiently, words
 from d2filter.text import redacted
 
 RANGE = 16 << 20  # bytes asked for at once, and so what a broken connection costs

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import scores, uids
-from d2filter.algorithm.terms import Term, combined
+from d2filter.algorithm import uids
+from d2filter.algorithm.scores import registry as scores
+from d2filter.algorithm.scores.terms import Term, combined
 from d2filter.config import CatalogConfig
 from d2filter.errors import InputError
 from d2filter.formats import columns, tables
-from d2filter.formats.outside import Outside
+from d2filter.formats.side_inputs import Outside
 
 F32 = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]

@@ -19,7 +19,7 @@ from d2filter.formats import columns as column_values
 from d2filter.formats import tables
 from d2filter.formats import uid as uid_format
 from d2filter.formats.addresses import file_name
-from d2filter.formats.joined import Block
+from d2filter.formats.join_table import Block
 from d2filter.formats.paths import FileInfo, Folder, absolute, place_of
 
 _SUFFIXES = (".parquet", ".csv")

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from d2filter.algorithm import dynamics, uids
+from d2filter.algorithm import uids
+from d2filter.algorithm.scores import training_dynamics
 from d2filter.errors import InputError
 from d2filter.formats import tables
 from d2filter.formats import uid as uid_format
@@ -81,7 +82,9 @@ def score(url: str, name: str) -> Scored:
     order = order.reshape(-1, epochs.size)
     value = np.concatenate(
         [
-            dynamics.LOG_SCORES[name](p[order[at : at + _BLOCK]], label[at : at + _BLOCK, 0])
+            training_dynamics.LOG_SCORES[name](
+                p[order[at : at + _BLOCK]], label[at : at + _BLOCK, 0]
+            )
             for at in range(0, begins.size, _BLOCK)
         ]
     )
@@ -133,7 +136,7 @@ def _read(folder: Folder, name: str) -> tuple[Any, ...]:
     p = flat.reshape(-1, width)
     if not np.isfinite(p).all():
         raise InputError(f"{where}: {outputs[0]} holds values that are not finite")
-    return hi, lo, epoch, label, dynamics.softmax(p) if outputs[0] == "logits" else p
+    return hi, lo, epoch, label, training_dynamics.softmax(p) if outputs[0] == "logits" else p
 
 
 def _ragged(lists: Any, width: int) -> bool:

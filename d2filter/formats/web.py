@@ -20,8 +20,8 @@ from fsspec.asyn import sync_wrapper
 from fsspec.implementations.http import HTTPFileSystem
 
 from d2filter.errors import StorageError
-from d2filter.formats.patience import Broken, NoRangesError
 from d2filter.formats.remote import BEYOND_END
+from d2filter.formats.retry import Broken, NoRangesError
 
 _BLOCK = 1 << 20
 _MAX_INDEX_BYTES = 64 << 20

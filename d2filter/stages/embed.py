@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from d2filter.config import EmbedConfig
+from d2filter.engine.runner import Runner
+from d2filter.engine.task import Report, Task, assigned_cpus, assigned_gpu, checksums_of
 from d2filter.errors import InputError, UsageError
 from d2filter.formats import ledger, metadata, shardlist, webdataset
 from d2filter.formats.paths import Checksums, Folder
 from d2filter.formats.runstate import Plan
 from d2filter.models import clip
-from d2filter.stages import pictures
-from d2filter.stages.pictures import Ready
-from d2filter.stages.runner import Runner
-from d2filter.stages.worker import Report, Task, assigned_cpus, assigned_gpu, checksums_of
+from d2filter.stages import decode
+from d2filter.stages.decode import Ready
 
 _TENSOR_BYTES = 3 * 336 * 336 * 4  # of the largest common input
 # a context is some 77 tokens, and the time of tokenizers is quadratic in the length of a word
@@ -116,7 +116,7 @@ def _beside_the_model(config: EmbedConfig) -> int:
     that are made ready and of three that the model has or is to have.
     """
     tensors = 5 * config.batch_size * _TENSOR_BYTES
-    return pictures.bytes_ahead(config.batch_size) + pictures.bytes_at_once(config) + tensors
+    return decode.bytes_ahead(config.batch_size) + decode.bytes_at_once(config) + tensors
 
 
 def _load(config: EmbedConfig) -> clip.Clip:
@@ -159,7 +159,7 @@ def embed_shard(
             # decoding releases the interpreter lock and waits for no device: two threads a CPU
             with ThreadPoolExecutor(max(4, 2 * cpus), "decode") as pool:
                 samples = webdataset.read_samples(shard)
-                for item in pictures.decoded(pool, samples, model, config):
+                for item in decode.decoded(pool, samples, model, config):
                     if isinstance(item, Ready):
                         batch.append(item)
                         told = (item.alpha, item.one_color, item.sample.replaced)

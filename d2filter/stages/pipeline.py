@@ -13,15 +13,15 @@ from decimal import Decimal
 from typing import Any
 
 import d2filter
-from d2filter.algorithm import settling
+from d2filter.algorithm.greedy import auto_settings
 from d2filter.config import RankConfig, RunConfig, SelectConfig
+from d2filter.engine.runner import Runner
+from d2filter.engine.task import Task, peak_rss_bytes
 from d2filter.errors import D2FilterError, RecallError, TooManyBadError, UsageError
 from d2filter.formats import ledger, lock, logs
 from d2filter.formats.paths import Folder, absolute, remove_leftovers
 from d2filter.formats.runstate import STAGES, Plan, RunState
 from d2filter.stages.plans import Planned, Plans
-from d2filter.stages.runner import Runner
-from d2filter.stages.worker import Task, peak_rss_bytes
 
 Say = Callable[[str], None]
 
@@ -138,7 +138,8 @@ class Pipeline:
         self._stage(planned.plan, build)
 
     def _catalog(self) -> None:
-        from d2filter.stages import catalog, spread
+        from d2filter.stages.catalog import build as build_catalog
+        from d2filter.stages.catalog import clip_scores
 
         embedded = self.state.done("embed")
         planned = self._plans.catalog(embedded["fingerprint"] if embedded else "")
@@ -151,7 +152,7 @@ class Pipeline:
         before = embedded if plan.upstream else None
 
         def build() -> dict[str, Any]:
-            figures = catalog.build(
+            figures = build_catalog.build(
                 self._runner,
                 self.out,
                 source,
@@ -167,7 +168,7 @@ class Pipeline:
             return figures
 
         self._stage(plan, build)
-        spread.tidy(self.out)
+        clip_scores.tidy(self.out)
 
     def _require_no_catalog_anew(self) -> None:
         """Raise UsageError if the catalog must be made again and its metadata is not given."""
@@ -176,30 +177,32 @@ class Pipeline:
             raise UsageError(f"{option} needs the metadata again: give --metadata-dir")
 
     def _graph(self) -> None:
-        from d2filter.stages import graph, grouped
+        from d2filter.stages.graph import build as build_graph
+        from d2filter.stages.graph import by_class as graph_by_class
 
         before = self.state.require("catalog")
         plan = self._plans.graph(before["fingerprint"]).plan
-        build = grouped.build if before["options"]["group_column"] else graph.build
+        build = graph_by_class.build if before["options"]["group_column"] else build_graph.build
         # lists longer than there are others would be padding, of terabytes if k is a typing error
         k = min(self.config.graph.n_neighbors, max(1, before["stats"]["samples"]["ranked"] - 1))
         config = replace(self.config, graph=replace(self.config.graph, n_neighbors=k))
         self._stage(plan, lambda: build(self._runner, self.out, config, plan.fingerprint))
-        graph.tidy(self.out)
+        build_graph.tidy(self.out)
 
     def _rank(self) -> None:
-        from d2filter.stages import rank
+        from d2filter.stages.rank import build as build_ranking
 
         before = self.state.require("graph")
         plan = self._plans.rank(before["fingerprint"]).plan
         k = plan.options["n_neighbors"]
-        told = settling.Told.from_catalog(self.state.require("catalog")["stats"])
+        told = auto_settings.Told.from_catalog(self.state.require("catalog")["stats"])
         # the budget that it is for may be that of the selection, or of the ranking that is there
         config = replace(self.config, rank=RankConfig.from_options(plan.options))
         self._stage(
-            plan, lambda: rank.build(self._runner, self.out, config, plan.fingerprint, k, told)
+            plan,
+            lambda: build_ranking.build(self._runner, self.out, config, plan.fingerprint, k, told),
         )
-        rank.tidy(self.out)
+        build_ranking.tidy(self.out)
 
     def _select(self) -> None:
         from d2filter.stages import select

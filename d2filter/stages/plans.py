@@ -11,10 +11,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from d2filter.algorithm import selectors
+from d2filter.algorithm.methods import selectors
 from d2filter.config import CATALOG_SOURCES, TUNED_FOR, CatalogConfig, RunConfig, options_of
 from d2filter.errors import UsageError
-from d2filter.formats import contents, graph, metadata, outside, shardlist, webdataset
+from d2filter.formats import content_hash, graph, metadata, shardlist, side_inputs, webdataset
 from d2filter.formats.paths import FileInfo, Folder, absolute, is_within
 from d2filter.formats.runstate import Plan, RunState
 from d2filter.text import redacted
@@ -98,7 +98,9 @@ class Plans:
         if source == own and not upstream and self._state.done("catalog") is not None:
             self._state.require_options("catalog", _catalog_options(config))
             self._state.require_inputs(
-                "catalog", outside.files(config), lambda name: outside.content_of(config, name)
+                "catalog",
+                side_inputs.files(config),
+                lambda name: side_inputs.content_of(config, name),
             )
             return None
         if source == own and not upstream:
@@ -106,7 +108,7 @@ class Plans:
                 f"no metadata: give --metadata-dir (parquet + npz) or --shards; "
                 f"{own.url} was not written by `d2filter embed`"
             )
-        beside = outside.files(config)
+        beside = side_inputs.files(config)
         pairs: list[metadata.Pair] = []
         files: list[FileInfo] = []
         # what is still to be embedded cannot be listed
@@ -117,7 +119,11 @@ class Plans:
         known = {info.name for info in beside}
 
         def content_of(name: str) -> str:
-            return outside.content_of(config, name) if name in known else contents.of(source, name)
+            return (
+                side_inputs.content_of(config, name)
+                if name in known
+                else content_hash.of(source, name)
+            )
 
         return Planned(
             plan=Plan(

@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from d2filter.algorithm import budget, uids
 from d2filter.config import SelectConfig
+from d2filter.engine.task import Report
 from d2filter.formats import catalog, graph, ranking, subset
 from d2filter.formats.paths import Checksums, Folder
-from d2filter.stages import soft
-from d2filter.stages.worker import Report
+from d2filter.stages import select_soft
 
 I64 = npt.NDArray[np.int64]
 Chosen = tuple[uids.U64, uids.U64, I64, list[I64]]
@@ -98,9 +98,9 @@ def _repeated(
     sizes: Sequence[int],
 ) -> Chosen:  # fmt: skip
     """The same of a soft selection: all samples, and how often each is in."""
-    parts = list(ranking.iter_columns(out.sub("ranking"), soft.COLUMNS))
-    whole = {name: np.concatenate([part[name] for part in parts]) for name in soft.COLUMNS}
-    times = soft.times(
+    parts = list(ranking.iter_columns(out.sub("ranking"), select_soft.COLUMNS))
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in select_soft.COLUMNS}
+    times = select_soft.times(
         whole, config, kept_first, method, sizes, graph.read_groups(out.sub("graph"))
     )
     report(len(whole["rank"]))

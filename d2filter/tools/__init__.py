@@ -2,7 +2,7 @@
 
 Before a run
 pack.py     a folder of images with captions → shards
-plan.py     what a run would take; estimate.py: its cost model
+plan.py     what a run would take; cost_model.py: its cost model
 demo.py     draws pairs with known truth and filters them; scenes.py, scene_words.py: the drawing
 
 During a run
@@ -11,7 +11,7 @@ alerts.py   warnings at the end of a command
 
 After a run
 verify.py   checks the files of a run; provenance.py, reread.py: against records and input
-report.py   report.html: measures.py, drawn.py, plots.py, gallery.py, album.py, pages.py
+report.py   report.html: measures.py, sampled.py, plots.py, gallery.py, album.py, pages.py
 explain.py  why a sample was kept or dropped
 sweep.py    many settings side by side; advise.py: recommended settings
 selfcheck.py  how many wrong pairs a setting keeps

@@ -1,8 +1,8 @@
 """`d2filter advise OUT`: k, gamma, copies and a budget for this pool, with what speaks for them.
 
 Settings are ranked in memory on the graph that is there and measured side by side: coverage of
-distinct groups, kept near-copies, mean score (`algorithm/distinct.py`), and the rate at which they
-would keep wrong pairs (`tools/selfcheck.py`).
+distinct groups, kept near-copies, mean score (`algorithm/measures/distinct.py`), and the rate at
+which they would keep wrong pairs (`tools/selfcheck.py`).
 
 advise.json   what is recommended and why, and the measures of all that was tried
 advise.html   the same as a page
@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from d2filter.algorithm import budget, distinct
+from d2filter.algorithm import budget
+from d2filter.algorithm.measures import distinct
 from d2filter.config import AUTO, RankConfig, options_of
 from d2filter.errors import InputError, UsageError
 from d2filter.formats.paths import Folder

@@ -20,17 +20,18 @@ import pyarrow.parquet as pq
 import webdataset
 
 from d2filter import config
-from d2filter.algorithm import baselines, metrics
+from d2filter.algorithm.measures import ground_truth
+from d2filter.algorithm.methods import baselines
+from d2filter.engine.runner import Runner
+from d2filter.engine.task import Report, Task
 from d2filter.errors import RunStateError, UsageError
 from d2filter.formats import graph, ranking
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder, absolute
 from d2filter.stages.pipeline import Pipeline
-from d2filter.stages.runner import Runner
-from d2filter.stages.worker import Report, Task
 from d2filter.tools import report, scenes
 
-I64 = metrics.I64
+I64 = ground_truth.I64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +70,13 @@ class Layout:
 
     scene: I64
     """(n,) number of the scene that the picture shows; equal for near-copies: the group"""
-    copy: metrics.Bools
+    copy: ground_truth.Bools
     """(n,) True for a near-copy"""
     caption_of: I64
     """(n,) pair whose caption this one carries; its own number if the caption is right"""
 
     @property
-    def swapped(self) -> metrics.Bools:
+    def swapped(self) -> ground_truth.Bools:
         """(n,) True where the caption belongs to another pair."""
         return np.asarray(self.caption_of != np.arange(len(self.scene)))
 
@@ -85,7 +86,7 @@ class Line:
     """One line of the table."""
 
     name: str
-    result: metrics.Usefulness
+    result: ground_truth.Usefulness
 
 
 def lay_out(pairs: int, seed: int) -> Layout:
@@ -273,9 +274,9 @@ def compare(out: Folder, settings: Sequence[Setting]) -> list[Line]:
     }
     orders["CLIP score alone"] = baselines.by_score(first.difficulty, first.hi, first.lo)
     orders["random"] = baselines.at_random(first.hi, first.lo)
-    orders["best that is possible"] = metrics.best_order(group, swapped)
+    orders["best that is possible"] = ground_truth.best_order(group, swapped)
     return [
-        Line(name=name, result=metrics.usefulness(order, group, swapped, size))
+        Line(name=name, result=ground_truth.usefulness(order, group, swapped, size))
         for name, order in orders.items()
     ]
 
@@ -296,7 +297,7 @@ def _order(out: Folder, name: str) -> I64:
     return np.argsort(np.concatenate([p["rank"] for p in parts])).astype(np.int64, copy=False)
 
 
-def truth(out: Folder, rows: graph.GraphPart) -> tuple[I64, metrics.Bools]:
+def truth(out: Folder, rows: graph.GraphPart) -> tuple[I64, ground_truth.Bools]:
     """group and swapped of each row of a graph."""
     folder = out.sub("truth")
     known: dict[str, tuple[int, bool]] = {}

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from d2filter.algorithm import budget, local, messages, settling, uids
+from d2filter.algorithm import budget, uids
+from d2filter.algorithm.greedy import auto_settings, local_kernel, messages
 from d2filter.config import RankConfig
 from d2filter.errors import InputError, UsageError
 from d2filter.formats import kept as kept_format
@@ -101,10 +102,10 @@ def explain(folder: Folder, uids_hex: Sequence[str]) -> list[Explained | NotRank
     ]
 
 
-def settled_of(figures: dict[str, Any], options: RankConfig) -> settling.Settled:
+def settled_of(figures: dict[str, Any], options: RankConfig) -> auto_settings.Settled:
     """The settings that were found on the pool before a ranking, from its record."""
     gamma = figures.get("gamma", options.gamma)
-    return settling.Settled(
+    return auto_settings.Settled(
         k=options.n_neighbors,
         gamma=0.0 if isinstance(gamma, str) else float(gamma),
         unit=figures.get("gamma_unit", 1.0),
@@ -142,7 +143,9 @@ class _Run:
         if self._scheme.is_local:
             # the kernel looks at both ends, so at neighbors of suppressors, too
             ends = np.unique(np.concatenate([ids, *(neighbors for neighbors, _ in lists.values())]))
-            reach = local.reach(self._graph.rows(ends, ("sqdist",))["sqdist"][:, : self._width])
+            reach = local_kernel.reach(
+                self._graph.rows(ends, ("sqdist",))["sqdist"][:, : self._width]
+            )
             lists_of = {row: self._weighed(row, lists[row], ends, reach) for row in lists}
         else:
             lists_of = {row: sqdist for row, (_, sqdist) in lists.items()}
@@ -239,7 +242,7 @@ class _Run:
         neighbors, sqdist = listed
         own = np.full(neighbors.size, reach[np.searchsorted(ids, row)], np.float32)
         theirs = reach[np.searchsorted(ids, neighbors)]
-        return local.relative(sqdist, own, theirs, self._scheme.floor)
+        return local_kernel.relative(sqdist, own, theirs, self._scheme.floor)
 
     def _normalized(self, difficulty: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
         if self._range is None:

@@ -24,11 +24,11 @@ import numpy.typing as npt
 from d2filter.algorithm import uids
 from d2filter.errors import InputError, RunStateError
 from d2filter.formats import kept as kept_format
-from d2filter.formats import loaded, webdataset
+from d2filter.formats import loader_samples, webdataset
 from d2filter.formats import subset as subset_format
 from d2filter.formats.addresses import file_name
 from d2filter.formats.kept import Kept
-from d2filter.formats.loaded import Sample, uid_of
+from d2filter.formats.loader_samples import Sample, uid_of
 from d2filter.formats.paths import Folder, absolute, place_of
 from d2filter.formats.rows import mapped
 from d2filter.formats.shardnames import ShardNames, shown
@@ -168,7 +168,7 @@ class Keep:
             if wanted is None and isinstance(key, str) and not key.isascii():
                 wanted = keys.get(webdataset.clean(key))  # as runs spell what is no UTF-8
             if wanted is not None:
-                if loaded.has_uid(sample, wanted, kept.embedded):
+                if loader_samples.has_uid(sample, wanted, kept.embedded):
                     yield from _repeated(sample, _times(sample, wanted))
             elif not isinstance(url, str):
                 yield from _repeated(sample, self._without_url(kept).count(sample))
@@ -256,7 +256,7 @@ def _times(sample: Sample, wanted: bytes) -> int:
     each = [wanted[at : at + 32] for at in range(0, len(wanted), 32)]
     if each.count(each[0]) == len(each):
         return len(each)
-    uid = loaded.uid_of(sample)
+    uid = loader_samples.uid_of(sample)
     return max(1, each.count((uid or "").encode()))
 
 
@@ -274,13 +274,13 @@ class _Uids:
 
     def count(self, sample: Sample) -> int:
         """How often the uid of a sample is among them; 0 for a sample that is none."""
-        digits = loaded.plain_uid(sample.get("json"))
+        digits = loader_samples.plain_uid(sample.get("json"))
         count = -1
         if digits is not None:
             count = uids.occurrences(self.pairs, self._starts, self._shift, digits)
-        if count == 0 or (count > 0 and loaded.is_whole(sample)):
+        if count == 0 or (count > 0 and loader_samples.is_whole(sample)):
             return int(count)
-        uid = loaded.uid_of(sample)
+        uid = loader_samples.uid_of(sample)
         if uid is None:
             return 0
         return int(uids.occurrences(self.pairs, self._starts, self._shift, uid.encode()))

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import baselines, budget, coverage, distinct, features
+from d2filter.algorithm import budget, features
+from d2filter.algorithm.measures import coverage, distinct
+from d2filter.algorithm.methods import baselines
 from d2filter.config import RankConfig, SelectConfig
 from d2filter.errors import InputError
 from d2filter.formats import ledger
@@ -21,7 +23,7 @@ from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import RunState
 from d2filter.tools import sweep
-from d2filter.tools.drawn import Drawn, Ends, Rule, features_of, kept_ids, read
+from d2filter.tools.sampled import Drawn, Ends, Rule, features_of, kept_ids, read
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]

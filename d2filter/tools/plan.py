@@ -22,14 +22,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2filter import config
-from d2filter.algorithm import ranking
 from d2filter.algorithm.budget import parse_fraction
-from d2filter.algorithm.schemes import Scheme
+from d2filter.algorithm.greedy import in_memory
+from d2filter.algorithm.greedy.schemes import Scheme
 from d2filter.errors import InputError, UsageError
 from d2filter.formats import metadata, tables
 from d2filter.formats.paths import Folder, absolute, place_of
-from d2filter.tools import estimate
-from d2filter.tools.estimate import Cluster, Estimate, Habits, Pool, Rate, Rates
+from d2filter.tools import cost_model
+from d2filter.tools.cost_model import Cluster, Estimate, Habits, Pool, Rate, Rates
 
 Say = Callable[[str], None]
 Rows = tuple[npt.NDArray[np.float16], npt.NDArray[np.float32]]
@@ -212,7 +212,7 @@ def _greedy(k: int) -> float:
     neighbors = rng.integers(0, _GREEDY_ROWS, (_GREEDY_ROWS, k))
     sqdist = np.sort(rng.random((_GREEDY_ROWS, k), np.float32), axis=1)
     started = time.monotonic()
-    ranking.rank_graph(uid, uid, score, neighbors, sqdist, scheme=Scheme())
+    in_memory.rank_graph(uid, uid, score, neighbors, sqdist, scheme=Scheme())
     return (time.monotonic() - started) / (_GREEDY_ROWS * (k + 3))
 
 
@@ -230,14 +230,14 @@ def _rates(rows: Rows, k: int, measured: Sequence[dict[str, Any]], start: float)
             evaluations=graph["evaluations_per_sample"],
         )
         pool = Pool(samples=habits.samples, dimension=dimension, k=k, exact_below=0)
-        steps = estimate.count(pool, habits, graph["partitions"])
+        steps = cost_model.count(pool, habits, graph["partitions"])
         taken = {
             **stats["seconds_detail"],
             "catalog": stats["seconds"]["catalog"],
             "select": stats["seconds"]["select"],
         }
         halves.append([(step, taken[step.name]) for step in steps if step.name in taken])
-    rates = estimate.fit(halves[0], halves[1], cpus)
+    rates = cost_model.fit(halves[0], halves[1], cpus)
     rates["catalog_rest"] = Rate(fixed=start, unit=0.0)
     last = measured[-1]
     for stage in ("graph", "rank"):

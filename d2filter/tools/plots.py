@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import coverage
+from d2filter.algorithm.measures import coverage
 from d2filter.tools.measures import Measures, Subset
 
 # stand-ins for CSS variables of the page, which knows whether it is light or dark

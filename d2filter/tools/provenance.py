@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from d2filter.errors import D2FilterError, StorageError
-from d2filter.formats import contents, metadata
+from d2filter.formats import content_hash, metadata
 from d2filter.formats.addresses import is_web, parted
 from d2filter.formats.paths import FileInfo, Folder, checksum, read_jsons
 from d2filter.formats.runstate import STAGES, RunState, differing_input
@@ -81,7 +81,7 @@ def inputs(folder: Folder) -> Breaches:
             # target sets, logs and the like, with a folder in their names, lie elsewhere
             here = {n: v for n, v in catalog["inputs"].items() if "/" not in n}
             record = {**catalog, "inputs": here}
-            difference = differing_input(record, files, lambda name: contents.of(source, name))
+            difference = differing_input(record, files, lambda name: content_hash.of(source, name))
             out += [f"{difference} since the catalog was made"] if difference else []
     embed = found.get("embed")
     if embed is not None:

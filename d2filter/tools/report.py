@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from d2filter.algorithm import coverage
+from d2filter.algorithm.measures import coverage
 from d2filter.config import AUTO
 from d2filter.errors import RunStateError, UsageError
 from d2filter.formats.paths import Folder

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from d2filter.algorithm import uids
 from d2filter.config import CatalogConfig
 from d2filter.errors import D2FilterError, InputError
-from d2filter.formats import catalog, metadata, outside, tables, webdataset
+from d2filter.formats import catalog, metadata, side_inputs, tables, webdataset
 from d2filter.formats.paths import FileInfo, Folder
 from d2filter.formats.runstate import RunState
 from d2filter.tools import provenance
@@ -99,7 +99,7 @@ def _rows(
     tables_beside: Folder,
 ) -> Breaches:
     source = Folder(record["sources"]["metadata"])
-    beside = outside.load(config, tables_beside)
+    beside = side_inputs.load(config, tables_beside)
     repeated = _repeated(folder)
     claimed = np.zeros(len(known.hi), np.bool_)
     counts: Counter[str] = Counter()

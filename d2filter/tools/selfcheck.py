@@ -1,4 +1,4 @@
-"""Would wrong pairs be kept? The self-check (`algorithm/selfcheck.py`) of a run directory.
+"""Would wrong pairs be kept? The self-check (`algorithm/measures/selfcheck.py`) of a run directory.
 
 In memory, beside the result: a pool of up to MOST samples whole, a larger one by a sample of it
 that a hash of the uid chooses, with a graph of its own.
@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import budget, copies, knn, selfcheck, settling, uids
+from d2filter.algorithm import budget, uids
+from d2filter.algorithm.greedy import auto_settings, near_copies
+from d2filter.algorithm.knn import in_memory as knn
+from d2filter.algorithm.measures import selfcheck
 from d2filter.config import RankConfig
 from d2filter.formats import catalog, graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import RunState
-from d2filter.stages import others
+from d2filter.stages.rank import in_memory as rank_in_memory
 
 Say = Callable[[str], None]
 Figures = dict[str, Any]
@@ -38,7 +41,7 @@ FRACTIONS = tuple(Decimal(f) for f in ("0.1", "0.2", "0.3", "0.5", "0.7"))
 class Prepared:
     """A pool with swapped captions, ready to be ranked by any setting."""
 
-    known: others.KnownPool
+    known: rank_in_memory.KnownPool
     swapped: I64
     """(m,) rows"""
     correlation: float
@@ -69,7 +72,7 @@ class Prepared:
         return found
 
 
-def load(folder: Folder, say: Say = lambda line: None) -> others.KnownPool:
+def load(folder: Folder, say: Say = lambda line: None) -> rank_in_memory.KnownPool:
     """A pool with its graph and features, ascending by uid: whole up to MOST samples, else SAMPLED
     of them with a graph of their own, which is said. Classes are not known of a sample.
     """
@@ -82,10 +85,10 @@ def load(folder: Folder, say: Say = lambda line: None) -> others.KnownPool:
     say(
         f"on {SAMPLED:,} of {ranked:,} samples, chosen by a hash of the uid, with a graph of theirs"
     )
-    return _sampled(folder, k, ranked, settling.Told.from_catalog(stats))
+    return _sampled(folder, k, ranked, auto_settings.Told.from_catalog(stats))
 
 
-def prepare(folder: Folder, known: others.KnownPool) -> Prepared | str:
+def prepare(folder: Folder, known: rank_in_memory.KnownPool) -> Prepared | str:
     """A loaded pool with captions swapped, or why it cannot be made."""
     record = RunState(folder).require("catalog")
     options, ranked = record["options"], int(record["stats"]["samples"]["ranked"])
@@ -102,7 +105,7 @@ def prepare(folder: Folder, known: others.KnownPool) -> Prepared | str:
             "the score is not the cosine of the two halves (their correlation is "
             f"{line.correlation:.3f})"
         )
-    swapped, partner = selfcheck.choose(known.rows, part.hi, part.lo, copies.near(part.sqdist))
+    swapped, partner = selfcheck.choose(known.rows, part.hi, part.lo, near_copies.near(part.sqdist))
     if swapped.size < selfcheck.LEAST:
         return f"{swapped.size} distinct pairs are too few"
     made = selfcheck.splice(
@@ -113,17 +116,17 @@ def prepare(folder: Folder, known: others.KnownPool) -> Prepared | str:
         sqdist=made.sqdist, group=part.group,
     )  # fmt: skip
     return Prepared(
-        known=others.KnownPool(spliced, made.rows, known.told), swapped=swapped,
+        known=rank_in_memory.KnownPool(spliced, made.rows, known.told), swapped=swapped,
         correlation=line.correlation, ranked=ranked,
     )  # fmt: skip
 
 
-def ranks(known: others.KnownPool, config: RankConfig) -> I64:
+def ranks(known: rank_in_memory.KnownPool, config: RankConfig) -> I64:
     """Ranks of a loaded pool by a setting, with as many neighbors as it asks for, (n,)."""
     k = config.n_neighbors
     if k and k < known.part.neighbors.shape[1]:
         known = known.narrowed(k)
-    return others.ranks_of(known, config)[0]
+    return rank_in_memory.ranks_of(known, config)[0]
 
 
 def of_run(folder: Folder) -> Figures:
@@ -154,18 +157,20 @@ def of_run(folder: Folder) -> Figures:
     return found
 
 
-def _whole(folder: Folder, k: int) -> others.KnownPool:
+def _whole(folder: Folder, k: int) -> rank_in_memory.KnownPool:
     """All samples, ascending by uid."""
-    known = others.read_pool(folder, k, with_features=True)
+    known = rank_in_memory.read_pool(folder, k, with_features=True)
     pool = known.by_uid(RankConfig())
     part = graph.GraphPart(
         hi=pool.hi, lo=pool.lo, difficulty=pool.difficulty, neighbors=pool.neighbors,
         sqdist=pool.sqdist, group=pool.group,
     )  # fmt: skip
-    return others.KnownPool(part, known.rows, known.told)
+    return rank_in_memory.KnownPool(part, known.rows, known.told)
 
 
-def _sampled(folder: Folder, k: int, ranked: int, told: settling.Told) -> others.KnownPool:
+def _sampled(
+    folder: Folder, k: int, ranked: int, told: auto_settings.Told
+) -> rank_in_memory.KnownPool:
     """SAMPLED of them, ascending by uid, with a graph of their own."""
     home = folder.sub("catalog")
     layout = catalog.layout(home)
@@ -183,4 +188,4 @@ def _sampled(folder: Folder, k: int, ranked: int, told: settling.Told) -> others
     part = graph.GraphPart(
         hi=hi, lo=lo, difficulty=difficulty, neighbors=found.neighbors, sqdist=found.sqdist
     )
-    return others.KnownPool(part, rows, told)
+    return rank_in_memory.KnownPool(part, rows, told)

@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.algorithm import budget, coverage, distinct, selectors
+from d2filter.algorithm import budget
+from d2filter.algorithm.measures import coverage, distinct
+from d2filter.algorithm.methods import selectors
 from d2filter.config import AUTO, RankConfig, options_of
 from d2filter.errors import UsageError
 from d2filter.formats.paths import Folder, read_jsons
 from d2filter.formats.runstate import RunState, digest
-from d2filter.stages import others
+from d2filter.stages.rank import in_memory as rank_in_memory
 from d2filter.tools import selfcheck
 
 Say = Callable[[str], None]
@@ -175,7 +177,7 @@ class _Pool:
         say("reading the graph and its features")
         self._folder = folder
         self._k = k
-        self._lists = {k: others.read_pool(folder, k, with_features=True)}
+        self._lists = {k: rank_in_memory.read_pool(folder, k, with_features=True)}
         whole = self._lists[k]
         # measures are over rows by uid, as the features lie
         self._order = whole.order
@@ -195,7 +197,7 @@ class _Pool:
     def measured(self, config: RankConfig, fractions: Sequence[Decimal]) -> dict[str, Row]:
         """Measures of one setting, by fraction."""
         known = self._with(config.n_neighbors or self._k)
-        ranks, _, _ = others.ranks_of(known, config)
+        ranks, _, _ = rank_in_memory.ranks_of(known, config)
         rank = ranks[self._order]
         wrong = self._wrong(config, fractions)
         return {str(f): {**self._row(rank, f), "wrong": wrong.get(str(f))} for f in fractions}
@@ -210,7 +212,7 @@ class _Pool:
         rates = checked.rates(config, [f for f in fractions if budget.floor_of(f, size)])
         return {fraction: row["kept"] for fraction, row in rates.items()}
 
-    def _with(self, k: int) -> others.KnownPool:
+    def _with(self, k: int) -> rank_in_memory.KnownPool:
         if k not in self._lists:
             self._lists[k] = self._lists[self._k].narrowed(k)
         return self._lists[k]

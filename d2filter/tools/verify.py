@@ -15,25 +15,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from d2filter.algorithm import (
-    budget,
-    certificate,
-    cut,
-    features,
-    groups,
-    local,
-    messages,
-    pairs,
-    settling,
-    uids,
-)
+from d2filter.algorithm import budget, by_class, features, uids
+from d2filter.algorithm.greedy import auto_settings, certificate, halo, local_kernel, messages
+from d2filter.algorithm.scores import mismatched
 from d2filter.config import RankConfig, SelectConfig
 from d2filter.errors import InputError, VerificationError
 from d2filter.formats import catalog, graph, ledger, ranking, subset, tables
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_array
 from d2filter.formats.runstate import RunState
-from d2filter.stages import soft
+from d2filter.stages import select_soft
 from d2filter.tools.provenance import follow, inputs, sums
 from d2filter.tools.reread import rows, shards
 
@@ -235,7 +226,7 @@ def _order(run: _Run) -> Breaches:
         alone = np.empty(by_uid.size, np.int64)
         alone[np.argsort(~r["final"][by_uid], kind="stable")] = np.arange(by_uid.size)
         last = r["forward"][by_uid] == messages.FLOOR
-        shared = groups.interleaved(alone, group[by_uid], last, options.group_budgets)
+        shared = by_class.interleaved(alone, group[by_uid], last, options.group_budgets)
         return _count("ranks do not give each class its turn", shared != r["rank"][by_uid])
     order = np.argsort(r["rank"], kind="stable")
     final, precedence = r["final"][order], run.precedence[order]
@@ -251,15 +242,15 @@ def _scores(run: _Run) -> Breaches:
         return _method(run, options)
     k = options.n_neighbors
     neighbors, distances = g.neighbors[:, :k], g.sqdist[:, :k]
-    told = settling.Told.from_catalog(run.records["catalog"]["stats"])
+    told = auto_settings.Told.from_catalog(run.records["catalog"]["stats"])
     settled, last = options.settled_on(g.difficulty, g.hi, g.lo, neighbors, distances, told)
     scheme = options.scheme(settled)
-    source, target, sqdist = cut.whole(neighbors, distances, both_ways=options.undirected)
+    source, target, sqdist = halo.whole(neighbors, distances, both_ways=options.undirected)
     through = ~last[source] & ~last[target]
     source, target, sqdist = source[through], target[through], sqdist[through]
     if scheme.is_local:
-        reach = local.reach(distances)
-        sqdist = local.relative(sqdist, reach[source], reach[target], scheme.floor)
+        reach = local_kernel.reach(distances)
+        sqdist = local_kernel.relative(sqdist, reach[source], reach[target], scheme.floor)
     start = np.searchsorted(source, np.arange(len(g.hi) + 1))
     earnest = g.difficulty[~last]
     scores = messages.normalized(g.difficulty, float(earnest.min()), float(earnest.max()))
@@ -289,7 +280,7 @@ def _scores(run: _Run) -> Breaches:
     return out
 
 
-def _found(settled: settling.Settled, figures: dict[str, Any]) -> Breaches:
+def _found(settled: auto_settings.Settled, figures: dict[str, Any]) -> Breaches:
     """Find the settings of the ranking again, gamma above all, and compare them with the record."""
     mine = {
         "gamma": settled.gamma,
@@ -310,17 +301,17 @@ def _pairs(run: _Run) -> Breaches:
     if not told:
         return []
     c = run.catalog
-    found = pairs.judged(c.features[pairs.sampled(c.hi, c.lo)])
+    found = mismatched.judged(c.features[mismatched.sampled(c.hi, c.lo)])
     return [] if found == told else [f"pairs are {found}, and {told} in the record"]
 
 
 def _method(run: _Run, options: RankConfig) -> Breaches:
     """Another method than D2 is proven by doing it again."""
-    from d2filter.stages import others
+    from d2filter.stages.rank import in_memory as rank_in_memory
 
-    features_too = others.wants_features(options.method)
-    known = others.read_pool(run.folder, options.n_neighbors, with_features=features_too)
-    rank, _, settled = others.ranks_of(known, options)
+    features_too = rank_in_memory.wants_features(options.method)
+    known = rank_in_memory.read_pool(run.folder, options.n_neighbors, with_features=features_too)
+    rank, _, settled = rank_in_memory.ranks_of(known, options)
     out = _found(settled, run.records["rank"]["stats"])
     return out + _count(f"ranks are not those of {options.method}", rank != run.ranking["rank"])
 
@@ -364,7 +355,7 @@ def _prefix(run: _Run, name: str, chosen: npt.NDArray[np.void], size: int) -> Br
     if options.get("soft") is not None:
         chosen_by = SelectConfig.from_options(options)
         method, first = run.records["rank"]["options"]["method"], score.get("kept_first", "high")
-        (times,) = soft.times(r, chosen_by, first, method, [size], run.graph.group)
+        (times,) = select_soft.times(r, chosen_by, first, method, [size], run.graph.group)
         what = "soft selection"
     expected_hi, expected_lo = np.repeat(r["uid_hi"], times), np.repeat(r["uid_lo"], times)
     order = uids.ascending(expected_hi, expected_lo)

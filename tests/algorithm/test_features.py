@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2filter.algorithm import cells, features
+from d2filter.algorithm import features
+from d2filter.algorithm.knn import cells
 
 
 def test_every_finite_half_decodes_exactly() -> None:

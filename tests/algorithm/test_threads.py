@@ -15,24 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import d2filter
-from d2filter.algorithm import (
-    backend,
-    density,
-    features,
-    geometric,
-    lists,
-    refine,
-    scores,
-    selectors,
-    shortlist,
-    threads,
-)
+from d2filter.algorithm import features, threads
+from d2filter.algorithm.knn import exact_lists, products, refine, shortlist
+from d2filter.algorithm.methods import density, geometric, selectors
+from d2filter.algorithm.scores import registry as scores
 
 
 @pytest.fixture(autouse=True)
 def two_threads_afterwards() -> Iterator[None]:
     yield
-    backend.use_threads(2)
+    products.use_threads(2)
 
 
 @given(st.integers(0, 50), st.integers(1, 60), st.integers(1, 9), st.integers(1, 4))
@@ -111,10 +103,10 @@ def results() -> list[np.ndarray]:
     homes = rng.integers(0, 5, n).astype(np.int32)
     start, found = refine.candidates(everyone, probed, own, own, homes[own], own)
     distance = np.sort(features.sqdist_pairs(rows, own), axis=1)
-    held = lists.Lists(numbers=own, sqdist=distance)
+    held = exact_lists.Lists(numbers=own, sqdist=distance)
     better = refine.improved(rows, everyone, held, 3, start, found, rows, found, n)
-    merged = lists.Lists(numbers=own * 2, sqdist=distance.copy())
-    lists.merge_inplace(merged, everyone[:150], held.take(everyone[:150]), everyone[:150], n)
+    merged = exact_lists.Lists(numbers=own * 2, sqdist=distance.copy())
+    exact_lists.merge_inplace(merged, everyone[:150], held.take(everyone[:150]), everyone[:150], n)
     short = shortlist.Shortlists(lists=held, exact=distance[:, ::-1].copy())
     settled = shortlist.settle(short, everyone, 2, n)
     pool = selectors.Pool(
@@ -138,15 +130,15 @@ def results() -> list[np.ndarray]:
 
 
 def test_threads_and_blocks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend.use_threads(1)
+    products.use_threads(1)
     expected = [one.tobytes() for one in results()]
     for module, name in (
-        (features, "_BLOCK"), (lists, "_BLOCK"), (refine, "_LISTS"), (shortlist, "_MEASURED"),
+        (features, "_BLOCK"), (exact_lists, "_BLOCK"), (refine, "_LISTS"), (shortlist, "_MEASURED"),
         (shortlist, "_SETTLED"), (geometric, "_VALUES"), (geometric, "_RAISED"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, 7)
     for count in (1, 2, 5):
-        backend.use_threads(count)
+        products.use_threads(count)
         assert [one.tobytes() for one in results()] == expected
 
 
@@ -198,8 +190,9 @@ def test_a_pool_is_ranked_without_openmp_from_threads_and_after_a_fork() -> None
 
 FAISS = """
 import os, numpy as np
-from d2filter.algorithm import backend, geometric, selectors
-backend.use_threads(2)
+from d2filter.algorithm.knn import products
+from d2filter.algorithm.methods import geometric, selectors
+products.use_threads(2)
 n = 3000
 rows = np.random.default_rng(0).normal(size=(n, 16)).astype(np.float32)
 pool = selectors.Pool(
@@ -209,7 +202,7 @@ pool = selectors.Pool(
 first = geometric.semdedup(pool)
 child = os.fork()
 if child == 0:
-    backend.use_threads(2)
+    products.use_threads(2)
     os._exit(0 if (geometric.semdedup(pool) == first).all() else 7)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from d2filter import cli
+from d2filter.cli import main as cli
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from d2filter.cli import main
+from d2filter.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -273,8 +273,8 @@ def test_a_budget_of_nothing(
 def test_without_faiss_both_extras_are_named(folder: Path, tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['faiss'] = None\n"
-        "from d2filter.algorithm import backend\n"
-        "backend.load_faiss()\n"
+        "from d2filter.algorithm.knn import products\n"
+        "products.load_faiss()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1

@@ -12,8 +12,8 @@ import pools
 import pyarrow.parquet as pq
 import pytest
 
-from d2filter import cli
-from d2filter.stages import catalog as catalog_stage
+from d2filter.cli import main as cli
+from d2filter.stages.catalog import build as catalog_stage
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -152,8 +152,8 @@ def test_a_clip_goes_on_where_it_was_stopped(
     tmp_path: Path, label: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second of the parts is never clipped before the interruption."""
-    from d2filter.stages import spread
-    from d2filter.stages.runner import Runner
+    from d2filter.engine.runner import Runner
+    from d2filter.stages.catalog import clip_scores
 
     monkeypatch.setattr(catalog_stage, "_PART_BYTES", 6_000)
     folder = metadata(tmp_path / "m", with_sentinel(-9999))
@@ -171,7 +171,7 @@ def test_a_clip_goes_on_where_it_was_stopped(
     with monkeypatch.context() as patch:
         patch.setattr(Runner, "map", stop)
         assert run("run", *words, "--out-dir", tmp_path / "b") == 130
-    assert (tmp_path / "b" / "catalog" / spread.FOLDER).exists()
+    assert (tmp_path / "b" / "catalog" / clip_scores.FOLDER).exists()
     assert run("run", *words, "--out-dir", tmp_path / "b") == 0
     assert subset(tmp_path / "b") == subset(tmp_path / "a")
     assert difficulties(tmp_path / "b") == difficulties(tmp_path / "a")

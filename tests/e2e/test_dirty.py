@@ -26,7 +26,7 @@ import pytest
 import shards as made
 from PIL import Image, ImageOps
 
-from d2filter.cli import main
+from d2filter.cli.main import main
 from d2filter.formats import uid as uid_format
 from d2filter.tools import scenes
 

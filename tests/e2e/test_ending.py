@@ -23,8 +23,8 @@ LONG = """
 import sys
 from d2filter import cli
 from d2filter.formats.paths import Folder
-from d2filter.stages.runner import Runner
-from d2filter.stages.worker import Task
+from d2filter.engine.runner import Runner
+from d2filter.engine.task import Task
 
 def work(report):
     import time

@@ -15,7 +15,7 @@ import pools
 import pytest
 import shards
 
-from d2filter import cli
+from d2filter.cli import main as cli
 
 OPTIONS = ("--n-neighbors", 3, "--exact-below", 100, "--target-recall", 0.9, "--partitions", 4)
 ORDINARY, ALL = 3, 28  # schedules; three kill every kind of process
@@ -153,15 +153,16 @@ def test_a_node_that_hangs_is_given_up_and_does_no_harm_when_it_wakes(
 # a task that says who runs it, and waits for its fate
 FATED = """
 import os, pathlib, time
-from d2filter.stages import catalog, fanout
+from d2filter.engine import fanout
+from d2filter.stages.catalog import build
 fanout._FIRST_PAUSE = 0.1
-whole, victims = catalog.read_group, os.environ["VICTIMS"]
+whole, victims = build.read_group, os.environ["VICTIMS"]
 def read_group(**arguments):
     if arguments["names"] == ["00003"]:
         pathlib.Path(victims, str(os.getpid())).touch()
         time.sleep(600)
     return whole(**arguments)
-catalog.read_group = read_group
+build.read_group = read_group
 """
 
 

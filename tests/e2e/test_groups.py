@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import d2filter
-from d2filter import cli
+from d2filter.cli import main as cli
 from d2filter.formats import graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import RunState

@@ -81,7 +81,7 @@ def clone(tmp_path: Path) -> Path:
     """Another d2filter, whose tasks fail at once."""
     folder = tmp_path / "clone"
     shutil.copytree(PACKAGE, folder / "d2filter", ignore=shutil.ignore_patterns("__pycache__"))
-    worker = folder / "d2filter/stages/worker.py"
+    worker = folder / "d2filter/engine/task.py"
     call = "figures = task.run("
     text = worker.read_text()
     assert call in text
@@ -118,13 +118,13 @@ def test_workers_with_another_d2filter_are_refused_in_one_line_with_both_places(
 ) -> None:
     """As on a cluster whose nodes have another version installed."""
     if kind == "older":
-        (clone / "d2filter/stages/sources.py").unlink()
+        (clone / "d2filter/engine/same_code.py").unlink()
     if kind == "no package":
         shutil.rmtree(clone / "d2filter")
         (clone / "d2filter").mkdir()
         (clone / "d2filter/__init__.py").write_text("raise ImportError('no d2filter here')\n")
     program = (
-        "import os; from d2filter.cli import entry\n"
+        "import os; from d2filter.cli.main import entry\n"
         f"os.environ['PYTHONPATH'] = {str(clone)!r}\n"  # of the nodes, not of this process
         "entry()"
     )

@@ -14,11 +14,11 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 
-from d2filter import cli
-from d2filter.algorithm import scores
-from d2filter.formats import joined
-from d2filter.stages import catalog as catalog_stage
-from d2filter.stages import score as score_stage
+from d2filter.algorithm.scores import registry as scores
+from d2filter.cli import main as cli
+from d2filter.formats import join_table
+from d2filter.stages.catalog import build as catalog_stage
+from d2filter.stages.catalog import pool_scores as score_stage
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -47,7 +47,7 @@ def metadata(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalog_stage, "_PART_BYTES", 16_000)
-    monkeypatch.setattr(joined, "BUCKET_ROWS", 150)
+    monkeypatch.setattr(join_table, "BUCKET_ROWS", 150)
     monkeypatch.setattr(score_stage, "_KEYS", 100)
 
 

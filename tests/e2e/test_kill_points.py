@@ -19,7 +19,7 @@ import pools
 import pytest
 import shards
 
-from d2filter import cli
+from d2filter.cli import main as cli
 from d2filter.formats.paths import Folder
 from d2filter.formats.uid import from_hex
 from d2filter.tools import provenance

@@ -13,8 +13,10 @@ import pools
 import pyarrow.parquet as pq
 import pytest
 
-from d2filter import cli, options
-from d2filter.algorithm import scores, selectors
+from d2filter.algorithm.methods import selectors
+from d2filter.algorithm.scores import registry as scores
+from d2filter.cli import main as cli
+from d2filter.cli import options
 from d2filter.config import METHODS
 from d2filter.tools import sweep as sweeping
 

@@ -15,14 +15,16 @@ import pyarrow as pa
 import pytest
 import ray
 
-from d2filter import cli
-from d2filter.algorithm import calibrate, features, knn, uids
+from d2filter.algorithm import features, uids
+from d2filter.algorithm.knn import calibrate
+from d2filter.algorithm.knn import in_memory as knn
+from d2filter.cli import main as cli
 from d2filter.formats import catalog, graph
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
-from d2filter.stages import catalog as catalog_stage
-from d2filter.stages import choosing
-from d2filter.stages import graph as graph_stage
+from d2filter.stages.catalog import build as catalog_stage
+from d2filter.stages.graph import build as graph_stage
+from d2filter.stages.graph import calibrate as calibrate_on_parts
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -177,7 +179,7 @@ def test_harder_tries_leave_no_trace_of_the_easier_ones(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(choosing.Spread, "find", cut_off_in_a_turn)
+        patched.setattr(calibrate_on_parts.Spread, "find", cut_off_in_a_turn)
         assert run(*words, out, "--partitions", 3) == 130
     turns = out / "completions/graph"
     asked = {path.name: path.stat().st_mtime_ns for path in turns.glob("choose-cells-00-*")}

@@ -12,13 +12,13 @@ import pools
 import pyarrow.parquet as pq
 import pytest
 
-from d2filter import cli
-from d2filter.algorithm import scores
+from d2filter.algorithm.scores import registry as scores
+from d2filter.cli import main as cli
+from d2filter.engine.runner import Runner
 from d2filter.formats import graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import Plan, RunState
-from d2filter.stages import supersteps
-from d2filter.stages.runner import Runner
+from d2filter.stages.rank import actors
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -96,7 +96,7 @@ class Killer:
         self.killed = 0
         rng = np.random.default_rng(seed)
         self.at = set(rng.integers(1, 6, 2).tolist())
-        original = supersteps._Driver._superstep
+        original = actors._Driver._superstep
         steps = 0
 
         def superstep(driver: Any) -> bool:
@@ -108,7 +108,7 @@ class Killer:
                 self.killed += 1
             return original(driver)
 
-        monkeypatch.setattr(supersteps._Driver, "_superstep", superstep)
+        monkeypatch.setattr(actors._Driver, "_superstep", superstep)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_an_actor_killed_at_a_random_superstep(
 ) -> None:
     """Odd seeds: with a snapshot after every superstep, from which the new actor goes on."""
     before = ranking(made[1])
-    monkeypatch.setattr(supersteps, "_SAVE_SECONDS", 0.0 if seed % 2 else 1e9)
+    monkeypatch.setattr(actors, "_SAVE_SECONDS", 0.0 if seed % 2 else 1e9)
     killer = Killer(monkeypatch, seed)
     out = again()
     assert killer.killed
@@ -130,10 +130,10 @@ def test_an_actor_killed_at_a_random_superstep(
 @pytest.fixture
 def four_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process for each of four partitions, whatever CPUs there are."""
-    whole = supersteps._Driver._new
+    whole = actors._Driver._new
     monkeypatch.setattr(Runner, "processes", lambda runner, most, memory: most)
     monkeypatch.setattr(
-        supersteps._Driver,
+        actors._Driver,
         "_new",
         lambda driver, numbers, needs: whole(driver, numbers, {"num_cpus": 0}),
     )
@@ -144,7 +144,7 @@ def four_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_several_actors_killed_at_once(
     victims: tuple[int, ...], made: dict[int, Path], again: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = supersteps._Driver._superstep
+    original = actors._Driver._superstep
     steps = 0
 
     def superstep(driver: Any) -> bool:
@@ -155,7 +155,7 @@ def test_several_actors_killed_at_once(
                 driver._ray.kill(driver._actors[victim])
         return original(driver)
 
-    monkeypatch.setattr(supersteps._Driver, "_superstep", superstep)
+    monkeypatch.setattr(actors._Driver, "_superstep", superstep)
     out = again()
     assert len(victims) <= stats(out)["rank"]["restarts"] <= 2 * len(victims) + 2
     assert same(ranking(out), ranking(made[1]))
@@ -164,13 +164,13 @@ def test_several_actors_killed_at_once(
 def test_an_error_in_an_actor_is_one_line_and_what_was_done_stays(
     made: dict[int, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = supersteps.run
+    whole = actors.run
 
     def run_without(**arguments: Any) -> dict[str, Any]:
         (made[4] / "ranking-work" / "known-00002.hi.npy").unlink()
         return whole(**arguments)
 
-    monkeypatch.setattr(supersteps, "run", run_without)
+    monkeypatch.setattr(actors, "run", run_without)
     assert run("rank", "--out-dir", made[4], "--overwrite", "rank") == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "known-00002.hi.npy does not exist" in said
@@ -214,14 +214,14 @@ def test_partitions_without_edges_between_them(tmp_path: Path) -> None:
 def test_an_actor_that_dies_again_and_again_is_given_up(
     made: dict[int, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = supersteps._Driver._superstep
+    original = actors._Driver._superstep
 
     def superstep(driver: Any) -> bool:
         driver._ray.kill(driver._actors[1])
         return original(driver)
 
-    monkeypatch.setattr(supersteps._Driver, "_superstep", superstep)
-    monkeypatch.setattr(supersteps, "_RESTARTS", 2)
+    monkeypatch.setattr(actors._Driver, "_superstep", superstep)
+    monkeypatch.setattr(actors, "_RESTARTS", 2)
     assert run("rank", "--out-dir", made[4], "--overwrite", "rank") == 1
     said = capsys.readouterr().err
     assert "the worker of partitions 1, 3 failed 3 times" in said
@@ -235,8 +235,8 @@ def test_a_driver_that_dies_goes_on_from_the_last_snapshots(
     made: dict[int, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole_run = stats(made[4])["rank"]["supersteps"]
-    monkeypatch.setattr(supersteps, "_SAVE_SECONDS", 0.0)
-    original = supersteps._Driver._superstep
+    monkeypatch.setattr(actors, "_SAVE_SECONDS", 0.0)
+    original = actors._Driver._superstep
     steps = 0
 
     class Death(BaseException):
@@ -249,13 +249,13 @@ def test_a_driver_that_dies_goes_on_from_the_last_snapshots(
             raise Death
         return original(driver)
 
-    monkeypatch.setattr(supersteps._Driver, "_superstep", superstep)
+    monkeypatch.setattr(actors._Driver, "_superstep", superstep)
     with pytest.raises(Death):
         run("rank", "--out-dir", made[4], "--overwrite", "rank")
     assert len(list((made[4] / "ranking-work").glob("state-*.npz"))) == 4
     assert not list((made[4] / "ranking").glob("*.parquet"))
     monkeypatch.undo()
-    whole = supersteps._Driver._superstep
+    whole = actors._Driver._superstep
     taken = 0
 
     def count(driver: Any) -> bool:
@@ -263,7 +263,7 @@ def test_a_driver_that_dies_goes_on_from_the_last_snapshots(
         taken += 1
         return whole(driver)
 
-    monkeypatch.setattr(supersteps._Driver, "_superstep", count)
+    monkeypatch.setattr(actors._Driver, "_superstep", count)
     assert run("rank", "--out-dir", made[4]) == 0
     assert same(ranking(made[4]), ranking(made[1]))
     # three supersteps lie in the snapshots

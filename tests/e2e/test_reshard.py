@@ -14,12 +14,12 @@ import pytest
 import shards as made
 import webdataset as wds
 
-from d2filter.cli import main
+from d2filter.cli.main import main
 from d2filter.errors import StorageError
 from d2filter.formats import webdataset
 from d2filter.formats.paths import Folder
 from d2filter.formats.uid import from_hex
-from d2filter.stages import reshard as stage
+from d2filter.stages.reshard import build as stage
 from d2filter.tools import keep
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -173,11 +173,11 @@ def test_what_was_written_while_a_search_failed_is_not_written_again(
 
     def find(*, first: int, **arguments: Any) -> Any:
         from d2filter.errors import InputError
-        from d2filter.stages import reshard
+        from d2filter.stages.reshard import build as build_shards
 
         if first == 2:
             raise InputError("the third shard is out of reach")
-        return reshard.find(first=first, **arguments)
+        return build_shards.find(first=first, **arguments)
 
     with monkeypatch.context() as patched:
         patched.setattr(stage, "find", find)

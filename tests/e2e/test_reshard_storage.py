@@ -16,11 +16,11 @@ import pytest
 import shards as made
 from flaky_proxy import FlakyProxy
 
-from d2filter.formats import patience, remote, webdataset
+from d2filter.formats import remote, retry, webdataset
 from d2filter.formats.paths import Folder
-from d2filter.stages import reshard as stage
-from d2filter.stages.placing import Placing, Rows
-from d2filter.stages.wanted import Wanted
+from d2filter.stages.reshard import build as stage
+from d2filter.stages.reshard.layout import Placing, Rows
+from d2filter.stages.reshard.match import Wanted
 
 s3fs = pytest.importorskip("s3fs")
 moto = pytest.importorskip("moto.server")
@@ -123,7 +123,7 @@ def test_only_what_is_kept_is_asked_for_and_a_failing_server_changes_nothing(
     assert len(ranges) == SHARDS * SAMPLES / 2
     assert PICTURE < min(ranges) <= max(ranges) <= most
     proxy.rate = 0.2
-    monkeypatch.setattr(patience.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
     try:
         assert written(out, new) == expected
     finally:

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import d2filter
-from d2filter.cli import main
+from d2filter.cli.main import main
 from d2filter.formats import uid as uid_format
-from d2filter.stages import catalog as catalog_stage
+from d2filter.stages.catalog import build as catalog_stage
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

@@ -19,10 +19,10 @@ import pools
 import pytest
 import shards
 
-from d2filter import cli
-from d2filter.cli import main
+from d2filter.cli import main as cli
+from d2filter.cli.main import main
 from d2filter.errors import D2FilterError
-from d2filter.formats import contents, lock
+from d2filter.formats import content_hash, lock
 from d2filter.formats.paths import Folder
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -226,7 +226,7 @@ def test_metadata_that_changes_while_it_is_read_is_refused(
     folder = pools.write(tmp_path / "m", pools.make(300, 8, seed=1), files=2)
     other = pools.write(tmp_path / "n", pools.make(300, 8, seed=2), files=2)
     words = ("run", "--metadata-dir", folder, "--out-dir", tmp_path / "o")
-    whole, calls = contents.of, []
+    whole, calls = content_hash.of, []
 
     def replaced(source: Folder, name: str) -> str:
         """After the first look at a file, it is replaced by another of the same size and time."""
@@ -242,12 +242,12 @@ def test_metadata_that_changes_while_it_is_read_is_refused(
     with monkeypatch.context() as patch:
         import ray
 
-        from d2filter.stages import catalog
+        from d2filter.stages.catalog import build as build_catalog
 
         # in this process: a task's own would not be seen by the test
-        patch.setattr(contents, "of", replaced)
+        patch.setattr(content_hash, "of", replaced)
         with pytest.raises(D2FilterError, match="changed while it was read"):
-            catalog.read_group(
+            build_catalog.read_group(
                 report=lambda done: None, out=Folder(str(tmp_path / "o")),
                 source=Folder(str(folder)), names=["00000", "00001"], run_name="00000",
                 config=cli.options.run_config(
@@ -313,7 +313,7 @@ def test_what_embed_wrote_may_be_named_as_the_metadata(tmp_path: Path) -> None:
 # a run that holds its lock until somebody ends it
 _SLOW = """
 import sys, time
-from d2filter import cli
+from d2filter.cli import main as cli
 from d2filter.stages import pipeline
 pipeline.Pipeline._run_stages = lambda self, *more: (print("held", flush=True), time.sleep(600))
 sys.exit(cli.main(sys.argv[1:]))

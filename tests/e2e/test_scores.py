@@ -12,10 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from d2filter import cli
-from d2filter.algorithm import dynamics, features, scores
-from d2filter.stages import catalog as catalog_stage
-from d2filter.stages.runner import Runner
+from d2filter.algorithm import features
+from d2filter.algorithm.scores import registry as scores
+from d2filter.algorithm.scores import training_dynamics
+from d2filter.cli import main as cli
+from d2filter.engine.runner import Runner
+from d2filter.stages.catalog import build as catalog_stage
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -155,7 +157,7 @@ def write_log(path: Path, made: dict[str, Any], rows: list[int] | None = None) -
     return path
 
 
-@pytest.mark.parametrize("name", list(dynamics.LOG_SCORES))
+@pytest.mark.parametrize("name", list(training_dynamics.LOG_SCORES))
 @pytest.mark.parametrize("logits", [False, True])
 def test_scores_of_a_training_log(
     name: str, logits: bool, metadata: list[Path], tmp_path: Path
@@ -168,8 +170,8 @@ def test_scores_of_a_training_log(
     write_log(folder / "a.parquet", made, list(range(0, N, 2)))
     write_log(folder / "b.parquet", made, list(range(1, N, 2)))
     found = traininglog.score(str(folder), name)
-    p = dynamics.softmax(made["p"]) if logits else made["p"]
-    expected = dynamics.LOG_SCORES[name](p.astype(np.float32), made["label"])
+    p = training_dynamics.softmax(made["p"]) if logits else made["p"]
+    expected = training_dynamics.LOG_SCORES[name](p.astype(np.float32), made["label"])
     by_uid = expected[in_order()]
     assert np.allclose(found.value, by_uid, rtol=1e-5, atol=1e-7)
     assert (np.diff(found.hi.astype(object)) > 0).all()
@@ -183,7 +185,7 @@ def test_a_log_decides_the_difficulty_and_what_it_lacks_is_bad(
     words = ("--metadata-dir", metadata[0], "--out-dir", tmp_path / "a", "--training-log", path)
     assert run("graph", *words, "--score", "margin", "--max-bad", "0.05") == 0
     found = difficulties(tmp_path / "a")
-    expected = dynamics.margin(made_log["p"], made_log["label"])
+    expected = training_dynamics.margin(made_log["p"], made_log["label"])
     assert len(found) == N - 5
     for row in range(N - 5):
         # a low margin is a hard sample, and goes first

@@ -13,8 +13,8 @@ import pytest
 import shards as made
 from PIL import Image
 
-from d2filter.algorithm import scores
-from d2filter.cli import main
+from d2filter.algorithm.scores import registry as scores
+from d2filter.cli.main import main
 from d2filter.formats import shardlist
 from d2filter.formats import uid as uid_format
 

@@ -15,8 +15,9 @@ import shards as shards_of
 import webdataset as wds
 
 import d2filter
-from d2filter import cli
-from d2filter.algorithm import messages, soft
+from d2filter.algorithm import soft
+from d2filter.algorithm.greedy import messages
+from d2filter.cli import main as cli
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

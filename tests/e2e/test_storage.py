@@ -25,7 +25,7 @@ import shards
 from flaky_proxy import KINDS, FlakyProxy
 
 from d2filter.errors import StorageError
-from d2filter.formats import patience
+from d2filter.formats import retry
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder, checksum
 
@@ -50,7 +50,7 @@ sys.stdin.read()
 # many commands over one Ray, for a start takes seconds; its workers inherit this environment
 COMMANDS = """
 import contextlib, io, json, os, sys
-from d2filter.cli import main
+from d2filter.cli.main import main
 import ray
 ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80_000_000,
          log_to_driver=False, logging_level="ERROR")
@@ -337,7 +337,7 @@ def test_an_upload_in_parts_that_fails_leaves_the_object_of_before(
     for name, value in credentials(proxy.url).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(s3fs.core, "calculate_chunksize", lambda *_, **__: 5 << 20)
-    monkeypatch.setattr(patience.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
     folder = Folder("s3://pool/parts")
     before, after = (np.random.default_rng(i).bytes(11 << 20) for i in range(2))
 

@@ -11,13 +11,13 @@ import numpy as np
 import pools
 import pytest
 
-from d2filter import cli
 from d2filter import rank as rank_arrays
 from d2filter.algorithm import sizes
+from d2filter.cli import main as cli
 from d2filter.config import RankConfig
 from d2filter.errors import VerificationError
 from d2filter.formats.paths import Folder
-from d2filter.stages import others
+from d2filter.stages.rank import in_memory as rank_in_memory
 from d2filter.tools import selfcheck, verify
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -124,7 +124,7 @@ def test_a_sweep_and_the_self_check_fit_gamma_as_the_ranking_does(
     record = json.loads((out / "completions" / "rank.json").read_text())
     config = RankConfig.from_options(record["options"])
     known = selfcheck.load(Folder(str(out)))
-    rank, _, settled = others.ranks_of(known, config)
+    rank, _, settled = rank_in_memory.ranks_of(known, config)
     assert settled.gamma == record["stats"]["gamma"]
     assert settled.tuned["wrong_share"] == record["stats"]["wrong_share"] is not None
     kept = {(int(known.part.hi[i]), int(known.part.lo[i])) for i in np.flatnonzero(rank < N // 5)}

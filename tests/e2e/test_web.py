@@ -14,7 +14,7 @@ import pytest
 import shards as made
 from webserver import WebServer
 
-from d2filter import cli
+from d2filter.cli import main as cli
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from d2filter.algorithm import features, scores
+from d2filter.algorithm import features
+from d2filter.algorithm.scores import registry as scores
 from d2filter.config import CatalogConfig
 from d2filter.errors import InputError
-from d2filter.formats import metadata, npz, outside, tables, traininglog
+from d2filter.formats import metadata, npz, side_inputs, tables, traininglog
 from d2filter.formats.paths import Folder
 
 UIDS = [f"{i:032x}" for i in range(6)]
@@ -446,7 +447,7 @@ def test_files_beside_the_metadata_have_names_of_their_own(tmp_path: Path) -> No
         (tmp_path / folder).mkdir()
         pq.write_table(pa.table({"uid": ["0" * 32]}), tmp_path / folder / "00000.parquet")
     config = CatalogConfig(score="forgetting", training_log=str(tmp_path / "log"))
-    names = [info.name for info in outside.files(config)]
+    names = [info.name for info in side_inputs.files(config)]
     assert names == ["training-log/00000.parquet"]
 
 

@@ -18,7 +18,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from d2filter.errors import DependencyError, InputError, StorageError, UsageError
-from d2filter.formats import addresses, patience, remote
+from d2filter.formats import addresses, remote, retry
 from d2filter.formats.paths import FileInfo, Folder, absolute, checksum, place_of
 from d2filter.formats.rows import read_range, write_array
 from d2filter.formats.tables import open_table
@@ -201,7 +201,7 @@ class Flaky(MemoryFileSystem):
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that would have been waited."""
     found: list[float] = []
-    monkeypatch.setattr(patience.time, "sleep", found.append)
+    monkeypatch.setattr(retry.time, "sleep", found.append)
     return found
 
 
@@ -267,7 +267,7 @@ def test_what_stays_broken_is_one_line_with_the_tries(flaky: Folder, waits: list
 
 def test_patience_ends_with_time_too(flaky: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10_000, 25))  # each try takes 25 s
-    monkeypatch.setattr(patience.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(retry.time, "monotonic", lambda: float(next(clock)))
     Flaky.plan["info"] = [gone()] * 99
     with pytest.raises(StorageError, match="in 3 tries over 75 s"):
         flaky.exists("a.bin")

@@ -13,7 +13,7 @@ import pytest
 from webserver import WebServer
 
 from d2filter.errors import DependencyError, InputError, StorageError, UsageError
-from d2filter.formats import contents, patience, remote, shardlist, webdataset
+from d2filter.formats import content_hash, remote, retry, shardlist, webdataset
 from d2filter.formats.paths import Folder, place_of
 
 SIGNED = "X-Amz-Signature=5ec%2Bret%3D&X-Amz-Date=2026%2F11"
@@ -42,7 +42,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ranges so small that files have several, and no waits."""
     monkeypatch.setattr(remote, "RANGE", 40_000)
     monkeypatch.setattr(remote, "_BUFFER", 10_000)
-    monkeypatch.setattr(patience.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
     return
 
 
@@ -142,10 +142,10 @@ def test_a_file_replaced_by_one_of_its_size_has_another_version(kind: str) -> No
 def test_a_copy_with_another_time_has_the_same_content() -> None:
     with serving({"0.parquet": b"rows"}, etags=False) as web:
         folder = Folder(web.url())
-        before, sum_before = folder.info("0.parquet"), contents.of(folder, "0.parquet")
+        before, sum_before = folder.info("0.parquet"), content_hash.of(folder, "0.parquet")
         web.changed += 1
         assert folder.info("0.parquet") != before
-        assert contents.of(folder, "0.parquet") == sum_before
+        assert content_hash.of(folder, "0.parquet") == sum_before
 
 
 @pytest.mark.parametrize("kind", ["all", "no etags and times"])

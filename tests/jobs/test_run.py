@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from d2filter import cli, options
-from d2filter.algorithm import knn, sizes, sketch
+from d2filter.algorithm import sizes
+from d2filter.algorithm.knn import in_memory as knn
+from d2filter.algorithm.knn import sketch
+from d2filter.cli import main as cli
+from d2filter.cli import options
 from d2filter.config import RunConfig, parse_bytes
 from d2filter.errors import UsageError
 from jobs import run, runs

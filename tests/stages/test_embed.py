@@ -30,7 +30,7 @@ from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import Plan
 from d2filter.formats.webdataset import LostTail, Sample, list_shards
 from d2filter.models.clip import Clip
-from d2filter.stages import embed, pictures
+from d2filter.stages import decode, embed
 
 
 def first_pixel(picture: Image.Image) -> Any:
@@ -44,7 +44,7 @@ def decoded(samples: Iterator[Sample], transform: Any = first_pixel, **options: 
     model = Clip(model=network, transform=transform, tokenize=str, device="cpu", dtype=None)  # type: ignore[arg-type]
     config = EmbedConfig(shards=("s",), batch_size=8, **options)
     with ThreadPoolExecutor(4) as pool:
-        yield from pictures.decoded(pool, samples, model, config)
+        yield from decode.decoded(pool, samples, model, config)
 
 
 def sample(content: bytes, key: str = "a") -> Sample:
@@ -61,7 +61,7 @@ def saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
 def test_encoded_pictures_wait_within_bounds(
     monkeypatch: pytest.MonkeyPatch, bound: int, ahead: int
 ) -> None:
-    monkeypatch.setattr(pictures, "_AHEAD_BYTES", bound)
+    monkeypatch.setattr(decode, "_AHEAD_BYTES", bound)
     picture = made.picture(1).ljust(1250, b"\0")[:1250]
     begun = 0
     most = 0
@@ -191,7 +191,7 @@ def test_a_model_that_fails_ends_the_shard(tmp_path: Path, monkeypatch: pytest.M
 def test_pictures_in_memory_at_once_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Together they take no more than the largest that is allowed; that one comes alone."""
     config = EmbedConfig(shards=("s",), max_pixels=40 * 40)
-    most = pictures.bytes_at_once(config)
+    most = decode.bytes_at_once(config)
     assert most == 40 * 40 * 20
     inside: dict[int, int] = {}
     sums, counts = [], []
@@ -204,7 +204,7 @@ def test_pictures_in_memory_at_once_are_bounded(monkeypatch: pytest.MonkeyPatch)
         del inside[threading.get_ident()]
         return first_pixel(picture)
 
-    monkeypatch.setattr(pictures, "_BYTES_A_PIXEL", {})
+    monkeypatch.setattr(decode, "_BYTES_A_PIXEL", {})
     sizes = [40] * 6 + [20] * 24 + [40] * 6
     samples = [
         sample(made.png(Image.new("RGB", (size, size))), str(i)) for i, size in enumerate(sizes)
@@ -223,7 +223,8 @@ from PIL import Image
 from d2filter.config import EmbedConfig
 from d2filter.formats.webdataset import Sample
 from d2filter.models.clip import Clip
-from d2filter.stages import pictures, worker
+from d2filter.engine import task
+from d2filter.stages import decode
 
 shrink = T.Compose([T.Resize(64), T.CenterCrop(64), T.ToTensor()])
 model = Clip(None, shrink, str, "cpu", None)
@@ -232,17 +233,17 @@ config = EmbedConfig(shards=("s",), max_pixels=int(sys.argv[1]))
 def run(content):
     samples = [Sample(key=str(i), image=content, caption="x") for i in range(4)]
     with ThreadPoolExecutor(4) as pool:
-        got = list(pictures.decoded(pool, iter(samples), model, config))
-    assert all(isinstance(item, pictures.Ready) for item in got), got
+        got = list(decode.decoded(pool, iter(samples), model, config))
+    assert all(isinstance(item, decode.Ready) for item in got), got
 
 with open(sys.argv[2], "rb") as small:
     run(small.read())
 for path in sys.argv[3:]:
     content = open(path, "rb").read()
-    worker.reset_peak_rss()
-    before = worker.peak_rss_bytes()
+    task.reset_peak_rss()
+    before = task.peak_rss_bytes()
     run(content)
-    print(worker.peak_rss_bytes() - before)
+    print(task.peak_rss_bytes() - before)
 """
 
 
@@ -275,7 +276,7 @@ def test_decoding_takes_no_more_memory_than_is_asked_for(tmp_path: Path) -> None
         words, capture_output=True, text=True, timeout=200, env=setting, check=False
     )
     assert done.returncode == 0, done.stderr
-    asked = pictures.bytes_at_once(EmbedConfig(shards=("s",), max_pixels=wide * high))
+    asked = decode.bytes_at_once(EmbedConfig(shards=("s",), max_pixels=wide * high))
     peaks = dict(zip(list(kinds)[1:], map(int, done.stdout.split()), strict=True))
     assert all(wide * high < peak <= asked for peak in peaks.values()), (peaks, asked)
 
@@ -295,7 +296,7 @@ def test_pictures_with_too_many_pixels_are_bad_and_say_so() -> None:
     assert "--max-pixels" in got[4].message
     assert config.MAX_PIXELS == Image.MAX_IMAGE_PIXELS
     # a limit above Pillow's own holds too
-    assert isinstance(next(decoded(iter([sample(contents[0])]), max_pixels=10**12)), pictures.Ready)
+    assert isinstance(next(decoded(iter([sample(contents[0])]), max_pixels=10**12)), decode.Ready)
 
 
 def test_a_tile_of_a_small_tiff_may_not_be_large() -> None:
@@ -417,12 +418,12 @@ def test_opaque_pictures_have_no_alpha_whatever_their_mode() -> None:
     # 16 bits of gray with a transparent value: Pillow cannot layer it
     deep = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257)
     (got,) = decoded(iter([sample(saved(deep, "PNG", transparency=0))]))
-    assert isinstance(got, pictures.Ready)
+    assert isinstance(got, decode.Ready)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_deep_gray_is_scaled_in_parts_as_whole(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(pictures, "_ROWS", 1000)
+    monkeypatch.setattr(decode, "_ROWS", 1000)
     values = np.random.default_rng(0).integers(0, 65536, (77, 90), dtype=np.uint16)
     seen: list[Any] = []
 
@@ -434,7 +435,7 @@ def test_deep_gray_is_scaled_in_parts_as_whole(monkeypatch: pytest.MonkeyPatch, 
     assert (seen[0] == values // 257).all()
     wide = Image.fromarray(values.astype(np.int32) * 3 - 40_000)
     whole = (np.asarray(wide).astype(np.float64) / 257).clip(0, 255).astype("u1")
-    assert (np.asarray(pictures._eight_bit(wide)) == whole).all()
+    assert (np.asarray(decode._eight_bit(wide)) == whole).all()
 
 
 def test_pictures_of_one_color_are_counted() -> None:
@@ -454,7 +455,7 @@ from pathlib import Path
 from d2filter.config import EmbedConfig
 from d2filter.formats.paths import Folder
 from d2filter.formats.webdataset import shard_at
-from d2filter.stages import embed, pictures
+from d2filter.stages import decode, embed
 
 shard, out = sys.argv[1:]
 config = EmbedConfig(shards=(shard,), batch_size=4)

@@ -11,8 +11,8 @@ import numpy as np
 import pools
 import pytest
 
-from d2filter.algorithm import selfcheck as checks
-from d2filter.cli import main
+from d2filter.algorithm.measures import selfcheck as checks
+from d2filter.cli.main import main
 from d2filter.config import RankConfig
 from d2filter.formats.paths import Folder
 from d2filter.tools import advise, selfcheck

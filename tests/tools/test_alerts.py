@@ -10,7 +10,7 @@ import numpy as np
 import pools
 import pytest
 
-from d2filter.cli import main
+from d2filter.cli.main import main
 from d2filter.formats.paths import Folder
 from d2filter.tools import alerts
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2filter.algorithm import metrics
-from d2filter.cli import main
+from d2filter.algorithm.measures import ground_truth
+from d2filter.cli.main import main
 from d2filter.errors import RunStateError
 from d2filter.formats.paths import Folder
 from d2filter.tools import demo
@@ -20,7 +20,7 @@ def test_usefulness_equals_its_definition(n: int, seed: int) -> None:
     group, swapped = rng.integers(0, 1 + n // 2, n), rng.random(n) < 0.3
     order = rng.permutation(n)
     size = int(rng.integers(1, n + 1))
-    got = metrics.usefulness(order, group, swapped, size)
+    got = ground_truth.usefulness(order, group, swapped, size)
     useful = [
         not swapped[i] and all(group[j] != group[i] for j in order[:place])
         for place, i in enumerate(order[:size])
@@ -29,7 +29,7 @@ def test_usefulness_equals_its_definition(n: int, seed: int) -> None:
     assert got.swapped == pytest.approx(swapped[order[:size]].mean())
     covered = {group[i] for i in order[:size] if not swapped[i]}
     assert got.groups_covered == pytest.approx(len(covered) / len(set(group)))
-    best = metrics.usefulness(metrics.best_order(group, swapped), group, swapped, size)
+    best = ground_truth.usefulness(ground_truth.best_order(group, swapped), group, swapped, size)
     assert best.useful >= got.useful - 1e-12
     assert best.groups_covered >= got.groups_covered - 1e-12
 

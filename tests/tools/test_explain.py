@@ -13,7 +13,7 @@ import pools
 import pyarrow.parquet as pq
 import pytest
 
-from d2filter.cli import main
+from d2filter.cli.main import main
 from d2filter.formats import graph, ranking, sparse
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder

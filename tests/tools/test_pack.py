@@ -10,7 +10,7 @@ import pytest
 import shards as made
 import webdataset as wds
 
-from d2filter.cli import main
+from d2filter.cli.main import main
 from d2filter.formats import uid
 from d2filter.formats.paths import Folder
 from d2filter.tools import pack

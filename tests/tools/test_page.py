@@ -14,7 +14,7 @@ import pools
 import pytest
 import shards as made
 
-from d2filter.cli import main
+from d2filter.cli.main import main
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 

@@ -12,59 +12,59 @@ import numpy as np
 import pools
 import pytest
 
-from d2filter import options
-from d2filter.cli import main
+from d2filter.cli import options
+from d2filter.cli.main import main
 from d2filter.config import CatalogConfig
 from d2filter.errors import UsageError
 from d2filter.formats.paths import Folder
-from d2filter.tools import estimate, plan
-from d2filter.tools.estimate import Cluster, Habits, Pool, Rate
+from d2filter.tools import cost_model, plan
+from d2filter.tools.cost_model import Cluster, Habits, Pool, Rate
 
 HABITS = Habits(samples=50_000, cells=890, probes=4, passes=1, sketch_dim=64, evaluations=100.0)
 POOL = Pool(samples=10_000_000, dimension=512, k=5)
 
 
-def rates(**steps: Rate) -> estimate.Rates:
-    return estimate.Rates(machine="test", dimension=512, steps=steps, habits=HABITS)
+def rates(**steps: Rate) -> cost_model.Rates:
+    return cost_model.Rates(machine="test", dimension=512, steps=steps, habits=HABITS)
 
 
-def every_rate() -> estimate.Rates:
-    names = [step.name for step in estimate.count(POOL, HABITS, 4)]
+def every_rate() -> cost_model.Rates:
+    names = [step.name for step in cost_model.count(POOL, HABITS, 4)]
     return rates(**{name: Rate(fixed=0.1, unit=1e-9) for name in names})
 
 
 def test_work_of_a_step_is_shared_by_its_tasks_and_the_cpus() -> None:
-    one = estimate.Step(stage="graph", name="x", units=1000.0, tasks=1, threads=False)
+    one = cost_model.Step(stage="graph", name="x", units=1000.0, tasks=1, threads=False)
     known = rates(x=Rate(fixed=2.0, unit=0.01))
     eight = Cluster(nodes=2, cpus=4)
-    assert estimate.seconds(one, eight, known) == pytest.approx(2 + 10)
-    assert estimate.seconds(replace(one, threads=True), eight, known) == pytest.approx(2 + 2.5)
+    assert cost_model.seconds(one, eight, known) == pytest.approx(2 + 10)
+    assert cost_model.seconds(replace(one, threads=True), eight, known) == pytest.approx(2 + 2.5)
     tasks = replace(one, tasks=8)
-    assert estimate.seconds(tasks, eight, known) == pytest.approx(2 + 10 / 8)
+    assert cost_model.seconds(tasks, eight, known) == pytest.approx(2 + 10 / 8)
     # nine tasks on eight CPUs: two waves, the second nearly empty
     nine = replace(one, tasks=9)
-    assert estimate.seconds(nine, eight, known) == pytest.approx(4 + 10 / 8 * 16 / 9)
-    assert estimate.seconds(replace(one, name="y"), eight, known) == 0
+    assert cost_model.seconds(nine, eight, known) == pytest.approx(4 + 10 / 8 * 16 / 9)
+    assert cost_model.seconds(replace(one, name="y"), eight, known) == 0
 
 
 def test_a_row_costs_more_in_a_larger_pool_by_the_growth_that_was_told() -> None:
-    root = estimate.habits_at(HABITS, 5_000_000, 5)
-    third = estimate.habits_at(replace(HABITS, growth=1 / 3), 5_000_000, 5)
+    root = cost_model.habits_at(HABITS, 5_000_000, 5)
+    third = cost_model.habits_at(replace(HABITS, growth=1 / 3), 5_000_000, 5)
     assert root.evaluations / HABITS.evaluations == pytest.approx(10, rel=0.05)
     assert third.evaluations / HABITS.evaluations == pytest.approx(10 ** (2 / 3), rel=0.05)
     assert (root.cells, root.probes) == (third.cells, third.probes)
 
 
 def test_a_step_takes_as_long_as_storage_needs_where_that_is_slower() -> None:
-    step = estimate.Step(
+    step = cost_model.Step(
         stage="graph", name="x", units=1000.0, tasks=3, threads=False, read=6e9, written=2e9
     )
     known = rates(x=Rate(fixed=0.0, unit=0.003))
     four = Cluster(nodes=4, cpus=4)
-    assert estimate.seconds(step, four, known) == pytest.approx(1)
+    assert cost_model.seconds(step, four, known) == pytest.approx(1)
     # three tasks keep the storage of three nodes busy
-    assert estimate.seconds(step, replace(four, storage=10**9), known) == pytest.approx(8 / 3)
-    assert estimate.seconds(step, replace(four, storage=10**10), known) == pytest.approx(1)
+    assert cost_model.seconds(step, replace(four, storage=10**9), known) == pytest.approx(8 / 3)
+    assert cost_model.seconds(step, replace(four, storage=10**10), known) == pytest.approx(1)
 
 
 def test_what_waits_for_storage_is_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,15 +87,15 @@ def test_rates_come_back_from_what_two_runs_took() -> None:
     halves = []
     for samples in (6_000, 48_000):
         h = replace(HABITS, samples=samples, cells=samples // 50)
-        steps = estimate.count(Pool(samples=samples, dimension=512, exact_below=0), h, 1)
+        steps = cost_model.count(Pool(samples=samples, dimension=512, exact_below=0), h, 1)
         mine = [step for step in steps if step.name in true]
-        halves.append([(s, estimate.seconds(s, cluster, rates(**true))) for s in mine])
-    found = estimate.fit(halves[0], halves[1], cpus=2)
+        halves.append([(s, cost_model.seconds(s, cluster, rates(**true))) for s in mine])
+    found = cost_model.fit(halves[0], halves[1], cpus=2)
     for name, rate in true.items():
         assert found[name].fixed == pytest.approx(rate.fixed)
         assert found[name].unit == pytest.approx(rate.unit)
     with pytest.raises(UsageError, match="larger"):
-        estimate.fit(halves[1], halves[0], cpus=2)
+        cost_model.fit(halves[1], halves[0], cpus=2)
 
 
 def test_a_first_run_that_compared_all_with_all_does_not_spoil_the_rates() -> None:
@@ -104,29 +104,29 @@ def test_a_first_run_that_compared_all_with_all_does_not_spoil_the_rates() -> No
     cells = replace(HABITS, samples=48_000, cells=960)
     halves = []
     for h in (exact, cells):
-        steps = estimate.count(Pool(samples=h.samples, dimension=512, exact_below=0), h, 1)
-        halves.append([(s, estimate.seconds(s, cluster, every_rate())) for s in steps if s.units])
+        steps = cost_model.count(Pool(samples=h.samples, dimension=512, exact_below=0), h, 1)
+        halves.append([(s, cost_model.seconds(s, cluster, every_rate())) for s in steps if s.units])
     small = [(s, t) for s, t in halves[0] if s.name != "refine"]
-    found = estimate.fit(small, halves[1], cpus=2)
+    found = cost_model.fit(small, halves[1], cpus=2)
     assert set(found) == {step.name for step, _ in halves[1]}
     for step, taken in halves[1]:
-        again = estimate.seconds(step, cluster, rates(**found))
+        again = cost_model.seconds(step, cluster, rates(**found))
         assert again == pytest.approx(taken)
 
 
 def test_more_of_anything_is_never_faster_and_more_nodes_never_slower() -> None:
     known = every_rate()
     cluster = Cluster(nodes=2, cpus=8, memory=64_000_000_000)
-    base = estimate.estimate(POOL, cluster, known)
+    base = cost_model.estimate(POOL, cluster, known)
     for larger in (
         replace(POOL, samples=20_000_000),
         replace(POOL, dimension=1024),
         replace(POOL, k=10),
     ):
-        found = estimate.estimate(larger, cluster, known)
+        found = cost_model.estimate(larger, cluster, known)
         assert found.seconds > base.seconds
         assert found.disk > base.disk
-    wider = estimate.estimate(POOL, replace(cluster, nodes=8), known)
+    wider = cost_model.estimate(POOL, replace(cluster, nodes=8), known)
     assert wider.seconds < base.seconds
 
 
@@ -147,12 +147,12 @@ def test_the_counts_are_those_of_a_real_run(tmp_path: Path) -> None:
         evaluations=graph["evaluations_per_sample"],
     )
     pool = Pool(samples=3000, dimension=32, k=3, exact_below=0)
-    steps = {step.name: step for step in estimate.count(pool, h, 4)}
+    steps = {step.name: step for step in cost_model.count(pool, h, 4)}
     # every step of the run is planned, and no other
     planned = {name for name, step in steps.items() if step.units}
     assert planned - {"catalog", "select"} >= set(stats["seconds_detail"])
-    assert estimate.parts_of(pool) == stats["catalog"]["parts"]
-    assert estimate.habits_at(h, 3000, 3).cells == pytest.approx(graph["nlist"], rel=0.1)
+    assert cost_model.parts_of(pool) == stats["catalog"]["parts"]
+    assert cost_model.habits_at(h, 3000, 3).cells == pytest.approx(graph["nlist"], rel=0.1)
     marks = tmp_path / "o/completions/graph"
     names = ("route", "find", "merge", "finish", "measure")
     tasks = {name: len(list(marks.glob(f"{name}-0*.json"))) for name in names}
@@ -242,9 +242,9 @@ def test_what_a_refusal_asks_for_is_enough() -> None:
     known = every_rate()
     pool = replace(POOL, samples=100_000_000)
     tight = Cluster(nodes=1, cpus=4, memory=32_000_000_000, partitions=3)
-    (refusal,) = estimate.estimate(pool, tight, known).refusals
+    (refusal,) = cost_model.estimate(pool, tight, known).refusals
     enough = int(refusal.rpartition("--partitions ")[2])
-    assert not estimate.estimate(pool, replace(tight, partitions=enough), known).refusals
+    assert not cost_model.estimate(pool, replace(tight, partitions=enough), known).refusals
 
 
 def test_embedding_has_no_time_unless_a_rate_is_given(capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,7 +260,7 @@ def test_embedding_has_no_time_unless_a_rate_is_given(capsys: pytest.CaptureFixt
 
 def test_the_bundled_rates_plan_every_step() -> None:
     known = plan.read_rates()
-    steps = estimate.count(POOL, estimate.habits_at(known.habits, POOL.samples, POOL.k), 10)
+    steps = cost_model.count(POOL, cost_model.habits_at(known.habits, POOL.samples, POOL.k), 10)
     assert {step.name for step in steps if step.units} <= set(known.steps)
 
 
@@ -271,7 +271,7 @@ TABLE = re.compile(r"^\| (small|medium|large|xlarge) \|.*$", re.MULTILINE)
 def predicted_row(name: str, samples: int, nodes: int) -> str:
     """A line of the table in docs/cluster.md."""
     cluster = Cluster(nodes=nodes, cpus=32, memory=256 * 10**9, storage=2 * 10**9)
-    found = estimate.estimate(Pool(samples=samples, dimension=1536), cluster, plan.read_rates())
+    found = cost_model.estimate(Pool(samples=samples, dimension=1536), cluster, plan.read_rates())
     assert not found.refusals
     graph = next(stage for stage in found.stages if stage.name == "graph")
     largest = max(stage.memory for stage in found.stages)

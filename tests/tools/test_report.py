@@ -21,15 +21,15 @@ import shards as made
 from bokeh.models import ColumnDataSource
 from PIL import Image
 
-from d2filter.algorithm import late
-from d2filter.cli import main
+from d2filter.algorithm.greedy import demoted
+from d2filter.cli.main import main
 from d2filter.errors import RunStateError, StorageError, UsageError
 from d2filter.formats import catalog, graph, ranking, webdataset
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import RunState
 from d2filter.tools import album as albums
-from d2filter.tools import drawn, gallery, measures, pages, plots, report
+from d2filter.tools import gallery, measures, pages, plots, report, sampled
 
 pytestmark = pytest.mark.usefixtures("cluster", "reports")
 
@@ -107,7 +107,7 @@ def test_the_measures_are_those_of_the_whole_files(run: Path) -> None:
     for i in np.lexsort((np.arange(N), -rows["difficulty"][order])).tolist():
         leads.setdefault(group[i], i)
     assert m.groups == len(leads) < N
-    unit = late.unit(g.sqdist)
+    unit = demoted.unit(g.sqdist)
     for one in (m.own, m.by_score, m.at_random, m.everything):
         covered = set(group[one.kept].tolist())
         nearest = [
@@ -128,7 +128,7 @@ def test_the_measures_are_those_of_the_whole_files(run: Path) -> None:
 def test_a_large_pool_is_measured_on_samples_that_only_their_uids_choose(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drawn, "SAMPLE", 50)
+    monkeypatch.setattr(sampled, "SAMPLE", 50)
     words = ["run", "--metadata-dir", str(run), "--out-dir", str(tmp_path / "p")]
     words[2] = json.loads((run / "completions/catalog.json").read_text())["sources"]["metadata"]
     assert main([*words, "--n-neighbors", "4", "--min-score", "0.65", "--no-report"]) == 0

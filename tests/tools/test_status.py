@@ -13,7 +13,7 @@ import pools
 import pyarrow.parquet as pq
 import pytest
 
-from d2filter.cli import main
+from d2filter.cli.main import main
 from d2filter.formats import logs
 from d2filter.formats.paths import Folder
 from d2filter.tools import status
@@ -33,9 +33,9 @@ def told(out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict
 def test_a_run_from_its_first_failure_to_its_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from d2filter.stages import catalog
+    from d2filter.stages.catalog import build as build_catalog
 
-    monkeypatch.setattr(catalog, "_GROUP_BYTES", 1)
+    monkeypatch.setattr(build_catalog, "_GROUP_BYTES", 1)
     folder = pools.write(tmp_path / "m", pools.make(300, 8), files=3)
     whole = (folder / "00001.npz").read_bytes()
     (folder / "00001.npz").write_bytes(whole[:-40])

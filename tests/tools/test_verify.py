@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from d2filter.cli import main
+from d2filter.cli.main import main
 from d2filter.formats.paths import Folder
 
 pytestmark = pytest.mark.usefixtures("cluster")

@@ -1,0 +1,182 @@
+"""What a ranking has to know of the whole pool before it begins, for a pool in one piece.
+
+In order: which difficulties are cut, how far neighbors lie, up to which distance samples are
+copies, which samples rank last, and gamma. `stages/rank/auto_settings.py` finds the same on
+partitions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any, Literal
+
+import numpy as np
+
+from d2filter.algorithm import budget, quantile, uids
+from d2filter.algorithm.greedy import auto_cut, auto_gamma, demoted, local_kernel, near_copies
+from d2filter.algorithm.scores import mismatched
+
+F32 = demoted.F32
+I64 = demoted.I64
+Bools = demoted.Bools
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What is known of a pool beside its graph."""
+
+    wrong: Fraction | None = None
+    """share of pairs that match no better than random ones; None: it is not known"""
+    learned_below: float | None = None
+    """difficulty from which on a sample counts as not learned, see `hardest`; None: the score has
+    none of its own"""
+
+    @classmethod
+    def from_catalog(cls, figures: Mapping[str, Any]) -> Told:
+        """From the figures of a catalog, as a run's record holds them."""
+        score = figures.get("score", {}).get("name", "")
+        return cls(wrong=mismatched.wrong_share(figures), learned_below=auto_cut.MIDDLE.get(score))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a configuration asks for."""
+
+    kernel: str
+    gamma: float | None
+    """None: auto"""
+    median: bool
+    """gamma is in units of the median squared distance between neighbors"""
+    cut_hardest: Decimal | None
+    """None: auto"""
+    copies: float | Literal["auto"] | None
+    tuned_for: Decimal
+    """kept share that auto settings are for"""
+    d2: bool
+    """other methods weigh no edges"""
+
+    @property
+    def reaches(self) -> bool:
+        """Whether the median distance to the last neighbor is needed."""
+        return self.copies == "auto" or self.tunes or (self.d2 and self.kernel == "local")
+
+    @property
+    def tunes(self) -> bool:
+        """Whether gamma is looked for."""
+        return self.d2 and self.gamma is None
+
+    def auto_cut(self, counts: I64, told: Told) -> Decimal:
+        """The share of the hardest to take away, where it is auto. counts: `quantile.upper_counts`
+        of the difficulties of all samples.
+        """
+        return auto_cut.auto(counts, self.tuned_for, middle=told.learned_below)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """What was found."""
+
+    k: int
+    """neighbors of each list that count"""
+    gamma: float = 0.0
+    unit: float = 1.0
+    """squared distance that gamma is in units of"""
+    floor: float = 1.0
+    """smallest σ² of the kernel local"""
+    cut: str = "0"
+    """share of the hardest that may be cut, a decimal"""
+    above: float | None = None
+    """samples of higher difficulty rank last"""
+    copies_sqdist: float | None = None
+    """neighbors up to this squared distance are copies; None: nothing is"""
+    copies: int = 0
+    """samples that rank last because a better copy stands for them"""
+    tuned: dict[str, Any] = field(default_factory=dict)
+    """of a gamma that was looked for: `tuning.Tuned`, and what it was looked for with"""
+
+
+def settle(
+    wanted: Wanted,
+    difficulty: F32,
+    hi: uids.U64,
+    lo: uids.U64,
+    neighbors: I64,
+    sqdist: F32,
+    told: Told,
+) -> tuple[Settled, Bools]:
+    """Find all that is wanted. Returns it, and which samples (n,) rank after everything else.
+
+    difficulty, hi, lo: (n,); neighbors: (n, k) rows, −1 pads; sqdist: (n, k), inf where padded.
+    """
+    n = difficulty.size
+    reach = local_kernel.reach(sqdist)
+    median_reach = quantile.middle(reach) if wanted.reaches else 0.0
+    unit = demoted.unit(sqdist) if wanted.median else 1.0
+    most: float | None
+    most = near_copies.threshold(median_reach) if wanted.copies == "auto" else wanted.copies
+    share = wanted.cut_hardest
+    if share is None:
+        share = wanted.auto_cut(quantile.upper_counts(difficulty), told)
+    last = demoted.mask(
+        difficulty, hi, lo, neighbors, sqdist, cut_hardest=share, collapse_copies=most
+    )
+    above = demoted.hardest_above(difficulty, share) if demoted.cut_size(n, share) else None
+    cut = 0 if above is None else int(np.count_nonzero(difficulty > np.float32(above)))
+    floor = local_kernel.floor_of(median_reach)
+    gamma, tuned = 0.0 if wanted.gamma is None else wanted.gamma, {}
+    if wanted.tunes:
+        rows = np.flatnonzero(~last & auto_gamma.chosen_rows(hi, lo, n))
+        there = neighbors[rows] >= 0
+        through = there & ~last[np.where(there, neighbors[rows], 0)]
+        reach_of = reach[np.where(there, neighbors[rows], 0)]
+        lists = Lists(sqdist=sqdist[rows], reach=reach[rows], reach_of=reach_of, through=through)
+        tuned = tune(wanted, lists, n, int(last.sum()), floor, unit, told)
+        gamma = tuned["gamma"]
+    found = Settled(
+        k=sqdist.shape[1],
+        gamma=gamma, unit=unit, floor=floor, cut=str(share), above=above, copies_sqdist=most,
+        copies=int(last.sum()) - cut, tuned=tuned,
+    )  # fmt: skip
+    return found, last
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lists:
+    """The lists that gamma is found on; in any order."""
+
+    sqdist: F32
+    """(m, k)"""
+    reach: F32
+    """(m,) of their owners, which rank in earnest"""
+    reach_of: F32
+    """(m, k) of the neighbors"""
+    through: Bools
+    """(m, k) whether the neighbor is there and ranks in earnest"""
+
+
+def tune(
+    wanted: Wanted,
+    lists: Lists,
+    total: int,
+    last: int,
+    floor: float,
+    unit: float,
+    told: Told,
+) -> dict[str, Any]:
+    """Gamma and the figures that it was found with. total: samples; last: of them rank last."""
+    near = auto_gamma.local_lists(lists.sqdist, lists.reach, lists.reach_of, lists.through, floor)
+    if wanted.kernel == "local":
+        exponents = near
+    else:
+        scaled = auto_gamma.median_scaled(lists.sqdist, unit)
+        scaled = np.where(lists.through, scaled, np.float32(np.inf))
+        exponents = np.sqrt(scaled) if wanted.kernel == "exp" else scaled
+    earnest = total - last
+    size = min(budget.floor_of(wanted.tuned_for, total), earnest)
+    kept = Fraction(max(size, 1), max(earnest, 1))
+    found = auto_gamma.tune(exponents, near, kept, told.wrong)
+    share = None if told.wrong is None else float(told.wrong)
+    return {**asdict(found), "tuned_for": str(wanted.tuned_for), "wrong_share": share}

@@ -1,0 +1,100 @@
+"""Density-based pruning (Abbas et al. 2024, arXiv 2401.04578) as one nested ranking.
+
+Clusters that are wide and far from others hold many unlike samples and get a large share of every
+budget; dense ones are thinned.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.algorithm import features, uids
+from d2filter.algorithm.knn import cells
+from d2filter.algorithm.methods.pool import Pool
+from d2filter.algorithm.scores import registry as scores
+from d2filter.errors import UsageError
+
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+Rows = npt.NDArray[Any]
+
+_MOST_CLUSTERS = 500  # as published
+_ROWS_A_CLUSTER = 64  # at least; more of them train it than it needs
+_NEAREST = 20  # centers that a center's distance is averaged over
+_BLOCK = 8192
+
+
+def density(pool: Pool, *, temperature: float = 0.1, rows_a_cluster: int = _ROWS_A_CLUSTER) -> I64:
+    """Rows of a pool, (n,) int64, so that in every prefix clusters hold counts in proportion to
+    their complexity, as long as they last.
+
+    k-means makes about n/rows_a_cluster clusters, 500 at most. Complexity of cluster j:
+    C_j = d_inter·d_intra, the mean distance of its center to the 20 nearest other centers
+    times the mean distance of its samples to its center. Its share of a budget is P_j =
+    softmax(C_j/temperature). Within a cluster the highest difficulty goes first.
+
+    The m-th of a cluster (from 0) comes at the time (m + ½)/P_j, so that exhausted clusters leave
+    their share to the others in proportion; as published, a quadratic program shares it out for one
+    budget. Ties go to the smaller row. Raises UsageError for a temperature that is not positive and
+    for less than one row a cluster.
+    """
+    if not 0 < temperature < math.inf:
+        raise UsageError(f"temperature is {temperature}, allowed is a number above 0: 0.1")
+    if rows_a_cluster < 1:
+        raise UsageError(f"rows_a_cluster is {rows_a_cluster}, allowed is 1 or more")
+    rows = np.asarray(pool.features, np.float16)
+    centers = _centers(pool, rows, rows_a_cluster)
+    cell, distance = nearest(rows, centers)
+    share = shares(cell, distance, centers, temperature)
+    # best first within a cluster: rows ascend by uid, and the sort is stable
+    best = np.lexsort((-pool.difficulty.astype(np.float64), cell))
+    place = np.empty(cell.size, np.int64)
+    place[best] = features.inside_runs(np.bincount(cell, minlength=len(centers)))
+    time = (place + 0.5) / share[cell]
+    return np.argsort(time, kind="stable").astype(np.int64, copy=False)
+
+
+def _centers(pool: Pool, rows: Rows, rows_a_cluster: int) -> Rows:
+    """Trained on 256 rows a cluster, chosen by a hash; in exact steps (`cells`)."""
+    count = max(1, min(_MOST_CLUSTERS, len(rows) // rows_a_cluster))
+    chosen = uids.hash_sample(pool.hi, pool.lo, 256 * count, salt=uids.SALT_DENSITY, seed=pool.seed)
+    return cells.train(np.ascontiguousarray(rows[chosen]), count).centroids
+
+
+def nearest(rows: Rows, centers: Rows) -> tuple[I64, F64]:
+    """The nearest center of each row, (n,) int64, ties to the smaller one, and the distance to it,
+    (n,) float64. rows: (n, d), centers: (c, d), floats.
+    """
+    cell = np.empty(len(rows), np.int64)
+    distance = np.empty(len(rows), np.float64)
+    wide = np.asarray(centers, np.float64, order="C")
+    for begin in range(0, len(rows), _BLOCK):
+        some = slice(begin, begin + _BLOCK)
+        squared = scores.pairwise(np.asarray(rows[some], np.float64, order="C"), wide, True)
+        cell[some] = squared.argmin(axis=1)
+        distance[some] = np.sqrt(squared.min(axis=1))
+    return cell, distance
+
+
+def shares(cell: I64, distance: F64, centers: Rows, temperature: float) -> F64:
+    """Share of each cluster in a budget, (c,) float64 above 0, in sum 1: softmax of its complexity.
+
+    cell, distance: (n,) of `nearest`. A cluster without samples has a spread of 0, and the only
+    cluster a distance to others of 0.
+    """
+    wide = np.asarray(centers, np.float64, order="C")
+    count = len(wide)
+    sizes = np.bincount(cell, minlength=count)
+    # in the order of rows, which is that of uids: the same sum for any layout
+    spread = np.bincount(cell, weights=distance, minlength=count) / np.maximum(1, sizes)
+    apart = np.sort(np.sqrt(scores.pairwise(wide, wide, True)), axis=1)[:, 1 : 1 + _NEAREST]
+    between = apart.mean(axis=1) if count > 1 else np.zeros(1)
+    complexity = spread * between / temperature
+    # no share of 0: every sample has its time
+    raised = np.exp(np.maximum(complexity - complexity.max(), -700.0))
+    share: F64 = raised / raised.sum()
+    return share

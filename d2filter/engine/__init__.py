@@ -1,0 +1,10 @@
+"""How tasks run on Ray. The stages submit them; no other package starts Ray.
+
+runner.py         starts Ray and runs the tasks of a stage
+fanout.py         submits tasks to Ray, retries lost ones
+task.py           runs one task in a worker and writes its completion marker
+gpu_workers.py    processes that keep a GPU and its model between tasks
+shared_folder.py  checks that all nodes see one run directory
+same_code.py      checks that all workers have the same d2filter
+progress.py       progress bar; prometheus.py: figures for Prometheus
+"""

@@ -1,0 +1,315 @@
+"""Submits tasks to a Ray cluster that may lose workers and nodes, and collects their outcomes.
+
+If a worker is killed, runs out of memory or loses its node, its task is tried again after a pause
+that doubles each time. An error that the task itself raises is final, because it would occur again.
+Other tasks continue in both cases. Ray's own retries are off, because they have no pause.
+
+Tasks that need a GPU run in processes that keep their GPU and what they have loaded on it from task
+to task, see `hands`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import re
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from d2filter.engine import same_code, shared_folder
+from d2filter.engine.gpu_workers import Hands
+from d2filter.engine.progress import tell
+from d2filter.engine.task import Outcome, Task, execute
+from d2filter.errors import StageError, StorageError
+from d2filter.formats import logs
+from d2filter.formats.paths import Folder
+from d2filter.formats.tables import first_line
+
+Needs = dict[str, float]
+Then = Callable[[Outcome], Sequence[Task]]
+
+ATTEMPTS = 5
+_FIRST_PAUSE = 1.0  # seconds; 15 in all before the last attempt
+_REPORT_SECONDS = 0.25
+_LOOK_SECONDS = 5.0  # between looks at the cluster
+_PLACE_SECONDS = 600.0  # that a cluster has to bring nodes back
+_IN_FLIGHT = 1024  # tasks that Ray knows of at once: it slows down with many
+_AHEAD = 2  # times those that can run: what is in flight where later tasks go before waiting ones
+
+
+class FanOut:
+    """The tasks of one fan-out of a stage."""
+
+    def __init__(
+        self,
+        ray: Any,
+        folder: Folder,
+        stage: str,
+        fingerprint: str,
+        needs: Callable[[], Needs],
+        bar: Any,
+        word: str = "",
+    ) -> None:
+        """needs: returns the resources of a task on the cluster as it is now; bar: for progress;
+        word: the token that a task must find in the run directory, see `shared`.
+        """
+        self._ray = ray
+        self._folder = folder
+        self._stage = stage
+        self._fingerprint = fingerprint
+        self._needs = needs
+        self._asked = needs()
+        self._bar = bar
+        self._word = word
+        self._counter = None if bar.disable else _start_counter(ray)
+        same_code.by_value(ray, Hands.__module__)
+        self._remote = ray.remote(same_code.run_task)
+        self._hands = Hands(ray, same_code.run_task)
+        self._waiting: deque[Task] = deque()
+        self._later: list[tuple[float, str, Task]] = []
+        self._running: dict[Any, Task] = {}
+        self._attempts: Counter[str] = Counter()
+        self._looked = time.monotonic()
+        self._without_place: float | None = None
+        self._then: Then | None = None
+
+    def run(self, tasks: Sequence[Task], then: Then | None = None) -> list[Outcome]:
+        """All outcomes, in the order of arrival. then: returns more tasks that a finished one makes
+        possible; they run before the waiting ones. Raises StageError if the cluster is gone or no
+        node can take a task.
+        """
+        self._waiting.extend(tasks)
+        self._then = then
+        outcomes: list[Outcome] = []
+        try:
+            while self._waiting or self._later or self._running:
+                self._submit()
+                outcomes += self._finished()
+                self._show()
+                self._look()
+        except self._ray.exceptions.RayError as error:
+            raise StageError(
+                f"{self._stage}: the Ray cluster does not answer any more ({first_line(error)}): "
+                "run the same command again when it does, what is done stays"
+            ) from error
+        finally:
+            self._hands.close()
+            if self._counter is not None:
+                with contextlib.suppress(self._ray.exceptions.RayError):
+                    self._ray.kill(self._counter)
+        return outcomes
+
+    def _submit(self) -> None:
+        while self._later and self._later[0][0] <= time.monotonic():
+            # others may wait for what it makes possible
+            self._waiting.appendleft(heapq.heappop(self._later)[2])
+        by_hand = self._asked.get("num_gpus", 0) > 0
+        free = self._most_in_flight() - len(self._running)
+        if by_hand:
+            free = self._hands.free(self._asked, len(self._waiting), more=len(self._later))
+        call = self._remote.options(max_retries=0, **self._asked).remote
+        for _ in range(min(free, len(self._waiting))):
+            task = self._waiting.popleft()
+            attempt = self._attempts[task.name] + 1
+            arguments = (self._folder, self._stage, task, self._fingerprint, attempt, self._word)
+            packed = self._ray.cloudpickle.dumps((_execute_remotely, arguments))
+            begin = self._hands.begin if by_hand else call
+            self._running[begin(same_code.own().digest, packed, self._counter)] = task
+
+    def _most_in_flight(self) -> int:
+        if self._then is None:
+            return _IN_FLIGHT
+        # Ray begins them in the order in which it hears of them
+        cpus = self._ray.cluster_resources().get("CPU", 1)
+        return max(1, min(_IN_FLIGHT, int(_AHEAD * cpus / self._asked.get("num_cpus", 1))))
+
+    def _finished(self) -> list[Outcome]:
+        if not self._running:
+            time.sleep(_REPORT_SECONDS)
+            return []
+        running = list(self._running)
+        # as many as there are in this time; where few are in flight, each makes room
+        some = len(running) if self._then is None else 1
+        ready, left = self._ray.wait(running, num_returns=some, timeout=_REPORT_SECONDS)
+        if self._then is not None and left:
+            ready += self._ray.wait(left, num_returns=len(left), timeout=0)[0]
+        found = [self._outcome(reference) for reference in ready]
+        outcomes = [outcome for outcome in found if outcome is not None]
+        if self._then is not None:
+            more = [task for outcome in outcomes for task in self._then(outcome)]
+            self._waiting.extendleft(reversed(more))
+        return outcomes
+
+    def _outcome(self, reference: Any) -> Outcome | None:
+        """The outcome of a task, or None if it will be tried again."""
+        task = self._running.pop(reference)
+        errors = self._ray.exceptions
+        what = f"{self._stage} task {task.name}"
+        try:
+            outcome: Outcome | str = self._ray.get(reference)
+            self._hands.done(reference)
+            if isinstance(outcome, str):
+                return Outcome(name=task.name, error=same_code.different(outcome, same_code.own()))
+        except errors.RayTaskError as error:
+            self._hands.done(reference)
+            # not even begun: a worker that cannot import what the driver can
+            cause = getattr(error, "cause", None) or error
+            return Outcome(
+                name=task.name,
+                error=StageError(f"{what}: {type(cause).__name__}: {first_line(cause)}"),
+            )
+        except errors.RayError as error:
+            self._hands.drop(reference)
+            self._attempts[task.name] += 1
+            tried, reason = self._attempts[task.name], reason_of(error)
+            if tried >= ATTEMPTS:
+                return Outcome(
+                    name=task.name,
+                    error=StageError(
+                        f"{what}: its worker died {tried} times ({reason}): give it more memory "
+                        "or fewer CPUs beside it, or see whether its input kills it, and run the "
+                        "same command again"
+                    ),
+                )
+            pause = _FIRST_PAUSE * 2 ** (tried - 1)
+            tell(
+                f"{what} is tried again in {pause:g} s, attempt {tried + 1} of {ATTEMPTS}: "
+                f"its worker died ({reason})"
+            )
+            self._log(
+                "task tried again", task=task.name, attempt=tried + 1, pause=pause, reason=reason
+            )
+            heapq.heappush(self._later, (time.monotonic() + pause, task.name, task))
+            return None
+        return outcome
+
+    def _show(self) -> None:
+        if self._counter is None:
+            return
+        try:
+            done = self._ray.get(self._counter.total.remote())
+        except self._ray.exceptions.RayError:
+            self._counter = None  # its node was lost: the tasks matter, the bar does not
+            return
+        # attempts that were lost have counted too
+        most = self._bar.total if self._bar.total is not None else done
+        self._bar.update(max(0, min(done, most) - self._bar.n))
+
+    def _look(self) -> None:
+        """If no node can take a task any more, request fewer resources, or wait for nodes to
+        return.
+        """
+        now = time.monotonic()
+        if now - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = now
+        if self._placeable():
+            self._without_place = None
+            return
+        before, self._asked = self._asked, self._needs()
+        if self._placeable():
+            if self._asked != before:
+                for reference, task in self._running.items():
+                    if not self._hands.drop(reference):
+                        self._ray.cancel(reference)
+                    self._waiting.append(task)
+                self._running.clear()
+                self._hands.close()
+            return
+        if self._without_place is None:
+            self._without_place = now
+            tell(
+                f"{self._stage}: no node of the cluster can take a task ({_named(self._asked)}), "
+                f"waiting up to {_PLACE_SECONDS:.0f} s for one"
+            )
+            self._log("waiting for a node", **self._asked)
+        elif now - self._without_place > _PLACE_SECONDS:
+            raise StageError(
+                f"{self._stage}: for {_PLACE_SECONDS:.0f} s no node of the cluster could take a "
+                f"task ({_named(self._asked)}): add nodes and run the same command again"
+            )
+
+    def _log(self, event: str, **more: Any) -> None:
+        # a disk that is full for a while must not end the other tasks
+        with contextlib.suppress(OSError, StorageError):
+            logs.append(self._folder, logs.DRIVER, event, stage=self._stage, **more)
+
+    def _placeable(self) -> bool:
+        wanted = {
+            "CPU": self._asked.get("num_cpus", 0),
+            "GPU": self._asked.get("num_gpus", 0),
+            "memory": self._asked.get("memory", 0),
+        }
+        return any(
+            node["Alive"] and all(node["Resources"].get(n, 0) >= v for n, v in wanted.items())
+            for node in self._ray.nodes()
+        )
+
+
+def reason_of(error: BaseException) -> str:
+    """Why Ray lost a worker, in a line."""
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError" or "running low on memory" in text:
+        found = re.search(r"was ([\d.]+ ?\w+)(?: used)? ?/ ?([\d.]+ ?\w+)", text)
+        used = f", {found[1]} of {found[2]} were in use" if found else ""
+        return f"killed because its node ran low on memory{used}"
+    if type(error).__name__ == "WorkerCrashedError":
+        return "where memory is short the system kills processes, see dmesg"
+    return first_line(error)
+
+
+def _named(needs: Needs) -> str:
+    return ", ".join(f"{name.removeprefix('num_')} {value:g}" for name, value in needs.items())
+
+
+class _Counter:
+    """Actor that adds up what tasks report, for the progress bar."""
+
+    def __init__(self) -> None:
+        self._total = 0
+
+    def add(self, done: int) -> None:
+        self._total += done
+
+    def total(self) -> int:
+        return self._total
+
+
+def _start_counter(ray: Any) -> Any:
+    """On the driver's own node: it goes when that goes, and not before."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    place = NodeAffinitySchedulingStrategy(node_id=here, soft=True)
+    return ray.remote(_Counter).options(num_cpus=0, scheduling_strategy=place).remote()
+
+
+def _execute_remotely(
+    folder: Folder,
+    stage: str,
+    task: Task,
+    fingerprint: str,
+    attempt: int,
+    word: str,
+    counter: Any,
+) -> Outcome:
+    blind = shared_folder.missing(folder, word)
+    if blind is not None:
+        return Outcome(name=task.name, error=blind)
+    held = 0
+    last = time.monotonic()
+
+    def report(done: int) -> None:
+        nonlocal held, last
+        held += done
+        now = time.monotonic()
+        if counter is not None and now - last > _REPORT_SECONDS / 2:
+            counter.add.remote(held)
+            held, last = 0, now
+
+    outcome = execute(folder, stage, task, fingerprint, report, attempt)
+    if counter is not None and held:
+        counter.add.remote(held)
+    return outcome

@@ -1,0 +1,359 @@
+"""Runs the tasks of a stage on Ray: starts or joins Ray, skips finished tasks, submits the rest.
+
+If a task fails, the others continue. At the end the stage fails and names every failed task.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from d2filter import signals
+from d2filter.engine import same_code, shared_folder
+from d2filter.engine.fanout import FanOut, Needs
+from d2filter.engine.progress import progress_bar
+from d2filter.engine.task import Outcome, Task, execute, in_one_line, marker
+from d2filter.errors import D2FilterError, StageError, StorageError, UsageError
+from d2filter.formats import logs
+from d2filter.formats.paths import Folder, read_jsons
+from d2filter.formats.tables import first_line
+
+# a machine that loses its power closes no connection: Ray waits for seven minutes otherwise
+_KEEPALIVE = {
+    "RAY_grpc_client_keepalive_time_ms": "20000",
+    "RAY_grpc_client_keepalive_timeout_ms": "20000",
+}
+Follow = Callable[[str, dict[str, Any]], Sequence[Task]]
+_SHARED_MEMORY = "/dev/shm"
+_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
+_OBJECT_STORE_BYTES = 200_000_000  # arguments, figures, counters: samples travel through files
+
+
+@dataclass(slots=True)
+class Runner:
+    """Starts Ray at the first fan-out and stops what it started."""
+
+    folder: Folder
+    address: str = ""
+    show_progress: bool | None = None
+    """None: only on a terminal"""
+    device: str = "auto"
+    """auto: GPUs where the cluster has any; cpu: none; cuda: wait for them"""
+    _owns_ray: bool = field(default=False, init=False)
+    _word: str | None = field(default=None, init=False)
+    """token that every node must find in the run directory; None: not checked yet, empty: no check
+    needed
+    """
+
+    def map(
+        self,
+        stage: str,
+        tasks: Sequence[Task],
+        *,
+        fingerprint: str,
+        label: str,
+        total: int | None = None,
+        share_node: bool = False,
+        on_gpu: bool = False,
+        memory: int = 0,
+        cpus: float = 1,
+        then: Follow | None = None,
+    ) -> list[dict[str, Any]]:
+        """Run tasks; returns their figures in their order. Tasks that an earlier run finished are
+        not run.
+
+        label: name on the progress bar. total: expected samples, if known. share_node: if there are
+        fewer tasks than CPUs, tasks share the other CPUs. on_gpu: each task gets a GPU, if
+        `uses_gpus`, and its share of the CPUs; else it shares the node. memory: bytes that each
+        task requests, so that no node starts more tasks than it can hold; 0 for none. cpus: CPUs of
+        each task, at least; less than 1 for tasks that wait for disks. then: called with name and
+        figures of each finished task, in the order of arrival; returns tasks that can start now.
+        They run before the waiting ones, and their figures come last, in the order in which `then`
+        returned them. An error in `then` is raised when all other tasks are done.
+
+        Raises the task's own error if all failures are the same, StageError otherwise.
+        """
+        # one listing: to ask for each of many markers on an object store takes as long as a stage
+        there = set(self.folder.sub(f"completions/{stage}").names(".json"))
+        every = [task.name for task in tasks]
+        results = self._done_before(stage, there, tasks, fingerprint)
+        broken: list[D2FilterError] = []
+
+        def following(name: str, figures: dict[str, Any]) -> list[Task]:
+            try:
+                more = list(then(name, figures)) if then is not None and not broken else []
+            except (D2FilterError, OSError) as error:
+                # it must not stop the tasks that run
+                broken.append(in_one_line(error, f"{stage}, after {name}", ""))
+                self._log_failed(stage, [(name, broken[-1])])
+                return []
+            every.extend(task.name for task in more)
+            known = self._done_before(stage, there, more, fingerprint)
+            results.update(known)
+            return [
+                fresh
+                for task in more
+                for fresh in (
+                    following(task.name, known[task.name]) if task.name in known else [task]
+                )
+            ]
+
+        def after(outcome: Outcome) -> list[Task]:
+            return [] if outcome.figures is None else following(outcome.name, outcome.figures)
+
+        left = [task for task in tasks if task.name not in results]
+        done = [task.name for task in tasks if task.name in results]
+        waiting = [fresh for name in done for fresh in following(name, results[name])] + left
+        logs.append(
+            self.folder, logs.DRIVER, "tasks", stage=stage, label=label, tasks=len(tasks),
+            left=len(waiting), total=total,
+        )  # fmt: skip
+        if waiting:
+            ray = self.ray()
+
+            def needs() -> Needs:
+                nodes = _alive(ray)
+                asked: Needs = {"num_cpus": cpus, "num_gpus": 0}
+                if on_gpu and self.uses_gpus():
+                    asked = {"num_cpus": _cpus_beside_gpu(nodes), "num_gpus": 1}
+                elif on_gpu or share_node:
+                    asked["num_cpus"] = _cpus_of_task(nodes, len(waiting), memory)
+                return {**asked, "memory": min(memory, _node_bytes(ray))} if memory else asked
+
+            bar = progress_bar(label, total, self.show_progress)
+            try:
+                outcomes = FanOut(
+                    ray, self.folder, stage, fingerprint, needs, bar, self._word or ""
+                ).run(waiting, after if then is not None else None)
+            finally:
+                bar.close()
+            results.update(self._figures(stage, outcomes))
+        if broken:
+            raise broken[0]
+        return [results[name] for name in every]
+
+    def here(
+        self, stage: str, task: Task, *, fingerprint: str, skip: bool = False
+    ) -> dict[str, Any]:
+        """Run one small task in this process, recorded like any other. skip: not if it was done
+        before.
+        """
+        record = self.folder.read_json(marker(stage, task.name)) if skip else None
+        if record is not None and record["fingerprint"] == fingerprint:
+            found: dict[str, Any] = record
+            return found
+        outcome = execute(self.folder, stage, task, fingerprint, lambda done: None)
+        return self._figures(stage, [outcome])[task.name]
+
+    def uses_gpus(self) -> bool:
+        """Whether tasks that can use GPUs request them. Raises UsageError if they must, Ray runs on
+        this machine only, and the machine has none; a cluster may get a node with GPUs later.
+        """
+        ray = self.ray()
+        there = any(_count(node, "GPU") for node in _alive(ray))
+        if self.device == "cuda" and not there and self._owns_ray and not self._cluster():
+            raise UsageError(
+                "device is cuda, and Ray finds no GPU on this machine: --device auto, or --address "
+                "of a cluster with GPUs"
+            )
+        return self.device == "cuda" or (there and self.device == "auto")
+
+    def resources(self) -> tuple[int, int, int]:
+        """CPUs of the largest node, number of nodes, and the least memory of a node in bytes."""
+        ray = self.ray()
+        return _largest_node(ray), len(_alive(ray)), _node_bytes(ray)
+
+    def processes(self, most: int, memory: int) -> int:
+        """How many processes with one CPU can run at once, at least one and at most `most`. memory:
+        bytes that each needs, 0 if unknown.
+        """
+        places = 0
+        for node in _alive(self.ray()):
+            cpus = _count(node, "CPU")
+            places += min(cpus, _count(node, "memory") // memory) if memory else cpus
+        return max(1, min(most, places))
+
+    def close(self) -> None:
+        """Stop Ray if this runner started it."""
+        if self._owns_ray:
+            import ray
+
+            with signals.held(), signals.kept():
+                ray.shutdown()
+                self._owns_ray = False
+
+    def _done_before(
+        self, stage: str, there: Container[str], tasks: Sequence[Task], fingerprint: str
+    ) -> dict[str, dict[str, Any]]:
+        """Figures of the tasks that were published with the same fingerprint. there: all markers
+        of the stage.
+        """
+        names = {f"{task.name}.json": task for task in tasks if f"{task.name}.json" in there}
+        records = read_jsons(self.folder.sub(f"completions/{stage}"), list(names))
+        return {
+            names[name].name: record
+            for name, record in records.items()
+            if record["fingerprint"] == (names[name].fingerprint or fingerprint)
+        }
+
+    def _figures(self, stage: str, outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
+        """Figures by task name. When any task failed: all of them to the log, one line raised."""
+        failed = sorted((o for o in outcomes if o.error is not None), key=lambda o: o.name)
+        self._log_failed(stage, [(o.name, o.error) for o in failed])
+        if failed and failed[0].error and len({str(o.error) for o in failed}) == 1:
+            raise failed[0].error  # one failure, or the same one everywhere
+        if failed:
+            shown = "; ".join(str(o.error) for o in failed[:3])
+            more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
+            raise StageError(
+                f"{stage}: {len(failed)} tasks failed, {len(outcomes) - len(failed)} are done and "
+                f"kept: {shown}{more} (all in {self.folder.where(logs.DRIVER)})"
+            )
+        return {o.name: o.figures for o in outcomes if o.figures is not None}
+
+    def _log_failed(self, stage: str, failed: Sequence[tuple[str, Exception | None]]) -> None:
+        # where the disk is full the error must still reach the user
+        with contextlib.suppress(OSError, StorageError):
+            told = [{"stage": stage, "task": name, "error": str(error)} for name, error in failed]
+            logs.append_all(self.folder, logs.DRIVER, "task failed", told)
+
+    def ray(self) -> Any:
+        """The ray module, connected to the cluster, or to one started in this process.
+
+        Raises UsageError when there is no cluster at the address, and when its nodes do not share
+        the run directory.
+        """
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        with signals.held():  # half imported, it fails once more when the process ends
+            import ray
+
+        if not ray.is_initialized():
+            self._start(ray)
+        if self._word is None:
+            # one node may become several where it was joined
+            joined = (self._owns_ray and bool(self._cluster())) or len(_alive(ray)) > 1
+            word = shared_folder.leave_word(self.folder) if joined else ""
+            shared_folder.ask_nodes(ray, self.folder, word)
+            self._word = word
+        return ray
+
+    def _cluster(self) -> str:
+        """Address of the cluster to join; empty for none. Raises UsageError for a dashboard's."""
+        # a submitted job finds its cluster in RAY_ADDRESS; else never join one by accident
+        address = self.address or os.environ.get("RAY_ADDRESS", "")
+        if address.startswith(("http://", "https://")):
+            raise UsageError(
+                f"{'--address' if self.address else 'RAY_ADDRESS'} is {address}: that is the "
+                "dashboard's address, for `ray job submit`; give the cluster's, such as "
+                "HOST:6379 or ray://HOST:10001, or none to start Ray on this machine"
+            )
+        return address
+
+    def _start(self, ray: Any) -> None:
+        address = self._cluster()
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        if not address.startswith("ray://"):  # a client's job is configured by its server
+            options.update(job_config=same_code.job_config(ray))
+        try:
+            if address:
+                _knock(address)
+                for name, value in _KEEPALIVE.items():
+                    os.environ.setdefault(name, value)
+                with signals.kept():
+                    ray.init(**options, address=address)
+            else:
+                obstacle = _obstacle()
+                if obstacle:
+                    raise StageError(f"Ray cannot start on this machine: {obstacle}")
+                # a Ray that is half started could not be stopped
+                with signals.held(), signals.kept():
+                    ray.init(
+                        **options, address="local", include_dashboard=False,
+                        object_store_memory=_OBJECT_STORE_BYTES,
+                    )  # fmt: skip
+                    self._owns_ray = True
+        except D2FilterError:
+            raise
+        except Exception as error:  # of any kind, a bare Exception too
+            text = first_line(error)
+            if address:
+                raise UsageError(
+                    f"no Ray cluster answers at {address} (--address or RAY_ADDRESS): {text}"
+                ) from error
+            logs_there = os.path.join(_temporary(), "ray/session_latest/logs")
+            raise StageError(
+                f"Ray does not start on this machine: {text} (its logs: {logs_there})"
+            ) from error
+        self._owns_ray = True
+
+
+def _temporary() -> str:
+    """The folder in which Ray makes those of its sessions."""
+    return os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+
+
+def _obstacle() -> str:
+    """Why Ray cannot start on this machine, with a remedy; empty if it can. Ray itself would report
+    most of this after a minute, or with an error that does not name the cause.
+    """
+    folder = _temporary()
+    instead = "set RAY_TMPDIR to another folder, such as /tmp"
+    if not folder.isascii():
+        return f"its temporary folder {folder} has characters that are not ASCII: {instead}"
+    # Linux takes socket names of up to 107 bytes
+    if len(folder.rstrip("/")) + len(_SOCKET.format(pid=os.getpid())) > 107:
+        return f"the path of its temporary folder is too long for sockets, {folder}: {instead}"
+    if not os.access(_SHARED_MEMORY, os.W_OK):
+        return (
+            f"{_SHARED_MEMORY} cannot be written, where processes share memory: mount a tmpfs "
+            "there (docker and Kubernetes: not among read-only mounts)"
+        )
+    return ""
+
+
+def _knock(address: str) -> None:
+    """Raise OSError at once when nothing listens at host:port; Ray itself tries for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def _alive(ray: Any) -> list[dict[str, Any]]:
+    """What Ray knows of the nodes that are alive."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _count(node: dict[str, Any], resource: str) -> int:
+    return int(node["Resources"].get(resource, 0))
+
+
+def _largest_node(ray: Any) -> int:
+    """CPUs of the largest node that is alive."""
+    return max([1, *(_count(node, "CPU") for node in _alive(ray))])
+
+
+def _node_bytes(ray: Any) -> int:
+    """Memory that Ray hands out on the smallest node that takes tasks, in bytes: not on a head
+    without CPUs.
+    """
+    return min((_count(n, "memory") for n in _alive(ray) if _count(n, "CPU")), default=0)
+
+
+def _cpus_of_task(nodes: Sequence[dict[str, Any]], tasks: int, memory: int) -> int:
+    """CPUs per task, so that the largest node is fully used by the tasks that there are, or that it
+    has memory for.
+    """
+    nothing: dict[str, Any] = {"Resources": {}}
+    largest = max(nodes, key=lambda node: _count(node, "CPU"), default=nothing)
+    at_once = min(tasks, _count(largest, "memory") // memory) if memory else tasks
+    return max(1, _count(largest, "CPU") // max(1, at_once))
+
+
+def _cpus_beside_gpu(nodes: Sequence[dict[str, Any]]) -> int:
+    """CPUs per GPU task, so that every node can use all of its GPUs at once."""
+    shares = [_count(n, "CPU") // _count(n, "GPU") for n in nodes if _count(n, "GPU")]
+    return max(1, min(shares, default=1))

@@ -1,0 +1,248 @@
+"""Are the scores of the catalog's parts far enough apart for min–max scaling? And their clipping.
+
+One extreme score makes all others equal after scaling. That is an alert, or an error where distinct
+scores become the same number; `--clip-scores` is the way out: it raises the lowest scores and
+lowers the highest in catalog/part-*.parquet.
+
+catalog/spread/LABEL-00000.*   counts of a part, where the histograms of `part_figures` leave open
+                               which value stands at a place
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.algorithm import quantile, uids
+from d2filter.algorithm.scores import clipping
+from d2filter.config import CatalogConfig
+from d2filter.engine.runner import Runner
+from d2filter.engine.task import Report, Task
+from d2filter.errors import InputError
+from d2filter.formats import catalog
+from d2filter.formats import uid as uid_format
+from d2filter.formats.paths import Folder
+from d2filter.formats.rows import read_columns, write_columns
+
+Figures = dict[str, Any]
+I64 = npt.NDArray[np.int64]
+Each = Callable[..., list[Figures]]
+
+FOLDER = "spread"
+_BINS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """The score at a place of the pool."""
+
+    value: float
+    below: int
+    """samples of lower scores"""
+    above: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """What came of it."""
+
+    parts: list[Figures]
+    """`part_figures` of each, as they are now"""
+    figures: Figures
+    """of the stage: difficulty, and clipped where it is"""
+    alerts: list[str]
+    peak: int
+    """memory of a task"""
+
+
+def part_figures(hi: uids.U64, lo: uids.U64, difficulty: npt.NDArray[np.float32]) -> Figures:
+    """Figures of a part whose rows ascend by uid: how many, the extremes and their smallest uids,
+    and how many scores there are of each upper half of a key, as [halves, counts].
+    """
+    if not difficulty.size:
+        return {"ranked": 0, "min": None, "max": None, "ends": None, "upper": [[], []]}
+    ends = [int(difficulty.argmin()), int(difficulty.argmax())]
+    counts = quantile.upper_counts(difficulty)
+    halves = np.flatnonzero(counts)
+    return {
+        "ranked": difficulty.size,
+        "min": float(difficulty[ends[0]]),
+        "max": float(difficulty[ends[1]]),
+        "ends": uid_format.to_hex(hi[ends], lo[ends]),
+        "upper": [halves.tolist(), counts[halves].tolist()],
+    }
+
+
+def settle(
+    runner: Runner,
+    out: Folder,
+    config: CatalogConfig,
+    fingerprint: str,
+    memory: int,
+    parts: list[Figures],
+    name: str,
+) -> Settled:
+    """Clip the scores if that is asked for, and judge them. parts: `part_figures` of each, at least
+    one sample in all; name: of the score.
+
+    Raises InputError where so many distinct scores are one after scaling that they rank by uid.
+    """
+    peaks = [0]
+
+    def each(label: str, run: Any, **arguments: Any) -> list[Figures]:
+        tasks = [
+            Task(
+                name=f"{label}-{number:05d}", run=run,
+                arguments={"out": out, "number": number, "label": label, **arguments},
+            )
+            for number in range(len(parts))
+        ]  # fmt: skip
+        found = runner.map("catalog", tasks, fingerprint=fingerprint, label=label, memory=memory)
+        peaks.extend(f["peak_rss_bytes"] for f in found)
+        return found
+
+    clipped: Figures = {}
+    if config.clip_scores:
+        places = clipping.places(_total(parts), config.clip_scores)
+        ((low, high),) = _values(each, out, "ends", parts, [places])
+        done = each("clip", clip_part, low=low.value, high=high.value)
+        parts = [{**before, **now} for before, now in zip(parts, done, strict=True)]
+        clipped = {
+            "clipped": {
+                "from": config.raw(low.value), "to": config.raw(high.value),
+                "samples": low.below + high.above,
+            }
+        }  # fmt: skip
+    alerts = _judge(each, out, config, parts, name)
+    there = [f for f in parts if f["ranked"]]
+    ends = [min(f["min"] for f in there), max(f["max"] for f in there)]
+    figures = {"difficulty": {"min": ends[0], "max": ends[1]}, **clipped}
+    return Settled(parts=parts, figures=figures, alerts=alerts, peak=max(peaks))
+
+
+def tidy(out: Folder) -> None:
+    """Remove what only settling needs. After the stage is recorded as done: a rerun reads it."""
+    out.sub("catalog").remove(FOLDER)
+
+
+def _judge(
+    each: Each, out: Folder, config: CatalogConfig, parts: list[Figures], name: str
+) -> list[str]:
+    there = [f for f in parts if f["ranked"]]
+    low, low_uid = min((f["min"], f["ends"][0]) for f in there)
+    high = max(f["max"] for f in there)
+    high_uid = min(f["ends"][1] for f in there if f["max"] == high)
+    if clipping.surely_wide(_upper(parts), low, high):
+        return []
+    n = _total(parts)
+    found = _values(
+        each, out, "places", parts, [clipping.places(n, tail) for tail in clipping.TAILS]
+    )
+    tails = [(first.value, last.value) for first, last in found]
+    squeezed = clipping.judge(n, low, high, dict(zip(clipping.TAILS, tails, strict=True)))
+    if squeezed is None:
+        return []
+    extreme, uid = (low, low_uid) if squeezed.at_low_end else (high, high_uid)
+    a, b = sorted(config.raw(value) for value in squeezed.middle)
+    told = (
+        f"the middle {100 - 200 * squeezed.share:.0f}% of {n:,} scores ({name}) lie from {a:g} to "
+        f"{b:g}, less than 1% of a range that reaches to {config.raw(extreme):g} of uid {uid}"
+    )
+    cure = f"mend or drop such scores, or clip them with --clip-scores {squeezed.clip}"
+    if clipping.few_units(squeezed.middle, low, high):
+        each("units", count_units, middle=squeezed.middle, low=low, high=high)
+        shared, total, too_many = clipping.collapsed(
+            clipping.joined([tuple(c.values()) for c in _columns(out, "units", len(parts))])
+        )
+        if too_many:
+            raise InputError(
+                f"{told}: {shared:,} of those {total:,} samples have the same number as others of "
+                f"another score after scaling, and only their uids would rank them: {cure}"
+            )
+    return [f"{told}, so that they hardly differ after scaling: {cure}"]
+
+
+def _total(parts: Iterable[Figures]) -> int:
+    return sum(f["ranked"] for f in parts)
+
+
+def _upper(parts: Iterable[Figures]) -> I64:
+    counts = np.zeros(_BINS, np.int64)
+    for f in parts:
+        halves, some = f["upper"]
+        counts[halves] += np.array(some, np.int64)
+    return counts
+
+
+def _values(
+    each: Each, out: Folder, label: str, parts: list[Figures], places: list[tuple[int, int]]
+) -> list[tuple[Placed, Placed]]:
+    """The scores at pairs of places of the whole pool."""
+    upper = _upper(parts)
+    located = [[quantile.locate(upper, place) for place in pair] for pair in places]
+    halves = sorted({half for pair in located for half, _ in pair})
+    each(label, count_lower, halves=halves)
+    lower = {half: np.zeros(_BINS, np.int64) for half in halves}
+    for counted in _columns(out, label, len(parts)):
+        for half in halves:
+            mine = counted["key"] >> 16 == half
+            lower[half][counted["key"][mine] & (_BINS - 1)] += counted["count"][mine]
+
+    def placed(half: int, rest: int) -> Placed:
+        at = quantile.locate(lower[half], rest)[0]
+        below = int(upper[:half].sum() + lower[half][:at].sum())
+        above = int(upper.sum()) - below - int(lower[half][at])
+        return Placed(value=quantile.value_of(half, at), below=below, above=above)
+
+    return [(placed(*first), placed(*last)) for first, last in located]
+
+
+def _columns(out: Folder, label: str, parts: int) -> Iterable[dict[str, Any]]:
+    names = ("unit", "samples", "least", "most") if label == "units" else ("key", "count")
+    for number in range(parts):
+        yield read_columns(out.sub("catalog"), f"{FOLDER}/{label}-{number:05d}", *names)
+
+
+def count_lower(
+    *, report: Report, out: Folder, number: int, label: str, halves: list[int]
+) -> Figures:
+    """Task: how many scores of a part have each key whose upper half is one of these."""
+    _, _, difficulty = catalog.read_ids(out.sub("catalog"), number)
+    key, count = quantile.keys_counted(difficulty, halves)
+    write_columns(out.sub("catalog"), f"{FOLDER}/{label}-{number:05d}", key=key, count=count)
+    report(difficulty.size)
+    return {}
+
+
+def count_units(
+    *, report: Report, out: Folder, number: int, label: str, middle: clipping.Ends, low: float,
+    high: float,
+) -> Figures:  # fmt: skip
+    """Task: which units of scaled scores the middle of a part has, and with which scores."""
+    _, _, difficulty = catalog.read_ids(out.sub("catalog"), number)
+    unit, samples, least, most = clipping.shared_units(difficulty, middle, low, high)
+    write_columns(
+        out.sub("catalog"), f"{FOLDER}/{label}-{number:05d}", unit=unit, samples=samples,
+        least=least, most=most,
+    )  # fmt: skip
+    report(difficulty.size)
+    return {}
+
+
+def clip_part(
+    *, report: Report, out: Folder, number: int, label: str, low: float, high: float
+) -> Figures:
+    """Task: write a part again with its scores from `low` to `high`. Once more changes nothing."""
+    folder = out.sub("catalog")
+    samples = catalog.read_part(folder, number)
+    difficulty = np.clip(samples.difficulty, np.float32(low), np.float32(high))
+    sums = catalog.publish_table(folder, number, replace(samples, difficulty=difficulty))
+    report(difficulty.size)
+    return {
+        **part_figures(samples.hi, samples.lo, difficulty),
+        "checksums": sums,
+    }

@@ -1,0 +1,275 @@
+"""Computes scores that need the whole pool, after the catalog's parts are written.
+
+Such terms are negclip_loss, prototypicality and percentile ranks. The result replaces the
+difficulty in catalog/part-*.parquet. Batches are chosen by a hash of the uid and sorted by it, and
+ranks are computed from counts, so that files and parts cannot change a score.
+
+catalog/scores/terms-00000.npy    values of the terms that need no pool; 0 for the others
+catalog/scores/centroids.npy      for prototypicality: trained on hash-chosen samples
+catalog/scores/value-00000.*      negclip_loss of the batches of one task: row, value; start by part
+catalog/scores/whole-00000.npy    values of all terms, if some are ranked
+catalog/scores/keys-00000.t0.*    of a ranked term: distinct keys of a part, and their counts
+catalog/scores/pool.t0.*          the same of the pool, and how many values are below each
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.algorithm import quantile, uids
+from d2filter.algorithm.knn import cells, products
+from d2filter.algorithm.scores import registry as scores
+from d2filter.algorithm.scores import terms
+from d2filter.config import CatalogConfig
+from d2filter.engine.runner import Runner
+from d2filter.engine.task import Report, Task, assigned_cpus
+from d2filter.errors import InputError
+from d2filter.formats import catalog
+from d2filter.formats.paths import Folder
+from d2filter.formats.rows import read_array, read_columns, write_array, write_columns
+from d2filter.stages.catalog.clip_scores import part_figures
+from d2filter.stages.graph.train import sample_by_hash
+
+Figures = dict[str, Any]
+I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
+
+FOLDER = "scores"
+
+_OF_POOL = ("negclip_loss", "prototypicality")
+_CLUSTERS = 1000
+_ROWS_A_CLUSTER = 64  # that train it
+_KEYS = 4_000_000  # of the pool, at a time
+
+
+def build(
+    runner: Runner, out: Folder, config: CatalogConfig, fingerprint: str, memory: int
+) -> tuple[list[Figures], int]:
+    """Compute the scores of all parts; returns `part_figures` of each, and the peak memory of a
+    task.
+
+    Raises ValueError for a score of the whole pool that is not implemented here.
+    """
+    peaks: list[int] = []
+    folder = out.sub("catalog")
+    parts = len(catalog.layout(folder).starts) - 1
+
+    def each(label: str, run: Any, count: int) -> list[Figures]:
+        tasks = [
+            Task(
+                name=f"{label}-{number:05d}",
+                run=run,
+                arguments={"out": out, "number": number, "config": config},
+            )
+            for number in range(count)
+        ]
+        found = runner.map(
+            "catalog", tasks, fingerprint=fingerprint, label=label, memory=memory,
+            share_node=True,
+        )  # fmt: skip
+        peaks.extend(f["peak_rss_bytes"] for f in found)
+        return found
+
+    _require_known(config)
+    names = {term.name for term in config.terms}
+    if "negclip_loss" in names:
+        each("batches", score_batches, parts)
+    if "prototypicality" in names:
+        each("centroids", train_centroids, 1)
+    if any(term.ranked for term in config.terms):
+        each("count", count_values, parts)
+        each("ranks", join_counts, 1)
+    done = each("score", score_part, parts)
+    folder.remove(FOLDER)
+    return done, max(peaks)
+
+
+def write_terms(folder: Folder, number: int, values: F32) -> None:
+    """Keep the values of the terms of a part for the score. folder: the catalog's. values: (n,
+    terms).
+    """
+    write_array(folder, f"{FOLDER}/terms-{number:05d}.npy", values)
+
+
+def train_centroids(*, report: Report, out: Folder, number: int, config: CatalogConfig) -> Figures:
+    """Task: centroids of the pool. Figures: how many."""
+    products.use_threads(assigned_cpus())
+    folder = out.sub("catalog")
+    layout = catalog.layout(folder)
+    count = max(1, min(_CLUSTERS, layout.total // _ROWS_A_CLUSTER))
+    salt = uids.SALT_PROTOTYPES
+    chosen = sample_by_hash(layout, {salt: count * _ROWS_A_CLUSTER}, 0)[salt]
+    found = cells.train(layout.gather(chosen), count).centroids
+    write_array(folder, f"{FOLDER}/centroids.npy", found)
+    report(layout.total)
+    return {"centroids": len(found)}
+
+
+def score_batches(*, report: Report, out: Folder, number: int, config: CatalogConfig) -> Figures:
+    """Task: negclip_loss of a share of the batches. Memory: the features of as many samples as a
+    part has, and those of a part.
+    """
+    products.use_threads(assigned_cpus())
+    folder = out.sub("catalog")
+    layout = catalog.layout(folder)
+    parts = len(layout.starts) - 1
+    batches = scores.batches_for(layout.total, config.score_batch)
+    first, end = number * batches // parts, (number + 1) * batches // parts
+    rows: list[I64] = []
+    values: list[npt.NDArray[np.float64]] = []
+    for turn in range(config.score_rounds):
+        mine, batch, held = _members(folder, layout, turn, batches, first, end)
+        width = held.shape[1] // 2
+        # parts and the rows in them ascend by uid: a stable sort leaves a batch in that order
+        order = np.argsort(batch, kind="stable")
+        bounds = np.searchsorted(batch[order], np.arange(first, end + 1))
+        for at in range(end - first):
+            some = order[bounds[at] : bounds[at + 1]]
+            pairs = held[some]
+            rows.append(mine[some])
+            values.append(scores.negclip_loss(pairs[:, :width], pairs[:, width:]))
+            report(some.size)
+    row = np.concatenate([np.empty(0, np.int64), *rows])
+    value = np.concatenate([np.empty(0), *values])
+    # all rounds of a row one after the other: sums must not depend on the tasks
+    order = np.argsort(row, kind="stable")
+    write_columns(
+        folder, f"{FOLDER}/value-{number:05d}", row=row[order], value=value[order],
+        start=np.searchsorted(row[order], layout.starts),
+    )  # fmt: skip
+    return {}
+
+
+def count_values(*, report: Report, out: Folder, number: int, config: CatalogConfig) -> Figures:
+    """Task: the values of all terms of a part, and how often it has each of a ranked one."""
+    products.use_threads(assigned_cpus())
+    folder = out.sub("catalog")
+    values = _values(folder, number, config)
+    for at, term in enumerate(config.terms):
+        if term.ranked:
+            key, count = quantile.distinct(values[:, at])
+            write_columns(folder, _keys(number, at), key=key, count=count)
+    write_array(folder, f"{FOLDER}/whole-{number:05d}.npy", values)
+    report(len(values))
+    return {}
+
+
+def join_counts(*, report: Report, out: Folder, number: int, config: CatalogConfig) -> Figures:
+    """Task: how often the pool has each value of the ranked terms. Memory: 50 bytes for each."""
+    folder = out.sub("catalog")
+    layout = catalog.layout(folder)
+    for at, term in enumerate(config.terms):
+        if not term.ranked:
+            continue
+        parts = (
+            read_columns(folder, _keys(part, at), "key", "count")
+            for part in range(len(layout.starts) - 1)
+        )
+        key, count = terms.merged((part["key"], part["count"]) for part in parts)
+        below = np.cumsum(count) - count
+        write_columns(folder, f"{FOLDER}/pool.t{at}", key=key, count=count, below=below)
+    report(layout.total)
+    return {}
+
+
+def score_part(*, report: Report, out: Folder, number: int, config: CatalogConfig) -> Figures:
+    """Task: write one part with its new difficulty. Figures: smallest and largest."""
+    products.use_threads(assigned_cpus())
+    folder = out.sub("catalog")
+    samples = catalog.read_part(folder, number)
+    if any(term.ranked for term in config.terms):
+        values = read_array(folder, f"{FOLDER}/whole-{number:05d}.npy")
+    else:
+        values = _values(folder, number, config)
+    columns: list[npt.NDArray[Any]] = list(values.T)
+    total = catalog.layout(folder).total
+    for at, term in enumerate(config.terms):
+        if term.ranked:
+            columns[at] = _ranks(folder, at, quantile.keys(columns[at]), total)
+    difficulty = scores.difficulty(terms.combined(config.terms, columns), config.first)
+    if not np.isfinite(difficulty).all():
+        raise InputError(f"score {config.score} is too large for float32: use smaller weights")
+    table = replace(samples, difficulty=difficulty)
+    sums = catalog.publish_table(folder, number, table)
+    report(difficulty.size)
+    return {**part_figures(samples.hi, samples.lo, difficulty), "checksums": sums}
+
+
+def _values(folder: Folder, number: int, config: CatalogConfig) -> F32:
+    """Values of all terms of a part, (n, terms)."""
+    _require_known(config)
+    values: F32 = np.array(read_array(folder, f"{FOLDER}/terms-{number:05d}.npy"))
+    layout = catalog.layout(folder)
+    for at, term in enumerate(config.terms):
+        match term.name:
+            case "negclip_loss":
+                values[:, at] = _mean_of_rounds(folder, layout, number, config.score_rounds)
+            case "prototypicality":
+                centroids = read_array(folder, f"{FOLDER}/centroids.npy")
+                values[:, at] = scores.prototypicality(layout.part(number), centroids)
+    return values
+
+
+def _require_known(config: CatalogConfig) -> None:
+    for name in (term.name for term in config.terms if term.name in scores.SCORES):
+        if scores.SCORES[name].needs == "pool" and name not in _OF_POOL:
+            raise ValueError(f"score {name!r} needs the pool, and nothing here computes it")
+
+
+def _ranks(folder: Folder, at: int, keys: I64, total: int) -> npt.NDArray[np.float64]:
+    """Percentile ranks of a term of a part. Some keys of the pool at a time."""
+    stem = f"{FOLDER}/pool.t{at}"
+    ranks = np.empty(keys.size, np.float64)
+    order = np.argsort(keys, kind="stable")
+    begin = done = 0
+    while done < keys.size:
+        rows = slice(begin, begin + _KEYS)
+        some = read_columns(folder, stem, "key", "count", "below", rows=rows)
+        end = int(np.searchsorted(keys[order], some["key"][-1], side="right"))
+        mine = order[done:end]
+        pool = (some["key"], some["count"])
+        ranks[mine] = terms.percentile(keys[mine], pool, some["below"], total)
+        begin, done = begin + _KEYS, end
+    return ranks
+
+
+def _keys(number: int, at: int) -> str:
+    return f"{FOLDER}/keys-{number:05d}.t{at}"
+
+
+def _members(
+    folder: Folder, layout: Any, turn: int, batches: int, first: int, end: int
+) -> tuple[I64, I64, npt.NDArray[np.float16]]:
+    """Row, batch and features of the samples of some batches, ascending by row."""
+    rows, of, held = [], [], []
+    for part in range(len(layout.starts) - 1):
+        hi, lo, _ = catalog.read_ids(folder, part)
+        batch = scores.batch_of(hi, lo, batches=batches, round=turn)
+        inside = np.flatnonzero((batch >= first) & (batch < end))
+        rows.append(layout.starts[part] + inside)
+        of.append(batch[inside])
+        held.append(layout.part(part)[inside])
+    return np.concatenate(rows), np.concatenate(of), np.concatenate(held)
+
+
+def _mean_of_rounds(
+    folder: Folder, layout: Any, number: int, rounds: int
+) -> npt.NDArray[np.float64]:
+    """Mean over the rounds of each row of a part, which the tasks hold in their order of turns."""
+    rows, values = [], []
+    for task in range(len(layout.starts) - 1):
+        stem = f"{FOLDER}/value-{task:05d}"
+        start = read_array(folder, f"{stem}.start.npy")
+        some = slice(int(start[number]), int(start[number + 1]))
+        columns = read_columns(folder, stem, "row", "value", rows=some)
+        rows.append(columns["row"])
+        values.append(columns["value"])
+    row, value = np.concatenate(rows), np.concatenate(values)
+    # by value: which task found it must not decide the order of the sum
+    order = np.lexsort((value, row))
+    found: npt.NDArray[np.float64] = value[order].reshape(-1, rounds).sum(axis=1) / rounds
+    return found

@@ -1,0 +1,162 @@
+"""How to search a pool: the calibration, with a task for each catalog part.
+
+The driver asks, and every part answers for its own rows; their lists merge to those of the pool.
+The driver makes no products.
+
+index/asked-KIND-TURN-00.*       queries of one request: numbers, features, cells to search
+index/answer-KIND-TURN-00-00000.*   what a part has found for it
+
+See docs/method.md#calibration.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.algorithm.knn import calibrate, products, search, shortlist
+from d2filter.algorithm.knn import in_memory as knn
+from d2filter.algorithm.knn.exact_lists import Lists, merge_inplace
+from d2filter.config import GraphConfig
+from d2filter.engine.task import Report, assigned_cpus
+from d2filter.formats import catalog
+from d2filter.formats.paths import Folder
+from d2filter.formats.rows import read_columns, write_columns
+from d2filter.stages.graph.search import list_exactly, read_lists, read_short, write_short
+from d2filter.stages.graph.train import CALIBRATE, assigned_rows, each_count, read_trained
+
+F16 = npt.NDArray[np.float16]
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+Figures = dict[str, Any]
+_READERS = 16  # of answers, which may lie on an object store
+Each = Callable[[str, Callable[..., Figures], Figures], object]
+"""(name of the turn, task, arguments): runs the task for every catalog part"""
+
+
+def choose(
+    *, report: Report, out: Folder, config: GraphConfig, parts: int, kind: str, each: Each
+) -> Figures:
+    """Task of the driver: how many cells to probe, and whether to refine. kind: of the cells."""
+    pool = Spread(out, parts, read_trained(out), kind, each)
+    sample = read_columns(out.sub("index"), CALIBRATE, "number", "rows", "probed")
+    choice = calibrate.choose(
+        pool, sample["rows"], sample["number"], sample["probed"], config.n_neighbors,
+        config.target_recall,
+    )  # fmt: skip
+    return {**asdict(choice), "pays": knn.pays(choice, pool.total, pool.trained.cells.count)}
+
+
+class Spread:
+    """The whole catalog, searched by tasks (calibrate.Searcher)."""
+
+    def __init__(
+        self, out: Folder, parts: int, trained: knn.Trained, kind: str, each: Each
+    ) -> None:
+        self.trained = trained
+        self.sketch = trained.sketch
+        self._out = out
+        self._parts = parts
+        self._kind = kind
+        self._each = each
+        self._layout = catalog.layout(out.sub("catalog"))
+        self._assigned = assigned_rows(out, self._layout)
+        self.total = self._layout.total
+        self.sizes: I64 = sum(each_count(out, parts), np.zeros(trained.cells.count, np.int64))
+        self._turns = 0
+
+    def truth(self, queries: F16, numbers: I64, k: int) -> Lists:
+        """Exact lists over the whole pool."""
+        stem = self._ask([(queries, numbers, np.zeros((len(numbers), 0), np.int32))])
+        self._each(stem, exact_lists, {"stem": stem, "k": k})
+        found = Lists.empty(len(queries), k)
+        everyone = np.arange(len(queries), dtype=np.int64)
+        for _, theirs in self._answers(read_lists, stem, 0):
+            merge_inplace(found, everyone, theirs, numbers, self.total)
+        return found
+
+    def find(self, requests: Sequence[calibrate.Request]) -> list[Lists]:
+        """Lists as the search of these cells finds them."""
+        stem = self._ask([(r.queries, r.numbers, r.probed) for r in requests])
+        places = [self.sketch.places(r.k) for r in requests]
+        self._each(stem, short_lists, {"stem": stem, "places": places})
+        out = []
+        for number, r in enumerate(requests):
+            short = shortlist.empty(len(r.queries), places[number])
+            everyone = np.arange(len(r.queries), dtype=np.int64)
+            for _, theirs in self._answers(read_short, stem, number):
+                shortlist.merge_inplace(short, everyone, theirs, r.numbers, self.total)
+            out.append(shortlist.settle(short, r.numbers, r.k, self.total))
+        return out
+
+    def rows(self, numbers: I64) -> F16:
+        """Their features."""
+        return self._layout.gather(numbers)
+
+    def probed(self, numbers: I64) -> I32:
+        """The cells that they probe."""
+        return self._assigned.gather(numbers)
+
+    def _answers(self, read: Callable[[Folder, str], Any], stem: str, number: int) -> Iterator[Any]:
+        """What the parts have found for a request, in their order; some are read ahead."""
+        stems = deque(_answer(stem, number, part) for part in range(self._parts))
+        index = self._out.sub("index")
+        with ThreadPoolExecutor(_READERS) as pool:
+            ahead: deque[Future[Any]] = deque()
+            while stems or ahead:
+                while stems and len(ahead) < 2 * _READERS:
+                    ahead.append(pool.submit(read, index, stems.popleft()))
+                yield ahead.popleft().result()
+
+    def _ask(self, requests: Sequence[tuple[F16, I64, I32]]) -> str:
+        stem = f"{self._kind}-{self._turns:02d}"
+        self._turns += 1
+        for number, (queries, numbers, probed) in enumerate(requests):
+            write_columns(
+                self._out.sub("index"), _asked(stem, number), rows=queries, number=numbers,
+                probed=probed,
+            )  # fmt: skip
+        return stem
+
+
+def exact_lists(*, report: Report, out: Folder, part: int, stem: str, k: int) -> Figures:
+    """Task: exact lists of the queries over one catalog part. Memory: the part."""
+    list_exactly(out, part, _asked(stem, 0), _answer(stem, 0, part), k)
+    return {}
+
+
+def short_lists(
+    *, report: Report, out: Folder, part: int, stem: str, places: Sequence[int]
+) -> Figures:
+    """Task: shortlists of each request over the cells of one catalog part. Memory: the part."""
+    products.use_threads(assigned_cpus())
+    index = out.sub("index")
+    trained = read_trained(out)
+    layout = catalog.layout(out.sub("catalog"))
+    rows = layout.read(part)
+    own = layout.starts[part] + np.arange(len(rows), dtype=np.int64)
+    home = np.array(assigned_rows(out, layout).part(part)[:, 0])
+    members = search.make_members(trained.sketch.apply(rows), own, home, trained.cells.count)
+    for number, width in enumerate(places):
+        asked = read_columns(index, _asked(stem, number), "rows", "number", "probed")
+        sketches = trained.sketch.apply(asked["rows"])
+        short = shortlist.find(
+            members, rows, own, sketches, asked["rows"], asked["number"], asked["probed"], width,
+            layout.total,
+        )  # fmt: skip
+        write_short(index, _answer(stem, number, part), asked["number"], short)
+    return {}
+
+
+def _asked(stem: str, number: int) -> str:
+    return f"asked-{stem}-{number:02d}"
+
+
+def _answer(stem: str, number: int, part: int) -> str:
+    return f"answer-{stem}-{number:02d}-{part:05d}"

@@ -1,0 +1,305 @@
+"""Steps find, merge, improve, finish, measure and judge of stage graph: partitions → graph/.
+
+index/lists-00000.*       shortlists of a partition's own rows: number, list, near, exact
+index/found-00000.*       shortlists that a partition found for visiting rows, sorted by their home
+                          partition; start (P + 1,): each home reads one range of each file
+index/merged-00000.*      lists after merging, in the home partition: number, list, sqdist
+index/refined-00000.*     the same after the refinement pass
+index/truth-00000.*       exact lists of the measured samples within one catalog part
+graph/part-00000.parquet  the graph
+
+Shortlists over the members of several partitions merge exactly to the shortlist over all members,
+so the partitions cannot change the graph.
+
+See docs/method.md#exact-search.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.algorithm import features
+from d2filter.algorithm.knn import in_memory as knn
+from d2filter.algorithm.knn import products, refine, search, shortlist
+from d2filter.algorithm.knn.exact_lists import Lists, merge_inplace
+from d2filter.algorithm.knn.shortlist import Shortlists
+from d2filter.engine.task import Report, assigned_cpus
+from d2filter.formats import catalog, graph
+from d2filter.formats.paths import Folder
+from d2filter.formats.rows import Rows, read_array, read_columns, write_columns
+from d2filter.stages.graph.route import (
+    Entries,
+    count_entries,
+    graph_ids,
+    read_entries,
+    read_homes,
+    read_probed,
+)
+from d2filter.stages.graph.train import MEASURE, assigned_rows, read_sketch
+
+I64 = npt.NDArray[np.int64]
+
+_REFINED_ROWS = 8192  # whose candidates are held at a time
+_FETCHED_ROWS = 65536  # features from anywhere that are held at a time
+
+
+def find(
+    *, report: Report, out: Folder, number: int, parts: int, partitions: int, nlist: int, width: int
+) -> dict[str, Any]:
+    """Task: search the cells of one partition for its own rows and for visiting rows.
+
+    Memory: the partition's rows and sketches, the visitors from one catalog part, and shortlists.
+    """
+    products.use_threads(assigned_cpus())
+    index = out.sub("index")
+    layout = catalog.layout(out.sub("catalog"))
+    sketch = read_sketch(out)
+    places = sketch.places(width)
+    own = _at_home(out, layout, number, parts)
+    sketches = sketch.apply(own.rows)
+    homes = np.ascontiguousarray(assigned_rows(out, layout).gather(own.number)[:, 0])
+    members = search.make_members(sketches, own.number, homes, nlist)
+
+    def search_for(entries: Entries, short: Any, progress: search.Progress) -> Shortlists:
+        return shortlist.find(
+            members, own.rows, own.number, short, entries.rows, entries.number, entries.probed,
+            places, layout.total, progress=progress,
+        )  # fmt: skip
+
+    write_short(index, f"lists-{number:05d}", own.number, search_for(own, sketches, report))
+    # (parts, P): what each part sends here from each home; where each piece goes follows from it
+    homes_of = [read_homes(out, part, number) for part in range(parts)]
+    counts = np.array([np.bincount(home, minlength=partitions) for home in homes_of], np.int64)
+    del homes_of
+    start = np.concatenate([[0], np.cumsum(counts.sum(axis=0))])
+    free = start[:-1] + np.cumsum(counts, axis=0) - counts
+    visits = int(start[-1])
+    found = shortlist.empty(visits, places)
+    numbers = np.empty(visits, np.int64)
+    for part in range(parts):
+        entries = read_entries(out, part, number, visitors=True)
+        theirs = search_for(entries, sketch.apply(entries.rows), lambda done: None)
+        order = np.argsort(entries.home, kind="stable")
+        rows = np.repeat(free[part], counts[part]) + features.inside_runs(counts[part])
+        found.put(rows, theirs, order)
+        numbers[rows] = entries.number[order]
+        del entries, theirs  # or two parts are held while the next one is read
+    write_short(index, f"found-{number:05d}", numbers, found, start=start)
+    return {"rows": int(own.number.size), "visits": visits}
+
+
+def merge(
+    *, report: Report, out: Folder, number: int, partitions: int, width: int
+) -> dict[str, Any]:
+    """Task: the lists of a partition's own rows, from everywhere they were compared."""
+    index = out.sub("index")
+    total = catalog.layout(out.sub("catalog")).total
+    numbers, short = read_short(index, f"lists-{number:05d}")
+    for other in range(partitions):
+        if other == number:
+            continue
+        stem = f"found-{other:05d}"
+        start = read_array(index, f"{stem}.start.npy")
+        visitors, theirs = read_short(
+            index, stem, slice(int(start[number]), int(start[number + 1]))
+        )
+        at = np.searchsorted(numbers, visitors)
+        shortlist.merge_inplace(short, at, theirs, visitors, total)
+    write_lists(
+        index, f"merged-{number:05d}", numbers, shortlist.settle(short, numbers, width, total)
+    )
+    report(numbers.size)
+    return {}
+
+
+def improve(
+    *, report: Report, out: Folder, number: int, parts: int, sizes: list[int], k: int
+) -> dict[str, Any]:
+    """Task: one refinement pass over a partition's own rows. Figures: rows measured.
+
+    Reads the merged lists of all partitions where its own point to, and writes others.
+    """
+    products.use_threads(assigned_cpus())
+    index = out.sub("index")
+    layout = catalog.layout(out.sub("catalog"))
+    assigned, ids = assigned_rows(out, layout), graph_ids(out, layout)
+    starts = (0, *np.cumsum(sizes).tolist())
+    lists_of = Rows(folder=index, name="merged", starts=starts, column="list")
+    numbers, own = read_lists(index, f"merged-{number:05d}")
+    probed = _probed(out, number, parts)
+    after = Lists.empty(numbers.size, k)
+    # rows of one cell ask for the same others
+    order = np.argsort(probed[:, 0], kind="stable")
+    waiting = [order[b : b + _REFINED_ROWS] for b in range(0, order.size, _REFINED_ROWS)][::-1]
+    measured = 0
+    while waiting:
+        some = waiting.pop()
+        block = own.take(some)
+        friends, friend_of = refine.distinct(block.numbers)
+        theirs = lists_of.gather(ids.gather(friends))
+        homes = refine.home_cells(theirs, lambda named: assigned.gather(named)[:, 0])
+        start, found = refine.candidates(
+            numbers[some], probed[some], block.numbers, theirs, homes, friend_of
+        )
+        fetched, where = np.unique(found, return_inverse=True)
+        if fetched.size > _FETCHED_ROWS and some.size > 1:
+            waiting += [some[some.size // 2 :], some[: some.size // 2]]
+            continue
+        better = refine.improved(
+            layout.gather(numbers[some]), numbers[some], block, k, start, found,
+            layout.gather(fetched), where, layout.total,
+        )  # fmt: skip
+        after.numbers[some], after.sqdist[some] = better.numbers, better.sqdist
+        measured += found.size
+        report(some.size)
+    write_lists(index, f"refined-{number:05d}", numbers, after)
+    return {"measured": measured}
+
+
+def finish(
+    *, report: Report, out: Folder, number: int, stem: str, k: int, first: int, rows: int
+) -> dict[str, Any]:
+    """Task: write one part of the graph. Figures: edges, and those that leave the partition.
+
+    first, rows: the graph ids of this partition.
+    """
+    layout = catalog.layout(out.sub("catalog"))
+    numbers, lists = read_lists(out.sub("index"), f"{stem}-{number:05d}")
+    neighbors = np.ascontiguousarray(lists.numbers[:, :k])
+    there = neighbors >= 0
+    graph_id = np.full(neighbors.shape, -1, np.int64)
+    graph_id[there] = graph_ids(out, layout).gather(neighbors[there])
+    hi, lo, difficulty = _read_ids(layout, numbers)
+    part = graph.GraphPart(
+        hi=hi,
+        lo=lo,
+        difficulty=difficulty,
+        neighbors=graph_id,
+        sqdist=np.ascontiguousarray(lists.sqdist[:, :k]),
+    )
+    sums = graph.publish_part(out.sub("graph"), number, part)
+    outside = there & ((graph_id < first) | (graph_id >= first + rows))
+    report(len(neighbors))
+    return {
+        "edges": int(there.sum()),
+        "cross_edges": int(outside.sum()),
+        "checksums": sums,
+    }
+
+
+def measure(*, report: Report, out: Folder, part: int, k: int) -> dict[str, Any]:
+    """Task: exact lists of the measured queries within one catalog part."""
+    report(list_exactly(out, part, MEASURE, f"truth-{part:05d}", k))
+    return {}
+
+
+def list_exactly(out: Folder, part: int, asked: str, answer: str, k: int) -> int:
+    """Publish exact lists of some queries over one catalog part; returns its rows.
+
+    asked, answer: file stems of the queries and of their lists. Memory: the part.
+    """
+    products.use_threads(assigned_cpus())
+    layout = catalog.layout(out.sub("catalog"))
+    queries = read_columns(out.sub("index"), asked, "number", "rows")
+    rows = layout.read(part)
+    numbers = layout.starts[part] + np.arange(len(rows), dtype=np.int64)
+    found = search.search_all(rows, numbers, queries["rows"], queries["number"], k, layout.total)
+    write_lists(out.sub("index"), answer, queries["number"], found)
+    return len(rows)
+
+
+def judge(
+    *, report: Report, out: Folder, parts: int, partitions: int, k: int, stem: str
+) -> dict[str, Any]:
+    """Task: recall of the graph's lists against the exact ones."""
+    index = out.sub("index")
+    layout = catalog.layout(out.sub("catalog"))
+    numbers = read_columns(index, MEASURE, "number")["number"]
+    truth = Lists.empty(numbers.size, k)
+    everyone = np.arange(numbers.size, dtype=np.int64)
+    for part in range(parts):
+        _, theirs = read_lists(index, f"truth-{part:05d}")
+        merge_inplace(truth, everyone, theirs, numbers, layout.total)
+    found = np.full((numbers.size, k), -1, np.int64)
+    for number in range(partitions):
+        named, lists = read_lists(index, f"{stem}-{number:05d}")
+        if named.size:
+            at = np.minimum(np.searchsorted(named, numbers), named.size - 1)
+            here = np.flatnonzero(named[at] == numbers)
+            found[here] = lists.numbers[at[here], :k]
+    recall = knn.recall_of(truth, found, layout.total)
+    return {
+        "recall": recall.value,
+        "recall_ci": [recall.low, recall.high],
+        "recall_queries": recall.queries,
+    }
+
+
+def _at_home(out: Folder, layout: Rows, number: int, parts: int) -> Entries:
+    """A partition's own rows, ascending by number, held once."""
+    size = sum(count_entries(out, part, number, visitors=False) for part in range(parts))
+    own = Entries(
+        rows=np.empty((size, layout.part(0).shape[1]), np.float16),
+        number=np.empty(size, np.int64),
+        home=np.full(size, number, np.int32),
+        probed=np.empty((size, read_probed(out, 0, number).shape[1]), np.int32),
+    )
+    begin = 0
+    for part in range(parts):
+        entries = read_entries(out, part, number, visitors=False)
+        some = slice(begin, begin + entries.number.size)
+        own.rows[some], own.number[some] = entries.rows, entries.number
+        own.probed[some] = entries.probed
+        begin += entries.number.size
+    return own
+
+
+def _probed(out: Folder, number: int, parts: int) -> npt.NDArray[np.int32]:
+    """The cells that a partition's own rows probe, in the order of their numbers."""
+    return np.concatenate([read_probed(out, part, number) for part in range(parts)])
+
+
+def write_short(
+    index: Folder, stem: str, numbers: I64, short: Shortlists, **more: npt.NDArray[Any]
+) -> None:
+    """Publish shortlists of some samples."""
+    write_columns(
+        index, stem, number=numbers, list=short.lists.numbers, near=short.lists.sqdist,
+        exact=short.exact, **more,
+    )  # fmt: skip
+
+
+def read_short(index: Folder, stem: str, rows: slice | None = None) -> tuple[I64, Shortlists]:
+    """Numbers and shortlists of all samples, or of a range."""
+    held = read_columns(index, stem, "number", "list", "near", "exact", rows=rows)
+    lists = Lists(numbers=held["list"], sqdist=held["near"])
+    return held["number"], Shortlists(lists=lists, exact=held["exact"])
+
+
+def write_lists(index: Folder, stem: str, numbers: I64, lists: Lists) -> None:
+    """Publish lists of some samples."""
+    write_columns(index, stem, number=numbers, list=lists.numbers, sqdist=lists.sqdist)
+
+
+def read_lists(index: Folder, stem: str) -> tuple[I64, Lists]:
+    """Numbers and lists."""
+    held = read_columns(index, stem, "number", "list", "sqdist")
+    return held["number"], Lists(numbers=held["list"], sqdist=held["sqdist"])
+
+
+def _read_ids(layout: Rows, numbers: I64) -> tuple[Any, Any, Any]:
+    """uid_hi, uid_lo and difficulty of ascending numbers."""
+    hi = np.empty(numbers.size, np.uint64)
+    lo = np.empty(numbers.size, np.uint64)
+    difficulty = np.empty(numbers.size, np.float32)
+    bounds = np.searchsorted(numbers, layout.starts)
+    for part, start in enumerate(layout.starts[:-1]):
+        some = slice(int(bounds[part]), int(bounds[part + 1]))
+        if some.start < some.stop:
+            rows = numbers[some] - start
+            every = catalog.read_ids(layout.folder, part)
+            hi[some], lo[some], difficulty[some] = (values[rows] for values in every)
+    return hi, lo, difficulty

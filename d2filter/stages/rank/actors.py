@@ -1,0 +1,461 @@
+"""The supersteps of a ranking: partitions in Ray actors that exchange states.
+
+The driver holds counters and references only; states travel from actor to actor. Snapshots of all
+partitions are published at intervals. If an actor dies, a new one restores the snapshots of its
+partitions, and the others send it all their states again. If the driver dies, the next run starts
+from the last snapshots.
+
+See docs/method.md#ranking-in-partitions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from d2filter.algorithm import by_class
+from d2filter.algorithm.greedy import merge, messages, ranker
+from d2filter.algorithm.greedy.supersteps import Snapshot
+from d2filter.algorithm.knn import products
+from d2filter.engine import prometheus, same_code
+from d2filter.engine.fanout import reason_of
+from d2filter.engine.progress import progress_bar, tell
+from d2filter.engine.runner import Runner
+from d2filter.engine.task import Report, assigned_cpus, peak_rss_bytes
+from d2filter.errors import D2FilterError, StageError, StorageError
+from d2filter.formats import graph, logs
+from d2filter.formats.paths import Folder
+from d2filter.formats.rows import mapped, read_array, read_columns, write_columns
+from d2filter.formats.tables import first_line
+from d2filter.stages.graph import by_class as graph_by_class
+from d2filter.stages.rank.auto_settings import WORK, Settled, late_rows
+
+Figures = dict[str, Any]
+
+SAMPLED = 1024  # keys of a partition that choose the splitters
+
+_SAVE_SECONDS = 120.0  # between snapshots
+_RESTARTS = 10  # of one actor
+_LOOK_SECONDS = 5.0  # between looks at the cluster
+_PLACE_SECONDS = 600.0  # that a cluster has to start all of them
+
+
+def run(
+    *, report: Report, runner: Runner, out: Folder, parts: int, made: Figures, total: int
+) -> Figures:
+    """Task of the driver: rank all partitions. Figures: supersteps, rounds, bytes, restarts, peak
+    memory of an actor.
+
+    made: settled, scheme, both_ways, and low and high, the extremes of difficulty in the whole
+    pool. Raises StageError when a partition fails for good, or when nothing moves any more.
+    """
+    ray = runner.ray()
+    crews = runner.processes(parts, made["memory"])
+    numbers = [list(range(parts))[crew::crews] for crew in range(crews)]
+    bar = progress_bar("rank", total, runner.show_progress)
+    needs = {"num_cpus": 1}
+    if made["memory"]:
+        needs["memory"] = min(made["memory"], runner.resources()[2])
+    driver = _Driver(
+        ray, numbers, needs, (out, parts, made), lambda: runner.processes(parts, made["memory"])
+    )
+    try:
+
+        def show(live: int) -> None:
+            bar.update(total - live - bar.n)
+            prometheus.set_share_final(1 - live / total)
+
+        figures = driver.run(show)
+    finally:
+        driver.close()
+        bar.close()
+    return figures
+
+
+def alone(*, report: Report, out: Folder, made: Figures) -> Figures:
+    """Task: rank a graph of one partition. Figures as those of `run`."""
+    actor = _Actor([0], out, 1, made, same_code.own())
+    step = actor.step([])
+    actor.finish()
+    report(actor.size())
+    return {"supersteps": 1, "rounds": step["rounds"], "bytes": 0, "restarts": 0}
+
+
+class _Driver:
+    """Calls the actors, passes references between them, replaces actors that died."""
+
+    def __init__(
+        self,
+        ray: Any,
+        numbers: list[list[int]],
+        needs: Figures,
+        arguments: tuple[Any, ...],
+        places: Callable[[], int],
+    ) -> None:
+        """places: how many processes the cluster has room for now."""
+        self._ray = ray
+        self._remote = ray.remote(_Actor)
+        self._numbers = numbers
+        self._crew_of = {p: a for a, some in enumerate(numbers) for p in some}
+        self._arguments = arguments
+        self._actors: list[Any] = [self._new(some, needs) for some in numbers]
+        self._live = [1] * len(numbers)
+        self._inbox: list[list[Any]] = [[] for _ in numbers]
+        self._restarts = [0] * len(numbers)
+        self._figures: Figures = {"rounds": 0, "bytes": 0, "peak_rss_bytes": 0}
+        self._saved = time.monotonic()
+        self._gather(places)
+
+    def _gather(self, places: Callable[[], int]) -> None:
+        """Wait until all actors have started. Raises StageError if the cluster has no room for
+        them, because Ray would wait forever.
+        """
+        waiting = {actor.ping.remote(): a for a, actor in enumerate(self._actors)}
+        moved: set[int] = set()
+        until = time.monotonic() + _PLACE_SECONDS
+        while waiting:
+            there, late = self._ray.wait(
+                list(waiting), num_returns=len(waiting), timeout=_LOOK_SECONDS
+            )
+            for ping in there:
+                del waiting[ping]
+            if late and places() < len(self._actors):
+                # a node was lost since they were counted: go on without a CPU, as `_replace` does
+                for ping in late:
+                    a = waiting[ping]
+                    if a not in moved:
+                        del waiting[ping]
+                        moved.add(a)
+                        self._ray.kill(self._actors[a])
+                        self._actors[a] = self._new(self._numbers[a], {"num_cpus": 0})
+                        waiting[self._actors[a].ping.remote()] = a
+            elif late and time.monotonic() > until:
+                raise StageError(
+                    f"rank: {len(self._actors)} processes are needed at once, the cluster started "
+                    f"{len(self._actors) - len(late)} in {_PLACE_SECONDS:.0f} s: free its CPUs and "
+                    "run again"
+                )
+
+    def run(self, report: Callable[[int], None]) -> Figures:
+        """Until all scores are final and written."""
+        supersteps = 0
+        written: set[int] = set()
+        while len(written) < len(self._actors):
+            news = self._superstep()
+            supersteps += 1
+            report(sum(self._live))
+            if any(self._live):
+                if not news:
+                    raise StageError(
+                        f"rank: {sum(self._live)} samples wait for one another: a fault of "
+                        "d2filter, please report it with the graph"
+                    )
+                self._save()
+                continue
+            left = sorted(set(range(len(self._actors))) - written)
+            written |= {a for a, done in self._call(left, "finish").items() if done}
+        return {**self._figures, "supersteps": supersteps, "restarts": sum(self._restarts)}
+
+    def close(self) -> None:
+        """End all actors."""
+        for actor in self._actors:
+            # the error that led here must not be hidden by another
+            with contextlib.suppress(self._ray.exceptions.RayError):
+                self._ray.kill(actor)
+
+    def _superstep(self) -> bool:
+        """States in, all that can be final, states out. Returns whether anything changed."""
+        inbox, self._inbox = self._inbox, [[] for _ in self._actors]
+        # those that are done only had to be told while they were not
+        running = {
+            a: (actor, actor.step.remote(inbox[a]))
+            for a, actor in enumerate(self._actors)
+            if self._live[a]
+        }
+        news = False
+        for a, (actor, reference) in running.items():
+            if self._actors[a] is not actor:
+                # replaced meanwhile: what the old one answered is not what the new one knows
+                news = True
+                continue
+            step = self._result(a, reference)
+            if step is None:
+                news = True
+                continue
+            news |= step["news"]
+            self._live[a] = step["live"]
+            self._note(step)
+            for peer, states in step["sent"].items():
+                self._inbox[self._crew_of[peer]].append(states)
+        return news
+
+    def _save(self) -> None:
+        if time.monotonic() - self._saved > _SAVE_SECONDS:
+            self._call(range(len(self._actors)), "save")
+            self._saved = time.monotonic()
+
+    def _call(self, crews: Sequence[int], method: str) -> dict[int, Any]:
+        """What a method of some actors returns; None for those that had to be replaced."""
+        running = {a: getattr(self._actors[a], method).remote() for a in crews}
+        return {a: self._result(a, reference) for a, reference in running.items()}
+
+    def _result(self, a: int, reference: Any) -> Any:
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(reference)
+        except errors.RayTaskError as error:
+            if isinstance(error.cause, D2FilterError):
+                raise error.cause from error
+            if not isinstance(error.cause, errors.RayError):
+                reason = f"{type(error.cause).__name__}: {first_line(error.cause)}"
+                raise StageError(f"rank: {self._partitions_of(a)}: {reason}") from error
+            self._replace(a, error)
+        except errors.RayError as error:
+            # the actor is gone, or what it was sent by another that is gone
+            self._replace(a, error)
+        return None
+
+    def _replace(self, a: int, error: BaseException) -> None:
+        """Replace this actor and all others that died by new ones, from the last snapshots. All
+        states are sent to them again, and those of this actor are sent again to the others.
+        """
+        gone = [b for b in range(len(self._actors)) if not self._alive(b)]
+        for b in {a, *gone}:
+            self._restarts[b] += 1
+        if self._restarts[a] > _RESTARTS:
+            raise StageError(
+                f"rank: the worker of {self._partitions_of(a)} failed {self._restarts[a]} times: "
+                f"{first_line(error)}; give the ranking more memory or more nodes"
+            ) from error
+        reason, here = reason_of(error), self._partitions_of(a)
+        tell(f"rank: the worker of {here} died and is started again ({reason})")
+        told = {"partitions": here, "restarts": self._restarts[a]}
+        with contextlib.suppress(OSError, StorageError):
+            logs.append(
+                self._arguments[0], logs.DRIVER, "worker lost", stage="rank", **told,
+                reason=reason,
+            )  # fmt: skip
+        for b in gone:
+            # without a CPU of its own: where its node was lost there may be none
+            self._actors[b] = self._new(self._numbers[b], {"num_cpus": 0})
+            self._live[b] = 1
+        for b in {a, *gone}:
+            for c, other in enumerate(self._actors):
+                if c != b:
+                    self._inbox[b] += [other.everything_for.remote(p) for p in self._numbers[b]]
+        for c, numbers in enumerate(self._numbers):
+            if c != a and a not in gone:
+                self._inbox[c] += [self._actors[a].everything_for.remote(p) for p in numbers]
+
+    def _new(self, numbers: list[int], needs: Figures) -> Any:
+        made = self._remote.options(max_restarts=0, **needs)
+        return made.remote(numbers, *self._arguments, same_code.own())
+
+    def _alive(self, a: int) -> bool:
+        try:
+            self._ray.get(self._actors[a].ping.remote())
+        except self._ray.exceptions.RayError:
+            return False
+        return True
+
+    def _partitions_of(self, a: int) -> str:
+        numbers = self._numbers[a]
+        shown = ", ".join(str(p) for p in numbers[:4])
+        return f"partitions {shown}" + (f" and {len(numbers) - 4} more" if len(numbers) > 4 else "")
+
+    def _note(self, step: Figures) -> None:
+        self._figures["rounds"] = max(self._figures["rounds"], step["rounds"])
+        self._figures["bytes"] += step["bytes"]
+        self._figures["peak_rss_bytes"] = max(self._figures["peak_rss_bytes"], step["peak"])
+
+
+class _Actor:
+    """Some partitions in a process of their own.
+
+    Where they are several, edges lie in files that the process maps: of a partition that is not
+    advanced just now, the system may need the memory for others.
+    """
+
+    def __init__(
+        self, numbers: list[int], out: Folder, parts: int, made: Figures, driver: same_code.Sources
+    ) -> None:
+        self._driver = driver
+        self._numbers = numbers
+        self._out = out
+        self._parts = parts
+        self._made = made
+        self._shares: dict[int, ranker.Share] = {}
+        self._rounds = 0
+
+    def ping(self) -> None:
+        """Answers while the process lives."""
+
+    def step(self, heard: list[Any]) -> Figures:
+        """One superstep. heard: references to states of other processes. They are fetched one by
+        one, because all of them need not fit into the object store. Returns the number of live
+        samples and references to the states to send.
+        """
+        import ray
+
+        first = not self._shares
+        shares = self._loaded()
+        for reference in heard:
+            number, states = ray.get(reference)
+            shares[number].hear_states(states)
+            del states
+        news = first
+        # before anything is known of the others, all that have edges with them would wait in vain
+        if not first or self._parts == 1:
+            self._rounds += 1
+            for one in shares.values():
+                news |= one.advance() > 0
+        for one in shares.values():
+            for peer, other in shares.items():
+                if other is not one:
+                    states = one.states_for(peer)
+                    other.hear_states(states)
+                    news |= states.ids.size > 0
+        sent, size = {}, 0
+        for peer in range(self._parts):
+            if peer not in shares:
+                states = ranker.joined([one.states_for(peer) for one in shares.values()])
+                if states.ids.size:
+                    sent[peer] = ray.put((peer, states))
+                    size += states.nbytes
+        return {
+            "news": news or bool(sent),
+            "live": sum(one.live() for one in shares.values()),
+            "rounds": self._rounds,
+            "sent": sent,
+            "bytes": size,
+            "peak": peak_rss_bytes(),
+        }
+
+    def size(self) -> int:
+        """Samples of these partitions."""
+        return sum(one.size for one in self._loaded().values())
+
+    def everything_for(self, peer: int) -> tuple[int, ranker.States]:
+        """All states that a partition needs, after it has lost them."""
+        shares = self._loaded().values()
+        return peer, ranker.joined([one.states_for(peer, everything=True) for one in shares])
+
+    def save(self) -> bool:
+        """Publish a snapshot of each partition."""
+        work = self._out.sub(WORK)
+        for number, one in self._loaded().items():
+            snapshot = one.snapshot()
+            state = {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}
+            with work.publish(self._state(number)) as path, path.open("wb") as stream:
+                np.savez(stream, **state)
+        return True
+
+    def finish(self) -> bool:
+        """Write the scores, and the keys best first."""
+        work = self._out.sub(WORK)
+        for number, one in self._loaded().items():
+            if one.live():
+                raise StageError(
+                    f"rank: {one.live()} scores of partition {number} are not final: a fault of "
+                    "d2filter, please report it"
+                )
+            outcome = one.outcome()
+            # rows ascend by uid, so a stable sort is (x descending, uid ascending)
+            order = np.argsort(~outcome.final, kind="stable")
+            sooner = outcome.final
+            if graph.has_groups(self._out.sub("graph")):
+                sooner = self._turns(number, order, outcome)
+                order = np.argsort(~sooner, kind="stable")
+            uid = graph.read_columns(self._out.sub("graph"), number, "uid_hi", "uid_lo")
+            best = merge.Keys(x=sooner[order], hi=uid["uid_hi"][order], lo=uid["uid_lo"][order])
+            write_columns(
+                work, f"scores-{number:05d}", forward=outcome.forward, final=outcome.final,
+                suppressed_by=outcome.suppressed_by, order=order,
+            )  # fmt: skip
+            for stem, keys in (("best", best), ("sampled", merge.sample(best, SAMPLED))):
+                write_columns(work, f"{stem}-{number:05d}", x=keys.x, hi=keys.hi, lo=keys.lo)
+        return True
+
+    def _turns(self, number: int, order: Any, outcome: ranker.Outcome) -> Any:
+        """Of a graph with classes, which lie whole in a partition: when each row's turn comes."""
+        group = graph.read_columns(self._out.sub("graph"), number, "group")["group"]
+        # nothing else begins as low
+        late = outcome.forward == messages.FLOOR
+        phase = by_class.phases(graph_by_class.class_sizes(self._out))
+        return by_class.turns(order, group, late, self._made["budgets"], phase)
+
+    def _loaded(self) -> dict[int, ranker.Share]:
+        if not self._shares:
+            same_code.require_same(self._driver)
+            products.use_threads(assigned_cpus())
+            # all or none: an error while loading must not leave a part of them
+            self._shares = {number: self._load(number) for number in self._numbers}
+        return self._shares
+
+    def _load(self, number: int) -> ranker.Share:
+        one = read_share(self._out, number, self._made["settled"])
+        work = self._out.sub(WORK)
+        for peer in range(self._parts):
+            if peer != number:
+                cut = read_cut(work, peer, number, "source", "target", "sqdist")
+                one.hear_edges(cut["source"], cut["target"], cut["sqdist"])
+        made = self._made
+        one.begin(
+            made["scheme"], made["low"], made["high"], self._known(one, number),
+            both_ways=made["both_ways"],
+            keep=mapped if len(self._numbers) > 1 else lambda array: array,
+        )  # fmt: skip
+        if work.exists(self._state(number)):
+            with work.reading(self._state(number)) as stream:
+                one.restore(Snapshot(**np.load(stream)))
+        return one
+
+    def _state(self, number: int) -> str:
+        """A name that no other plan has: an actor of a run that was given up may still write."""
+        return f"state-{self._made['fingerprint'][:16]}-{number:05d}.npz"
+
+    def _known(self, one: ranker.Share, number: int) -> ranker.Known:
+        """The data of halo samples, by graph id: partition after partition."""
+        work = self._out.sub(WORK)
+        parts = [one.describe(np.empty(0, np.int64))]
+        for peer in range(self._parts):
+            if peer != number:
+                start = read_array(work, f"known-{peer:05d}.start.npy")
+                some = slice(int(start[number]), int(start[number + 1]))
+                names = [field.name for field in fields(ranker.Known)]
+                parts.append(
+                    ranker.Known(**read_columns(work, f"known-{peer:05d}", *names, rows=some))
+                )
+        return ranker.Known(
+            **{
+                field.name: np.concatenate([getattr(part, field.name) for part in parts])
+                for field in fields(ranker.Known)
+            }
+        )
+
+
+def read_share(out: Folder, number: int, settled: Settled, *, lists: bool = True) -> ranker.Share:
+    """One partition, before it has data of the others. lists: with its neighbors; without them, the
+    task `cut` must have run before.
+    """
+    part = graph.read_part(out.sub("graph"), number, lists=lists)
+    columns = {field.name: getattr(part, field.name) for field in fields(ranker.Rows)}
+    if part.neighbors.shape[1] > settled.k:
+        columns["neighbors"] = np.ascontiguousarray(part.neighbors[:, : settled.k])
+        columns["sqdist"] = np.ascontiguousarray(part.sqdist[:, : settled.k])
+    late = late_rows(out, number, part.difficulty, settled)
+    reach = None if lists else read_array(out.sub(WORK), f"reach-{number:05d}.npy")
+    starts = graph.starts(out.sub("graph"))
+    return ranker.Share(ranker.Rows(**columns), starts, number, late, reach)
+
+
+def read_cut(work: Folder, source: int, target: int, *names: str) -> dict[str, Any]:
+    """Columns of the edges that lead from one partition into another."""
+    start = read_array(work, f"cut-{source:05d}.start.npy")
+    some = slice(int(start[target]), int(start[target + 1]))
+    return read_columns(work, f"cut-{source:05d}", *names, rows=some)

@@ -1,0 +1,332 @@
+"""Settings that depend on the whole pool, found on the parts of a graph: the difficulties that are
+cut, the distance of near-copies, gamma. Gives what `algorithm/greedy/auto_settings.py` gives in one
+piece. Only counts, edges between copies and some lists leave a part.
+
+ranking-work/upper-00000.*       counts of distances and of difficulty, see `quantile`; and
+                                 lower-00000.*
+ranking-work/near-00000.*        edges between copies that begin in a part
+ranking-work/copies.ids.npy      graph ids, ascending, of those that a better copy stands for
+ranking-work/lists-00000.*       of a part, lists that gamma is found on: neighbors, sqdist, reach
+ranking-work/asked.ids.npy       graph ids, ascending, of the samples that these name
+ranking-work/answers-00000.*     of those in a part: reach, and whether they rank last
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from d2filter.algorithm import quantile, sizes
+from d2filter.algorithm.greedy import auto_gamma, auto_settings, demoted, local_kernel, near_copies
+from d2filter.engine.task import Report
+from d2filter.formats import graph
+from d2filter.formats.paths import Folder
+from d2filter.formats.rows import read_array, read_columns, write_columns
+
+Figures = dict[str, Any]
+I64 = npt.NDArray[np.int64]
+
+WORK = "ranking-work"
+
+
+Settled = auto_settings.Settled
+
+
+def settle(
+    each: Any,
+    run: Any,
+    out: Folder,
+    wanted: auto_settings.Wanted,
+    k: int,
+    total: int,
+    told: auto_settings.Told,
+) -> Settled:
+    """Find what is wanted, as `algorithm.greedy.auto_settings.settle` does in one piece. k:
+    neighbors of each list that count. each(label, task, **arguments) runs a task on every part,
+    run(label, task, **arguments) runs one for the whole pool; both return figures.
+    """
+    if total * k <= sizes.SETTLED_WHOLE:
+        return Settled(**run("settle", settle_whole, wanted=wanted, k=k, told=told)["settled"])
+    values, share = _places(each, out, wanted, k, total, told)
+    median_reach = values.get("reach", 0.0)
+    most: float | None
+    most = near_copies.threshold(median_reach) if wanted.copies == "auto" else wanted.copies
+    above = values.get("difficulty")
+    found = Settled(
+        k=k,
+        gamma=0.0 if wanted.gamma is None else wanted.gamma,
+        unit=values.get("sqdist", 1.0),
+        floor=local_kernel.floor_of(median_reach),
+        cut=str(share),
+        above=above,
+        copies_sqdist=most,
+    )
+    if most is not None:
+        each("near", near, k=k, most=most, above=above)
+        found = replace(found, copies=run("copies", join_copies, above=above)["copies"])
+    if wanted.tunes:
+        each("lists", write_lists, k=k, settled=found)
+        run("asked", gather_asked)
+        answers = each("answers", answer, k=k, settled=found)
+        last = sum(figures["last"] for figures in answers)
+        tuned = run(
+            "gamma", find_gamma, wanted=wanted, settled=found, total=total, told=told, last=last
+        )["tuned"]
+        found = replace(found, gamma=tuned["gamma"], tuned=tuned)
+    return found
+
+
+def settle_whole(
+    *, report: Report, out: Folder, wanted: auto_settings.Wanted, k: int, told: auto_settings.Told
+) -> Figures:
+    """Task: all of it for a graph that is held at once: a task less for each part and step."""
+    whole = graph.read(out.sub("graph"))
+    found, last = auto_settings.settle(
+        wanted, whole.difficulty, whole.hi, whole.lo, whole.neighbors[:, :k], whole.sqdist[:, :k],
+        told,
+    )  # fmt: skip
+    if found.above is not None:
+        last &= whole.difficulty <= np.float32(found.above)
+    write_columns(out.sub(WORK), "copies", ids=np.flatnonzero(last))
+    report(last.size)
+    return {"settled": asdict(found)}
+
+
+def _places(
+    each: Any,
+    out: Folder,
+    wanted: auto_settings.Wanted,
+    k: int,
+    total: int,
+    told: auto_settings.Told,
+) -> tuple[dict[str, float], Decimal]:
+    """Quantiles of the whole pool by name, and the share of the hardest to take away."""
+    share = wanted.cut_hardest
+    kinds = [
+        name
+        for name, needed in (
+            ("difficulty", share is None or demoted.cut_size(total, share) > 0),
+            ("sqdist", wanted.median),
+            ("reach", wanted.reaches),
+        )
+        if needed
+    ]
+    if not kinds:
+        return {}, share or Decimal(0)
+    each("upper", count_upper, k=k, kinds=kinds)
+    upper = _summed(out, "upper", kinds)
+    if share is None:
+        share = wanted.auto_cut(upper["difficulty"], told)
+    cut = demoted.cut_size(total, share)
+    places: dict[str, tuple[int, int]] = {}
+    for name in kinds:
+        held = int(upper[name].sum())
+        if name == "difficulty":
+            if cut:
+                places[name] = quantile.locate(upper[name], total - 1 - cut)
+        elif held:
+            places[name] = quantile.locate(upper[name], (held - 1) // 2)
+    each("lower", count_lower, k=k, bins={name: at for name, (at, _) in places.items()})
+    lower = _summed(out, "lower", list(places))
+    return {
+        name: quantile.value_of(at, quantile.locate(lower[name], rest)[0])
+        for name, (at, rest) in places.items()
+    }, share
+
+
+def late_rows(
+    out: Folder, number: int, difficulty: npt.NDArray[np.float32], settled: Settled
+) -> Any:
+    """Which rows of a part rank last, (n,) bool."""
+    rows = np.zeros(difficulty.size, np.bool_)
+    if settled.above is not None:
+        rows = difficulty > np.float32(settled.above)
+    if settled.copies:
+        starts = graph.starts(out.sub("graph"))
+        ids = read_array(out.sub(WORK), "copies.ids.npy")
+        some = ids[np.searchsorted(ids, starts[number]) : np.searchsorted(ids, starts[number + 1])]
+        rows[some - starts[number]] = True
+    return rows
+
+
+def count_upper(*, report: Report, out: Folder, number: int, k: int, kinds: list[str]) -> Figures:
+    """Task: upper halves of the keys of a part."""
+    values = _values(out, number, k, kinds)
+    counts = {name: quantile.upper_counts(some) for name, some in values.items()}
+    write_columns(out.sub(WORK), f"upper-{number:05d}", **counts)
+    report(max(some.size for some in values.values()))
+    return {}
+
+
+def count_lower(
+    *, report: Report, out: Folder, number: int, k: int, bins: dict[str, int]
+) -> Figures:
+    """Task: lower halves of those that share the upper half of what is looked for."""
+    values = _values(out, number, k, list(bins))
+    counts = {name: quantile.lower_counts(some, bins[name]) for name, some in values.items()}
+    write_columns(out.sub(WORK), f"lower-{number:05d}", **counts)
+    report(max((some.size for some in values.values()), default=0))
+    return {}
+
+
+def near(
+    *, report: Report, out: Folder, number: int, k: int, most: float, above: float | None
+) -> Figures:
+    """Task: edges of a part between copies."""
+    held = graph.read_columns(out.sub("graph"), number, "difficulty", "neighbors", "sqdist")
+    row, target = demoted.near(held["neighbors"][:, :k], held["sqdist"][:, :k], most)
+    if above is not None:
+        stays = held["difficulty"][row] <= np.float32(above)
+        row, target = row[stays], target[stays]
+    source = graph.starts(out.sub("graph"))[number] + row
+    write_columns(out.sub(WORK), f"near-{number:05d}", source=source, target=target)
+    report(held["difficulty"].size)
+    return {"edges": int(source.size)}
+
+
+def join_copies(*, report: Report, out: Folder, above: float | None) -> Figures:
+    """Task: which copies a better one stands for. Holds the edges between copies of the pool, and
+    about 50 bytes for each of their ends.
+    """
+    starts = graph.starts(out.sub("graph"))
+    parts = len(starts) - 1
+    edges = [read_columns(out.sub(WORK), f"near-{p:05d}", "source", "target") for p in range(parts)]
+    source = np.concatenate([some["source"] for some in edges])
+    target = np.concatenate([some["target"] for some in edges])
+    del edges
+    ids = np.unique(np.concatenate([source, target]))
+    cuts = np.searchsorted(ids, starts)
+    known: dict[str, list[Any]] = {"difficulty": [], "uid_hi": [], "uid_lo": []}
+    for p in range(parts):
+        mine = ids[cuts[p] : cuts[p + 1]] - starts[p]
+        if mine.size:
+            columns = graph.read_columns(out.sub("graph"), p, *known)
+            for name, values in columns.items():
+                known[name].append(values[mine])
+    difficulty, hi, lo = (
+        np.concatenate([np.empty(0, kind), *known[name]])
+        for name, kind in (("difficulty", np.float32), ("uid_hi", np.uint64), ("uid_lo", np.uint64))
+    )
+    if above is not None:
+        stays = difficulty <= np.float32(above)
+        both = stays[np.searchsorted(ids, source)] & stays[np.searchsorted(ids, target)]
+        source, target = source[both], target[both]
+        left = np.isin(ids, np.concatenate([source, target]))
+        difficulty, hi, lo = difficulty[left], hi[left], lo[left]
+    found = demoted.copies(source, target, difficulty, hi, lo)
+    write_columns(out.sub(WORK), "copies", ids=found)
+    report(int(starts[-1]))
+    return {"copies": int(found.size)}
+
+
+def write_lists(*, report: Report, out: Folder, number: int, k: int, settled: Settled) -> Figures:
+    """Task: the lists of a part that gamma is found on, and the samples that they name."""
+    held = graph.read_columns(out.sub("graph"), number, "uid_hi", "uid_lo", "difficulty")
+    starts = graph.starts(out.sub("graph"))
+    chosen = auto_gamma.chosen_rows(held["uid_hi"], held["uid_lo"], int(starts[-1]))
+    rows = np.flatnonzero(chosen & ~late_rows(out, number, held["difficulty"], settled))
+    lists = graph.read_columns(out.sub("graph"), number, "neighbors", "sqdist")
+    neighbors, sqdist = lists["neighbors"][:, :k], lists["sqdist"][:, :k]
+    reach = local_kernel.reach(sqdist)
+    write_columns(
+        out.sub(WORK), f"lists-{number:05d}", neighbors=neighbors[rows], sqdist=sqdist[rows],
+        reach=reach[rows],
+    )  # fmt: skip
+    report(reach.size)
+    return {"lists": int(rows.size)}
+
+
+def gather_asked(*, report: Report, out: Folder) -> Figures:
+    """Task: graph ids, ascending, of all samples that the chosen lists name."""
+    work = out.sub(WORK)
+    starts = graph.starts(out.sub("graph"))
+    named = [
+        np.unique(read_array(work, f"lists-{p:05d}.neighbors.npy")) for p in range(len(starts) - 1)
+    ]
+    ids = np.unique(np.concatenate(named))
+    write_columns(work, "asked", ids=ids[ids >= 0])
+    report(int(starts[-1]))
+    return {"asked": int(ids.size)}
+
+
+def answer(*, report: Report, out: Folder, number: int, k: int, settled: Settled) -> Figures:
+    """Task: reach of the samples of a part that were asked about, and whether they rank last."""
+    starts = graph.starts(out.sub("graph"))
+    ids = read_array(out.sub(WORK), "asked.ids.npy")
+    mine = ids[np.searchsorted(ids, starts[number]) : np.searchsorted(ids, starts[number + 1])]
+    held = graph.read_columns(out.sub("graph"), number, "difficulty", "sqdist")
+    rows = mine - starts[number]
+    last = late_rows(out, number, held["difficulty"], settled)
+    write_columns(
+        out.sub(WORK), f"answers-{number:05d}", reach=local_kernel.reach(held["sqdist"][rows, :k]),
+        last=last[rows],
+    )  # fmt: skip
+    report(last.size)
+    return {"last": int(last.sum())}
+
+
+def find_gamma(
+    *,
+    report: Report,
+    out: Folder,
+    wanted: auto_settings.Wanted,
+    settled: Settled,
+    total: int,
+    told: auto_settings.Told,
+    last: int,
+) -> Figures:
+    """Task: gamma, from the chosen lists and the answers. last: samples that rank last."""
+    work = out.sub(WORK)
+    parts = len(graph.starts(out.sub("graph"))) - 1
+    ids = read_array(work, "asked.ids.npy")
+
+    def column(stem: str, name: str) -> Any:
+        return np.concatenate(
+            [read_array(work, f"{stem}-{p:05d}.{name}.npy") for p in range(parts)]
+        )
+
+    neighbors = column("lists", "neighbors")
+    there = neighbors >= 0
+    at = np.searchsorted(ids, np.where(there, neighbors, ids[0] if ids.size else 0))
+    reach, late_ones = column("answers", "reach"), column("answers", "last")
+    if not ids.size:
+        reach, late_ones = np.zeros(1, np.float32), np.zeros(1, np.bool_)
+    lists = auto_settings.Lists(
+        sqdist=column("lists", "sqdist"),
+        reach=column("lists", "reach"),
+        reach_of=reach[at],
+        through=there & ~late_ones[at],
+    )
+    tuned = auto_settings.tune(wanted, lists, total, last, settled.floor, settled.unit, told)
+    report(total)
+    return {"tuned": tuned}
+
+
+def _values(
+    out: Folder, number: int, k: int, kinds: list[str]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """What is counted of a part, by name."""
+    folder = out.sub("graph")
+    found: dict[str, npt.NDArray[np.float32]] = {}
+    if "difficulty" in kinds:
+        found["difficulty"] = graph.read_columns(folder, number, "difficulty")["difficulty"]
+    if set(kinds) - {"difficulty"}:
+        sqdist = graph.read_columns(folder, number, "sqdist")["sqdist"][:, :k]
+        made = {"sqdist": demoted.apart, "reach": local_kernel.reach}
+        found |= {name: make(sqdist) for name, make in made.items() if name in kinds}
+    return found
+
+
+def _summed(out: Folder, stem: str, kinds: list[str]) -> dict[str, I64]:
+    if not kinds:
+        return {}
+    parts = len(graph.starts(out.sub("graph"))) - 1
+    total: dict[str, I64] = {}
+    for number in range(parts):
+        for name, counts in read_columns(out.sub(WORK), f"{stem}-{number:05d}", *kinds).items():
+            total[name] = total.get(name, 0) + counts
+    return total

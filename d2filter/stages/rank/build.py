@@ -1,0 +1,259 @@
+"""Stage rank: graph → ranking/. One partition per graph part, then one order over all of them.
+
+The steps are settle (see `late`), cut, describe, supersteps (in actors, see `supersteps`), ranges,
+merge, finish.
+
+ranking-work/cut-00000.*      edges that leave a partition: source, target, sqdist; start (P + 1,)
+ranking-work/reach-00000.npy  squared distances of its rows to their last neighbors
+ranking-work/known-00000.*    for the halos of the others: ids, hi, lo, difficulty, late, reach of
+                              the samples that they have edges with; start (P + 1,)
+ranking-work/state-*.npz      the last snapshot of each partition
+ranking-work/scores-00000.*   forward, final, suppressed_by of its rows; order: best key first
+ranking-work/best-00000.*     its keys in that order; sampled-00000.*: some of them, for splitters
+ranking-work/ranges-00000.*   where these keys are cut into ranges
+ranking-work/ranks-00000.*    ranks of one range of keys, by partition; start (P + 1,)
+ranking/part-00000.parquet    the ranking
+
+ranking-work/ is removed when the ranking is done.
+
+See docs/method.md#global-order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from d2filter.algorithm.greedy import auto_settings, merge
+from d2filter.config import RunConfig
+from d2filter.engine.runner import Runner
+from d2filter.engine.task import Report, Task, checksums_of
+from d2filter.formats import graph, ranking
+from d2filter.formats.paths import Folder
+from d2filter.formats.rows import read_array, read_columns, write_array, write_columns
+from d2filter.stages.rank import actors
+from d2filter.stages.rank import auto_settings as settings_on_parts
+from d2filter.stages.rank import in_memory as rank_in_memory
+from d2filter.stages.rank.actors import read_cut, read_share
+from d2filter.stages.rank.auto_settings import WORK
+
+Figures = dict[str, Any]
+
+
+def build(
+    runner: Runner,
+    out: Folder,
+    config: RunConfig,
+    fingerprint: str,
+    k: int,
+    told: auto_settings.Told,
+) -> Figures:
+    """Run all tasks; returns the stage's figures. k: neighbors of each list that count."""
+    if config.rank.method != "d2":
+        return rank_in_memory.build(runner, out, config, fingerprint, k)
+    starts = graph.starts(out.sub("graph"))
+    parts, total = len(starts) - 1, int(starts[-1])
+    peak = 0
+    seconds: dict[str, float] = {}
+
+    def fan_out(label: str, tasks: list[Task]) -> list[Figures]:
+        nonlocal peak
+        found = runner.map(
+            "rank", tasks, fingerprint=fingerprint, label=label, total=total,
+            memory=config.memory_per_worker,
+        )  # fmt: skip
+        peak = max(peak, *(f["peak_rss_bytes"] for f in found))
+        seconds[f"rank_{label}"] = max(f["seconds"] for f in found)
+        return found
+
+    def each(label: str, run: Any, **arguments: Any) -> list[Figures]:
+        return fan_out(
+            label,
+            [
+                Task(
+                    name=f"{label}-{number:05d}",
+                    run=run,
+                    arguments={"out": out, "number": number, **arguments},
+                )
+                for number in range(parts)
+            ],
+        )
+
+    def alone(label: str, run: Any, **arguments: Any) -> Figures:
+        return fan_out(label, [Task(name=label, run=run, arguments={"out": out, **arguments})])[0]
+
+    settled = settings_on_parts.settle(each, alone, out, config.rank.wanted, k, total, told)
+    ends = each("cut", cut, settled=settled)
+    each("describe", describe, parts=parts, settled=settled)
+    made = {
+        "settled": settled,
+        "scheme": config.rank.scheme(settled),
+        "both_ways": config.rank.undirected,
+        "budgets": config.rank.group_budgets,
+        "fingerprint": fingerprint,
+        "memory": config.memory_per_worker,
+        "low": min(f["low"] for f in ends),
+        "high": max(f["high"] for f in ends),
+    }
+    done = _supersteps(runner, out, parts, made, fingerprint, total)
+    each("ranges", cut_keys, parts=parts)
+    each("merge", merge_range, parts=parts)
+    finished = each("finish", finish, parts=parts)
+    return {
+        "method": "d2",
+        "rounds": done["rounds"],
+        "supersteps": done["supersteps"],
+        "bytes_exchanged": done["bytes"],
+        "restarts": done["restarts"],
+        "cut_edges": sum(f["edges"] for f in ends),
+        "late": {
+            "hardest": sum(f["late"] for f in ends) - settled.copies,
+            "copies": settled.copies,
+        },
+        **told_of(settled),
+        "difficulty_range": [made["low"], made["high"]],
+        "partitions": parts,
+        "checksums": checksums_of(finished),
+        "seconds_detail": {**seconds, "supersteps": done["seconds"]},
+        "peak_rss": max(peak, done["peak_rss_bytes"]),
+    }
+
+
+def _supersteps(
+    runner: Runner, out: Folder, parts: int, made: Figures, fingerprint: str, total: int
+) -> Figures:
+    """Run the supersteps: in actors for several partitions, in a task for one."""
+    if parts == 1:
+        task = Task(name="supersteps", run=actors.alone, arguments={"out": out, "made": made})
+        return runner.map(
+            "rank", [task], fingerprint=fingerprint, label="rank", total=total,
+            memory=made["memory"], share_node=True,
+        )[0]  # fmt: skip
+    task = Task(
+        name="supersteps",
+        run=actors.run,
+        arguments={"runner": runner, "out": out, "parts": parts, "made": made, "total": total},
+    )
+    return runner.here("rank", task, fingerprint=fingerprint, skip=True)
+
+
+def told_of(settled: settings_on_parts.Settled) -> Figures:
+    """The settings that were found on the pool, for the record of the stage."""
+    tuned = {name: value for name, value in settled.tuned.items() if name != "gamma"}
+    return {
+        "gamma": settled.gamma,
+        "gamma_unit": settled.unit,
+        "gamma_floor": settled.floor,
+        "copies_sqdist": settled.copies_sqdist,
+        "cut_hardest": settled.cut,
+        **tuned,
+    }
+
+
+def tidy(out: Folder) -> None:
+    """Remove files that are needed only while a ranking is made. Call it after the stage is
+    recorded.
+    """
+    out.remove(WORK)
+
+
+def cut(*, report: Report, out: Folder, number: int, settled: settings_on_parts.Settled) -> Figures:
+    """Task: the edges that leave a partition. Figures: their number, the extremes of difficulty,
+    and the number of demoted samples.
+    """
+    one = read_share(out, number, settled)
+    leaving = one.cut()
+    write_columns(
+        out.sub(WORK), f"cut-{number:05d}", start=leaving.start, source=leaving.source,
+        target=leaving.target, sqdist=leaving.sqdist,
+    )  # fmt: skip
+    write_array(out.sub(WORK), f"reach-{number:05d}.npy", one.reach)
+    low, high = one.range()
+    report(one.size)
+    return {"edges": int(leaving.source.size), "low": low, "high": high, "late": one.late()}
+
+
+def describe(
+    *, report: Report, out: Folder, number: int, parts: int, settled: settings_on_parts.Settled
+) -> Figures:
+    """Task: the data of own samples that other partitions need for their halos."""
+    work = out.sub(WORK)
+    one = read_share(out, number, settled, lists=False)
+    own = read_columns(work, f"cut-{number:05d}", "start", "source")
+    ids = []
+    for peer in range(parts):
+        mine = own["source"][own["start"][peer] : own["start"][peer + 1]]
+        theirs = np.empty(0, np.int64)
+        if peer != number:
+            theirs = read_cut(work, peer, number, "target")["target"]
+        ids.append(np.union1d(mine, theirs))
+    every = np.concatenate(ids)
+    known = one.describe(every)
+    start = np.cumsum([0, *(some.size for some in ids)])
+    columns = {field.name: getattr(known, field.name) for field in fields(known)}
+    write_columns(work, f"known-{number:05d}", start=start, **columns)
+    report(one.size)
+    return {}
+
+
+def cut_keys(*, report: Report, out: Folder, number: int, parts: int) -> Figures:
+    """Task: where the keys of a partition, best first, are cut into ranges."""
+    work = out.sub(WORK)
+    samples = [_keys(read_columns(work, f"sampled-{p:05d}", "x", "hi", "lo")) for p in range(parts)]
+    best = _keys(read_columns(work, f"best-{number:05d}", "x", "hi", "lo"))
+    cuts = merge.cut(best, merge.splitters(samples, parts))
+    # fewer keys than ranges: the last ones are empty
+    cuts = np.append(cuts, np.full(parts + 1 - cuts.size, best.x.size))
+    write_columns(work, f"ranges-{number:05d}", start=cuts)
+    report(best.x.size)
+    return {}
+
+
+def merge_range(*, report: Report, out: Folder, number: int, parts: int) -> Figures:
+    """Task: ranks of one range of keys, over all partitions."""
+    work = out.sub(WORK)
+    pieces, first = [], 0
+    for p in range(parts):
+        start = read_array(work, f"ranges-{p:05d}.start.npy")
+        first += int(start[number])
+        some = slice(int(start[number]), int(start[number + 1]))
+        pieces.append(_keys(read_columns(work, f"best-{p:05d}", "x", "hi", "lo", rows=some)))
+    ranks = merge.ranks(pieces, first)
+    write_columns(
+        work, f"ranks-{number:05d}", start=np.cumsum([0, *(r.size for r in ranks)]),
+        rank=np.concatenate(ranks),
+    )  # fmt: skip
+    report(sum(r.size for r in ranks))
+    return {}
+
+
+def finish(*, report: Report, out: Folder, number: int, parts: int) -> Figures:
+    """Task: write one part of the ranking."""
+    work = out.sub(WORK)
+    rows = graph.read_columns(out.sub("graph"), number, "uid_hi", "uid_lo", "difficulty")
+    scores = read_columns(
+        work, f"scores-{number:05d}", "forward", "final", "suppressed_by", "order"
+    )
+    pieces = []
+    for r in range(parts):
+        start = read_array(work, f"ranks-{r:05d}.start.npy")
+        some = slice(int(start[number]), int(start[number + 1]))
+        pieces.append(read_columns(work, f"ranks-{r:05d}", "rank", rows=some)["rank"])
+    rank = np.empty(scores["order"].size, np.int64)
+    rank[scores["order"]] = np.concatenate(pieces)
+    part = ranking.RankingPart(
+        **rows,
+        forward=scores["forward"],
+        final=scores["final"],
+        rank=rank,
+        suppressed_by=scores["suppressed_by"],
+    )
+    sums = ranking.publish_part(out.sub("ranking"), number, part)
+    report(rank.size)
+    return {"checksums": sums}
+
+
+def _keys(columns: dict[str, Any]) -> merge.Keys:
+    return merge.Keys(x=columns["x"], hi=columns["hi"], lo=columns["lo"])
