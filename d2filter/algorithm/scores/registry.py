@@ -1,8 +1,8 @@
 """Scores that can be a sample's difficulty: one function each, and a table of all.
 
-Scores from embeddings are here, those from a training log in `training_dynamics.py`. The table at the end
-states what a high value means and which end is kept first. `difficulty` turns the sign if needed,
-so that higher goes first.
+Scores from embeddings are here, those from a training log in `training_dynamics.py`. The table at
+the end states what a high value means and which end is kept first. `difficulty` turns the sign if
+needed, so that higher goes first.
 """
 
 from __future__ import annotations
