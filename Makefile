@@ -6,6 +6,7 @@ lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(dir $(shell command -v $(PYTHON)))lint-imports
 
 test:
 	$(PYTHON) -m pytest

@@ -17,24 +17,20 @@ from d2filter.algorithm import by_class, uids
 from d2filter.algorithm.budget import parse_fraction
 from d2filter.algorithm.greedy import auto_settings, demoted, schemes
 from d2filter.algorithm.methods import selectors, submodular
-from d2filter.algorithm.scores import registry as scores
-from d2filter.algorithm.scores import terms as summed
+from d2filter.checks import at_least, finite, whole
 from d2filter.errors import UsageError
+from d2filter.formats.reading import DEFAULT_ARCH as DEFAULT_ARCH
+from d2filter.formats.reading import CatalogConfig as CatalogConfig
+from d2filter.models import BUNDLED_MODEL as BUNDLED_MODEL
 
-FeatureType = Literal["image|text", "image", "text"]
 METHODS = ("d2", *selectors.SELECTORS)
 GAMMA_SCALES = ("none", "median")
 AUTO: Literal["auto"] = "auto"
 TUNED_FOR = Decimal("0.3")  # where nothing says which budget a ranking is for
-FEATURE_TYPES: tuple[FeatureType, ...] = ("image|text", "image", "text")
 DEVICES = ("auto", "cpu", "cuda")
 ALPHAS = ("drop", "white", "black")
 PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16")
-DEFAULT_ARCH = "l14"
 LEAST_MEMORY = 700_000_000  # of a worker: half of it is taken before it holds a sample
-BUNDLED_MODEL = "d2filter-tiny"
-# options of a catalog that say where something lies; its content counts, not the place
-CATALOG_SOURCES = ("score_target", "training_log", "score_file", "within")
 MAX_PIXELS = 89_478_485  # Pillow's own limit
 
 # names that DataComp's metadata gives to open_clip's models
@@ -66,8 +62,8 @@ class EmbedConfig:
     """NAME in NAME_img, NAME_txt, clip_NAME_similarity_score; empty: from the model's name"""
 
     def __post_init__(self) -> None:
-        _at_least("batch-size", self.batch_size, 1)
-        _at_least("max-pixels", self.max_pixels, 1)
+        at_least("batch-size", self.batch_size, 1)
+        at_least("max-pixels", self.max_pixels, 1)
         if self.alpha not in ALPHAS:
             raise UsageError(f"alpha is {self.alpha!r}, allowed are {', '.join(ALPHAS)}")
         if not self.shards:
@@ -90,138 +86,6 @@ class EmbedConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CatalogConfig:
-    """Metadata → valid, distinct samples."""
-
-    arch: str = DEFAULT_ARCH
-    """picks NAME_img, NAME_txt and clip_NAME_similarity_score"""
-    score_column: str = ""
-    """parquet column with the difficulty; empty: clip_NAME_similarity_score, else the cosine"""
-    score: str = ""
-    """terms of `scores.SCORES` and columns (`algorithm/scores/terms.py`); empty: the column"""
-    score_file: str = ""
-    """scores from elsewhere: .parquet or .csv with uid, or a folder of them; score_column, or the
-    only other column, is the difficulty, unless score names its columns"""
-    within: str = ""
-    """subset as .npy, or run directory: samples outside of it are not ranked"""
-    keep_first: str = ""
-    """which end of the score goes first, high or low; empty: the score's own, high of a column"""
-    score_target: str = ""
-    """norm_sim: .npy (t, d), or .npz with NAME_img, of the image embeddings of a target set"""
-    score_batch: int = 4096
-    """negclip_loss: pairs in a random batch, about"""
-    score_rounds: int = 4
-    """negclip_loss: random batchings that are averaged"""
-    group_column: str = ""
-    """parquet column with the class of each sample: edges stay inside of it; empty: no classes"""
-    clip_scores: Decimal = Decimal(0)
-    """share of the samples, at each end, whose scores become that of the next sample inside"""
-    training_log: str = ""
-    """scores from training: .parquet file, or folder of them (`formats/traininglog.py`)"""
-    feature_type: FeatureType = "image|text"
-    """which embeddings make the graph"""
-    feature_keys: tuple[str, ...] = ()
-    """npz keys that make the graph in place of NAME_img and NAME_txt, concatenated"""
-    normalize: bool = True
-    """L2-normalize each modality"""
-
-    def __post_init__(self) -> None:
-        if self.feature_type not in FEATURE_TYPES:
-            raise UsageError(
-                f"feature-type is {self.feature_type!r}, "
-                f"allowed are {', '.join(repr(f) for f in FEATURE_TYPES)}"
-            )
-        if not self.arch:
-            raise UsageError("arch is empty: --arch l14 reads l14_img and l14_txt")
-        written = summed.canonical(self.terms) if self.terms else ""
-        object.__setattr__(self, "score", written)  # one spelling, one fingerprint
-        if self.score and self.score_column:
-            raise UsageError("score and score-column are both given: name one of them")
-        if self.keep_first not in ("", "high", "low"):
-            raise UsageError(f"keep-first is {self.keep_first!r}, allowed are high and low")
-        if not (self.clip_scores.is_finite() and 0 <= self.clip_scores < Decimal("0.5")):
-            raise UsageError(
-                f"clip-scores is {self.clip_scores}, allowed is 0 to below 0.5, a share of the "
-                "samples at each end: --clip-scores 0.001"
-            )
-        _at_least("score-batch", self.score_batch, 2)
-        _at_least("score-rounds", self.score_rounds, 1)
-        for need, option, value in (
-            ("target", "score-target", self.score_target),
-            ("log", "training-log", self.training_log),
-        ):
-            if (need in self.needs) != bool(value):
-                names = ", ".join(n for n, s in scores.SCORES.items() if s.needs == need)
-                raise UsageError(
-                    f"{option} is for the scores {names}, and score is {self.score or 'a column'}"
-                    if value
-                    else f"score {self.score} needs --{option}"
-                )
-        both = self.feature_type == "image|text" and not self.feature_keys
-        if not both and any(term.name == "negclip_loss" for term in self.terms):
-            raise UsageError(
-                "score negclip_loss needs both embeddings: use it with --feature-type 'image|text' "
-                "and without --feature-keys"
-            )
-
-    @classmethod
-    def from_options(cls, options: dict[str, Any], sources: dict[str, str]) -> CatalogConfig:
-        """From a run's record, which tells apart what was asked and where it lay."""
-        places = {name: sources.get(name, "") for name in CATALOG_SOURCES}
-        keys = tuple(options["feature_keys"])
-        share = Decimal(options.get("clip_scores", "0"))
-        return cls(**{**options, **places, "feature_keys": keys, "clip_scores": share})
-
-    def describe(self, has_column: bool, file_column: str = "") -> dict[str, str]:
-        """What the difficulty is, for those who come after: name, meaning of a high score, the end
-        that is kept first. has_column: whether the metadata brought the score. file_column: that of
-        the score file.
-        """
-        name = self.score or file_column or (self.score_name if has_column else "clip_score")
-        given = self.score or self.score_column or self.score_file
-        own = self.score if self.score in scores.SCORES else "" if given else "clip_score"
-        meaning = scores.SCORES[own].meaning if own else "unknown"
-        return {"name": name, "high_is": meaning, "kept_first": self.first}
-
-    @property
-    def terms(self) -> tuple[summed.Term, ...]:
-        """The terms of the score; none without --score."""
-        return summed.parse(self.score) if self.score else ()
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What the terms are computed from: some of pair, target, pool and log."""
-        computed = [scores.SCORES[t.name] for t in self.terms if t.name in scores.SCORES]
-        return frozenset(score.needs for score in computed)
-
-    @property
-    def logged(self) -> tuple[str, ...]:
-        """Scores that are computed from the training log."""
-        names = dict.fromkeys(term.name for term in self.terms)
-        return tuple(n for n in names if n in scores.SCORES and scores.SCORES[n].needs == "log")
-
-    @property
-    def waits(self) -> bool:
-        """Whether the score needs the whole pool: a term does, or is ranked in it."""
-        return "pool" in self.needs or any(term.ranked for term in self.terms)
-
-    @property
-    def first(self) -> str:
-        """The end of the score that is kept first: high or low."""
-        own = scores.SCORES[self.score].kept_first if self.score in scores.SCORES else "high"
-        return self.keep_first or own
-
-    def raw(self, difficulty: float) -> float:
-        """A difficulty as the score that it was made of."""
-        return difficulty if self.first == "high" else 0.0 - difficulty
-
-    @property
-    def score_name(self) -> str:
-        """The parquet column that holds the difficulty, where there is one."""
-        return self.score_column or f"clip_{self.arch}_similarity_score"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class GraphConfig:
     """Samples → kNN graph."""
 
@@ -235,10 +99,10 @@ class GraphConfig:
     """of the hashes that choose samples for training, calibration and measuring"""
 
     def __post_init__(self) -> None:
-        _at_least("n-neighbors", self.n_neighbors, 1)
-        _at_least("exact-below", self.exact_below, 0)
-        _whole("seed", self.seed)
-        if not (_finite(self.target_recall) and 0 < self.target_recall <= 1):
+        at_least("n-neighbors", self.n_neighbors, 1)
+        at_least("exact-below", self.exact_below, 0)
+        whole("seed", self.seed)
+        if not (finite(self.target_recall) and 0 < self.target_recall <= 1):
             raise UsageError(
                 f"target-recall is {self.target_recall}, allowed is above 0 and at most 1: "
                 "--target-recall 0.95"
@@ -290,25 +154,25 @@ class RankConfig:
 
     def __post_init__(self) -> None:
         if self.n_neighbors:
-            _at_least("n-neighbors", self.n_neighbors, 1)
-        _whole("seed", self.seed)
+            at_least("n-neighbors", self.n_neighbors, 1)
+        whole("seed", self.seed)
         cut = self.cut_hardest
         if cut != AUTO and not (Decimal(cut).is_finite() and 0 <= Decimal(cut) < 1):
             raise UsageError(
                 f"cut-hardest is {cut}, allowed are auto and 0 to below 1: --cut-hardest 0.4"
             )
         copies = self.collapse_copies
-        if copies not in (None, AUTO) and not (_finite(copies) and 0 <= float(copies) <= 4):
+        if copies not in (None, AUTO) and not (finite(copies) and 0 <= float(copies) <= 4):
             raise UsageError(
                 f"collapse-copies is {self.collapse_copies}, allowed are auto, none, or a squared "
                 "distance of 0 (identical) to 4: --collapse-copies 0.01"
             )
-        if self.gamma != AUTO and not (_finite(self.gamma) and float(self.gamma) >= 0):
+        if self.gamma != AUTO and not (finite(self.gamma) and float(self.gamma) >= 0):
             raise UsageError(
                 f"gamma is {self.gamma}, allowed is a finite number of at least 0, or auto"
             )
         forward = self.gamma_forward
-        if forward is not None and not (_finite(forward) and forward >= 0):
+        if forward is not None and not (finite(forward) and forward >= 0):
             raise UsageError(
                 f"gamma-forward is {forward}, allowed is a finite number of at least 0"
             )
@@ -341,12 +205,12 @@ class RankConfig:
                     f"{name} is {value} and the method {self.method} does not read it: leave it "
                     f"out, or take --method {' or '.join(readers)}"
                 )
-        if not (_finite(self.redundancy) and 0 <= self.redundancy <= submodular.MOST_RELEVANCE):
+        if not (finite(self.redundancy) and 0 <= self.redundancy <= submodular.MOST_RELEVANCE):
             raise UsageError(
                 f"redundancy is {self.redundancy}, allowed is 0 (score alone) to "
                 f"{submodular.MOST_RELEVANCE}: --redundancy 1"
             )
-        if not (_finite(self.temperature) and self.temperature > 0):
+        if not (finite(self.temperature) and self.temperature > 0):
             raise UsageError(
                 f"temperature is {self.temperature}, allowed is a finite number above 0: "
                 "--temperature 0.1"
@@ -449,13 +313,13 @@ class SelectConfig:
         if self.fraction is not None:
             parse_fraction(self.fraction)
         if self.budget is not None:
-            _at_least("budget", self.budget, 1)
-        if self.soft is not None and not (_finite(self.soft) and 0.001 <= self.soft <= 1000):
+            at_least("budget", self.budget, 1)
+        if self.soft is not None and not (finite(self.soft) and 0.001 <= self.soft <= 1000):
             raise UsageError(
                 f"soft is {self.soft}, allowed is 0.001 to 1000, the share of the range of scores "
                 "that is worth one more copy: --soft 0.1"
             )
-        if self.min_score is not None and not _finite(self.min_score):
+        if self.min_score is not None and not finite(self.min_score):
             raise UsageError(f"min-score is {self.min_score}, allowed is a finite number")
 
 
@@ -492,12 +356,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.out_dir:
             raise UsageError("out-dir is empty: --out-dir runs/first")
-        if not (_finite(self.max_bad) and 0 <= self.max_bad <= 1):
+        if not (finite(self.max_bad) and 0 <= self.max_bad <= 1):
             raise UsageError(f"max-bad is {self.max_bad}, allowed is 0 to 1: --max-bad 0.01")
         if self.device not in DEVICES:
             raise UsageError(f"device is {self.device!r}, allowed are {', '.join(DEVICES)}")
         if self.partitions:
-            _at_least("partitions", self.partitions, 1)
+            at_least("partitions", self.partitions, 1)
         if self.memory_per_worker and self.memory_per_worker < LEAST_MEMORY:
             raise UsageError(
                 f"memory-per-worker is {self.memory_per_worker} bytes, allowed is at least "
@@ -525,21 +389,3 @@ def options_of(part: Any) -> dict[str, Any]:
         if isinstance(value, tuple):
             plain[name] = list(value)  # as JSON gives it back
     return plain
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise UsageError(f"{name} is {value!r}, allowed is a whole number of at least {least}")
-
-
-def _whole(name: str, value: Any) -> None:
-    if not isinstance(value, int):
-        raise UsageError(f"{name} is {value!r}, allowed is a whole number")
-
-
-def _finite(value: Any) -> bool:
-    """Whether it is a number that a float can hold; a notebook may pass anything."""
-    try:
-        return math.isfinite(value)
-    except (TypeError, ValueError, OverflowError):
-        return False

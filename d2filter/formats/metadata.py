@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 
 from d2filter.algorithm import features, uids
 from d2filter.algorithm.scores import registry as scores
-from d2filter.config import CatalogConfig
 from d2filter.errors import InputError
 from d2filter.formats import columns, npz, scored, tables
 from d2filter.formats import side_inputs as outside_format
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Checksums, FileInfo, Folder
+from d2filter.formats.reading import CatalogConfig
 from d2filter.formats.side_inputs import Outside
 from d2filter.text import redacted
 

@@ -12,9 +12,9 @@ import numpy.typing as npt
 from d2filter.algorithm import uids
 from d2filter.algorithm.scores import registry as scores
 from d2filter.algorithm.scores.terms import Term, combined
-from d2filter.config import CatalogConfig
 from d2filter.errors import InputError
 from d2filter.formats import columns, tables
+from d2filter.formats.reading import CatalogConfig
 from d2filter.formats.side_inputs import Outside
 
 F32 = npt.NDArray[np.float32]

@@ -13,12 +13,12 @@ import numpy.typing as npt
 
 from d2filter.algorithm.scores import registry as scores
 from d2filter.algorithm.scores.terms import Term
-from d2filter.config import CatalogConfig
 from d2filter.errors import InputError, UsageError
 from d2filter.formats import content_hash, join_table, npz, scorefile, subset, tables, traininglog
 from d2filter.formats.addresses import file_name
 from d2filter.formats.join_table import Block, Joined
 from d2filter.formats.paths import FileInfo, Folder, absolute, place_of
+from d2filter.formats.reading import CatalogConfig
 
 SCORES = "scores"
 WITHIN = "within"

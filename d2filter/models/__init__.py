@@ -3,3 +3,5 @@
 clip.py  open_clip's factory, transforms and tokenizers
 tiny/    the bundled model: config, weights, measured quality
 """
+
+BUNDLED_MODEL = "d2filter-tiny"

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from d2filter.config import BUNDLED_MODEL
 from d2filter.errors import InputError
+from d2filter.models import BUNDLED_MODEL
 
 F16 = npt.NDArray[np.float16]
 

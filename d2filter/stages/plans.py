@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from d2filter.algorithm.methods import selectors
-from d2filter.config import CATALOG_SOURCES, TUNED_FOR, CatalogConfig, RunConfig, options_of
+from d2filter.config import TUNED_FOR, RunConfig, options_of
 from d2filter.errors import UsageError
 from d2filter.formats import content_hash, graph, metadata, shardlist, side_inputs, webdataset
 from d2filter.formats.paths import FileInfo, Folder, absolute, is_within
+from d2filter.formats.reading import CATALOG_SOURCES, CatalogConfig
 from d2filter.formats.runstate import Plan, RunState
 from d2filter.text import redacted
 

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from d2filter.config import BUNDLED_MODEL, EmbedConfig
+from d2filter.config import EmbedConfig
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import REPORT_DATA, STAGES, RunState
+from d2filter.models import BUNDLED_MODEL
 
 Record = dict[str, Any]
 

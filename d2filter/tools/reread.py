@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from d2filter.algorithm import uids
-from d2filter.config import CatalogConfig
 from d2filter.errors import D2FilterError, InputError
 from d2filter.formats import catalog, metadata, side_inputs, tables, webdataset
 from d2filter.formats.paths import FileInfo, Folder
+from d2filter.formats.reading import CatalogConfig
 from d2filter.formats.runstate import RunState
 from d2filter.tools import provenance
 

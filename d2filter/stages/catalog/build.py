@@ -23,7 +23,6 @@ import pyarrow as pa
 
 from d2filter.algorithm import sizes, uids
 from d2filter.algorithm.scores import mismatched as pairs_of
-from d2filter.config import CatalogConfig
 from d2filter.engine.runner import Runner
 from d2filter.engine.task import Report, Task, checksums_of
 from d2filter.errors import InputError
@@ -31,6 +30,7 @@ from d2filter.formats import catalog, content_hash, ledger, metadata, tables
 from d2filter.formats import side_inputs as beside
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
+from d2filter.formats.reading import CatalogConfig
 from d2filter.formats.runstate import RunState, digest
 from d2filter.stages.catalog import clip_scores, pool_scores
 from d2filter.stages.catalog import side_inputs as prepare_side_inputs

@@ -19,13 +19,13 @@ import numpy.typing as npt
 
 from d2filter.algorithm import quantile, uids
 from d2filter.algorithm.scores import clipping
-from d2filter.config import CatalogConfig
 from d2filter.engine.runner import Runner
 from d2filter.engine.task import Report, Task
 from d2filter.errors import InputError
 from d2filter.formats import catalog
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
+from d2filter.formats.reading import CatalogConfig
 from d2filter.formats.rows import read_columns, write_columns
 
 Figures = dict[str, Any]

@@ -24,12 +24,12 @@ from d2filter.algorithm import quantile, uids
 from d2filter.algorithm.knn import cells, products
 from d2filter.algorithm.scores import registry as scores
 from d2filter.algorithm.scores import terms
-from d2filter.config import CatalogConfig
 from d2filter.engine.runner import Runner
 from d2filter.engine.task import Report, Task, assigned_cpus
 from d2filter.errors import InputError
 from d2filter.formats import catalog
 from d2filter.formats.paths import Folder
+from d2filter.formats.reading import CatalogConfig
 from d2filter.formats.rows import read_array, read_columns, write_array, write_columns
 from d2filter.stages.catalog.clip_scores import part_figures
 from d2filter.stages.graph.train import sample_by_hash

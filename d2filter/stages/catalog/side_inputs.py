@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from d2filter.config import CatalogConfig
 from d2filter.engine.runner import Runner
 from d2filter.engine.task import Report, Task
 from d2filter.formats import join_table, side_inputs, traininglog
 from d2filter.formats.paths import Folder
+from d2filter.formats.reading import CatalogConfig
 from d2filter.formats.rows import read_columns, write_columns
 
 Figures = dict[str, Any]
