@@ -35,7 +35,7 @@ SIGKILLED = -9
 OTHER_TASKS = (
     faults.SMALL_TASKS
     + """
-catalog._GROUP_BYTES, catalog._PART_BYTES = 60_000, 80_000
+build._GROUP_BYTES, build._PART_BYTES = 60_000, 80_000
 """
 )
 OPTIONS = ("--n-neighbors", 3, "--exact-below", 100, "--target-recall", 0.9, "--no-report")
