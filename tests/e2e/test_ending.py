@@ -21,7 +21,7 @@ KEPT = "run the same command again, it keeps what is done"
 # a command whose tasks take minutes
 LONG = """
 import sys
-from d2filter import cli
+from d2filter.cli import main as cli
 from d2filter.formats.paths import Folder
 from d2filter.engine.runner import Runner
 from d2filter.engine.task import Task
