@@ -150,13 +150,13 @@ def rank(
         target_recall=graph_config.target_recall, exact_below=graph_config.exact_below,
         seed=graph_config.seed,
     )  # fmt: skip
-    settled, last = rank_config.settled_on(
+    resolved, last = rank_config.resolve_on(
         difficulty[order],
         hi,
         lo,
         graph.neighbors,
         graph.sqdist,
-        auto_settings.Told(
+        auto_settings.PoolFacts(
             wrong=_wrong_share(modalities, rows, hi, lo), learned_below=_float(learned_below)
         ),
     )
@@ -166,7 +166,7 @@ def rank(
         difficulty[order],
         graph.neighbors,
         graph.sqdist,
-        scheme=rank_config.scheme(settled),
+        scheme=rank_config.scheme(resolved),
         undirected=rank_config.undirected,
         late=last,
     )
@@ -184,7 +184,7 @@ def rank(
         sqdist=graph.sqdist[back],
         difficulty=difficulty,
         recall=knn.pooled([(one.size, one.recall) for one in classes]),
-        gamma=settled.gamma,
+        gamma=resolved.gamma,
     )
 
 

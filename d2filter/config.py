@@ -220,21 +220,21 @@ class RankConfig:
     def from_options(cls, options: dict[str, Any]) -> RankConfig:
         """From `options_of` one, as a run's record holds it."""
         cut = options["cut_hardest"]
-        told = {"cut_hardest": cut if cut == AUTO else Decimal(cut)}
+        exact = {"cut_hardest": cut if cut == AUTO else Decimal(cut)}
         if options.get("tuned_for") is not None:
-            told["tuned_for"] = Decimal(options["tuned_for"])
+            exact["tuned_for"] = Decimal(options["tuned_for"])
         if options["gamma_forward"] == options["gamma"]:
             options = {**options, "gamma_forward": None}
-        return cls(**{**options, **told})
+        return cls(**{**options, **exact})
 
     @property
-    def wanted(self) -> auto_settings.Wanted:
+    def requested(self) -> auto_settings.Requested:
         """What has to be found on the pool before the ranking begins."""
         auto = self.gamma == AUTO
         is_local = self.kernel == "local"
         # the methods that D2 is compared with have none of it of their own
         keeps_copies = self.method != "d2" and self.collapse_copies == AUTO
-        return auto_settings.Wanted(
+        return auto_settings.Requested(
             kernel=self.kernel,
             gamma=None if self.gamma == AUTO else float(self.gamma),
             median=not is_local and (auto or self.gamma_scale == "median"),
@@ -249,32 +249,32 @@ class RankConfig:
         """Whether the ranking depends on the budget that it is for."""
         return self.cut_hardest == AUTO or (self.method == "d2" and self.gamma == AUTO)
 
-    def settled_on(
+    def resolve_on(
         self,
         difficulty: demoted.F32,
         hi: uids.U64,
         lo: uids.U64,
         neighbors: demoted.I64,
         sqdist: demoted.F32,
-        told: auto_settings.Told,
-    ) -> tuple[auto_settings.Settled, demoted.Bools]:
+        facts: auto_settings.PoolFacts,
+    ) -> tuple[auto_settings.Resolved, demoted.Bools]:
         """What this asks for, found on a pool in one piece, and which samples (n,) rank after
         everything else.
         """
-        return auto_settings.settle(self.wanted, difficulty, hi, lo, neighbors, sqdist, told)
+        return auto_settings.resolve(self.requested, difficulty, hi, lo, neighbors, sqdist, facts)
 
-    def scheme(self, settled: auto_settings.Settled) -> schemes.Scheme:
+    def scheme(self, resolved: auto_settings.Resolved) -> schemes.Scheme:
         """How messages are made, with what was found on the pool."""
-        forward = settled.gamma if self.gamma_forward is None else self.gamma_forward
+        forward = resolved.gamma if self.gamma_forward is None else self.gamma_forward
         made = schemes.Scheme(
             kernel=self.kernel,
             forward=self.forward,
             reverse=self.reverse,
             gamma_forward=forward,
-            gamma_reverse=settled.gamma,
-            floor=settled.floor,
+            gamma_reverse=resolved.gamma,
+            floor=resolved.floor,
         )
-        return made.per(settled.unit)
+        return made.per(resolved.unit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

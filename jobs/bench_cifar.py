@@ -101,7 +101,7 @@ def main() -> None:
         rows, seeds = run.all_of(pictures, arguments.minutes)
         minutes = (time.perf_counter() - started) / 60
     about = cifar_report.About(
-        device=arguments.device, says=trainer.says, seeds=seeds, minutes=minutes,
+        device=arguments.device, summary=trainer.summary, seeds=seeds, minutes=minutes,
         smoke=arguments.smoke,
     )  # fmt: skip
     cifar_report.write(arguments.results, rows, about)

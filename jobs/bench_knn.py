@@ -175,13 +175,13 @@ def _agreement(n: int) -> str:
     rows = draw(n, DIM)
     pool = knn.make_pool(rows, np.arange(n, dtype=np.uint64), np.zeros(n, np.uint64))
     graph, _ = knn.build(pool, K, target_recall=0.95, exact_below=100)
-    told = knn.measure_recall(pool, graph)
+    measured = knn.measure_recall(pool, graph)
     truth = knn.exact_neighbors(pool, np.arange(n), K)
     real = float(truth.share_in(graph.neighbors).mean())
-    inside = told.low <= real <= told.high
+    inside = measured.low <= real <= measured.high
     return (
-        f"{n:,} rows: recall {told.value:.4f} [{told.low:.4f}, {told.high:.4f}] measured on "
-        f"{told.queries:,} queries, {real:.4f} on all rows: "
+        f"{n:,} rows: recall {measured.value:.4f} [{measured.low:.4f}, {measured.high:.4f}] "
+        f"measured on {measured.queries:,} queries, {real:.4f} on all rows: "
         f"{'inside' if inside else 'OUTSIDE'} the interval."
     )
 

@@ -194,9 +194,9 @@ class Planted:
         found: dict[str, tuple[int, bool, int]] = {}
         for name in pool.sub("truth").names(".parquet"):
             with pool.sub("truth").reading(name) as stream:
-                told = pq.read_table(stream).to_pydict()
-            columns = (told["group"], told["swapped"], told["concept"])
-            found.update(zip(told["uid"], zip(*columns, strict=True), strict=True))
+                truth = pq.read_table(stream).to_pydict()
+            columns = (truth["group"], truth["swapped"], truth["concept"])
+            found.update(zip(truth["uid"], zip(*columns, strict=True), strict=True))
         facts = [found[uid] for uid in uid_format.to_hex(self.hi, self.lo)]
         self.group = np.array([f[0] for f in facts], np.int64)
         self.swapped = np.array([f[1] for f in facts], np.bool_)
@@ -495,10 +495,10 @@ def _said(figures: Figures, best: Candidate) -> list[str]:
         )
         gains = []
         for c in (replace(best, copies=None), PUBLISHED, Candidate(method="score")):
-            told = ", ".join(
+            listed = ", ".join(
                 _signed(figures, replace(c, copies=copies), c, fraction) for fraction in FRACTIONS
             )
-            gains.append(f"{c} {told}")
+            gains.append(f"{c} {listed}")
         out.append(
             f"- Collapsing copies up to {copies:g}, points of useful share at "
             f"{', '.join(f'{f:g}' for f in FRACTIONS)}: {'; '.join(gains)}."
@@ -520,7 +520,7 @@ def plot(figures: Figures, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     best = figures.chosen(D2)
-    told = {best: ", chosen", PUBLISHED: ", published"}
+    notes = {best: ", chosen", PUBLISHED: ", published"}
     drawn = [best, PUBLISHED, *(Candidate(method="score", copies=c) for c in COPIES_OTHERS[1:])]
     drawn += [Candidate(method=BEST), *(c for c in OTHERS if c.copies is None)]
     drawn.sort(key=lambda c: -figures.mean(c, 0.3))
@@ -546,7 +546,7 @@ def plot(figures: Figures, path: Path) -> None:
             color=family.get(candidate.method) or next(colors),
             linestyle=dashes.get(candidate, "-"),
             zorder=3 if ours else 2,
-            label=f"{candidate}{told.get(candidate, '')}",
+            label=f"{candidate}{notes.get(candidate, '')}",
         )
     axis.set_xlabel("fraction kept")
     axis.set_ylabel("useful share of what is kept, %")

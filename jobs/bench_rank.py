@@ -188,46 +188,46 @@ def _in_partitions(given: list[ranker.Rows], *, parts: int, threads: int) -> Row
     hi, lo, difficulty = rows.hi, rows.lo, rows.difficulty
     n = len(hi)
     starts = np.linspace(0, n, parts + 1).astype(np.int64)
-    shares = []
+    partitions = []
     for p in range(parts):
         some = slice(starts[p], starts[p + 1])
         part = {field.name: getattr(rows, field.name)[some] for field in fields(rows)}
-        shares.append(ranker.Share(ranker.Rows(**part), starts, p))
+        partitions.append(ranker.RankingPartition(ranker.Rows(**part), starts, p))
     del rows, part
     low, high = float(difficulty.min()), float(difficulty.max())
 
-    def begin(one: ranker.Share) -> None:
+    def start(one: ranker.RankingPartition) -> None:
         ids = one.halo()
-        known = ranker.Known(
+        known = ranker.HaloSamples(
             ids=ids, hi=hi[ids], lo=lo[ids], difficulty=difficulty[ids],
             late=np.zeros(ids.size, np.bool_), reach=np.zeros(ids.size, np.float32),
         )  # fmt: skip
-        one.begin(schemes.Scheme(), low, high, known)
+        one.start_ranking(schemes.Scheme(), low, high, known)
 
     with ThreadPoolExecutor(workers) as pool:
-        for p, cut in enumerate(pool.map(lambda one: one.cut(), shares)):
+        for p, cut in enumerate(pool.map(lambda one: one.cut(), partitions)):
             for q in range(parts):
                 if q != p:
-                    shares[q].hear_edges(*cut.to(q))
-        list(pool.map(begin, shares))
+                    partitions[q].add_edges(*cut.to(q))
+        list(pool.map(start, partitions))
         started = time.perf_counter()
         looks = 0
         sent: list[int] = []
 
-        def send(one: ranker.Share) -> list[ranker.States]:
+        def send(one: ranker.RankingPartition) -> list[ranker.States]:
             return [one.states_for(q) for q in range(parts)]
 
         def hear(q: int, states: list[list[ranker.States]]) -> None:
             for p in range(parts):
-                shares[q].hear_states(states[p][q])
+                partitions[q].receive_states(states[p][q])
 
-        while any(one.live() for one in shares):
-            states = list(pool.map(send, shares))
+        while any(one.live() for one in partitions):
+            states = list(pool.map(send, partitions))
             list(pool.map(partial(hear, states=states), range(parts)))
             sent.append(sum(one.nbytes for some in states for one in some))
-            looks += sum(pool.map(lambda one: one.advance(), shares))
+            looks += sum(pool.map(lambda one: one.advance(), partitions))
         greedy = time.perf_counter() - started
-        final = np.concatenate([out.final for out in pool.map(lambda s: s.outcome(), shares)])
+        final = np.concatenate([out.final for out in pool.map(lambda s: s.outcome(), partitions)])
     # rows ascend by uid
     order = np.argsort(~final, kind="stable")
     return {

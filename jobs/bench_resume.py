@@ -143,8 +143,8 @@ def _report(pool: bench_run.PoolConfig, costs: list[Cost]) -> str:
     lines += ["", "| of which | " + " | ".join(f"{c.partitions} partitions" for c in costs) + " |"]
     lines.append("|---|" + "---|" * len(costs))
     for what in costs[0].parts:
-        told = (f"{c.parts[what][0]:,} in {c.parts[what][1]:.2f} s" for c in costs)
-        lines.append(f"| {what} | {' | '.join(told)} |")
+        costs_of = (f"{c.parts[what][0]:,} in {c.parts[what][1]:.2f} s" for c in costs)
+        lines.append(f"| {what} | {' | '.join(costs_of)} |")
     return "\n".join(lines) + "\n"
 
 

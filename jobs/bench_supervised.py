@@ -443,7 +443,7 @@ def _section(task: Task, found: Accuracies) -> list[str]:
     lines = [
         f"## {task.name}",
         "",
-        f"{task.data.says}; {len(task.data.rows):,} rows to prune, "
+        f"{task.data.summary}; {len(task.data.rows):,} rows to prune, "
         f"{len(task.data.test_rows):,} to test on, {task.data.network.steps} steps of "
         f"{task.data.network.batch}. All training data: {mean:.1f} ± {error:.1f}.",
         "",

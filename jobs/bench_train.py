@@ -310,14 +310,14 @@ def test(model: SmallClip, tests: Tests, vocabulary: Vocabulary) -> Row:
         "shape": objects @ F.normalize(named.mean((0, 2)), dim=-1).T,
         "background": objects @ F.normalize(named.mean((0, 1)), dim=-1).T,
     }
-    told = {
+    figures_of = {
         what: float((answer.argmax(1).numpy() == tests.words[what]).mean())
         for what, answer in answers.items()
     }
     return {
         "r1": float((rank <= 1).float().mean()),
         "r5": float((rank <= 5).float().mean()),
-        **told,
+        **figures_of,
     }
 
 
@@ -411,8 +411,8 @@ def _error(values: F64) -> float:
 
 
 def _label(candidate: Candidate) -> str:
-    told = {CHOSEN: ", chosen", planted.PUBLISHED: ", published"}.get(candidate)
-    return str(candidate) if told is None else f"**{candidate}**{told}"
+    note = {CHOSEN: ", chosen", planted.PUBLISHED: ", published"}.get(candidate)
+    return str(candidate) if note is None else f"**{candidate}**{note}"
 
 
 def report(figures: Figures) -> list[str]:
@@ -478,11 +478,11 @@ def _said(figures: Figures) -> list[str]:
     out = []
     for fraction in (0.3, 0.5):
         some = [c for c, f in RUNS if f == fraction and c not in (CHOSEN, ORACLE)]
-        told = "; ".join(f"{c} {_gain(figures, c, fraction)}" for c in some)
+        gains = "; ".join(f"{c} {_gain(figures, c, fraction)}" for c in some)
         out.append(
             f"- Kept {fraction:g}: D2 as chosen has R@1 "
             f"{_cell(figures.values(CHOSEN, fraction, 'r1'))}; points ahead of each other method "
-            f"on the same pools: {told}."
+            f"on the same pools: {gains}."
         )
     out.append(
         f"- The best subset of 0.3 that the planted truth allows has R@1 "

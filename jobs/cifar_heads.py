@@ -37,7 +37,7 @@ class Heads:
     network: data.Network = NETWORK
 
     @property
-    def says(self) -> str:
+    def summary(self) -> str:
         """What is trained, for the report."""
         net = self.network
         return (

@@ -74,7 +74,7 @@ class Pixels:
         self._step = _Step(self._net, self._train, schedule, self._mixed)
 
     @property
-    def says(self) -> str:
+    def summary(self) -> str:
         """What is trained, for the report."""
         plan = self._schedule
         return (

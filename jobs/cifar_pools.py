@@ -33,7 +33,7 @@ class Trainer(Protocol):
     """Trains networks on rows of the training pictures, and judges them on the test pictures."""
 
     @property
-    def says(self) -> str:
+    def summary(self) -> str:
         """What is trained, for the report."""
 
     def log(self, label: I64, seed: int) -> tuple[F32, F32]:
@@ -125,11 +125,11 @@ class Pool:
             tuned_for=kept,
         )
         ids = self._hi, self._lo
-        settled, last = config.settled_on(
-            difficulty, *ids, some.neighbors, some.sqdist, auto_settings.Told()
+        resolved, last = config.resolve_on(
+            difficulty, *ids, some.neighbors, some.sqdist, auto_settings.PoolFacts()
         )
         ranked = in_memory.rank_graph(
-            *ids, difficulty, some.neighbors, some.sqdist, scheme=config.scheme(settled), late=last
+            *ids, difficulty, some.neighbors, some.sqdist, scheme=config.scheme(resolved), late=last
         )
         return np.argsort(by_class.interleaved(ranked.rank, group, last, "proportional"))
 

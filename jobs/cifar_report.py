@@ -54,7 +54,7 @@ class About:
     """How the trainings were made."""
 
     device: str
-    says: str
+    summary: str
     seeds: Sequence[int]
     minutes: float
     smoke: bool
@@ -114,9 +114,9 @@ def write(path: Path, rows: list[Row], about: About) -> None:
         "",
         f"{made_by('jobs.bench_cifar')} {ran}",
         "",
-        f"What ran: `--device {about.device}`: {about.says}. {len(rows):,} accuracies over seeds "
-        f"{', '.join(map(str, about.seeds))}, {about.minutes:.0f} minutes in this run (what the "
-        "cache held is not counted).",
+        f"What ran: `--device {about.device}`: {about.summary}. {len(rows):,} accuracies over "
+        f"seeds {', '.join(map(str, about.seeds))}, {about.minutes:.0f} minutes in this run (what "
+        "the cache held is not counted).",
         "",
         *_ABOUT,
         "",
@@ -156,18 +156,20 @@ def _section(which: str, found: Found) -> list[str]:
         "|---" * (len(found.kept) + 1) + "|",
     ]
     there = [method for method in SAYS if found.has(method)]
-    for method, says in ((method, SAYS[method]) for method in there):
+    for method, summary in ((method, SAYS[method]) for method in there):
         values = [found.of(method, kept) for kept in found.kept]
         cells = (f"{v.mean():.1f} ± {v.std(ddof=1):.1f}" for v in values)
-        lines.append(f"| {says} | " + " | ".join(cells) + " |")
+        lines.append(f"| {summary} | " + " | ".join(cells) + " |")
     for method in (*_BEST, "d2_auto"):
         cuts = (f"{float(found.cut(method, kept)):.2f}" for kept in found.kept)
         lines.append(f"| *cut of {SAYS[method].strip('*')}* | " + " | ".join(cuts) + " |")
     if found.all_wrong:
         for method in ("random", "margin", "ccs_best", "d2_auto"):
             shares = (f"{found.of(method, kept, 'wrong').mean():.1f}" for kept in found.kept)
-            says = SAYS[method].strip("*")
-            lines.append(f"| *wrong labels in what is kept, {says}* | " + " | ".join(shares) + " |")
+            summary = SAYS[method].strip("*")
+            lines.append(
+                f"| *wrong labels in what is kept, {summary}* | " + " | ".join(shares) + " |"
+            )
     return lines
 
 

@@ -182,7 +182,7 @@ class Pairs:
         wrong = mismatched.wrong_share(
             {"pairs": mismatched.judged(rows[mismatched.sampled(hi, lo)])}
         )
-        self.whole = rank_in_memory.KnownPool(part, rows, auto_settings.Told(wrong=wrong))
+        self.whole = rank_in_memory.LoadedPool(part, rows, auto_settings.PoolFacts(wrong=wrong))
         # a right pair is useful when it is the first right one of its picture: a swapped one is of
         # a group of its own, so that it takes nobody's place
         own = len(photographs.names) + np.arange(hi.size)

@@ -160,10 +160,15 @@ def configured(k: int = 10, **options: Any) -> Rule:
     def rule(pool: Pool, kept: str) -> I64:
         config = RankConfig(tuned_for=Decimal(kept), **options)
         neighbors, sqdist = pool.neighbors[:, :k], pool.sqdist[:, :k]
-        settled, last = config.settled_on(
-            pool.score, pool.hi, pool.lo, neighbors, sqdist, auto_settings.Told(wrong=pool.wrong)
+        resolved, last = config.resolve_on(
+            pool.score,
+            pool.hi,
+            pool.lo,
+            neighbors,
+            sqdist,
+            auto_settings.PoolFacts(wrong=pool.wrong),
         )
-        return _ranked(pool, neighbors, sqdist, config.scheme(settled), last)
+        return _ranked(pool, neighbors, sqdist, config.scheme(resolved), last)
 
     return rule
 

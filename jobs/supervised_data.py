@@ -60,7 +60,7 @@ class Labelled:
     """One data set, split for good: m rows to prune and train on, t rows to test on."""
 
     name: str
-    says: str
+    summary: str
     """what it is, for the report"""
     rows: F32
     """(m, d)"""
@@ -127,8 +127,8 @@ def mnist1d() -> Labelled:
     padded = np.pad(rows, ((0, 0), (3, 3)))
     rows = np.lib.stride_tricks.sliding_window_view(padded, 8, axis=1)[:, ::2].reshape(-1, 160)
     network = Network(hidden=((20, 16), (10, 24), (5, 32)), steps=1000, batch=32, rate=5e-3)
-    says = "signals of 40 values, 10 classes; three 1-D convolutions of 16, 24, 32 channels"
-    return _split("mnist1d", says, rows, label, network)
+    summary = "signals of 40 values, 10 classes; three 1-D convolutions of 16, 24, 32 channels"
+    return _split("mnist1d", summary, rows, label, network)
 
 
 def fortunes(folder: Path, cache: Path) -> Labelled:
@@ -145,11 +145,11 @@ def fortunes(folder: Path, cache: Path) -> Labelled:
         np.save(stored, embed(texts))
     rows = np.load(stored, allow_pickle=False)
     network = Network(hidden=((1, 64),), steps=300, rate=3e-3)
-    says = (
+    summary = (
         f"texts by category file, {len(names)} classes; embeddings of all-MiniLM-L6-v2; "
         f"MLP {rows.shape[1]}-64-{len(names)}"
     )
-    return _split("fortunes", says, rows, label, network, embedded=True)
+    return _split("fortunes", summary, rows, label, network, embedded=True)
 
 
 def read_fortunes(folder: Path) -> tuple[list[str], I64, list[str]]:
@@ -202,14 +202,14 @@ def needed(module: str, package: str) -> Any:
 
 
 def _split(
-    name: str, says: str, rows: F32, label: I64, network: Network, *, embedded: bool = False
+    name: str, summary: str, rows: F32, label: I64, network: Network, *, embedded: bool = False
 ) -> Labelled:
     order = np.random.default_rng([SEED, 1]).permutation(len(rows))
     test = order[: round(TEST_SHARE[name] * len(rows))]
     train = np.sort(order[len(test) :])
     return Labelled(
         name=name,
-        says=says,
+        summary=summary,
         rows=rows[train],
         label=label[train],
         test_rows=rows[test],

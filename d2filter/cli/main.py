@@ -32,8 +32,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a default where there is one to speak of."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = "(default:" in (action.help or "")
-        if told or action.default in (None, "", []) or isinstance(action.default, bool):
+        described = "(default:" in (action.help or "")
+        if described or action.default in (None, "", []) or isinstance(action.default, bool):
             return action.help
         return super()._get_help_string(action)
 
@@ -186,8 +186,8 @@ def _apply_recipe(command: argparse.ArgumentParser, name: str, with_budget: bool
     if name not in options.RECIPES:
         raise UsageError(f"recipe is {name!r}, allowed are {', '.join(options.RECIPES)}")
     for option, value in options.RECIPES[name].values.items():
-        told = with_budget and option == "fraction"
-        if not told and any(action.dest == option for action in command._actions):
+        replaced = with_budget and option == "fraction"
+        if not replaced and any(action.dest == option for action in command._actions):
             command.set_defaults(**{option: value})
 
 

@@ -25,14 +25,14 @@ from d2filter.errors import UsageError
 class Recipe:
     """Options for one situation."""
 
-    says: str
+    summary: str
     """what it is for"""
     values: dict[str, Any]
 
 
 RECIPES = {
     "datacomp": Recipe(
-        says="as published for DataComp",
+        summary="as published for DataComp",
         values={
             "feature_type": "image|text",
             "n_neighbors": 1,
@@ -44,7 +44,7 @@ RECIPES = {
     ),
     # what jobs/results/gamma_rules.md found best
     "web": Recipe(
-        says="image-text pairs from the web: the setting fits itself to the pool and the budget",
+        summary="image-text pairs from the web: the setting fits itself to the pool and the budget",
         values={
             "feature_type": "image|text",
             "n_neighbors": 10,
@@ -56,7 +56,7 @@ RECIPES = {
     ),
     # what jobs/results/bench_cifar_cuda.md and bench_supervised.md found best
     "labels": Recipe(
-        says="classes, with wrong labels or without, and a score that puts hard samples first",
+        summary="classes, with wrong labels or without, and a score that puts hard samples first",
         values={
             "n_neighbors": 10,
             "gamma": config.AUTO,
@@ -66,7 +66,7 @@ RECIPES = {
         },
     ),
     "text": Recipe(
-        says="texts with classes, when few are kept",
+        summary="texts with classes, when few are kept",
         values={
             "n_neighbors": 10,
             "gamma": 0.1,
@@ -180,7 +180,7 @@ def catalog(parser: argparse.ArgumentParser) -> None:
         "percentile ranks where scales differ; high goes first in a sum; a name is a column of "
         "--score-file or of the parquet files, or computed:\n"
         + "\n".join(
-            f"{one.name}: {one.says}; high is {one.meaning}, {one.kept_first} goes first"
+            f"{one.name}: {one.summary}; high is {one.meaning}, {one.kept_first} goes first"
             for one in scores.SCORES.values()
         ),
     )
@@ -284,7 +284,7 @@ def recipe(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="options for a situation, where they are not given:\n"
         + "\n".join(
-            f"{name}: {one.says} ("
+            f"{name}: {one.summary} ("
             + ", ".join(f"{option.replace('_', '-')} {v}" for option, v in one.values.items())
             + ")"
             for name, one in RECIPES.items()
@@ -338,7 +338,7 @@ def rank(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="d2, or one to compare it with:\n"
         + "\n".join(
-            f"{name}: {one.says}; up to {one.most:,} samples"
+            f"{name}: {one.summary}; up to {one.most:,} samples"
             for name, one in selectors.SELECTORS.items()
         ),
     )

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from d2filter.engine import same_code, shared_folder
-from d2filter.engine.gpu_workers import Hands
+from d2filter.engine.gpu_workers import GpuWorkers
 from d2filter.engine.progress import tell
 from d2filter.engine.task import Outcome, Task, execute
 from d2filter.errors import StageError, StorageError
@@ -64,9 +64,9 @@ class FanOut:
         self._bar = bar
         self._word = word
         self._counter = None if bar.disable else _start_counter(ray)
-        same_code.by_value(ray, Hands.__module__)
+        same_code.by_value(ray, GpuWorkers.__module__)
         self._remote = ray.remote(same_code.run_task)
-        self._hands = Hands(ray, same_code.run_task)
+        self._hands = GpuWorkers(ray, same_code.run_task)
         self._waiting: deque[Task] = deque()
         self._later: list[tuple[float, str, Task]] = []
         self._running: dict[Any, Task] = {}

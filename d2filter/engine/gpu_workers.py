@@ -17,7 +17,7 @@ _COMING = 64  # asked for at once: what is not there yet tells an autoscaler to 
 _STILLBORN = 5  # in a row
 
 
-class Hands:
+class GpuWorkers:
     """Processes for the tasks of one fan-out. A task is given only to a process that has started,
     so that no task waits for a GPU while others are free.
     """
@@ -41,7 +41,7 @@ class Hands:
             ready, _ = self._ray.wait(list(self._coming), num_returns=len(self._coming), timeout=0)
             for ping in ready:
                 self._arrived(ping, self._coming.pop(ping))
-        made = self._ray.remote(_Hand).options(max_restarts=0, **needs)
+        made = self._ray.remote(_GpuWorker).options(max_restarts=0, **needs)
         while len(self._coming) < min(waiting - len(self._free), _COMING):
             hand = made.remote(self._work)
             self._coming[hand.ping.remote()] = hand
@@ -96,7 +96,7 @@ class Hands:
             self._ray.kill(hand)
 
 
-class _Hand:
+class _GpuWorker:
     """A process with a GPU."""
 
     def __init__(self, work: Callable[..., Any]) -> None:

@@ -35,14 +35,14 @@ def set_share_final(share: float) -> None:
         gauge.set(share)
 
 
-def _metric(kind: str, name: str, says: str, *tags: str) -> Any:
+def _metric(kind: str, name: str, summary: str, *tags: str) -> Any:
     import ray
 
-    return _made(kind, name, says, tags) if ray.is_initialized() else None
+    return _made(kind, name, summary, tags) if ray.is_initialized() else None
 
 
 @functools.cache
-def _made(kind: str, name: str, says: str, tags: tuple[str, ...]) -> Any:
+def _made(kind: str, name: str, summary: str, tags: tuple[str, ...]) -> Any:
     from ray.util import metrics
 
-    return getattr(metrics, kind)(name, description=says, tag_keys=tags)
+    return getattr(metrics, kind)(name, description=summary, tag_keys=tags)

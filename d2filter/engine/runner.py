@@ -218,8 +218,10 @@ class Runner:
     def _log_failed(self, stage: str, failed: Sequence[tuple[str, Exception | None]]) -> None:
         # where the disk is full the error must still reach the user
         with contextlib.suppress(OSError, StorageError):
-            told = [{"stage": stage, "task": name, "error": str(error)} for name, error in failed]
-            logs.append_all(self.folder, logs.DRIVER, "task failed", told)
+            records = [
+                {"stage": stage, "task": name, "error": str(error)} for name, error in failed
+            ]
+            logs.append_all(self.folder, logs.DRIVER, "task failed", records)
 
     def ray(self) -> Any:
         """The ray module, connected to the cluster, or to one started in this process.
@@ -236,8 +238,8 @@ class Runner:
         if self._word is None:
             # one node may become several where it was joined
             joined = (self._owns_ray and bool(self._cluster())) or len(_alive(ray)) > 1
-            word = shared_folder.leave_word(self.folder) if joined else ""
-            shared_folder.ask_nodes(ray, self.folder, word)
+            word = shared_folder.write_token(self.folder) if joined else ""
+            shared_folder.check_nodes(ray, self.folder, word)
             self._word = word
         return ray
 

@@ -22,7 +22,7 @@ _PAUSES = (0.0, 0.2, 0.5, 1.0)  # a network file system may be behind for a mome
 _ANSWER_SECONDS = 60.0
 
 
-def leave_word(folder: Folder) -> str:
+def write_token(folder: Folder) -> str:
     """Write a new token into a run directory that is a path; returns it, or an empty string."""
     if folder.local is None:
         return ""
@@ -44,7 +44,7 @@ def missing(folder: Folder, word: str) -> UsageError | None:
     return _refusal(folder, [platform.node()])
 
 
-def ask_nodes(ray: Any, folder: Folder, word: str) -> None:
+def check_nodes(ray: Any, folder: Folder, word: str) -> None:
     """Raise UsageError naming the nodes that do not see the run directory of this process.
 
     A node that does not answer within a minute is skipped; its tasks check again.

@@ -66,14 +66,14 @@ def execute(
     _give_back_memory()
     reset_peak_rss()
     try:
-        log.line("started", attempt=attempt, **logs.where(), arguments=logs.told(task.arguments))
+        log.line("started", attempt=attempt, **logs.where(), arguments=logs.plain(task.arguments))
         figures = task.run(report=count, **task.arguments)
         own = {
             "seconds": round(time.monotonic() - started, 3),
             "peak_rss_bytes": peak_rss_bytes(),
             "samples": samples,
         }
-        log.line("finished", **own, figures=logs.told(figures))
+        log.line("finished", **own, figures=logs.plain(figures))
         log.close()
         record = {
             "fingerprint": task.fingerprint or fingerprint,
@@ -83,19 +83,19 @@ def execute(
         }
         folder.publish_json(marker(stage, task.name), record)
     except Exception as error:
-        told = in_one_line(error, f"{stage} task {task.name}", folder.where(log.name))
+        failure = in_one_line(error, f"{stage} task {task.name}", folder.where(log.name))
         # the error itself must reach the user even when the disk that caused it is full
         with contextlib.suppress(OSError, StorageError):
-            whole = {} if error is told else {"traceback": traceback.format_exc()}
-            log.line("failed", error=str(told), **whole)
+            whole = {} if error is failure else {"traceback": traceback.format_exc()}
+            log.line("failed", error=str(failure), **whole)
             log.close()
-        return Outcome(name=task.name, error=told)
+        return Outcome(name=task.name, error=failure)
     return Outcome(name=task.name, figures=record)
 
 
 def checksums_of(figures: Sequence[dict[str, Any]]) -> Checksums:
     """The checksums of the files that some tasks have published."""
-    return {name: told for one in figures for name, told in one.get("checksums", {}).items()}
+    return {name: digest for one in figures for name, digest in one.get("checksums", {}).items()}
 
 
 def in_one_line(error: Exception, what: str, log: str) -> D2FilterError:

@@ -163,7 +163,7 @@ def publish(folder: Folder, name: str, *, buckets: int, columns: Sequence[str], 
 
 def read(folder: Folder, name: str) -> Joined:
     """A table that was published."""
-    told = folder.read_json(f"{name}.json")
-    if told is None:
+    record = folder.read_json(f"{name}.json")
+    if record is None:
         raise InputError(f"{folder.where(name)} is gone: run the same command again")
-    return Joined(folder=folder, name=name, **{**told, "columns": tuple(told["columns"])})
+    return Joined(folder=folder, name=name, **{**record, "columns": tuple(record["columns"])})

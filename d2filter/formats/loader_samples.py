@@ -44,10 +44,10 @@ def has_uid(sample: Sample, uids: bytes, strict: bool) -> bool:
     parts = _parts(sample)
     if parts is None:
         return False
-    told = parts[0]
-    if told is None and not strict:
+    uid = parts[0]
+    if uid is None and not strict:
         return True
-    return _is_among((told or _content_uid(sample, *parts[1:])).encode(), uids)
+    return _is_among((uid or _content_uid(sample, *parts[1:])).encode(), uids)
 
 
 def _is_among(digits: bytes, wanted: bytes) -> bool:

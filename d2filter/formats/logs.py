@@ -89,7 +89,7 @@ def where() -> dict[str, Any]:
     return {"node": platform.node(), "pid": os.getpid()}
 
 
-def told(values: Mapping[str, Any]) -> dict[str, Any]:
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments or figures as they are logged: plain values, addresses, the first items of long
     lists.
     """
@@ -103,7 +103,7 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "url"):
         return redacted(value.url)
     if isinstance(value, Mapping):
-        return told(value) if len(value) <= _LONGEST else None
+        return plain(value) if len(value) <= _LONGEST else None
     if isinstance(value, list | tuple):
         first = [_plain(one) for one in value[:_LONGEST]]
         if any(not isinstance(one, str | int | float) for one in first):
@@ -114,5 +114,5 @@ def _plain(value: Any) -> Any:
 
 
 def _line(event: str, more: Mapping[str, Any]) -> str:
-    told = scrubbed_in({"time": now(), "event": event, **more})
-    return printable(json.dumps(told, ensure_ascii=False)) + "\n"
+    entry = scrubbed_in({"time": now(), "event": event, **more})
+    return printable(json.dumps(entry, ensure_ascii=False)) + "\n"

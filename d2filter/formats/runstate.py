@@ -85,10 +85,10 @@ class Plan:
         return digest([self.stage, d2filter.__version__, self.options, self.upstream, files])
 
 
-def _is_as_told(home: Folder, name: str, told: list[int | str]) -> bool:
+def _is_as_recorded(home: Folder, name: str, digest: list[int | str]) -> bool:
     """Whether a file is there with the size and sum that were recorded."""
     try:
-        return checksum(home, name) == told
+        return checksum(home, name) == digest
     except InputError:
         return False
 
@@ -180,7 +180,7 @@ class RunState:
         """Raise RunStateError when a finished stage has not read these files, among others."""
         record = self.require(stage)
         names = {file.name for file in files}
-        inputs = {name: told for name, told in record["inputs"].items() if name in names}
+        inputs = {name: digest for name, digest in record["inputs"].items() if name in names}
         difference = differing_input({**record, "inputs": inputs}, files, content_of)
         if difference:
             raise self._other_making(stage, difference)
@@ -220,7 +220,9 @@ class RunState:
         if plan.stage not in _REPLACED and _changed(record["options"], plan.options):
             return False
         home = self.home(plan.stage)
-        damaged = any(not _is_as_told(home, n, told) for n, told in record["checksums"].items())
+        damaged = any(
+            not _is_as_recorded(home, n, digest) for n, digest in record["checksums"].items()
+        )
         changed = plan.independent and record["fingerprint"] != plan.fingerprint
         if not (damaged or changed):
             return False
@@ -265,7 +267,7 @@ class RunState:
             files = record.get("checksums", {})
             whole = all(there.get(file) == size for file, (size, _) in files.items())
             if not whole or (
-                by_content and not all(_is_as_told(home, file, t) for file, t in files.items())
+                by_content and not all(_is_as_recorded(home, file, t) for file, t in files.items())
             ):
                 marks.remove(name)
 

@@ -156,7 +156,7 @@ def unique_names(urls: Sequence[str]) -> list[str]:
             marked[i] = True
 
 
-def says(left_out: dict[str, int]) -> str:
+def counted_by_kind(left_out: dict[str, int]) -> str:
     """A list of what was left out, for messages: `100 .json, 2 folders`; empty if nothing was."""
     return ", ".join(f"{count:,} {ending}" for ending, count in left_out.items())
 
@@ -274,7 +274,7 @@ class _Listing:
     def nothing(self, name: str) -> str:
         """What to say where a name matches nothing."""
         there = self._left_out.get(name, Counter())
-        held = says(dict(there.most_common(3)))
+        held = counted_by_kind(dict(there.most_common(3)))
         if any(there[f".{ending}"] for ending in PICTURES):
             return (
                 f"{clean(name)} holds no shards but pictures ({held}): `d2filter pack "

@@ -57,9 +57,9 @@ def header(member: Member) -> bytes:
     name, size = member
     if size < _LARGE and len(name) <= _NAME_BYTES and name.isascii():
         # tarfile takes ten times as long, and in most headers no more than this differs
-        told, digits = name.encode(), b"%011o" % size
-        total = _EMPTY_SUM + sum(told) + sum(digits)
-        begin = told.ljust(_NAME_BYTES, b"\0") + _EMPTY[_NAME_BYTES:124] + digits
+        encoded, digits = name.encode(), b"%011o" % size
+        total = _EMPTY_SUM + sum(encoded) + sum(digits)
+        begin = encoded.ljust(_NAME_BYTES, b"\0") + _EMPTY[_NAME_BYTES:124] + digits
         return b"%b%b%06o\0 %b" % (begin, _EMPTY[135:148], total, _EMPTY[156:])
     info = tarfile.TarInfo(name)
     info.size = size
@@ -87,9 +87,9 @@ class Writer:
         self._lock = Lock()
         self._places = []
         end = 0
-        for member, told in zip(members, self._headers, strict=True):
+        for member, header in zip(members, self._headers, strict=True):
             self._places.append(end)
-            end += len(told) + member.size + -member.size % _BLOCK
+            end += len(header) + member.size + -member.size % _BLOCK
         self._end = end
 
     def write(self, number: int, content: Iterable[Piece]) -> None:

@@ -129,9 +129,9 @@ class Web(HTTPFileSystem):  # type: ignore[misc]  # fsspec ships no types
             if answer.status == 206 and _is_encoded(answer):
                 raise NoRangesError  # a range of other bytes
             if answer.status == 206:
-                told = answer.headers.get("Content-Range", "")
-                if told and re.match(rf"bytes\s+{begin}-", told) is None:
-                    raise Broken(f"{told} came, asked for was {begin}-{last}")
+                content_range = answer.headers.get("Content-Range", "")
+                if content_range and re.match(rf"bytes\s+{begin}-", content_range) is None:
+                    raise Broken(f"{content_range} came, asked for was {begin}-{last}")
                 return bytes(await answer.read())
             if begin or end is None:
                 raise NoRangesError
@@ -162,14 +162,14 @@ async def _at_most(answer: aiohttp.ClientResponse, most: int) -> bytes:
 def _require_success(answer: aiohttp.ClientResponse, url: str) -> None:
     if answer.status < 400:
         return
-    told = f"the server answers {answer.status} {answer.reason or ''}".rstrip()
+    status = f"the server answers {answer.status} {answer.reason or ''}".rstrip()
     if answer.status in _MISSING:
         raise FileNotFoundError(url)
     if answer.status in _REFUSED:
-        raise PermissionError(told)
+        raise PermissionError(status)
     if answer.status >= 500 or answer.status in _PASSES:
-        raise Broken(told)
-    raise StorageError(f"{url} cannot be read: {told}; check the URL")
+        raise Broken(status)
+    raise StorageError(f"{url} cannot be read: {status}; check the URL")
 
 
 def _described(url: str, answer: aiohttp.ClientResponse) -> dict[str, Any]:

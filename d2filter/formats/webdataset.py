@@ -96,7 +96,7 @@ class Located(NamedTuple):
 
     key: str
     uid: str
-    told: bool
+    has_uid: bool
     """whether the uid stands in the json; else it is made from the content"""
     members: dict[str, tarindex.Member]
     """those that are plain files, by extension"""
@@ -114,13 +114,13 @@ def locate_samples(shard: Shard, wanted: Container[str] | None = None) -> Iterat
             name = clean(key.name)
             if key.cut or (wanted is not None and name not in wanted):
                 continue
-            uid = told = _told_uid(stream, key)
+            uid = given = _given_uid(stream, key)
             if uid is None:
                 sample = _sample(stream, key)
                 uid = None if sample.reason else sample.uid
             if uid is not None:
                 places = {ext: place for ext, place in key.members.items() if not place.odd}
-                yield Located(name, uid, told is not None, places)
+                yield Located(name, uid, given is not None, places)
     if broken:
         raise LostTail(clean(broken)[:300])
 
@@ -217,7 +217,7 @@ def _sample(stream: IO[bytes], found: tarindex.Key) -> Sample:
     )
 
 
-def _told_uid(stream: IO[bytes], found: tarindex.Key) -> str | None:
+def _given_uid(stream: IO[bytes], found: tarindex.Key) -> str | None:
     """That of the json member, where it has one and the members look like those of a sample."""
     sound = {name: place for name, place in found.members.items() if place.size and not place.odd}
     place = sound.get("json")

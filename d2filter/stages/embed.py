@@ -75,7 +75,9 @@ def build(
         "shards": len(shards),
         **{name: sum(figures[name] for figures in done) for name in _COUNTS},
         "left_out": left_out,
-        "alerts": [f"not read, beside the shards: {shardlist.says(left_out)}"] if left_out else [],
+        "alerts": [f"not read, beside the shards: {shardlist.counted_by_kind(left_out)}"]
+        if left_out
+        else [],
         "checksums": checksums_of(done),
         "device": sorted({figures["device"] for figures in done}),
         "peak_rss": max(figures["peak_rss_bytes"] for figures in done),
@@ -162,8 +164,8 @@ def embed_shard(
                 for item in decode.decoded(pool, samples, model, config):
                     if isinstance(item, Ready):
                         batch.append(item)
-                        told = (item.alpha, item.one_color, item.sample.replaced)
-                        counts.update(dict(zip(_COUNTS, told, strict=True)))
+                        flags = (item.alpha, item.one_color, item.sample.replaced)
+                        counts.update(dict(zip(_COUNTS, flags, strict=True)))
                     else:
                         entries.append(_entry(item, shard))
                         report(1)
@@ -231,22 +233,22 @@ def _tokenizable(caption: str) -> str:
 def _row(ready: Ready, shard: webdataset.Shard) -> dict[str, Any]:
     meta = ready.sample.meta
     url, sha256 = meta.get("url"), meta.get("sha256")
-    told = isinstance(sha256, str) and webdataset.encodable(sha256)
+    known = isinstance(sha256, str) and webdataset.encodable(sha256)
     return {
         "uid": ready.sample.uid,
         "url": webdataset.clean(url) if isinstance(url, str) else None,
         "text": ready.sample.caption,
         "original_width": _size(meta.get("original_width"), ready.width),
         "original_height": _size(meta.get("original_height"), ready.height),
-        "sha256": sha256 if told else ready.sha256,
+        "sha256": sha256 if known else ready.sha256,
         "key": ready.sample.key,
         "shard": shard.address,
     }
 
 
-def _size(told: object, decoded: int) -> int:
+def _size(given: object, decoded: int) -> int:
     """The size from the json, if it is a sensible number, else the size of the stored image."""
-    return told if type(told) is int and 0 < told < 2**31 else decoded
+    return given if type(given) is int and 0 < given < 2**31 else decoded
 
 
 def _entry(sample: webdataset.Sample, shard: webdataset.Shard) -> ledger.Entry:

@@ -107,10 +107,10 @@ class Pipeline:
             goes_on = not (asked or anew or stage == "select") and self.state.begun(plan)
             done = self.state.tasks_done(plan) if goes_on or plan.independent else 0
             anew |= not goes_on
-            told = [planned.says] if planned.says else []
-            told += [f"{done:,} tasks of it are done"] if done else []
-            told += ["--overwrite"] if asked else []
-            lines.append(f"{stage:<9} to do{': ' if told else ''}{', '.join(told)}")
+            remarks = [planned.summary] if planned.summary else []
+            remarks += [f"{done:,} tasks of it are done"] if done else []
+            remarks += ["--overwrite"] if asked else []
+            lines.append(f"{stage:<9} to do{': ' if remarks else ''}{', '.join(remarks)}")
             upstream = plan.fingerprint
         return lines
 
@@ -195,12 +195,12 @@ class Pipeline:
         before = self.state.require("graph")
         plan = self._plans.rank(before["fingerprint"]).plan
         k = plan.options["n_neighbors"]
-        told = auto_settings.Told.from_catalog(self.state.require("catalog")["stats"])
+        facts = auto_settings.PoolFacts.from_catalog(self.state.require("catalog")["stats"])
         # the budget that it is for may be that of the selection, or of the ranking that is there
         config = replace(self.config, rank=RankConfig.from_options(plan.options))
         self._stage(
             plan,
-            lambda: build_ranking.build(self._runner, self.out, config, plan.fingerprint, k, told),
+            lambda: build_ranking.build(self._runner, self.out, config, plan.fingerprint, k, facts),
         )
         build_ranking.tidy(self.out)
 
@@ -275,7 +275,7 @@ class Pipeline:
         peak = max(figures.pop("peak_rss", 0), peak_rss_bytes())
         self.state.finish(plan, seconds=seconds, peak_rss_bytes=peak, stats=figures)
         self.state.log(
-            "stage finished", stage=plan.stage, seconds=round(seconds, 3), **logs.told(figures)
+            "stage finished", stage=plan.stage, seconds=round(seconds, 3), **logs.plain(figures)
         )
         self._say(f"{plan.stage:<9} {_brief(plan.stage, figures)} ({seconds:.1f} s)")
 

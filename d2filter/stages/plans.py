@@ -35,7 +35,7 @@ class Planned:
     """The plan of one stage of a command."""
 
     plan: Plan
-    says: str = ""
+    summary: str = ""
     """its input, for people"""
     shards: tuple[webdataset.Shard, ...] = ()
     """of embed"""
@@ -81,8 +81,12 @@ class Plans:
         inputs = [FileInfo(s.name, s.info.size, s.info.version) for s in shards]
         return Planned(
             plan=Plan(stage="embed", options=options, upstream="", inputs=inputs, independent=True),
-            says=f"{len(shards):,} shards, {_size(inputs)}"
-            + (f"; beside them {shardlist.says(found.left_out)}" if found.left_out else ""),
+            summary=f"{len(shards):,} shards, {_size(inputs)}"
+            + (
+                f"; beside them {shardlist.counted_by_kind(found.left_out)}"
+                if found.left_out
+                else ""
+            ),
             shards=tuple(shards),
             left_out=found.left_out,
         )
@@ -138,7 +142,7 @@ class Plans:
                     **{n: redacted(absolute(getattr(config, n))) for n in CATALOG_SOURCES},
                 },
             ),
-            says=f"{len(pairs):,} pairs of metadata files, {_size(files)}" if files else "",
+            summary=f"{len(pairs):,} pairs of metadata files, {_size(files)}" if files else "",
             source=source,
             pairs=tuple(pairs),
         )

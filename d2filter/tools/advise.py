@@ -299,12 +299,12 @@ def _why_gamma(
 
 
 def _why_copies(chosen: Trial, trials: Sequence[Trial], at: str) -> str:
-    def told(trial: Trial) -> str:
+    def described(trial: Trial) -> str:
         row = trial.rows[at]
         return f"covers {row['coverage']:.3f} with {row['copies']:.1%} of the kept near-copies"
 
-    rivals = [f"{_copies(t.config)} {told(t)}" for t in trials if t is not chosen]
-    return f"{told(chosen)}; {', '.join(rivals)}"
+    rivals = [f"{_copies(t.config)} {described(t)}" for t in trials if t is not chosen]
+    return f"{described(chosen)}; {', '.join(rivals)}"
 
 
 def _notes(k: int, bench: _Bench) -> list[str]:
@@ -330,8 +330,8 @@ def _commands(folder: Folder, config: RankConfig, size: str) -> tuple[str, ...]:
     default = options_of(RankConfig())
     for name, value in options_of(config).items():
         if value != default[name] or name in ("n_neighbors", "gamma"):
-            told = "none" if value is None else value
-            words.append(f"--{name.replace('_', '-')} {_number(told)}")
+            shown = "none" if value is None else value
+            words.append(f"--{name.replace('_', '-')} {_number(shown)}")
     return " ".join(words), f"d2filter select --out-dir {out} --fraction {size}"
 
 

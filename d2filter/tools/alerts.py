@@ -200,10 +200,10 @@ ALERTS: tuple[Alert, ...] = (
 )  # fmt: skip
 
 
-def _of_pictures(facts: Facts, name: str, least: float, says: str) -> str:
+def _of_pictures(facts: Facts, name: str, least: float, summary: str) -> str:
     figures = facts.stats("embed")
     count = figures.get(name, 0)
     read = figures["samples"]["read"] - figures["samples"]["bad"] if figures else 0
     if not count or count < least * read:
         return ""
-    return f"{count:,} of {read:,} pictures {says}"
+    return f"{count:,} of {read:,} pictures {summary}"

@@ -102,10 +102,10 @@ def explain(folder: Folder, uids_hex: Sequence[str]) -> list[Explained | NotRank
     ]
 
 
-def settled_of(figures: dict[str, Any], options: RankConfig) -> auto_settings.Settled:
+def settled_of(figures: dict[str, Any], options: RankConfig) -> auto_settings.Resolved:
     """The settings that were found on the pool before a ranking, from its record."""
     gamma = figures.get("gamma", options.gamma)
-    return auto_settings.Settled(
+    return auto_settings.Resolved(
         k=options.n_neighbors,
         gamma=0.0 if isinstance(gamma, str) else float(gamma),
         unit=figures.get("gamma_unit", 1.0),

@@ -39,7 +39,7 @@ class Gallery:
     """Samples side by side; those of a group belong together."""
 
     title: str
-    says: str
+    summary: str
     groups: tuple[tuple[Shown, ...], ...]
 
 
@@ -50,18 +50,18 @@ def choose(folder: Folder, m: Measures, each: int) -> list[Gallery]:
     galleries = [
         Gallery(
             title="Most suppressed groups",
-            says="A kept sample, framed, and dropped ones from whose scores it took more than any "
-            "other.",
+            summary="A kept sample, framed, and dropped ones from whose scores it took more than "
+            "any other.",
             groups=tuple(people.suppressed(max(1, each // 2))),
         ),
         Gallery(
             title="Ranked first",
-            says="What goes in first.",
+            summary="What goes in first.",
             groups=tuple((one,) for one in people.shown(m.first.id[:each])),
         ),
         Gallery(
             title="Ranked last",
-            says="What goes in last.",
+            summary="What goes in last.",
             groups=tuple((one,) for one in people.shown(m.last.id[-each:][::-1])),
         ),
     ]
@@ -71,12 +71,12 @@ def choose(folder: Folder, m: Measures, each: int) -> list[Gallery]:
         galleries += [
             Gallery(
                 title=f"Kept by {m.method}, not by {score} alone",
-                says="Chosen by a hash among all of them.",
+                summary="Chosen by a hash among all of them.",
                 groups=tuple((one,) for one in people.shown(_some(m, gained, each))),
             ),
             Gallery(
                 title=f"Kept by {score} alone, not by {m.method}",
-                says="Beside each the sample that took most from its score, where there is one.",
+                summary="Beside each the sample that took most from its score, where there is one.",
                 groups=tuple(people.with_suppressors(_some(m, lost, each))),
             ),
         ]

@@ -184,11 +184,11 @@ def measure(folder: Folder, ends: int) -> Measures:
         )  # fmt: skip
 
     def curve(name: str, order: I64) -> Curve:
-        told = [f for f in _FRACTIONS if budget.floor_of(f, order.size)]
-        prefixes = [_first(order, budget.floor_of(f, order.size)) for f in told]
+        budgets = [f for f in _FRACTIONS if budget.floor_of(f, order.size)]
+        prefixes = [_first(order, budget.floor_of(f, order.size)) for f in budgets]
         return Curve(
             name=name,
-            fractions=tuple(float(f) for f in told),
+            fractions=tuple(float(f) for f in budgets),
             coverage=tuple(
                 distinct.closeness(yardstick.distances(one), yardstick.unit) for one in prefixes
             ),

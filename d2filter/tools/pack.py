@@ -222,12 +222,12 @@ def _caption(path: Path, files: _Files) -> tuple[str | None, dict[str, Any]]:
 
     A .txt goes before a .json: annotations of another kind often lie beside images.
     """
-    text, told = files.beside(path, ("txt",)), files.beside(path, ("json",))
+    text, described = files.beside(path, ("txt",)), files.beside(path, ("json",))
     meta: dict[str, Any] = {}
     reason = ""
-    if told is not None:
+    if described is not None:
         try:
-            parsed = json.loads(told.read_text("utf-8-sig"))
+            parsed = json.loads(described.read_text("utf-8-sig"))
         except (ValueError, RecursionError):
             parsed, reason = None, "caption (.json) is broken"
         if isinstance(parsed, dict):
@@ -238,7 +238,7 @@ def _caption(path: Path, files: _Files) -> tuple[str | None, dict[str, Any]]:
             return text.read_text("utf-8-sig"), meta
         except UnicodeDecodeError:
             return None, {"reason": "caption (.txt) is no UTF-8"}
-    if told is None:
+    if described is None:
         return None, {}
     caption = meta.get("caption", meta.get("text"))
     if not isinstance(caption, str):
@@ -280,9 +280,9 @@ def _write(pairs: Iterator[_Pair], shards: Folder, shard_size: int) -> tuple[int
 def sample_members(key: str, pair: _Pair) -> dict[str, Any]:
     """One sample for webdataset's TarWriter, with img2dataset's json fields."""
     width, height = pair.size
-    told, url = uid_format.normalized(pair.meta.get("uid")), pair.meta.get("url")
+    uid, url = uid_format.normalized(pair.meta.get("uid")), pair.meta.get("url")
     meta = {
-        "uid": told or uid_format.content_uid(pair.image, pair.caption),
+        "uid": uid or uid_format.content_uid(pair.image, pair.caption),
         "caption": pair.caption,
         "url": url if isinstance(url, str) and encodable(url) else None,
         "path": clean(pair.path.as_posix()),

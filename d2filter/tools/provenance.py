@@ -41,8 +41,8 @@ def follow(folder: Folder) -> Breaches:
         if before and made.get(before) != expected:
             out.append(f"{stage} was made from another {expected} than the one that is there")
     config = folder.read_json("config.json") or {"stages": {}}
-    told = {stage: one["fingerprint"] for stage, one in config["stages"].items()}
-    if told != {stage: record["fingerprint"] for stage, record in found.items()}:
+    recorded = {stage: one["fingerprint"] for stage, one in config["stages"].items()}
+    if recorded != {stage: record["fingerprint"] for stage, record in found.items()}:
         out.append("config.json tells other fingerprints than the records of the stages")
     return out
 
@@ -52,16 +52,16 @@ def sums(folder: Folder) -> Breaches:
     out = []
     for stage, record in records(folder).items():
         place = home(folder, stage)
-        for name, told in record.get("checksums", {}).items():
+        for name, recorded in record.get("checksums", {}).items():
             try:
                 there = checksum(place, name)
             except D2FilterError as error:
                 out.append(str(error))
                 continue
-            if there != told:
+            if there != recorded:
                 out.append(
                     f"{place.where(name)} is not what {stage} wrote: {there[0]} bytes with sum "
-                    f"{there[1]}, published were {told[0]} with {told[1]}"
+                    f"{there[1]}, published were {recorded[0]} with {recorded[1]}"
                 )
     return _few(out)
 

@@ -318,10 +318,10 @@ def _regions(cells: measures.Cells) -> list[tuple[str, list[tuple[str, int, floa
 def _settings(m: measures.Measures) -> list[tuple[str, list[tuple[str, str]]]]:
     found = []
     for stage, record in m.records.items():
-        told = {"d2filter": record["d2filter"], **record["options"]}
-        told["seconds"] = f"{record['seconds']:,}"
-        told["peak memory of a process"] = f"{record['peak_rss_bytes'] / 1e9:.2f} GB"
-        found.append((stage, [(n.replace("_", "-"), str(v)) for n, v in told.items()]))
+        shown = {"d2filter": record["d2filter"], **record["options"]}
+        shown["seconds"] = f"{record['seconds']:,}"
+        shown["peak memory of a process"] = f"{record['peak_rss_bytes'] / 1e9:.2f} GB"
+        found.append((stage, [(n.replace("_", "-"), str(v)) for n, v in shown.items()]))
     return found
 
 

@@ -48,8 +48,8 @@ def _shard(folder: Folder, shard: webdataset.Shard) -> str:
     if embedded.exists(f"{shard.name}.parquet"):
         table = tables.read_table(embedded, f"{shard.name}.parquet", ["key", "uid"])
         rows = list(zip(*(table.column(n).to_pylist() for n in ("key", "uid")), strict=True))
-    told = tables.read_table(folder.sub("ledger/embed"), f"{shard.name}.parquet")
-    bad = [(e["key"], e["reason"]) for e in told.to_pylist()]
+    recorded = tables.read_table(folder.sub("ledger/embed"), f"{shard.name}.parquet")
+    bad = [(e["key"], e["reason"]) for e in recorded.to_pylist()]
     left = Counter(bad)
     lost = folder.read_json(f"completions/embed/{shard.name}.json")["lost"]
     place = 0
@@ -151,10 +151,10 @@ def _clipped(
     record: dict[str, Any], config: CatalogConfig, read: metadata.Rows
 ) -> npt.NDArray[np.float32]:
     """Difficulties as the catalog contains them: clipped if `--clip-scores` was given."""
-    told = record["stats"].get("clipped")
-    if told is None:
+    recorded = record["stats"].get("clipped")
+    if recorded is None:
         return read.difficulty
-    low, high = sorted(config.raw(told[end]) for end in ("from", "to"))
+    low, high = sorted(config.raw(recorded[end]) for end in ("from", "to"))
     return np.clip(read.difficulty, np.float32(low), np.float32(high))
 
 

@@ -41,7 +41,7 @@ FRACTIONS = tuple(Decimal(f) for f in ("0.1", "0.2", "0.3", "0.5", "0.7"))
 class Prepared:
     """A pool with swapped captions, ready to be ranked by any setting."""
 
-    known: rank_in_memory.KnownPool
+    known: rank_in_memory.LoadedPool
     swapped: I64
     """(m,) rows"""
     correlation: float
@@ -72,7 +72,7 @@ class Prepared:
         return found
 
 
-def load(folder: Folder, say: Say = lambda line: None) -> rank_in_memory.KnownPool:
+def load(folder: Folder, say: Say = lambda line: None) -> rank_in_memory.LoadedPool:
     """A pool with its graph and features, ascending by uid: whole up to MOST samples, else SAMPLED
     of them with a graph of their own, which is said. Classes are not known of a sample.
     """
@@ -85,10 +85,10 @@ def load(folder: Folder, say: Say = lambda line: None) -> rank_in_memory.KnownPo
     say(
         f"on {SAMPLED:,} of {ranked:,} samples, chosen by a hash of the uid, with a graph of theirs"
     )
-    return _sampled(folder, k, ranked, auto_settings.Told.from_catalog(stats))
+    return _sampled(folder, k, ranked, auto_settings.PoolFacts.from_catalog(stats))
 
 
-def prepare(folder: Folder, known: rank_in_memory.KnownPool) -> Prepared | str:
+def prepare(folder: Folder, known: rank_in_memory.LoadedPool) -> Prepared | str:
     """A loaded pool with captions swapped, or why it cannot be made."""
     record = RunState(folder).require("catalog")
     options, ranked = record["options"], int(record["stats"]["samples"]["ranked"])
@@ -116,12 +116,12 @@ def prepare(folder: Folder, known: rank_in_memory.KnownPool) -> Prepared | str:
         sqdist=made.sqdist, group=part.group,
     )  # fmt: skip
     return Prepared(
-        known=rank_in_memory.KnownPool(spliced, made.rows, known.told), swapped=swapped,
+        known=rank_in_memory.LoadedPool(spliced, made.rows, known.facts), swapped=swapped,
         correlation=line.correlation, ranked=ranked,
     )  # fmt: skip
 
 
-def ranks(known: rank_in_memory.KnownPool, config: RankConfig) -> I64:
+def ranks(known: rank_in_memory.LoadedPool, config: RankConfig) -> I64:
     """Ranks of a loaded pool by a setting, with as many neighbors as it asks for, (n,)."""
     k = config.n_neighbors
     if k and k < known.part.neighbors.shape[1]:
@@ -143,8 +143,8 @@ def of_run(folder: Folder) -> Figures:
     config = RankConfig.from_options(state.require("rank")["options"])
     size = len(prepared.known.part.hi)
     # a budget that keeps nothing of a sample cannot be measured
-    wanted = [f for f in {*FRACTIONS, own} if f and budget.floor_of(f, size)]
-    rates = prepared.rates(config, sorted(wanted))
+    requested = [f for f in {*FRACTIONS, own} if f and budget.floor_of(f, size)]
+    rates = prepared.rates(config, sorted(requested))
     found: Figures = {
         "swapped": prepared.swapped.size,
         "of": size,
@@ -157,7 +157,7 @@ def of_run(folder: Folder) -> Figures:
     return found
 
 
-def _whole(folder: Folder, k: int) -> rank_in_memory.KnownPool:
+def _whole(folder: Folder, k: int) -> rank_in_memory.LoadedPool:
     """All samples, ascending by uid."""
     known = rank_in_memory.read_pool(folder, k, with_features=True)
     pool = known.by_uid(RankConfig())
@@ -165,12 +165,12 @@ def _whole(folder: Folder, k: int) -> rank_in_memory.KnownPool:
         hi=pool.hi, lo=pool.lo, difficulty=pool.difficulty, neighbors=pool.neighbors,
         sqdist=pool.sqdist, group=pool.group,
     )  # fmt: skip
-    return rank_in_memory.KnownPool(part, known.rows, known.told)
+    return rank_in_memory.LoadedPool(part, known.rows, known.facts)
 
 
 def _sampled(
-    folder: Folder, k: int, ranked: int, told: auto_settings.Told
-) -> rank_in_memory.KnownPool:
+    folder: Folder, k: int, ranked: int, facts: auto_settings.PoolFacts
+) -> rank_in_memory.LoadedPool:
     """SAMPLED of them, ascending by uid, with a graph of their own."""
     home = folder.sub("catalog")
     layout = catalog.layout(home)
@@ -188,4 +188,4 @@ def _sampled(
     part = graph.GraphPart(
         hi=hi, lo=lo, difficulty=difficulty, neighbors=found.neighbors, sqdist=found.sqdist
     )
-    return rank_in_memory.KnownPool(part, rows, told)
+    return rank_in_memory.LoadedPool(part, rows, facts)

@@ -212,7 +212,7 @@ class _Pool:
         rates = checked.rates(config, [f for f in fractions if budget.floor_of(f, size)])
         return {fraction: row["kept"] for fraction, row in rates.items()}
 
-    def _with(self, k: int) -> rank_in_memory.KnownPool:
+    def _with(self, k: int) -> rank_in_memory.LoadedPool:
         if k not in self._lists:
             self._lists[k] = self._lists[self._k].narrowed(k)
         return self._lists[k]

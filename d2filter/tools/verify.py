@@ -242,9 +242,9 @@ def _scores(run: _Run) -> Breaches:
         return _method(run, options)
     k = options.n_neighbors
     neighbors, distances = g.neighbors[:, :k], g.sqdist[:, :k]
-    told = auto_settings.Told.from_catalog(run.records["catalog"]["stats"])
-    settled, last = options.settled_on(g.difficulty, g.hi, g.lo, neighbors, distances, told)
-    scheme = options.scheme(settled)
+    facts = auto_settings.PoolFacts.from_catalog(run.records["catalog"]["stats"])
+    resolved, last = options.resolve_on(g.difficulty, g.hi, g.lo, neighbors, distances, facts)
+    scheme = options.scheme(resolved)
     source, target, sqdist = halo.whole(neighbors, distances, both_ways=options.undirected)
     through = ~last[source] & ~last[target]
     source, target, sqdist = source[through], target[through], sqdist[through]
@@ -258,7 +258,7 @@ def _scores(run: _Run) -> Breaches:
     gathered = messages.gather(scores, start, target, weights)
     forward = scheme.forward_scores(scores, gathered)
     forward[last] = messages.FLOOR
-    out = _found(settled, run.records["rank"]["stats"])
+    out = _found(resolved, run.records["rank"]["stats"])
     out += _count("forward scores are not those of the graph", forward != r["forward"])
     # with classes, ranks are shared out afterwards: the greedy's own are those of the scores
     rank = np.empty(len(g.hi), np.int64)
@@ -280,13 +280,13 @@ def _scores(run: _Run) -> Breaches:
     return out
 
 
-def _found(settled: auto_settings.Settled, figures: dict[str, Any]) -> Breaches:
+def _found(resolved: auto_settings.Resolved, figures: dict[str, Any]) -> Breaches:
     """Find the settings of the ranking again, gamma above all, and compare them with the record."""
     mine = {
-        "gamma": settled.gamma,
-        "gamma_unit": settled.unit,
-        "copies_sqdist": settled.copies_sqdist,
-        "cut_hardest": settled.cut,
+        "gamma": resolved.gamma,
+        "gamma_unit": resolved.unit,
+        "copies_sqdist": resolved.copies_sqdist,
+        "cut_hardest": resolved.cut,
     }
     return [
         f"{name} is {value}, found again on this graph, and {figures[name]} in the record"
@@ -297,12 +297,12 @@ def _found(settled: auto_settings.Settled, figures: dict[str, Any]) -> Breaches:
 
 def _pairs(run: _Run) -> Breaches:
     """The share of pairs that gamma was found with."""
-    told = run.records["catalog"]["stats"].get("pairs")
-    if not told:
+    recorded = run.records["catalog"]["stats"].get("pairs")
+    if not recorded:
         return []
     c = run.catalog
     found = mismatched.judged(c.features[mismatched.sampled(c.hi, c.lo)])
-    return [] if found == told else [f"pairs are {found}, and {told} in the record"]
+    return [] if found == recorded else [f"pairs are {found}, and {recorded} in the record"]
 
 
 def _method(run: _Run, options: RankConfig) -> Breaches:
@@ -311,8 +311,8 @@ def _method(run: _Run, options: RankConfig) -> Breaches:
 
     features_too = rank_in_memory.wants_features(options.method)
     known = rank_in_memory.read_pool(run.folder, options.n_neighbors, with_features=features_too)
-    rank, _, settled = rank_in_memory.ranks_of(known, options)
-    out = _found(settled, run.records["rank"]["stats"])
+    rank, _, resolved = rank_in_memory.ranks_of(known, options)
+    out = _found(resolved, run.records["rank"]["stats"])
     return out + _count(f"ranks are not those of {options.method}", rank != run.ranking["rank"])
 
 
@@ -335,9 +335,9 @@ def _subset(run: _Run) -> Breaches:
     arch = run.records["catalog"]["options"]["arch"]
     method = run.records["rank"]["options"]["method"]
     for share in [fraction, *options["also"]] if options["also"] and exact else []:
-        wanted = budget.parse_fraction(share)
-        count = budget.budget_of(len(run.ranking["rank"]), fraction=wanted)
-        name = subset.named(method, arch, wanted)
+        requested = budget.parse_fraction(share)
+        count = budget.budget_of(len(run.ranking["rank"]), fraction=requested)
+        name = subset.named(method, arch, requested)
         out += _prefix(run, name, subset.read(run.folder, name), count)
     return out
 

@@ -20,7 +20,7 @@ HEAVY = "numba", "llvmlite", "ray", "torch", "faiss", "open_clip"
 LOADED = f"""
 import sys
 before = set(sys.modules)
-from d2filter import cli
+from d2filter.cli import main as cli
 try:
     code = cli.main(sys.argv[1:]) if len(sys.argv) > 1 else 0
 except SystemExit as error:

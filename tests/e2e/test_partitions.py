@@ -179,7 +179,7 @@ def test_harder_tries_leave_no_trace_of_the_easier_ones(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(calibrate_on_parts.Spread, "find", cut_off_in_a_turn)
+        patched.setattr(calibrate_on_parts.PartedSearcher, "find", cut_off_in_a_turn)
         assert run(*words, out, "--partitions", 3) == 130
     turns = out / "completions/graph"
     asked = {path.name: path.stat().st_mtime_ns for path in turns.glob("choose-cells-00-*")}

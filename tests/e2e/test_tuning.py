@@ -177,8 +177,8 @@ def test_what_counts_as_not_learned_is_known_of_a_margin(
     ],
 )
 def test_values_that_cannot_be(
-    tmp_path: Path, option: str, value: str, says: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, option: str, value: str, summary: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = ["run", "--metadata-dir", str(tmp_path), "--out-dir", str(tmp_path / "o")]
     assert cli.main([*told, option, value]) == 2
-    assert says in capsys.readouterr().err
+    assert summary in capsys.readouterr().err

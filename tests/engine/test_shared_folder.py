@@ -230,9 +230,9 @@ def test_a_word_that_others_left_is_not_that_of_this_run(
     out = Folder(str(tmp_path))
     assert shared_folder.missing(out, "") is None
     assert "cannot see what was written" in str(shared_folder.missing(out, "1234"))
-    before = shared_folder.leave_word(out)
+    before = shared_folder.write_token(out)
     assert shared_folder.missing(out, before) is None
-    shared_folder.leave_word(out)
+    shared_folder.write_token(out)
     assert shared_folder.missing(out, before) is not None
     (tmp_path / shared_folder.WORD).write_text("{")
     assert shared_folder.missing(out, before) is not None
@@ -240,7 +240,7 @@ def test_a_word_that_others_left_is_not_that_of_this_run(
 
 def test_an_object_store_is_the_same_from_everywhere() -> None:
     store = Folder("memory://placement/out")
-    assert shared_folder.leave_word(store) == ""
+    assert shared_folder.write_token(store) == ""
     assert store.names() == []
 
 
@@ -310,7 +310,7 @@ def test_processes_that_never_begin_are_not_asked_for_without_end() -> None:
             self.ended += 1
 
     cluster = Stillborn()
-    some = gpu_workers.Hands(cluster, len)
+    some = gpu_workers.GpuWorkers(cluster, len)
     for _ in range(5):
         assert some.free({"num_gpus": 1}, 1) == 0
     with pytest.raises(StageError, match="end as soon as they begin"):

@@ -419,7 +419,7 @@ def test_a_score_that_nothing_computes_is_said(
     pair(tmp_path)
     for need in ("pair", "target", "moon"):
         new = scores.Score(
-            name="beauty", kept_first="high", meaning="better", needs=need, says="",
+            name="beauty", kept_first="high", meaning="better", needs=need, summary="",
         )  # fmt: skip
         monkeypatch.setitem(scores.SCORES, "beauty", new)
         target = {"score_target": "t.npy"} if need == "target" else {}

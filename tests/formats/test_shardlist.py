@@ -137,7 +137,7 @@ def test_what_a_folder_holds_beside_shards_is_counted(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [s.compressed for s in found.shards] == [False, True, False, True, True]
     assert found.left_out == {".json": 2, "folders": 2, "without a suffix": 2}
-    assert shardlist.says(found.left_out) == "2 .json, 2 folders, 2 without a suffix"
+    assert shardlist.counted_by_kind(found.left_out) == "2 .json, 2 folders, 2 without a suffix"
     # the same folder twice, and its files by name, are counted once
     again = shardlist.find_shards([str(tmp_path), f"{tmp_path}/00000.tar", str(tmp_path)])
     assert again.left_out == found.left_out

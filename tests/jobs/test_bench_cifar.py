@@ -113,7 +113,7 @@ def test_the_report_has_each_method_and_says_where_it_is_behind(tmp_path: Path) 
                     }
                 )  # fmt: skip
     rows += [{**rows[0], "method": "full", "kept": "1", "seed": seed} for seed in (0, 1)]
-    about = cifar_report.About(device="cpu", says="heads", seeds=(0, 1), minutes=1, smoke=False)
+    about = cifar_report.About(device="cpu", summary="heads", seeds=(0, 1), minutes=1, smoke=False)
     cifar_report.write(tmp_path / "r.md", rows, about)
     text = (tmp_path / "r.md").read_text("utf-8")
     assert "| **D2, cut and gamma auto** | 60.0 ± 0.1 | 60.0 ± 0.1 |" in text

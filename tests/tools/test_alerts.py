@@ -136,11 +136,11 @@ def of_arch(arch: str) -> alerts.Facts:
     ],
 )
 def test_an_alert_fires_where_it_should(
-    alert: alerts.Alert, fires: list[alerts.Facts], says: str, quiet: list[alerts.Facts]
+    alert: alerts.Alert, fires: list[alerts.Facts], summary: str, quiet: list[alerts.Facts]
 ) -> None:
     assert alert in alerts.ALERTS
     for found in map(alert, fires):
-        assert says in found
+        assert summary in found
         assert "\n" not in found
     assert [alert(one) for one in quiet] == [""] * len(quiet)
 

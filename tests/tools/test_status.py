@@ -179,8 +179,8 @@ def test_each_retry_is_shown_with_its_reason(
     assert any(line.startswith("rank tried again: 0 at ") for line in lines)
     assert any(line.endswith(": no memory") for line in lines)
     for number in range(7):
-        told_of = {"partitions": f"partitions {number}", "reason": f"reason {number}"}
-        logs.append(out, logs.DRIVER, "worker lost", stage="rank", **told_of)
+        found_settings = {"partitions": f"partitions {number}", "reason": f"reason {number}"}
+        logs.append(out, logs.DRIVER, "worker lost", stage="rank", **found_settings)
     lines, found = told(tmp_path, capsys)
     assert found["stages"][0]["tried_again"] == 8
     assert len(found["stages"][0]["retries"]) == 8

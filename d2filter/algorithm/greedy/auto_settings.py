@@ -25,7 +25,7 @@ Bools = demoted.Bools
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
+class PoolFacts:
     """What is known of a pool beside its graph."""
 
     wrong: Fraction | None = None
@@ -35,14 +35,14 @@ class Told:
     none of its own"""
 
     @classmethod
-    def from_catalog(cls, figures: Mapping[str, Any]) -> Told:
+    def from_catalog(cls, figures: Mapping[str, Any]) -> PoolFacts:
         """From the figures of a catalog, as a run's record holds them."""
         score = figures.get("score", {}).get("name", "")
         return cls(wrong=mismatched.wrong_share(figures), learned_below=auto_cut.MIDDLE.get(score))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class Requested:
     """What a configuration asks for."""
 
     kernel: str
@@ -68,15 +68,15 @@ class Wanted:
         """Whether gamma is looked for."""
         return self.d2 and self.gamma is None
 
-    def auto_cut(self, counts: I64, told: Told) -> Decimal:
+    def auto_cut(self, counts: I64, facts: PoolFacts) -> Decimal:
         """The share of the hardest to take away, where it is auto. counts: `quantile.upper_counts`
         of the difficulties of all samples.
         """
-        return auto_cut.auto(counts, self.tuned_for, middle=told.learned_below)
+        return auto_cut.auto(counts, self.tuned_for, middle=facts.learned_below)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settled:
+class Resolved:
     """What was found."""
 
     k: int
@@ -98,44 +98,44 @@ class Settled:
     """of a gamma that was looked for: `tuning.Tuned`, and what it was looked for with"""
 
 
-def settle(
-    wanted: Wanted,
+def resolve(
+    requested: Requested,
     difficulty: F32,
     hi: uids.U64,
     lo: uids.U64,
     neighbors: I64,
     sqdist: F32,
-    told: Told,
-) -> tuple[Settled, Bools]:
+    facts: PoolFacts,
+) -> tuple[Resolved, Bools]:
     """Find all that is wanted. Returns it, and which samples (n,) rank after everything else.
 
     difficulty, hi, lo: (n,); neighbors: (n, k) rows, −1 pads; sqdist: (n, k), inf where padded.
     """
     n = difficulty.size
     reach = local_kernel.reach(sqdist)
-    median_reach = quantile.middle(reach) if wanted.reaches else 0.0
-    unit = demoted.unit(sqdist) if wanted.median else 1.0
+    median_reach = quantile.middle(reach) if requested.reaches else 0.0
+    unit = demoted.unit(sqdist) if requested.median else 1.0
     most: float | None
-    most = near_copies.threshold(median_reach) if wanted.copies == "auto" else wanted.copies
-    share = wanted.cut_hardest
+    most = near_copies.threshold(median_reach) if requested.copies == "auto" else requested.copies
+    share = requested.cut_hardest
     if share is None:
-        share = wanted.auto_cut(quantile.upper_counts(difficulty), told)
+        share = requested.auto_cut(quantile.upper_counts(difficulty), facts)
     last = demoted.mask(
         difficulty, hi, lo, neighbors, sqdist, cut_hardest=share, collapse_copies=most
     )
     above = demoted.hardest_above(difficulty, share) if demoted.cut_size(n, share) else None
     cut = 0 if above is None else int(np.count_nonzero(difficulty > np.float32(above)))
     floor = local_kernel.floor_of(median_reach)
-    gamma, tuned = 0.0 if wanted.gamma is None else wanted.gamma, {}
-    if wanted.tunes:
+    gamma, tuned = 0.0 if requested.gamma is None else requested.gamma, {}
+    if requested.tunes:
         rows = np.flatnonzero(~last & auto_gamma.chosen_rows(hi, lo, n))
         there = neighbors[rows] >= 0
         through = there & ~last[np.where(there, neighbors[rows], 0)]
         reach_of = reach[np.where(there, neighbors[rows], 0)]
         lists = Lists(sqdist=sqdist[rows], reach=reach[rows], reach_of=reach_of, through=through)
-        tuned = tune(wanted, lists, n, int(last.sum()), floor, unit, told)
+        tuned = tune(requested, lists, n, int(last.sum()), floor, unit, facts)
         gamma = tuned["gamma"]
-    found = Settled(
+    found = Resolved(
         k=sqdist.shape[1],
         gamma=gamma, unit=unit, floor=floor, cut=str(share), above=above, copies_sqdist=most,
         copies=int(last.sum()) - cut, tuned=tuned,
@@ -158,25 +158,25 @@ class Lists:
 
 
 def tune(
-    wanted: Wanted,
+    requested: Requested,
     lists: Lists,
     total: int,
     last: int,
     floor: float,
     unit: float,
-    told: Told,
+    facts: PoolFacts,
 ) -> dict[str, Any]:
     """Gamma and the figures that it was found with. total: samples; last: of them rank last."""
     near = auto_gamma.local_lists(lists.sqdist, lists.reach, lists.reach_of, lists.through, floor)
-    if wanted.kernel == "local":
+    if requested.kernel == "local":
         exponents = near
     else:
         scaled = auto_gamma.median_scaled(lists.sqdist, unit)
         scaled = np.where(lists.through, scaled, np.float32(np.inf))
-        exponents = np.sqrt(scaled) if wanted.kernel == "exp" else scaled
+        exponents = np.sqrt(scaled) if requested.kernel == "exp" else scaled
     earnest = total - last
-    size = min(budget.floor_of(wanted.tuned_for, total), earnest)
+    size = min(budget.floor_of(requested.tuned_for, total), earnest)
     kept = Fraction(max(size, 1), max(earnest, 1))
-    found = auto_gamma.tune(exponents, near, kept, told.wrong)
-    share = None if told.wrong is None else float(told.wrong)
-    return {**asdict(found), "tuned_for": str(wanted.tuned_for), "wrong_share": share}
+    found = auto_gamma.tune(exponents, near, kept, facts.wrong)
+    share = None if facts.wrong is None else float(facts.wrong)
+    return {**asdict(found), "tuned_for": str(requested.tuned_for), "wrong_share": share}

@@ -59,8 +59,8 @@ def rank_graph(
         sqdist, difficulty, hi, lo = sqdist[order], difficulty[order], hi[order], lo[order]
         late = None if late is None else late[order]
     rows = ranker.Rows(hi=hi, lo=lo, difficulty=difficulty, neighbors=neighbors, sqdist=sqdist)
-    whole = ranker.Share(rows, np.array([0, n], np.int64), 0, late)
-    whole.begin(scheme, *whole.range(), whole.describe(whole.halo()), both_ways=undirected)
+    whole = ranker.RankingPartition(rows, np.array([0, n], np.int64), 0, late)
+    whole.start_ranking(scheme, *whole.range(), whole.halo_data(whole.halo()), both_ways=undirected)
     whole.advance()
     found = whole.outcome()
     rank = np.empty(n, np.int64)

@@ -71,7 +71,7 @@ def joined(states: list[States]) -> States:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
+class HaloSamples:
     """What a partition must know about its halo, by ascending graph id."""
 
     ids: I64
@@ -95,7 +95,7 @@ class Outcome:
     """graph ids, −1 none"""
 
 
-class Share:
+class RankingPartition:
     """One partition of a ranking."""
 
     def __init__(
@@ -108,7 +108,7 @@ class Share:
     ) -> None:
         """starts: (P + 1,) first graph id of each partition. late: (n,) which of the rows are
         demoted, see `demoted.py`. reach: (n,) squared distances to the last neighbors, needed if
-        `rows` have no lists. `begin` frees the rows.
+        `rows` have no lists. `start_ranking` frees the rows.
         """
         self.size = len(rows.hi)
         self.reach = local_kernel.reach(rows.sqdist) if reach is None else reach
@@ -139,7 +139,7 @@ class Share:
         rows = self._held()
         return halo.cut_edges(self._starts, self._number, rows.neighbors, rows.sqdist)
 
-    def hear_edges(self, source: I64, target: I64, sqdist: F32) -> None:
+    def add_edges(self, source: I64, target: I64, sqdist: F32) -> None:
         """Add the cut edges of one other partition that lead here."""
         self._incoming.append((source, target, sqdist))
         self._halo = None
@@ -151,21 +151,21 @@ class Share:
             self._halo = halo.halo(self._first, self.size, self._held().neighbors, sources)
         return self._halo
 
-    def describe(self, ids: I64) -> Known:
+    def halo_data(self, ids: I64) -> HaloSamples:
         """Own samples by graph id."""
         at = ids - self._first
         rows = self._held()
-        return Known(
+        return HaloSamples(
             ids=ids, hi=rows.hi[at], lo=rows.lo[at], difficulty=rows.difficulty[at],
             late=self._late[at], reach=self.reach[at],
         )  # fmt: skip
 
-    def begin(
+    def start_ranking(
         self,
         scheme: Scheme,
         low: float,
         high: float,
-        known: Known,
+        known: HaloSamples,
         *,
         both_ways: bool = False,
         keep: Callable[[Array], Array] = lambda array: array,
@@ -251,7 +251,7 @@ class Share:
         x, final = self._partition.states(self._own_node[rows])
         return States(ids=self._first + rows.astype(np.int64), x=x, final=final)
 
-    def hear_states(self, states: States) -> None:
+    def receive_states(self, states: States) -> None:
         """Merge states of another partition. They may be late, repeated or out of order."""
         if states.ids.size:
             nodes = self._halo_node[np.searchsorted(self._halo_ids, states.ids)]

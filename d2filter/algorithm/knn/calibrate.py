@@ -222,7 +222,7 @@ def _refined(
     """For each request, whose lists before the pass are `wide`: share of the truth found by each
     query after it, and rows fetched a query.
     """
-    friends = [refine.distinct(own.numbers) for own in wide]
+    lists_of_neighbors = [refine.distinct(own.numbers) for own in wide]
     theirs = pool.find(
         [
             Request(
@@ -231,14 +231,16 @@ def _refined(
                 probed=np.ascontiguousarray(pool.probed(named)[:, : asked.probed.shape[1]]),
                 k=own.numbers.shape[1],
             )
-            for asked, own, (named, _) in zip(requests, wide, friends, strict=True)
+            for asked, own, (named, _) in zip(requests, wide, lists_of_neighbors, strict=True)
         ]
     )
     out = []
-    for asked, own, (_, friend_of), lists in zip(requests, wide, friends, theirs, strict=True):
+    for asked, own, (_, neighbor_row), lists in zip(
+        requests, wide, lists_of_neighbors, theirs, strict=True
+    ):
         homes = refine.home_cells(lists.numbers, lambda named: pool.probed(named)[:, 0])
         start, found = refine.candidates(
-            asked.numbers, asked.probed, own.numbers, lists.numbers, homes, friend_of
+            asked.numbers, asked.probed, own.numbers, lists.numbers, homes, neighbor_row
         )
         fetched, where = np.unique(found, return_inverse=True)
         after = refine.improved(

@@ -47,7 +47,12 @@ def home_cells(numbers: I64, home_of: Callable[[I64], I32]) -> I32:
 
 
 def candidates(
-    numbers: I64, probed: I32, own: I64, friends: I64, friend_cells: I32, friend_of: I64
+    numbers: I64,
+    probed: I32,
+    own: I64,
+    others: I64,
+    cells_of_others: I32,
+    neighbor_row: I64,
 ) -> tuple[I64, I64]:
     """Neighbors of neighbors worth measuring, as CSR: start (q + 1,), numbers.
 
@@ -61,8 +66,8 @@ def candidates(
 
     def candidates(some: slice, counting: bool) -> None:
         _candidates(
-            numbers, probed, own, friends, friend_cells, friend_of, some.start, some.stop, start,
-            found, counting,
+            numbers, probed, own, others, cells_of_others, neighbor_row, some.start, some.stop,
+            start, found, counting,
         )  # fmt: skip
 
     threads.in_blocks(lambda some: candidates(some, True), numbers.size, _LISTS)
@@ -94,7 +99,7 @@ def improved(
 
 @compiled.njit()
 def _candidates(  # type: ignore[no-untyped-def]  # compiled by numba
-    numbers, probed, own, friends, friend_cells, friend_of, begin, end, start, found, counting
+    numbers, probed, own, others, cells_of_others, neighbor_row, begin, end, start, found, counting
 ):  # fmt: skip
     """Count the candidates of each sample into start[1:], or write them from start[i] on."""
     width = own.shape[1]
@@ -112,14 +117,14 @@ def _candidates(  # type: ignore[no-untyped-def]  # compiled by numba
         _add(seen, numbers[i])
         count = 0
         for t in range(width):
-            f = friend_of[i, t]
+            f = neighbor_row[i, t]
             if f < 0:
                 continue
             for s in range(width):
-                h = friends[f, s]
+                h = others[f, s]
                 if h < 0:
                     break
-                cell = friend_cells[f, s]
+                cell = cells_of_others[f, s]
                 compared = False
                 for c in range(probed.shape[1]):
                     if probed[i, c] == cell:

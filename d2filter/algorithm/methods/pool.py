@@ -66,7 +66,7 @@ class Selector:
     """One method, as `SELECTORS` lists it."""
 
     name: str
-    says: str
+    summary: str
     """one line for --help, with the source"""
     rank: Callable[[Pool], I64]
     most: int

@@ -88,7 +88,7 @@ def ccs(pool: Pool, *, cut: float = 0.0, strata: int = 50) -> I64:
 _LISTED = (
     Selector(
         name="random",
-        says="a hash of the uid: what every other method has to beat",
+        summary="a hash of the uid: what every other method has to beat",
         rank=lambda pool: baselines.at_random(pool.hi, pool.lo, seed=pool.seed),
         most=500_000_000,  # one sort of n keys, in memory
         instead="a threshold on a hash of the uid, sample by sample",
@@ -96,7 +96,7 @@ _LISTED = (
     ),
     Selector(
         name="score",
-        says="highest difficulty first; with the CLIP score: DataComp's filter (Gadre et al. 2023)",
+        summary="highest difficulty first; of CLIP scores: DataComp's filter (Gadre et al. 2023)",
         rank=lambda pool: baselines.by_score(pool.difficulty, pool.hi, pool.lo),
         most=500_000_000,  # one sort of n keys, in memory
         instead="a threshold on the score, sample by sample",
@@ -104,7 +104,7 @@ _LISTED = (
     ),
     Selector(
         name="moderate",
-        says="distance to the class center nearest to the median (Xia et al. 2023)",
+        summary="distance to the class center nearest to the median (Xia et al. 2023)",
         rank=geometric.moderate,
         most=100_000_000,  # 6·n·d: two passes over mapped features of 300 GB
         instead="ccs, which needs no features",
@@ -112,7 +112,7 @@ _LISTED = (
     ),
     Selector(
         name="ccs",
-        says="the same number from each stratum of difficulty (Zheng et al. 2022)",
+        summary="the same number from each stratum of difficulty (Zheng et al. 2022)",
         rank=ccs,
         most=500_000_000,  # five sorts of n keys, 75 bytes a sample
         instead="random, and ccs on a part of the pool",
@@ -120,7 +120,7 @@ _LISTED = (
     ),
     Selector(
         name="k_center",
-        says="farthest-first traversal: k-center greedy (Sener & Savarese 2018)",
+        summary="farthest-first traversal: k-center greedy (Sener & Savarese 2018)",
         rank=geometric.k_center,
         most=50_000,  # 3/2·n²·d, and as many bytes: 6·10¹² at d = 1,536
         instead="facility_location, which works on the neighbor graph",
@@ -128,7 +128,7 @@ _LISTED = (
     ),
     Selector(
         name="herding",
-        says="follow the mean of all features (Welling 2009, Chen et al. 2010)",
+        summary="follow the mean of all features (Welling 2009, Chen et al. 2010)",
         rank=geometric.herding,
         most=20_000,  # n²·d: 6·10¹¹ at d = 1,536
         instead="moderate, which stays near the center too and is linear in n",
@@ -136,7 +136,7 @@ _LISTED = (
     ),
     Selector(
         name="facility_location",
-        says="every sample has a kept one near it, lazy greedy on the graph (Iyer et al. 2021)",
+        summary="every sample has a kept one near it, lazy greedy on the graph (Iyer et al. 2021)",
         rank=lambda pool: submodular.facility_location(
             pool.difficulty, pool.neighbors, pool.sqdist
         ),
@@ -146,7 +146,7 @@ _LISTED = (
     ),
     Selector(
         name="graph_cut",
-        says="near to many, far from what is kept, greedy on the graph (Iyer et al. 2021)",
+        summary="near to many, far from what is kept, greedy on the graph (Iyer et al. 2021)",
         rank=lambda pool: submodular.graph_cut(pool.neighbors, pool.sqdist),
         most=50_000_000,  # k·n + n·log n, 150 bytes a sample
         instead="d2, which runs on partitions",
@@ -154,7 +154,7 @@ _LISTED = (
     ),
     Selector(
         name="infomax",
-        says="score less the likeness to what is kept, lazy greedy on the graph (Tan et al. 2025)",
+        summary="score less likeness to what is kept, lazy greedy on the graph (Tan et al. 2025)",
         rank=lambda pool: submodular.infomax(
             pool.difficulty, pool.neighbors, pool.sqdist, redundancy=pool.redundancy
         ),
@@ -165,7 +165,7 @@ _LISTED = (
     ),
     Selector(
         name="density",
-        says="a quota for each cluster by its spread, best score first (Abbas et al. 2024)",
+        summary="a quota for each cluster by its spread, best score first (Abbas et al. 2024)",
         rank=lambda pool: density.density(pool, temperature=pool.temperature),
         most=10_000_000,  # 500·n·d: the distance of each sample to each center
         instead="d2, which thins dense regions on partitions",
@@ -174,7 +174,7 @@ _LISTED = (
     ),
     Selector(
         name="semdedup",
-        says="drop what is most like an earlier one of its cluster (Abbas et al. 2023)",
+        summary="drop what is most like an earlier one of its cluster (Abbas et al. 2023)",
         rank=geometric.semdedup,
         # training 256·20·(n/1000)²·d, choice of clusters n²/1000·d, pairs 1000·n·d/2: mostly
         # products of 2·10¹⁴ at d = 1,536

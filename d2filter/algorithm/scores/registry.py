@@ -237,7 +237,7 @@ class Score:
     """what a high value means for a sample"""
     needs: Literal["pair", "target", "pool", "log"]
     """image and text embedding | a target set | the whole pool | a training log"""
-    says: str
+    summary: str
     """one line for --help"""
 
 
@@ -247,14 +247,14 @@ _ALL = (
         kept_first="high",
         meaning="better",
         needs="pair",
-        says="cosine of image and text embedding",
+        summary="cosine of image and text embedding",
     ),
     Score(
         name="negclip_loss",
         kept_first="high",
         meaning="better",
         needs="pool",
-        says="CLIP score less half the log-sum-exp of the image's and of the text's cosines in "
+        summary="CLIP score less half the log-sum-exp of the image's and of the text's cosines in "
         "random batches",
     ),
     Score(
@@ -262,49 +262,49 @@ _ALL = (
         kept_first="high",
         meaning="better",
         needs="target",
-        says="largest cosine of the image to a target set",
+        summary="largest cosine of the image to a target set",
     ),
     Score(
         name="prototypicality",
         kept_first="high",
         meaning="harder",
         needs="pool",
-        says="distance to the nearest centroid of the pool",
+        summary="distance to the nearest centroid of the pool",
     ),
     Score(
         name="forgetting",
         kept_first="high",
         meaning="harder",
         needs="log",
-        says="times right at an epoch and wrong at the next; never right counts as all epochs",
+        summary="times right at an epoch and wrong at the next; never right counts as all epochs",
     ),
     Score(
         name="el2n",
         kept_first="high",
         meaning="harder",
         needs="log",
-        says="mean over epochs of the length of (probabilities - one-hot label)",
+        summary="mean over epochs of the length of (probabilities - one-hot label)",
     ),
     Score(
         name="margin",
         kept_first="low",
         meaning="easier",
         needs="log",
-        says="mean over epochs of the label's probability less the largest other one",
+        summary="mean over epochs of the label's probability less the largest other one",
     ),
     Score(
         name="entropy",
         kept_first="high",
         meaning="harder",
         needs="log",
-        says="-sum of p log p over the classes at the last epoch",
+        summary="-sum of p log p over the classes at the last epoch",
     ),
     Score(
         name="variance",
         kept_first="high",
         meaning="harder",
         needs="log",
-        says="variance over epochs of the label's probability",
+        summary="variance over epochs of the label's probability",
     ),
 )
 

@@ -128,10 +128,8 @@ def build(
         sums.update(checksums_of(scored))
         merged = [{**a, **b} for a, b in zip(merged, scored, strict=True)]
     described = config.describe(read[0]["has_score"], read[0]["file_column"])
-    settled = clip_scores.settle(
-        runner, out, config, fingerprint, memory, merged, described["name"]
-    )
-    sums.update(checksums_of(settled.parts))
+    clipped = clip_scores.clip(runner, out, config, fingerprint, memory, merged, described["name"])
+    sums.update(checksums_of(clipped.parts))
     matched: dict[str, Any] = {}
     if all(figures["are_pairs"] for figures in read):
         task = Task(name="pairs", run=match_pairs, arguments={"out": out})
@@ -152,19 +150,19 @@ def build(
         },
         "bad_reasons": dict(reasons.most_common()),
         **({"uids_of_tables": joined} if joined else {}),
-        "contents": {**held, **{n: told for f in read for n, told in f["contents"].items()}},
+        "contents": {**held, **{n: digest for f in read for n, digest in f["contents"].items()}},
         "checksums": sums,
         "dimension": next(iter(widths)),
         "score": described,
         "parts": len(ranges),
-        **settled.figures,
+        **clipped.figures,
         **matched,
         "alerts": [
             *_alerts(source, read, described["name"]),
             *prepare_side_inputs.alerts(joined, ranked),
-            *settled.alerts,
+            *clipped.alerts,
         ],
-        "peak_rss": max(*peaks, settled.peak, *(f["peak_rss_bytes"] for f in [*read, *merged])),
+        "peak_rss": max(*peaks, clipped.peak, *(f["peak_rss_bytes"] for f in [*read, *merged])),
     }
 
 
@@ -265,10 +263,10 @@ def _contents(source: Folder, name: str) -> dict[str, str]:
 
 def _found(where: str, rows: metadata.Rows, row: int) -> str:
     """Where a bad row was found, and its value if it is no uid."""
-    told = f"{where} row {row}"
+    message = f"{where} row {row}"
     if metadata.REASONS[rows.reason[row]] == "malformed uid":
-        told += f": {tables.quoted(rows.uid[row])} is not 32 hex digits"
-    return told
+        message += f": {tables.quoted(rows.uid[row])} is not 32 hex digits"
+    return message
 
 
 def _outside(rows: metadata.Rows, apart: npt.NDArray[np.int64]) -> Any:

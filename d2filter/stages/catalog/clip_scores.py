@@ -47,7 +47,7 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settled:
+class ClippedScores:
     """What came of it."""
 
     parts: list[Figures]
@@ -77,7 +77,7 @@ def part_figures(hi: uids.U64, lo: uids.U64, difficulty: npt.NDArray[np.float32]
     }
 
 
-def settle(
+def clip(
     runner: Runner,
     out: Folder,
     config: CatalogConfig,
@@ -85,7 +85,7 @@ def settle(
     memory: int,
     parts: list[Figures],
     name: str,
-) -> Settled:
+) -> ClippedScores:
     """Clip the scores if that is asked for, and judge them. parts: `part_figures` of each, at least
     one sample in all; name: of the score.
 
@@ -121,7 +121,7 @@ def settle(
     there = [f for f in parts if f["ranked"]]
     ends = [min(f["min"] for f in there), max(f["max"] for f in there)]
     figures = {"difficulty": {"min": ends[0], "max": ends[1]}, **clipped}
-    return Settled(parts=parts, figures=figures, alerts=alerts, peak=max(peaks))
+    return ClippedScores(parts=parts, figures=figures, alerts=alerts, peak=max(peaks))
 
 
 def tidy(out: Folder) -> None:
@@ -148,7 +148,7 @@ def _judge(
         return []
     extreme, uid = (low, low_uid) if squeezed.at_low_end else (high, high_uid)
     a, b = sorted(config.raw(value) for value in squeezed.middle)
-    told = (
+    warning = (
         f"the middle {100 - 200 * squeezed.share:.0f}% of {n:,} scores ({name}) lie from {a:g} to "
         f"{b:g}, less than 1% of a range that reaches to {config.raw(extreme):g} of uid {uid}"
     )
@@ -160,10 +160,10 @@ def _judge(
         )
         if too_many:
             raise InputError(
-                f"{told}: {shared:,} of those {total:,} samples have the same number as others of "
-                f"another score after scaling, and only their uids would rank them: {cure}"
+                f"{warning}: {shared:,} of those {total:,} samples have the same number as others "
+                f"of another score after scaling, and only their uids would rank them: {cure}"
             )
-    return [f"{told}, so that they hardly differ after scaling: {cure}"]
+    return [f"{warning}, so that they hardly differ after scaling: {cure}"]
 
 
 def _total(parts: Iterable[Figures]) -> int:

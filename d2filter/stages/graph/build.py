@@ -125,8 +125,8 @@ class _Steps:
         figures = self._calibrate(kind)
         choice = calibrate.Choice(**{name: figures[name] for name in _CHOICE})
         target = self._config.graph.target_recall
-        told = {name: trained[name] for name in ("axes", "parents")}
-        more = calibrate.harder(effort, choice, target, **told)
+        so_far = {name: trained[name] for name in ("axes", "parents")}
+        more = calibrate.harder(effort, choice, target, **so_far)
         self._made = kind
         if choice.probes > cells.STORED_PROBES and figures["pays"] and more is None:
             self._assign(f"{kind}-{choice.probes}", choice.probes)
@@ -145,7 +145,7 @@ class _Steps:
             "each": each,
         }  # fmt: skip
         task = Task(name=f"choose-{kind}", run=calibrate_on_parts.choose, arguments=asked)
-        made = self._print("choose", kind)
+        made = self._step_fingerprint("choose", kind)
         before = self.seconds.get("choose", 0.0)
         figures = self._runner.here("graph", task, fingerprint=made, skip=True)
         # with what the driver did, and on a rerun too
@@ -179,10 +179,10 @@ class _Steps:
         partitions = self._config.partitions
         if before and not partitions and not self._config.memory_per_worker:
             # a rerun may find another amount of memory free: what was laid out stays
-            same = before["fingerprint"] == self._print("layout", before["partitions"])
+            same = before["fingerprint"] == self._step_fingerprint("layout", before["partitions"])
             partitions = before["partitions"] if same else 0
         partitions = self._cut(width, sketch_dim, partitions)
-        fingerprint = self._print("layout", partitions)
+        fingerprint = self._step_fingerprint("layout", partitions)
         if before is None or before["fingerprint"] != fingerprint:
             # markers go before the files that they stand for
             self._out.remove(marker)
@@ -298,7 +298,7 @@ class _Steps:
                 Task(name=name, run=run, arguments={"out": self._out, **more})
                 for name, more in zip(names, arguments, strict=True)
             ],
-            fingerprint=self._print(label, variant),
+            fingerprint=self._step_fingerprint(label, variant),
             label=label,
             total=total,
             share_node=True,
@@ -310,7 +310,7 @@ class _Steps:
         self.peak = max(self.peak, *(f["peak_rss_bytes"] for f in figures))
         return figures
 
-    def _print(self, label: str, variant: Any) -> str:
+    def _step_fingerprint(self, label: str, variant: Any) -> str:
         """Fingerprint of one step. It changes with the number of partitions and, after the choice,
         with the kind of cells.
         """

@@ -44,7 +44,7 @@ def choose(
     *, report: Report, out: Folder, config: GraphConfig, parts: int, kind: str, each: Each
 ) -> Figures:
     """Task of the driver: how many cells to probe, and whether to refine. kind: of the cells."""
-    pool = Spread(out, parts, read_trained(out), kind, each)
+    pool = PartedSearcher(out, parts, read_trained(out), kind, each)
     sample = read_columns(out.sub("index"), CALIBRATE, "number", "rows", "probed")
     choice = calibrate.choose(
         pool, sample["rows"], sample["number"], sample["probed"], config.n_neighbors,
@@ -53,7 +53,7 @@ def choose(
     return {**asdict(choice), "pays": knn.pays(choice, pool.total, pool.trained.cells.count)}
 
 
-class Spread:
+class PartedSearcher:
     """The whole catalog, searched by tasks (calibrate.Searcher)."""
 
     def __init__(

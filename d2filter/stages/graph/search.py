@@ -138,11 +138,11 @@ def improve(
     while waiting:
         some = waiting.pop()
         block = own.take(some)
-        friends, friend_of = refine.distinct(block.numbers)
-        theirs = lists_of.gather(ids.gather(friends))
+        lists_of_neighbors, neighbor_row = refine.distinct(block.numbers)
+        theirs = lists_of.gather(ids.gather(lists_of_neighbors))
         homes = refine.home_cells(theirs, lambda named: assigned.gather(named)[:, 0])
         start, found = refine.candidates(
-            numbers[some], probed[some], block.numbers, theirs, homes, friend_of
+            numbers[some], probed[some], block.numbers, theirs, homes, neighbor_row
         )
         fetched, where = np.unique(found, return_inverse=True)
         if fetched.size > _FETCHED_ROWS and some.size > 1:

@@ -33,7 +33,7 @@ from d2filter.formats.paths import Folder
 from d2filter.formats.rows import mapped, read_array, read_columns, write_columns
 from d2filter.formats.tables import first_line
 from d2filter.stages.graph import by_class as graph_by_class
-from d2filter.stages.rank.auto_settings import WORK, Settled, late_rows
+from d2filter.stages.rank.auto_settings import WORK, Resolved, late_rows
 
 Figures = dict[str, Any]
 
@@ -56,7 +56,7 @@ def run(
     """
     ray = runner.ray()
     crews = runner.processes(parts, made["memory"])
-    numbers = [list(range(parts))[crew::crews] for crew in range(crews)]
+    numbers = [list(range(parts))[actor_index::crews] for actor_index in range(crews)]
     bar = progress_bar("rank", total, runner.show_progress)
     needs = {"num_cpus": 1}
     if made["memory"]:
@@ -234,10 +234,10 @@ class _Driver:
             ) from error
         reason, here = reason_of(error), self._partitions_of(a)
         tell(f"rank: the worker of {here} died and is started again ({reason})")
-        told = {"partitions": here, "restarts": self._restarts[a]}
+        lost = {"partitions": here, "restarts": self._restarts[a]}
         with contextlib.suppress(OSError, StorageError):
             logs.append(
-                self._arguments[0], logs.DRIVER, "worker lost", stage="rank", **told,
+                self._arguments[0], logs.DRIVER, "worker lost", stage="rank", **lost,
                 reason=reason,
             )  # fmt: skip
         for b in gone:
@@ -289,7 +289,7 @@ class _Actor:
         self._out = out
         self._parts = parts
         self._made = made
-        self._shares: dict[int, ranker.Share] = {}
+        self._shares: dict[int, ranker.RankingPartition] = {}
         self._rounds = 0
 
     def ping(self) -> None:
@@ -303,33 +303,33 @@ class _Actor:
         import ray
 
         first = not self._shares
-        shares = self._loaded()
+        partitions = self._loaded()
         for reference in heard:
             number, states = ray.get(reference)
-            shares[number].hear_states(states)
+            partitions[number].receive_states(states)
             del states
         news = first
         # before anything is known of the others, all that have edges with them would wait in vain
         if not first or self._parts == 1:
             self._rounds += 1
-            for one in shares.values():
+            for one in partitions.values():
                 news |= one.advance() > 0
-        for one in shares.values():
-            for peer, other in shares.items():
+        for one in partitions.values():
+            for peer, other in partitions.items():
                 if other is not one:
                     states = one.states_for(peer)
-                    other.hear_states(states)
+                    other.receive_states(states)
                     news |= states.ids.size > 0
         sent, size = {}, 0
         for peer in range(self._parts):
-            if peer not in shares:
-                states = ranker.joined([one.states_for(peer) for one in shares.values()])
+            if peer not in partitions:
+                states = ranker.joined([one.states_for(peer) for one in partitions.values()])
                 if states.ids.size:
                     sent[peer] = ray.put((peer, states))
                     size += states.nbytes
         return {
             "news": news or bool(sent),
-            "live": sum(one.live() for one in shares.values()),
+            "live": sum(one.live() for one in partitions.values()),
             "rounds": self._rounds,
             "sent": sent,
             "bytes": size,
@@ -342,8 +342,8 @@ class _Actor:
 
     def everything_for(self, peer: int) -> tuple[int, ranker.States]:
         """All states that a partition needs, after it has lost them."""
-        shares = self._loaded().values()
-        return peer, ranker.joined([one.states_for(peer, everything=True) for one in shares])
+        partitions = self._loaded().values()
+        return peer, ranker.joined([one.states_for(peer, everything=True) for one in partitions])
 
     def save(self) -> bool:
         """Publish a snapshot of each partition."""
@@ -389,7 +389,7 @@ class _Actor:
         phase = by_class.phases(graph_by_class.class_sizes(self._out))
         return by_class.turns(order, group, late, self._made["budgets"], phase)
 
-    def _loaded(self) -> dict[int, ranker.Share]:
+    def _loaded(self) -> dict[int, ranker.RankingPartition]:
         if not self._shares:
             same_code.require_same(self._driver)
             products.use_threads(assigned_cpus())
@@ -397,15 +397,15 @@ class _Actor:
             self._shares = {number: self._load(number) for number in self._numbers}
         return self._shares
 
-    def _load(self, number: int) -> ranker.Share:
-        one = read_share(self._out, number, self._made["settled"])
+    def _load(self, number: int) -> ranker.RankingPartition:
+        one = read_partition(self._out, number, self._made["resolved"])
         work = self._out.sub(WORK)
         for peer in range(self._parts):
             if peer != number:
                 cut = read_cut(work, peer, number, "source", "target", "sqdist")
-                one.hear_edges(cut["source"], cut["target"], cut["sqdist"])
+                one.add_edges(cut["source"], cut["target"], cut["sqdist"])
         made = self._made
-        one.begin(
+        one.start_ranking(
             made["scheme"], made["low"], made["high"], self._known(one, number),
             both_ways=made["both_ways"],
             keep=mapped if len(self._numbers) > 1 else lambda array: array,
@@ -419,39 +419,41 @@ class _Actor:
         """A name that no other plan has: an actor of a run that was given up may still write."""
         return f"state-{self._made['fingerprint'][:16]}-{number:05d}.npz"
 
-    def _known(self, one: ranker.Share, number: int) -> ranker.Known:
+    def _known(self, one: ranker.RankingPartition, number: int) -> ranker.HaloSamples:
         """The data of halo samples, by graph id: partition after partition."""
         work = self._out.sub(WORK)
-        parts = [one.describe(np.empty(0, np.int64))]
+        parts = [one.halo_data(np.empty(0, np.int64))]
         for peer in range(self._parts):
             if peer != number:
                 start = read_array(work, f"known-{peer:05d}.start.npy")
                 some = slice(int(start[number]), int(start[number + 1]))
-                names = [field.name for field in fields(ranker.Known)]
+                names = [field.name for field in fields(ranker.HaloSamples)]
                 parts.append(
-                    ranker.Known(**read_columns(work, f"known-{peer:05d}", *names, rows=some))
+                    ranker.HaloSamples(**read_columns(work, f"known-{peer:05d}", *names, rows=some))
                 )
-        return ranker.Known(
+        return ranker.HaloSamples(
             **{
                 field.name: np.concatenate([getattr(part, field.name) for part in parts])
-                for field in fields(ranker.Known)
+                for field in fields(ranker.HaloSamples)
             }
         )
 
 
-def read_share(out: Folder, number: int, settled: Settled, *, lists: bool = True) -> ranker.Share:
+def read_partition(
+    out: Folder, number: int, resolved: Resolved, *, lists: bool = True
+) -> ranker.RankingPartition:
     """One partition, before it has data of the others. lists: with its neighbors; without them, the
     task `cut` must have run before.
     """
     part = graph.read_part(out.sub("graph"), number, lists=lists)
     columns = {field.name: getattr(part, field.name) for field in fields(ranker.Rows)}
-    if part.neighbors.shape[1] > settled.k:
-        columns["neighbors"] = np.ascontiguousarray(part.neighbors[:, : settled.k])
-        columns["sqdist"] = np.ascontiguousarray(part.sqdist[:, : settled.k])
-    late = late_rows(out, number, part.difficulty, settled)
+    if part.neighbors.shape[1] > resolved.k:
+        columns["neighbors"] = np.ascontiguousarray(part.neighbors[:, : resolved.k])
+        columns["sqdist"] = np.ascontiguousarray(part.sqdist[:, : resolved.k])
+    late = late_rows(out, number, part.difficulty, resolved)
     reach = None if lists else read_array(out.sub(WORK), f"reach-{number:05d}.npy")
     starts = graph.starts(out.sub("graph"))
-    return ranker.Share(ranker.Rows(**columns), starts, number, late, reach)
+    return ranker.RankingPartition(ranker.Rows(**columns), starts, number, late, reach)
 
 
 def read_cut(work: Folder, source: int, target: int, *names: str) -> dict[str, Any]:

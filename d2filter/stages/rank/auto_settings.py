@@ -33,32 +33,34 @@ I64 = npt.NDArray[np.int64]
 WORK = "ranking-work"
 
 
-Settled = auto_settings.Settled
+Resolved = auto_settings.Resolved
 
 
-def settle(
+def resolve(
     each: Any,
     run: Any,
     out: Folder,
-    wanted: auto_settings.Wanted,
+    requested: auto_settings.Requested,
     k: int,
     total: int,
-    told: auto_settings.Told,
-) -> Settled:
+    facts: auto_settings.PoolFacts,
+) -> Resolved:
     """Find what is wanted, as `algorithm.greedy.auto_settings.settle` does in one piece. k:
     neighbors of each list that count. each(label, task, **arguments) runs a task on every part,
     run(label, task, **arguments) runs one for the whole pool; both return figures.
     """
     if total * k <= sizes.SETTLED_WHOLE:
-        return Settled(**run("settle", settle_whole, wanted=wanted, k=k, told=told)["settled"])
-    values, share = _places(each, out, wanted, k, total, told)
+        return Resolved(
+            **run("settle", resolve_whole, requested=requested, k=k, facts=facts)["resolved"]
+        )
+    values, share = _places(each, out, requested, k, total, facts)
     median_reach = values.get("reach", 0.0)
     most: float | None
-    most = near_copies.threshold(median_reach) if wanted.copies == "auto" else wanted.copies
+    most = near_copies.threshold(median_reach) if requested.copies == "auto" else requested.copies
     above = values.get("difficulty")
-    found = Settled(
+    found = Resolved(
         k=k,
-        gamma=0.0 if wanted.gamma is None else wanted.gamma,
+        gamma=0.0 if requested.gamma is None else requested.gamma,
         unit=values.get("sqdist", 1.0),
         floor=local_kernel.floor_of(median_reach),
         cut=str(share),
@@ -68,50 +70,61 @@ def settle(
     if most is not None:
         each("near", near, k=k, most=most, above=above)
         found = replace(found, copies=run("copies", join_copies, above=above)["copies"])
-    if wanted.tunes:
-        each("lists", write_lists, k=k, settled=found)
+    if requested.tunes:
+        each("lists", write_lists, k=k, resolved=found)
         run("asked", gather_asked)
-        answers = each("answers", answer, k=k, settled=found)
+        answers = each("answers", answer, k=k, resolved=found)
         last = sum(figures["last"] for figures in answers)
         tuned = run(
-            "gamma", find_gamma, wanted=wanted, settled=found, total=total, told=told, last=last
+            "gamma",
+            find_gamma,
+            requested=requested,
+            resolved=found,
+            total=total,
+            facts=facts,
+            last=last,
         )["tuned"]
         found = replace(found, gamma=tuned["gamma"], tuned=tuned)
     return found
 
 
-def settle_whole(
-    *, report: Report, out: Folder, wanted: auto_settings.Wanted, k: int, told: auto_settings.Told
+def resolve_whole(
+    *,
+    report: Report,
+    out: Folder,
+    requested: auto_settings.Requested,
+    k: int,
+    facts: auto_settings.PoolFacts,
 ) -> Figures:
     """Task: all of it for a graph that is held at once: a task less for each part and step."""
     whole = graph.read(out.sub("graph"))
-    found, last = auto_settings.settle(
-        wanted, whole.difficulty, whole.hi, whole.lo, whole.neighbors[:, :k], whole.sqdist[:, :k],
-        told,
+    found, last = auto_settings.resolve(
+        requested, whole.difficulty, whole.hi, whole.lo, whole.neighbors[:, :k],
+        whole.sqdist[:, :k], facts,
     )  # fmt: skip
     if found.above is not None:
         last &= whole.difficulty <= np.float32(found.above)
     write_columns(out.sub(WORK), "copies", ids=np.flatnonzero(last))
     report(last.size)
-    return {"settled": asdict(found)}
+    return {"resolved": asdict(found)}
 
 
 def _places(
     each: Any,
     out: Folder,
-    wanted: auto_settings.Wanted,
+    requested: auto_settings.Requested,
     k: int,
     total: int,
-    told: auto_settings.Told,
+    facts: auto_settings.PoolFacts,
 ) -> tuple[dict[str, float], Decimal]:
     """Quantiles of the whole pool by name, and the share of the hardest to take away."""
-    share = wanted.cut_hardest
+    share = requested.cut_hardest
     kinds = [
         name
         for name, needed in (
             ("difficulty", share is None or demoted.cut_size(total, share) > 0),
-            ("sqdist", wanted.median),
-            ("reach", wanted.reaches),
+            ("sqdist", requested.median),
+            ("reach", requested.reaches),
         )
         if needed
     ]
@@ -120,7 +133,7 @@ def _places(
     each("upper", count_upper, k=k, kinds=kinds)
     upper = _summed(out, "upper", kinds)
     if share is None:
-        share = wanted.auto_cut(upper["difficulty"], told)
+        share = requested.auto_cut(upper["difficulty"], facts)
     cut = demoted.cut_size(total, share)
     places: dict[str, tuple[int, int]] = {}
     for name in kinds:
@@ -139,13 +152,13 @@ def _places(
 
 
 def late_rows(
-    out: Folder, number: int, difficulty: npt.NDArray[np.float32], settled: Settled
+    out: Folder, number: int, difficulty: npt.NDArray[np.float32], resolved: Resolved
 ) -> Any:
     """Which rows of a part rank last, (n,) bool."""
     rows = np.zeros(difficulty.size, np.bool_)
-    if settled.above is not None:
-        rows = difficulty > np.float32(settled.above)
-    if settled.copies:
+    if resolved.above is not None:
+        rows = difficulty > np.float32(resolved.above)
+    if resolved.copies:
         starts = graph.starts(out.sub("graph"))
         ids = read_array(out.sub(WORK), "copies.ids.npy")
         some = ids[np.searchsorted(ids, starts[number]) : np.searchsorted(ids, starts[number + 1])]
@@ -223,12 +236,12 @@ def join_copies(*, report: Report, out: Folder, above: float | None) -> Figures:
     return {"copies": int(found.size)}
 
 
-def write_lists(*, report: Report, out: Folder, number: int, k: int, settled: Settled) -> Figures:
+def write_lists(*, report: Report, out: Folder, number: int, k: int, resolved: Resolved) -> Figures:
     """Task: the lists of a part that gamma is found on, and the samples that they name."""
     held = graph.read_columns(out.sub("graph"), number, "uid_hi", "uid_lo", "difficulty")
     starts = graph.starts(out.sub("graph"))
     chosen = auto_gamma.chosen_rows(held["uid_hi"], held["uid_lo"], int(starts[-1]))
-    rows = np.flatnonzero(chosen & ~late_rows(out, number, held["difficulty"], settled))
+    rows = np.flatnonzero(chosen & ~late_rows(out, number, held["difficulty"], resolved))
     lists = graph.read_columns(out.sub("graph"), number, "neighbors", "sqdist")
     neighbors, sqdist = lists["neighbors"][:, :k], lists["sqdist"][:, :k]
     reach = local_kernel.reach(sqdist)
@@ -253,14 +266,14 @@ def gather_asked(*, report: Report, out: Folder) -> Figures:
     return {"asked": int(ids.size)}
 
 
-def answer(*, report: Report, out: Folder, number: int, k: int, settled: Settled) -> Figures:
+def answer(*, report: Report, out: Folder, number: int, k: int, resolved: Resolved) -> Figures:
     """Task: reach of the samples of a part that were asked about, and whether they rank last."""
     starts = graph.starts(out.sub("graph"))
     ids = read_array(out.sub(WORK), "asked.ids.npy")
     mine = ids[np.searchsorted(ids, starts[number]) : np.searchsorted(ids, starts[number + 1])]
     held = graph.read_columns(out.sub("graph"), number, "difficulty", "sqdist")
     rows = mine - starts[number]
-    last = late_rows(out, number, held["difficulty"], settled)
+    last = late_rows(out, number, held["difficulty"], resolved)
     write_columns(
         out.sub(WORK), f"answers-{number:05d}", reach=local_kernel.reach(held["sqdist"][rows, :k]),
         last=last[rows],
@@ -273,10 +286,10 @@ def find_gamma(
     *,
     report: Report,
     out: Folder,
-    wanted: auto_settings.Wanted,
-    settled: Settled,
+    requested: auto_settings.Requested,
+    resolved: Resolved,
     total: int,
-    told: auto_settings.Told,
+    facts: auto_settings.PoolFacts,
     last: int,
 ) -> Figures:
     """Task: gamma, from the chosen lists and the answers. last: samples that rank last."""
@@ -301,7 +314,7 @@ def find_gamma(
         reach_of=reach[at],
         through=there & ~late_ones[at],
     )
-    tuned = auto_settings.tune(wanted, lists, total, last, settled.floor, settled.unit, told)
+    tuned = auto_settings.tune(requested, lists, total, last, resolved.floor, resolved.unit, facts)
     report(total)
     return {"tuned": tuned}
 

@@ -36,7 +36,7 @@ from d2filter.formats.rows import read_array, read_columns, write_array, write_c
 from d2filter.stages.rank import actors
 from d2filter.stages.rank import auto_settings as settings_on_parts
 from d2filter.stages.rank import in_memory as rank_in_memory
-from d2filter.stages.rank.actors import read_cut, read_share
+from d2filter.stages.rank.actors import read_cut, read_partition
 from d2filter.stages.rank.auto_settings import WORK
 
 Figures = dict[str, Any]
@@ -48,7 +48,7 @@ def build(
     config: RunConfig,
     fingerprint: str,
     k: int,
-    told: auto_settings.Told,
+    facts: auto_settings.PoolFacts,
 ) -> Figures:
     """Run all tasks; returns the stage's figures. k: neighbors of each list that count."""
     if config.rank.method != "d2":
@@ -84,12 +84,12 @@ def build(
     def alone(label: str, run: Any, **arguments: Any) -> Figures:
         return fan_out(label, [Task(name=label, run=run, arguments={"out": out, **arguments})])[0]
 
-    settled = settings_on_parts.settle(each, alone, out, config.rank.wanted, k, total, told)
-    ends = each("cut", cut, settled=settled)
-    each("describe", describe, parts=parts, settled=settled)
+    resolved = settings_on_parts.resolve(each, alone, out, config.rank.requested, k, total, facts)
+    ends = each("cut", cut, resolved=resolved)
+    each("describe", halo_data, parts=parts, resolved=resolved)
     made = {
-        "settled": settled,
-        "scheme": config.rank.scheme(settled),
+        "resolved": resolved,
+        "scheme": config.rank.scheme(resolved),
         "both_ways": config.rank.undirected,
         "budgets": config.rank.group_budgets,
         "fingerprint": fingerprint,
@@ -109,10 +109,10 @@ def build(
         "restarts": done["restarts"],
         "cut_edges": sum(f["edges"] for f in ends),
         "late": {
-            "hardest": sum(f["late"] for f in ends) - settled.copies,
-            "copies": settled.copies,
+            "hardest": sum(f["late"] for f in ends) - resolved.copies,
+            "copies": resolved.copies,
         },
-        **told_of(settled),
+        **found_settings(resolved),
         "difficulty_range": [made["low"], made["high"]],
         "partitions": parts,
         "checksums": checksums_of(finished),
@@ -139,15 +139,15 @@ def _supersteps(
     return runner.here("rank", task, fingerprint=fingerprint, skip=True)
 
 
-def told_of(settled: settings_on_parts.Settled) -> Figures:
+def found_settings(resolved: settings_on_parts.Resolved) -> Figures:
     """The settings that were found on the pool, for the record of the stage."""
-    tuned = {name: value for name, value in settled.tuned.items() if name != "gamma"}
+    tuned = {name: value for name, value in resolved.tuned.items() if name != "gamma"}
     return {
-        "gamma": settled.gamma,
-        "gamma_unit": settled.unit,
-        "gamma_floor": settled.floor,
-        "copies_sqdist": settled.copies_sqdist,
-        "cut_hardest": settled.cut,
+        "gamma": resolved.gamma,
+        "gamma_unit": resolved.unit,
+        "gamma_floor": resolved.floor,
+        "copies_sqdist": resolved.copies_sqdist,
+        "cut_hardest": resolved.cut,
         **tuned,
     }
 
@@ -159,11 +159,13 @@ def tidy(out: Folder) -> None:
     out.remove(WORK)
 
 
-def cut(*, report: Report, out: Folder, number: int, settled: settings_on_parts.Settled) -> Figures:
+def cut(
+    *, report: Report, out: Folder, number: int, resolved: settings_on_parts.Resolved
+) -> Figures:
     """Task: the edges that leave a partition. Figures: their number, the extremes of difficulty,
     and the number of demoted samples.
     """
-    one = read_share(out, number, settled)
+    one = read_partition(out, number, resolved)
     leaving = one.cut()
     write_columns(
         out.sub(WORK), f"cut-{number:05d}", start=leaving.start, source=leaving.source,
@@ -175,12 +177,12 @@ def cut(*, report: Report, out: Folder, number: int, settled: settings_on_parts.
     return {"edges": int(leaving.source.size), "low": low, "high": high, "late": one.late()}
 
 
-def describe(
-    *, report: Report, out: Folder, number: int, parts: int, settled: settings_on_parts.Settled
+def halo_data(
+    *, report: Report, out: Folder, number: int, parts: int, resolved: settings_on_parts.Resolved
 ) -> Figures:
     """Task: the data of own samples that other partitions need for their halos."""
     work = out.sub(WORK)
-    one = read_share(out, number, settled, lists=False)
+    one = read_partition(out, number, resolved, lists=False)
     own = read_columns(work, f"cut-{number:05d}", "start", "source")
     ids = []
     for peer in range(parts):
@@ -190,7 +192,7 @@ def describe(
             theirs = read_cut(work, peer, number, "target")["target"]
         ids.append(np.union1d(mine, theirs))
     every = np.concatenate(ids)
-    known = one.describe(every)
+    known = one.halo_data(every)
     start = np.cumsum([0, *(some.size for some in ids)])
     columns = {field.name: getattr(known, field.name) for field in fields(known)}
     write_columns(work, f"known-{number:05d}", start=start, **columns)

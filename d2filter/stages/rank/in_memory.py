@@ -60,7 +60,7 @@ def rank_all(*, report: Report, out: Folder, config: RankConfig, k: int) -> Figu
     """
     products.use_threads(assigned_cpus())
     known = read_pool(out, k, with_features=wants_features(config.method))
-    rank, last, settled = ranks_of(known, config)
+    rank, last, resolved = ranks_of(known, config)
     starts = graph.starts(out.sub("graph"))
     n = int(starts[-1])
     sums: Checksums = {}
@@ -78,37 +78,37 @@ def rank_all(*, report: Report, out: Folder, config: RankConfig, k: int) -> Figu
         )
         sums.update(ranking.publish_part(out.sub("ranking"), number, part))
         report(behind.size)
-    late_ones = {"hardest": int(last.sum()) - settled.copies, "copies": settled.copies}
+    late_ones = {"hardest": int(last.sum()) - resolved.copies, "copies": resolved.copies}
     return {
         "late": late_ones,
-        "copies_sqdist": settled.copies_sqdist,
-        "cut_hardest": settled.cut,
+        "copies_sqdist": resolved.copies_sqdist,
+        "cut_hardest": resolved.cut,
         "checksums": sums,
     }
 
 
-class KnownPool:
+class LoadedPool:
     """A pool in memory: rows of the graph as they lie, and features in the order of uid."""
 
     def __init__(
         self,
         part: graph.GraphPart,
         rows: npt.NDArray[np.float16],
-        told: auto_settings.Told,
+        facts: auto_settings.PoolFacts,
     ) -> None:
         self.part = part
         self.rows = rows
         """(n, d), or (n, 0): not read"""
-        self.told = told
+        self.facts = facts
         self.order = uids.ascending(part.hi, part.lo)
         """(n,) graph ids by ascending uid"""
         self.position = np.empty_like(self.order)
         """(n,) place by uid of each graph id"""
         self.position[self.order] = np.arange(self.order.size)
 
-    def narrowed(self, k: int) -> KnownPool:
+    def narrowed(self, k: int) -> LoadedPool:
         """The same with lists of k."""
-        return KnownPool(narrowed(self.part, k), self.rows, self.told)
+        return LoadedPool(narrowed(self.part, k), self.rows, self.facts)
 
     def by_uid(self, config: RankConfig) -> selectors.Pool:
         """What selectors see."""
@@ -128,7 +128,7 @@ class KnownPool:
         )
 
 
-def read_pool(out: Folder, k: int, *, with_features: bool) -> KnownPool:
+def read_pool(out: Folder, k: int, *, with_features: bool) -> LoadedPool:
     """The whole graph with lists of k, and the features where wanted."""
     part = narrowed(graph.read(out.sub("graph")), k)
     rows = np.empty((len(part.hi), 0), np.float16)
@@ -138,7 +138,9 @@ def read_pool(out: Folder, k: int, *, with_features: bool) -> KnownPool:
         parts = [layout.part(number) for number in range(len(layout.starts) - 1)]
         rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
     made = RunState(out).done("catalog")
-    return KnownPool(part, rows, auto_settings.Told.from_catalog(made["stats"] if made else {}))
+    return LoadedPool(
+        part, rows, auto_settings.PoolFacts.from_catalog(made["stats"] if made else {})
+    )
 
 
 def narrowed(part: graph.GraphPart, k: int) -> graph.GraphPart:
@@ -151,28 +153,28 @@ def narrowed(part: graph.GraphPart, k: int) -> graph.GraphPart:
 
 
 def ranks_of(
-    known: KnownPool, config: RankConfig
-) -> tuple[I64, npt.NDArray[np.bool_], auto_settings.Settled]:
+    known: LoadedPool, config: RankConfig
+) -> tuple[I64, npt.NDArray[np.bool_], auto_settings.Resolved]:
     """The rank of each row of the graph, by D2 or any other method; which samples are demoted; the
     settings found on the pool.
     """
     part = known.part
-    settled, last = config.settled_on(
-        part.difficulty, part.hi, part.lo, part.neighbors, part.sqdist, known.told
+    resolved, last = config.resolve_on(
+        part.difficulty, part.hi, part.lo, part.neighbors, part.sqdist, known.facts
     )
     if config.method != "d2":
         rank = ranker.rank_by(config.method, known.by_uid(config), late=last[known.order])
-        return interleaved(known, rank[known.position], last, config), last, settled
+        return interleaved(known, rank[known.position], last, config), last, resolved
     found = ranker.rank_graph(
         part.hi, part.lo, part.difficulty, part.neighbors, part.sqdist,
-        scheme=config.scheme(settled),
+        scheme=config.scheme(resolved),
         undirected=config.undirected, late=last,
     )  # fmt: skip
-    return interleaved(known, found.rank, last, config), last, settled
+    return interleaved(known, found.rank, last, config), last, resolved
 
 
 def interleaved(
-    known: KnownPool, rank: I64, last: npt.NDArray[np.bool_], config: RankConfig
+    known: LoadedPool, rank: I64, last: npt.NDArray[np.bool_], config: RankConfig
 ) -> I64:
     """Ranks by graph row; with classes, every budget gives each class its share."""
     group, order = known.part.group, known.order

@@ -138,7 +138,7 @@ class Searched:
         for loosely in (False,) if self._strict else (False, True):
             for n, sample in enumerate(found):
                 wanted = left.get(sample.key)
-                if not wanted or n in chosen or (loosely and sample.told):
+                if not wanted or n in chosen or (loosely and sample.has_uid):
                     continue
                 uid = wanted[0] if loosely else uid_format.from_hex(sample.uid)
                 if uid in wanted:

@@ -116,12 +116,12 @@ def test_the_order_of_rows_cannot_be_seen_in_a_tuned_ranking(
         neighbors = case.neighbors[order]
         neighbors = np.where(neighbors >= 0, place[neighbors], -1)
         arrays = (difficulty[order], case.hi[order], case.lo[order], neighbors, case.sqdist[order])
-        settled, last = config.settled_on(*arrays, auto_settings.Told(wrong=wrong))
+        resolved, last = config.resolve_on(*arrays, auto_settings.PoolFacts(wrong=wrong))
         found = in_memory.rank_graph(
-            arrays[1], arrays[2], arrays[0], *arrays[3:], scheme=config.scheme(settled),
+            arrays[1], arrays[2], arrays[0], *arrays[3:], scheme=config.scheme(resolved),
             undirected=undirected, late=last,
         )  # fmt: skip
-        return found.rank[place].tolist(), settled.gamma
+        return found.rank[place].tolist(), resolved.gamma
 
     rows = np.arange(n)
     assert ranked(rows) == ranked(np.random.default_rng(1).permutation(rows))

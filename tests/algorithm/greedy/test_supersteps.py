@@ -125,7 +125,7 @@ class Pool:
         graph_id = np.argsort(self.row)
         self.starts = np.searchsorted(home[self.row], np.arange(parts + 1)).astype(np.int64)
         lists = np.where(case.neighbors >= 0, graph_id[case.neighbors], -1)[self.row]
-        self.shares = []
+        self.partitions = []
         self.rows = []
         for p in range(parts):
             some = self.row[self.starts[p] : self.starts[p + 1]]
@@ -138,23 +138,25 @@ class Pool:
             )
             self.rows.append(rows)
             some_late = None if late is None else late[some]
-            self.shares.append(ranker.Share(rows, self.starts, p, some_late))
+            self.partitions.append(ranker.RankingPartition(rows, self.starts, p, some_late))
 
-    def begin(self, scheme: schemes.Scheme, both_ways: bool) -> None:
-        for p, one in enumerate(self.shares):
+    def start_ranking(self, scheme: schemes.Scheme, both_ways: bool) -> None:
+        for p, one in enumerate(self.partitions):
             cut = one.cut()
-            for q, other in enumerate(self.shares):
+            for q, other in enumerate(self.partitions):
                 if q != p:
-                    other.hear_edges(*cut.to(q))
-        low = min(one.range()[0] for one in self.shares)
-        high = max(one.range()[1] for one in self.shares)
+                    other.add_edges(*cut.to(q))
+        low = min(one.range()[0] for one in self.partitions)
+        high = max(one.range()[1] for one in self.partitions)
         halos = []
-        for one in self.shares:
+        for one in self.partitions:
             ids = one.halo()
             owner = np.searchsorted(self.starts, ids, side="right") - 1
-            known = [self.shares[q].describe(ids[owner == q]) for q in range(len(self.shares))]
+            known = [
+                self.partitions[q].halo_data(ids[owner == q]) for q in range(len(self.partitions))
+            ]
             halos.append(
-                ranker.Known(
+                ranker.HaloSamples(
                     ids=ids,
                     hi=np.concatenate([k.hi for k in known]),
                     lo=np.concatenate([k.lo for k in known]),
@@ -163,15 +165,15 @@ class Pool:
                     reach=np.concatenate([k.reach for k in known]),
                 )
             )
-        for one, halo in zip(self.shares, halos, strict=True):
-            one.begin(scheme, low, high, halo, both_ways=both_ways)
+        for one, halo in zip(self.partitions, halos, strict=True):
+            one.start_ranking(scheme, low, high, halo, both_ways=both_ways)
 
     def result(self) -> tuple[list[int], list[int], list[int], list[int]]:
         """forward, final, order and suppressed_by by row of the case."""
         n = self.row.size
         forward, final, by = (np.empty(n, np.int64) for _ in range(3))
         keys = []
-        for p, one in enumerate(self.shares):
+        for p, one in enumerate(self.partitions):
             some = self.row[self.starts[p] : self.starts[p + 1]]
             out = one.outcome()
             forward[some], final[some] = out.forward, out.final
@@ -199,17 +201,17 @@ def merged(keys: list[merge.Keys], ranges: int = 3) -> list[np.ndarray]:
     return out
 
 
-def supersteps(shares: list[ranker.Share], most: int = 10_000) -> int:
+def supersteps(partitions: list[ranker.RankingPartition], most: int = 10_000) -> int:
     """Everything arrives, once and in order."""
     for step in range(most):
-        for one in shares:
+        for one in partitions:
             one.advance()
-        if not any(one.live() for one in shares):
+        if not any(one.live() for one in partitions):
             return step + 1
-        for p, one in enumerate(shares):
-            for q, other in enumerate(shares):
+        for p, one in enumerate(partitions):
+            for q, other in enumerate(partitions):
                 if q != p:
-                    other.hear_states(one.states_for(q))
+                    other.receive_states(one.states_for(q))
     raise AssertionError(f"not final after {most} supersteps")
 
 
@@ -246,8 +248,8 @@ def test_any_partitions_and_any_scheme_equal_the_sequential_definition(
     late = rng.random(n) < share_late
     late[rng.integers(n)] = False  # the share that is cut is always below 1
     pool = Pool(case, difficulty, homes(n, parts, rng, locality), parts, late)
-    pool.begin(scheme, both_ways)
-    supersteps(pool.shares)
+    pool.start_ranking(scheme, both_ways)
+    supersteps(pool.partitions)
     assert pool.result() == naive(case, difficulty, scheme, both_ways, late)
 
 
@@ -268,33 +270,33 @@ def test_states_may_come_late_repeated_out_of_order_and_partitions_may_forget(
     difficulty = rng.random(n).astype(np.float32)
     pool = Pool(case, difficulty, rng.integers(0, parts, n), parts)
     scheme = schemes.Scheme(gamma_reverse=0.1)
-    pool.begin(scheme, both_ways)
-    shares = pool.shares
-    saved = [one.snapshot() for one in shares]
+    pool.start_ranking(scheme, both_ways)
+    partitions = pool.partitions
+    saved = [one.snapshot() for one in partitions]
     wire: list[tuple[int, ranker.States]] = []
     for _ in range(60):
         p = int(rng.integers(0, parts))
-        shares[p].advance()
+        partitions[p].advance()
         for q in range(parts):
             if q != p:
-                wire.append((q, shares[p].states_for(q)))
+                wire.append((q, partitions[p].states_for(q)))
         for _ in range(int(rng.integers(0, 4))):
             if wire:
                 at = int(rng.integers(0, len(wire)))
                 q, states = wire[at]
-                shares[q].hear_states(states)
+                partitions[q].receive_states(states)
                 if rng.random() < 0.7:
                     wire.pop(at)
         if rng.random() < 0.2:
-            saved[p] = shares[p].snapshot()
+            saved[p] = partitions[p].snapshot()
         if rng.random() < 0.15:
-            shares[p].restore(saved[p])
+            partitions[p].restore(saved[p])
             for q in range(parts):
                 if q != p:
-                    wire.append((p, shares[q].states_for(p, everything=True)))
+                    wire.append((p, partitions[q].states_for(p, everything=True)))
     for q, states in wire:
-        shares[q].hear_states(states)
-    supersteps(shares)
+        partitions[q].receive_states(states)
+    supersteps(partitions)
     assert pool.result() == naive(case, difficulty, scheme, both_ways)
 
 
@@ -309,8 +311,8 @@ def test_a_long_descending_chain_over_partitions_ends(parts: int) -> None:
     difficulty = np.arange(n, 0, -1).astype(np.float32)
     pool = Pool(case, difficulty, np.arange(n) % parts, parts)
     scheme = schemes.Scheme()
-    pool.begin(scheme, False)
-    supersteps(pool.shares)
+    pool.start_ranking(scheme, False)
+    supersteps(pool.partitions)
     assert pool.result() == naive(case, difficulty, scheme, False)
 
 
@@ -326,8 +328,8 @@ def test_a_hub_with_thousands_of_in_edges_from_everywhere() -> None:
     for both_ways in (False, True):
         pool = Pool(case, difficulty, rng.integers(0, parts, n), parts)
         scheme = schemes.Scheme()
-        pool.begin(scheme, both_ways)
-        supersteps(pool.shares)
+        pool.start_ranking(scheme, both_ways)
+        supersteps(pool.partitions)
         assert pool.result() == naive(case, difficulty, scheme, both_ways)
 
 
@@ -373,8 +375,8 @@ def test_only_what_changed_is_sent() -> None:
     sqdist = np.where(neighbors >= 0, 0.5, np.inf).astype(np.float32)
     case = Case(list(range(n)), np.zeros(n, np.int64), neighbors, sqdist, sqdist)
     pool = Pool(case, rng.random(n).astype(np.float32), rng.integers(0, parts, n), parts)
-    pool.begin(schemes.Scheme(), False)
-    one = pool.shares[0]
+    pool.start_ranking(schemes.Scheme(), False)
+    one = pool.partitions[0]
     first = one.states_for(1)
     assert first.ids.size > 100
     assert one.states_for(1).ids.size == 0
@@ -383,7 +385,7 @@ def test_only_what_changed_is_sent() -> None:
     # nothing is known of the others yet: whoever has an edge to them waits
     assert one.states_for(1).ids.size == 0
     for p in (1, 2, 3):
-        one.hear_states(pool.shares[p].states_for(0))
+        one.receive_states(pool.partitions[p].states_for(0))
     one.advance()
     again = one.states_for(1)
     assert 0 < again.ids.size < first.ids.size

@@ -367,7 +367,7 @@ def test_the_table_names_functions_that_are_there() -> None:
     for name, score in scores.SCORES.items():
         assert score.name == name
         assert callable(getattr(training_dynamics if score.needs == "log" else scores, name))
-        assert "\n" not in score.says
+        assert "\n" not in score.summary
         assert (score.meaning == "easier") == (score.kept_first == "low")
     from_logs = {name for name, score in scores.SCORES.items() if score.needs == "log"}
     assert from_logs == set(training_dynamics.LOG_SCORES)

@@ -203,7 +203,7 @@ def test_two_spellings_of_one_uid_are_one_sample(tmp_path: Path) -> None:
 def test_a_score_of_the_pool_that_nothing_computes_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    new = scores.Score(name="beauty", kept_first="high", meaning="better", needs="pool", says="")
+    new = scores.Score(name="beauty", kept_first="high", meaning="better", needs="pool", summary="")
     monkeypatch.setitem(scores.SCORES, "beauty", new)
     part = samples([(1, 1.0, 0.0, "k")])
     catalog.publish_part(Folder(str(tmp_path)).sub("catalog"), 0, part)
