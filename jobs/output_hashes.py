@@ -3,10 +3,10 @@
     python -m jobs.output_hashes --out /tmp/hashes --results before.json
     python -m jobs.output_hashes --out /tmp/hashes --compare before.json
 
-Drawn pools and drawn pictures, run through the command line: classes, undirected graphs, schemes,
-other methods, partitions, cells, soft selection, shards. Hashed are the graph, the index, the
-ranking, the subset, the kept lists, the ledger and, of shards, the embeddings. Runs that differ in
-nothing but the layout must agree, too.
+Use the same --out: some files name shards and metadata by their paths. Drawn pools and pictures are
+run through the command line: classes, undirected graphs, schemes, other methods, partitions, cells,
+soft selection, shards. Hashed are the graph, the index, the ranking, the subset, the kept lists, the
+ledger and, of shards, the embeddings. Runs that differ in nothing but the layout must agree, too.
 """
 
 from __future__ import annotations
