@@ -22,6 +22,7 @@ from d2filter.errors import UsageError
 from d2filter.formats.reading import DEFAULT_ARCH as DEFAULT_ARCH
 from d2filter.formats.reading import CatalogConfig as CatalogConfig
 from d2filter.models import BUNDLED_MODEL as BUNDLED_MODEL
+from d2filter.options import option
 
 METHODS = ("d2", *selectors.SELECTORS)
 GAMMA_SCALES = ("none", "median")
@@ -41,23 +42,41 @@ _ARCH_OF_MODEL = {"ViT-L-14": "l14", "ViT-B-32": "b32", BUNDLED_MODEL: "tiny"}
 class EmbedConfig:
     """Shards → metadata."""
 
-    shards: tuple[str, ...]
-    """WebDataset shards: fsspec URLs with braces or wildcards, or folders of .tar files"""
-    model: str = BUNDLED_MODEL
-    """open_clip model name"""
-    pretrained: str = ""
-    """open_clip pretrained tag, or a path to weights; empty for the bundled model"""
-    precision: str = "fp32"
-    """open_clip precision"""
-    batch_size: int = 64
-    """images in one forward pass; part of the fingerprint, a shape can change the last bits"""
-    fast_decode: bool = False
-    """large JPEGs are decoded at a half, quarter or eighth, at least twice the model's input"""
-    max_pixels: int = MAX_PIXELS
-    """width × height above which a picture is bad"""
-    alpha: str = "drop"
-    """what is seen through transparent pixels: white, black, or (drop) the colors that the file
-    holds there, as open_clip's training does"""
+    shards: tuple[str, ...] = option(
+        ...,
+        "WebDataset shards: .tar files, folders of them, 'quoted/{00000..00099}.tar', on any "
+        "fsspec URL",
+        "texts",
+        metavar="URL",
+        shown_default=None,
+    )
+    model: str = option(
+        BUNDLED_MODEL,
+        "open_clip model; the bundled one is for trying out, real work wants --model ViT-L-14 "
+        "--pretrained openai",
+    )
+    pretrained: str = option("", "open_clip tag or path to weights")
+    precision: str = option("fp32", ", ".join(PRECISIONS))
+    # part of the fingerprint: a shape can change the last bits
+    batch_size: int = option(64, "images in a forward pass", "whole number")
+    fast_decode: bool = option(
+        False,
+        "decode large JPEGs at a part of their size, at least twice the model's input",
+        "flag",
+    )
+    max_pixels: int = option(
+        MAX_PIXELS,
+        "larger pictures are bad; each pixel may take 20 bytes of memory (default: Pillow's own "
+        "limit)",
+        "whole number",
+        metavar="N",
+    )
+    alpha: str = option(
+        "drop",
+        "what is seen through transparent pixels: white, black, or the colors that the file holds "
+        "there (drop), as in open_clip's training",
+        choices=ALPHAS,
+    )
     arch: str = ""
     """NAME in NAME_img, NAME_txt, clip_NAME_similarity_score; empty: from the model's name"""
 
@@ -89,14 +108,14 @@ class EmbedConfig:
 class GraphConfig:
     """Samples → kNN graph."""
 
-    n_neighbors: int = 10
-    """k, the length of each list"""
-    target_recall: float = 0.95
-    """recall@k that the calibration aims at"""
-    exact_below: int = 16384
-    """pools with at most this many distinct rows are compared all with all"""
-    seed: int = 0
-    """of the hashes that choose samples for training, calibration and measuring"""
+    n_neighbors: int = option(10, "k, neighbors of each sample", "whole number")
+    target_recall: float = option(0.95, "recall@k to reach", "number")
+    exact_below: int = option(
+        16384, "compare all with all up to this many distinct rows", "whole number"
+    )
+    seed: int = option(
+        0, "of the uid hashes that choose samples for training and measuring", "whole number"
+    )
 
     def __post_init__(self) -> None:
         at_least("n-neighbors", self.n_neighbors, 1)
@@ -113,44 +132,99 @@ class GraphConfig:
 class RankConfig:
     """Graph → ranking (docs/method.md#d2-pruning)."""
 
-    method: str = "d2"
-    """d2, or a selector to compare it with"""
-    seed: int = 0
-    """of the hashes that a selector chooses by; D2 needs none"""
-    gamma: float | Literal["auto"] = "auto"
-    """kernel width of the reverse pass, and of the forward pass unless that is given; auto: see
-    `algorithm/greedy/auto_gamma.py`"""
-    tuned_for: Decimal | None = None
-    """kept share that auto settings are for; None: that of the selection, else 0.3"""
-    gamma_forward: float | None = None
-    """kernel width of the forward pass; None: gamma"""
-    kernel: str = "local"
-    """local: weight = exp(−gamma·(d²/(σ_i·σ_j))²), σ: distance to the own k-th neighbor; rbf:
-    exp(−gamma·d²); exp: exp(−gamma·d)"""
-    forward: str = "sum"
-    """what the forward pass makes of a score: sum, product or none"""
-    reverse: str = "weighted"
-    """what a selected sample takes from its neighbors: weighted, absolute or none"""
-    undirected: bool = False
-    """an edge counts in both directions, each pair once"""
-    n_neighbors: int = 0
-    """neighbors of each list that count; 0: all that the graph has"""
-    gamma_scale: str = "none"
-    """median: gamma is for distances in units of the median between neighbors; of the kernels rbf
-    and exp, and always so where gamma is auto"""
-    group_budgets: str = "proportional"
-    """of a graph with classes: proportional to their sizes, or uniform"""
-    cut_hardest: Decimal | Literal["auto"] = Decimal(0)
-    """share of the samples, highest difficulty first, that rank after everything else; auto: see
-    `algorithm/greedy/auto_cut.py`"""
-    collapse_copies: float | Literal["auto"] | None = "auto"
-    """neighbors up to this squared distance are copies: all but the best rank after everything
-    else; None: no; auto: with D2 see `algorithm/greedy/near_copies.py`, other methods stay as
-    published"""
-    redundancy: float = 1.0
-    """of infomax: what likeness to a kept sample costs, in units of the scores' range (λ)"""
-    temperature: float = 0.1
-    """of density: the higher, the more alike are the shares of clusters in a budget (τ)"""
+    method: str = option(
+        "d2",
+        "d2, or one to compare it with:\n"
+        + "\n".join(
+            f"{one.name}: {one.summary}; up to {one.most:,} samples"
+            for one in selectors.SELECTORS.values()
+        ),
+        choices=METHODS,
+        metavar="NAME",
+    )
+    seed: int = option(0, "of the hashes that a method uses; D2 needs none", "whole number")
+    gamma: float | Literal["auto"] = option(
+        AUTO,
+        "how close is close: a number, or auto, which fits it to the budget and the pool "
+        "(default: auto)",
+        "auto or number",
+        metavar="X",
+    )
+    # None: the share of the selection, else 0.3
+    tuned_for: Decimal | None = option(
+        None,
+        "kept share that automatic settings are for (default: that of --fraction or --budget)",
+        "share",
+        metavar="SHARE",
+    )
+    gamma_forward: float | None = option(None, "of the forward pass, if another", "number")
+    # formulas: docs/method.md
+    kernel: str = option(
+        "local",
+        "weight of an edge: local: exp(-gamma·x²), x: squared distance in units of those to the "
+        "k-th neighbors of both ends; rbf: exp(-gamma·d²); exp: exp(-gamma·d)",
+        choices=tuple(schemes.KERNELS),
+    )
+    forward: str = option(
+        "sum", "how a score takes in those of its neighbors", choices=tuple(schemes.FORWARD)
+    )
+    reverse: str = option(
+        "weighted",
+        "what a kept sample takes from its neighbors: its weighted score, all of it, nothing",
+        choices=tuple(schemes.REVERSE),
+    )
+    undirected: bool = option(
+        False, "edges count both ways, each pair once, as in the paper", "flag"
+    )
+    # 0: all that the graph has
+    n_neighbors: int = option(
+        0,
+        "neighbors of each list that count, 0: all (default: all that the graph has)",
+        "whole number",
+        shown_default=None,
+    )
+    gamma_scale: str = option(
+        "none",
+        "median: gamma is for distances in units of the pool's median between neighbors, so that "
+        "it means the same for any encoder; the unit grows with k; of the kernels rbf and exp",
+        choices=GAMMA_SCALES,
+    )
+    group_budgets: str = option(
+        "proportional",
+        "shares of the classes, where there are any: as large as they are, or all alike",
+        choices=by_class.BUDGETS,
+    )
+    cut_hardest: Decimal | Literal["auto"] = option(
+        Decimal(0),
+        "rank this share of the samples, hardest first, after everything else, because wrong "
+        "labels are among them; auto fits the share to the budget and the scores",
+        "auto or share",
+        metavar="SHARE",
+    )
+    # None: no near-copies; other methods than D2 stay as published with auto
+    collapse_copies: float | Literal["auto"] | None = option(
+        AUTO,
+        "of neighbors up to this squared distance (0: identical; auto: with d2 1/20 of the pool's "
+        "median to the k-th neighbor; none) the best one stays, the others rank after everything "
+        "else (default: auto)",
+        "copies",
+        metavar="SQDIST",
+        without_value=0.0,
+    )
+    redundancy: float = option(
+        1.0,
+        "of --method infomax: what likeness to a kept sample costs, in units of the scores' range, "
+        "0 (score alone) to 16 (default: 1)",
+        "number",
+        metavar="LAMBDA",
+    )
+    temperature: float = option(
+        0.1,
+        "of --method density: the higher, the more alike are the shares of clusters in a budget "
+        "(default: 0.1)",
+        "number",
+        metavar="TAU",
+    )
 
     def __post_init__(self) -> None:
         if self.n_neighbors:
@@ -281,17 +355,30 @@ class RankConfig:
 class SelectConfig:
     """Ranking → subset."""
 
-    fraction: Decimal | None = None
-    """share of the ranked samples to keep; None with a budget"""
-    budget: int | None = None
-    """number of samples to keep"""
-    min_score: float | None = None
-    """score, as the metadata has it, below which a sample is dropped from within the budget"""
+    # None with a budget
+    fraction: Decimal | None = option(
+        None,
+        "share to keep; several, as 0.3,0.1,0.2: subset.npy is the first, and each has a file in "
+        "subsets/ (default: 0.3)",
+    )
+    budget: int | None = option(None, "number of samples to keep", "whole number")
+    min_score: float | None = option(
+        None,
+        "drop samples of a lower score within the budget: the score as the metadata has it, "
+        "whichever end is kept first",
+        "number",
+    )
     also: tuple[str, ...] = ()
     """further shares of the same ranking, a file each"""
-    soft: float | None = None
-    """copies by score in place of a prefix (`algorithm/soft.py`): how much of the range of scores
-    is worth one more copy; None: each sample once or not at all"""
+    # None: each sample once or not at all
+    soft: float | None = option(
+        None,
+        "repeat samples by their score: the budget counts repeats, and a score higher by this "
+        "share of the scores' range is worth one more copy (without a number: 0.1)",
+        "number",
+        metavar="TEMPERATURE",
+        without_value=0.1,
+    )
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> SelectConfig:
@@ -327,31 +414,48 @@ class SelectConfig:
 class RunConfig:
     """One run: what to compute (the stages' parts) and where."""
 
-    out_dir: str
-    """run directory, local path or fsspec URL"""
-    metadata_dir: str = ""
-    """folder of parquet + npz pairs; empty: OUT/metadata, which `embed` writes"""
+    out_dir: str = option(..., "run directory: a path or an fsspec URL")
+    # empty: OUT/metadata, which `embed` writes
+    metadata_dir: str = option("", "folder of NAME.parquet + NAME.npz pairs; any fsspec URL")
     embed: EmbedConfig | None = None
     catalog: CatalogConfig = field(default_factory=CatalogConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
     rank: RankConfig = field(default_factory=RankConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
-    max_bad: float = 0.01
-    """share of bad samples above which a finished run exits with 3"""
-    best_effort: bool = False
-    """go on with the highest recall that can be had when the target is out of reach"""
-    partitions: int = 0
-    """parts that graph and ranking are made in; 0: as few as memory allows"""
-    memory_per_worker: int = 0
-    """bytes that a task may use; 0: the node's share"""
-    address: str = ""
-    """Ray cluster to join; empty: Ray starts inside this process"""
-    device: str = "auto"
-    """where models and products run; auto: on GPUs where the cluster has any"""
-    overwrite: tuple[str, ...] = ()
-    """stages whose results may be replaced"""
-    heal: bool = False
-    """whether damaged files, and shards that changed, are made again"""
+    max_bad: float = option(0.01, "share of bad samples that still exits with 0", "number")
+    best_effort: bool = option(
+        False, "exit with 0 although the target recall is out of reach (default: no)", "yes or no"
+    )
+    # 0: as few as memory allows
+    partitions: int = option(
+        0,
+        "auto, or a number: parts that the graph is made in; never changes the result (default: "
+        "auto, as few as memory allows)",
+        "partitions",
+        metavar="N",
+    )
+    # bytes; 0: the node's share
+    memory_per_worker: int = option(
+        0,
+        "what a task may use, 1GB or 800MiB (default: the node's share)",
+        "bytes",
+        metavar="SIZE",
+    )
+    address: str = option("", "Ray cluster to join; empty: start Ray here")
+    device: str = option(
+        "auto",
+        "auto: GPUs where the cluster has any; cuda: GPUs, or not at all; for the graph too",
+        choices=DEVICES,
+    )
+    overwrite: tuple[str, ...] = option(
+        (), "make this stage of the command, and all after it, anew", "repeated", metavar="STAGE"
+    )
+    heal: bool = option(
+        False,
+        "make again what was damaged (see verify) and embed shards that changed, and all that "
+        "follows from them",
+        "flag",
+    )
 
     def __post_init__(self) -> None:
         if not self.out_dir:

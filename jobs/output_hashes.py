@@ -5,8 +5,8 @@
 
 Use the same --out: some files name shards and metadata by their paths. Drawn pools and pictures are
 run through the command line: classes, undirected graphs, schemes, other methods, partitions, cells,
-soft selection, shards. Hashed are the graph, the index, the ranking, the subset, the kept lists, the
-ledger and, of shards, the embeddings. Runs that differ in nothing but the layout must agree, too.
+soft selection, shards. Hashed are graph, index, ranking, subset, kept lists, ledger and, of shards,
+the embeddings. Runs that differ in nothing but the layout must agree, too.
 """
 
 from __future__ import annotations

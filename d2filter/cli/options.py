@@ -6,6 +6,7 @@ See docs/settings.md.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,9 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from d2filter import config
-from d2filter.algorithm import by_class
 from d2filter.algorithm.budget import parse_fraction
-from d2filter.algorithm.greedy import schemes
-from d2filter.algorithm.methods import selectors
-from d2filter.algorithm.scores import registry as scores
 from d2filter.errors import UsageError
+from d2filter.options import options_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,24 +78,9 @@ RECIPES = {
 
 
 def common(parser: argparse.ArgumentParser) -> None:
+    """Of every command that runs stages."""
     group = parser.add_argument_group("where and how")
-    group.add_argument("--out-dir", required=True, help="run directory: a path or an fsspec URL")
-    group.add_argument("--address", default="", help="Ray cluster to join; empty: start Ray here")
-    group.add_argument(
-        "--max-bad", type=float, default=0.01, help="share of bad samples that still exits with 0"
-    )
-    group.add_argument(
-        "--overwrite",
-        action="append",
-        default=[],
-        metavar="STAGE",
-        help="make this stage of the command, and all after it, anew",
-    )
-    group.add_argument(
-        "--heal", action="store_true",
-        help="make again what was damaged (see verify) and embed shards that changed, and all that "
-        "follows from them",
-    )  # fmt: skip
+    add(group, config.RunConfig, "out_dir", "address", "max_bad", "overwrite", "heal")
     group.add_argument(
         "--dry-run", action="store_true", help="say what would be done, and change nothing"
     )
@@ -105,175 +88,74 @@ def common(parser: argparse.ArgumentParser) -> None:
 
 
 def metadata(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--metadata-dir", default="", help="folder of NAME.parquet + NAME.npz pairs"
-    )
+    add(parser, config.RunConfig, "metadata_dir")
 
 
 def shards(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("embedding")
-    group.add_argument(
-        "--shards",
-        nargs="+",
-        default=None,
-        metavar="URL",
-        help="WebDataset shards: .tar files, folders of them, 'quoted/{00000..00099}.tar'",
-    )
-    group.add_argument(
-        "--model",
-        default=config.BUNDLED_MODEL,
-        help="open_clip model; the bundled one is for trying out, real work wants "
-        "--model ViT-L-14 --pretrained openai",
-    )
-    group.add_argument("--pretrained", default="", help="open_clip tag or path to weights")
-    group.add_argument("--precision", default="fp32", help=", ".join(config.PRECISIONS))
-    group.add_argument("--batch-size", type=int, default=64, help="images in a forward pass")
-    group.add_argument(
-        "--fast-decode", action="store_true",
-        help="decode large JPEGs at a part of their size, at least twice the model's input",
-    )  # fmt: skip
-    group.add_argument(
-        "--max-pixels", type=int, default=config.MAX_PIXELS, metavar="N",
-        help="larger pictures are bad; each pixel may take 20 bytes of memory (default: Pillow's "
-        "own limit)",
-    )  # fmt: skip
-    group.add_argument(
-        "--alpha", choices=config.ALPHAS, default="drop",
-        help="what is seen through transparent pixels: white, black, or the colors that the file "
-        "holds there (drop), as in open_clip's training",
-    )  # fmt: skip
-    group.add_argument(
-        "--device",
-        choices=config.DEVICES,
-        default="auto",
-        help="auto: GPUs where the cluster has any; cuda: GPUs, or not at all; for the graph too",
-    )
+    add(group, config.EmbedConfig)
+    add(group, config.RunConfig, "device")
 
 
 def catalog(parser: argparse.ArgumentParser) -> None:
-    default = config.CatalogConfig()
-    group = parser.add_argument_group("samples")
-    group.add_argument(
-        "--arch",
-        default=None,
-        help="reads ARCH_img, ARCH_txt, clip_ARCH_similarity_score "
-        f"(default: that of --model with --shards, else {default.arch})",
-    )
-    group.add_argument(
-        "--score-column", default="", help="column with the difficulty, of the parquet files or of "
-        "--score-file",
-    )  # fmt: skip
-    group.add_argument(
-        "--score-file", default="", metavar="FILE",
-        help="scores from elsewhere: .parquet or .csv with uid and columns, or a folder of them; "
-        "--score-column chooses one",
-    )  # fmt: skip
-    group.add_argument(
-        "--within", default="", metavar="SUBSET",
-        help="rank only samples of this subset: a .npy of (u8, u8), or a run directory",
-    )  # fmt: skip
-    group.add_argument(
-        "--score",
-        default="",
-        metavar="SCORE",
-        help="a name, or a sum such as 0.7*clip_score+0.3*column-rank(el2n) of raw values, or of "
-        "percentile ranks where scales differ; high goes first in a sum; a name is a column of "
-        "--score-file or of the parquet files, or computed:\n"
-        + "\n".join(
-            f"{one.name}: {one.summary}; high is {one.meaning}, {one.kept_first} goes first"
-            for one in scores.SCORES.values()
-        ),
-    )
-    group.add_argument(
-        "--group-column",
-        default="",
-        help="parquet column with classes: neighbors are of the same class, and every budget gives "
-        "each class its share",
-    )
-    group.add_argument(
-        "--keep-first",
-        choices=["high", "low"],
-        default="",
-        help="which end of the score goes first; low turns its sign in the run's files, not for "
-        "--min-score (default: the score's own, high of a column)",
-    )
-    group.add_argument(
-        "--clip-scores", type=_share, default=default.clip_scores, metavar="SHARE",
-        help="of this share of the samples at each end, 0.001 for example, the score becomes that "
-        "of the next sample inside: for scores such as -9999 that leave all others equal",
-    )  # fmt: skip
-    group.add_argument(
-        "--score-target", default="", metavar="FILE",
-        help="of norm_sim: .npy (t, d), or .npz with ARCH_img, of a target set",
-    )  # fmt: skip
-    group.add_argument(
-        "--score-batch", type=int, default=default.score_batch, help="of negclip_loss: pairs"
-    )
-    group.add_argument(
-        "--score-rounds", type=int, default=default.score_rounds,
-        help="of negclip_loss: random batchings that are averaged",
-    )  # fmt: skip
-    group.add_argument(
-        "--training-log", default="", metavar="FILE",
-        help="of scores from training: .parquet, or a folder of them, with uid, epoch, label, and "
-        "probabilities or logits",
-    )  # fmt: skip
-    group.add_argument(
-        "--feature-type", default=default.feature_type, help="image|text, image or text"
-    )
-    group.add_argument(
-        "--feature-keys",
-        nargs="+",
-        default=(),
-        metavar="KEY",
-        help="npz keys that make the graph in place of ARCH_img and ARCH_txt: any embeddings",
-    )
-    group.add_argument(
-        "--normalize",
-        action=argparse.BooleanOptionalAction,
-        default=default.normalize,
-        help="L2-normalize each embedding (default: yes)",
-    )
+    add(parser.add_argument_group("samples"), config.CatalogConfig)
 
 
 def graph(parser: argparse.ArgumentParser) -> None:
-    default = config.GraphConfig()
     group = parser.add_argument_group("graph")
-    group.add_argument("--n-neighbors", type=int, default=default.n_neighbors, help="k")
-    group.add_argument(
-        "--target-recall", type=float, default=default.target_recall, help="recall@k to reach"
-    )
-    group.add_argument(
-        "--exact-below",
-        type=int,
-        default=default.exact_below,
-        help="compare all with all up to this many distinct rows",
-    )
-    group.add_argument("--seed", type=int, default=default.seed, help="of the uid hashes")
-    group.add_argument(
-        "--best-effort",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="exit with 0 although the target recall is out of reach (default: no)",
-    )
-    group.add_argument(
-        "--partitions",
-        type=_partitions,
-        default=0,
-        metavar="N",
-        help="auto, or a number: parts that the graph is made in; never changes the result "
-        "(default: auto, as few as memory allows)",
-    )
+    add(group, config.GraphConfig)
+    add(group, config.RunConfig, "best_effort", "partitions")
 
 
 def memory(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--memory-per-worker",
-        type=_bytes,
-        default=0,
-        metavar="SIZE",
-        help="what a task may use, 1GB or 800MiB (default: the node's share)",
-    )
+    add(parser, config.RunConfig, "memory_per_worker")
+
+
+def rank(parser: argparse.ArgumentParser) -> None:
+    """Of the ranking, but for the two that `rank_alone` adds where the graph has no say."""
+    names = [name for name in options_in(config.RankConfig) if name not in _RANK_ALONE]
+    add(parser.add_argument_group("ranking"), config.RankConfig, *names)
+
+
+def rank_alone(parser: argparse.ArgumentParser) -> None:
+    add(parser, config.RankConfig, *_RANK_ALONE)
+
+
+def select(parser: argparse.ArgumentParser) -> None:
+    add(parser.add_argument_group("budget"), config.SelectConfig)
+
+
+_RANK_ALONE = ("n_neighbors", "seed")  # of the same names as options of the graph
+
+
+def add(group: Any, part: Any, *names: str) -> None:
+    """Add the options that a configuration class declares, all of them or those named.
+
+    group: an ArgumentParser or one of its groups.
+    """
+    declared = options_in(part)
+    for name in names or declared:
+        one, default = declared[name]
+        words: dict[str, Any] = {"help": one.help}
+        if one.shown_default is not ...:
+            words["default"] = one.shown_default
+        elif default is dataclasses.MISSING:
+            words["required"] = True
+        else:
+            words["default"] = default
+        if one.kind == "flag":
+            words["action"] = "store_true"
+        elif one.kind == "yes or no":
+            words["action"] = argparse.BooleanOptionalAction
+        elif one.kind == "repeated":
+            words |= {"action": "append", "default": list(default), "metavar": one.metavar}
+        else:
+            words |= {"type": _CONVERTERS[one.kind], "metavar": one.metavar}
+            words |= {"choices": one.choices} if one.choices else {}
+            words |= {"nargs": "+"} if one.kind == "texts" else {}
+            if one.without_value is not None:
+                words |= {"nargs": "?", "const": one.without_value}
+        group.add_argument(f"--{name.replace('_', '-')}", **words)
 
 
 def recipe(parser: argparse.ArgumentParser) -> None:
@@ -290,16 +172,6 @@ def recipe(parser: argparse.ArgumentParser) -> None:
             for name, one in RECIPES.items()
         ),
     )
-
-
-def rank_alone(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--n-neighbors",
-        type=int,
-        default=None,
-        help="neighbors of each list that count (default: all that the graph has)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the hashes that a method uses")
 
 
 def _share(text: str, allowed: str = "allowed is") -> Decimal:
@@ -328,146 +200,33 @@ def _bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r}, allowed is a size: 1GB, 800MiB, 2e9") from None
 
 
-def rank(parser: argparse.ArgumentParser) -> None:
-    default = config.RankConfig()
-    group = parser.add_argument_group("ranking")
-    group.add_argument(
-        "--method",
-        choices=config.METHODS,
-        default=default.method,
-        metavar="NAME",
-        help="d2, or one to compare it with:\n"
-        + "\n".join(
-            f"{name}: {one.summary}; up to {one.most:,} samples"
-            for name, one in selectors.SELECTORS.items()
-        ),
-    )
-    group.add_argument(
-        "--gamma", type=_gamma, default=default.gamma, metavar="X",
-        help="how close is close: a number, or auto, which fits it to the budget and the pool "
-        f"(default: {default.gamma})",
-    )  # fmt: skip
-    group.add_argument(
-        "--tuned-for", type=_share, default=None, metavar="SHARE",
-        help="kept share that --gamma auto is for (default: that of --fraction or --budget)",
-    )  # fmt: skip
-    group.add_argument(
-        "--gamma-forward", type=float, default=None, help="of the forward pass, if another"
-    )
-    for name, choices, text in (
-        (
-            "kernel",
-            schemes.KERNELS,
-            "weight of an edge: local: exp(-gamma·x²), x: squared distance in units of those to "
-            "the k-th neighbors of both ends; rbf: exp(-gamma·d²); exp: exp(-gamma·d)",
-        ),
-        ("forward", schemes.FORWARD, "how a score takes in those of its neighbors"),
-        (
-            "reverse",
-            schemes.REVERSE,
-            "what a kept sample takes from its neighbors: its weighted score, all of it, nothing",
-        ),
-    ):
-        group.add_argument(f"--{name}", choices=choices, default=getattr(default, name), help=text)
-    group.add_argument(
-        "--undirected", action="store_true", help="edges count both ways, as in the paper"
-    )
-    group.add_argument(
-        "--gamma-scale",
-        choices=config.GAMMA_SCALES,
-        default=default.gamma_scale,
-        help="median: gamma is for distances in units of the pool's median between neighbors, so "
-        "that it means the same for any encoder; the unit grows with k",
-    )
-    group.add_argument(
-        "--group-budgets",
-        choices=by_class.BUDGETS,
-        default=default.group_budgets,
-        help="shares of the classes, where there are any: as large as they are, or all alike",
-    )
-    group.add_argument(
-        "--cut-hardest",
-        type=_cut,
-        default=default.cut_hardest,
-        metavar="SHARE",
-        help="rank this share of the samples, hardest first, after everything else, because wrong "
-        "labels are among them; auto fits the share to the budget and the scores",
-    )
-    group.add_argument(
-        "--collapse-copies",
-        type=_copies,
-        nargs="?",
-        const=0.0,
-        default=default.collapse_copies,
-        metavar="SQDIST",
-        help="of neighbors up to this squared distance (0: identical; auto: with d2 1/20 of the "
-        "pool's median to the k-th neighbor; none) the best one stays, the others rank after "
-        f"everything else (default: {default.collapse_copies})",
-    )
-    group.add_argument(
-        "--redundancy", type=float, default=default.redundancy, metavar="LAMBDA",
-        help="of --method infomax: what likeness to a kept sample costs, in units of the scores' "
-        f"range, 0 (score alone) to 16 (default: {default.redundancy:g})",
-    )  # fmt: skip
-    group.add_argument(
-        "--temperature", type=float, default=default.temperature, metavar="TAU",
-        help="of --method density: the higher, the more alike are the shares of clusters in a "
-        f"budget (default: {default.temperature:g})",
-    )  # fmt: skip
-
-
-def select(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("budget")
-    group.add_argument(
-        "--fraction",
-        default=None,
-        help="share to keep; several, as 0.3,0.1,0.2: subset.npy is the first, and each has a file "
-        "in subsets/ (default: 0.3)",
-    )
-    group.add_argument("--budget", type=int, default=None, help="number of samples to keep")
-    group.add_argument(
-        "--min-score", type=float, default=None,
-        help="drop samples of a lower score within the budget: the score as the metadata has it, "
-        "whichever end is kept first",
-    )  # fmt: skip
-    group.add_argument(
-        "--soft", type=float, nargs="?", const=0.1, default=None, metavar="TEMPERATURE",
-        help="repeat samples by their score: the budget counts repeats, and a score higher by this "
-        "share of the scores' range is worth one more copy (without a number: 0.1)",
-    )  # fmt: skip
+_SWEPT = (
+    "method", "n_neighbors", "gamma", "tuned_for", "gamma_scale", "kernel", "forward", "reverse",
+    "cut_hardest", "collapse_copies", "redundancy", "temperature",
+)  # fmt: skip
 
 
 def sweep(parser: argparse.ArgumentParser) -> None:
-    default = config.RankConfig()
+    """Of the command that compares settings: options of the ranking, with lists of values."""
     parser.add_argument("out_dir", metavar="OUT", help="run directory with a finished graph")
-    many: list[tuple[str, Callable[[str], Any], str, str]] = [
-        ("--method", str, default.method, f"some of {', '.join(config.METHODS)}"),
-        ("--n-neighbors", int, "0", "k, up to that of the graph; 0: all it has"),
-        ("--gamma", _gamma, f"{default.gamma}", "kernel widths, or auto"),
-        ("--tuned-for", Decimal, str(config.TUNED_FOR), "kept shares that --gamma auto is for"),
-        ("--gamma-scale", str, default.gamma_scale, f"some of {', '.join(config.GAMMA_SCALES)}"),
-        ("--kernel", str, default.kernel, f"some of {', '.join(schemes.KERNELS)}"),
-        ("--forward", str, default.forward, f"some of {', '.join(schemes.FORWARD)}"),
-        ("--reverse", str, default.reverse, f"some of {', '.join(schemes.REVERSE)}"),
-        ("--cut-hardest", _cut, "0", "shares that rank last, or auto"),
-        (
-            "--collapse-copies",
-            _copies,
-            f"{default.collapse_copies}",
-            "squared distances of copies, auto or none",
-        ),
-        ("--redundancy", float, f"{default.redundancy:g}", "of infomax"),
-        ("--temperature", float, f"{default.temperature:g}", "of density"),
-        ("--fraction", str, "0.1,0.3,0.5", "budgets"),
-    ]
-    for name, convert, given, text in many:
+    declared = options_in(config.RankConfig)
+    for name in _SWEPT:
+        one, default = declared[name]
+        if name == "tuned_for":
+            default = config.TUNED_FOR
         parser.add_argument(
-            name,
-            type=_comma_separated(convert),
-            default=given,
+            f"--{name.replace('_', '-')}",
+            type=_comma_separated(_CONVERTERS[one.kind]),
+            default=str(default),
             metavar="LIST",
-            help=f"{text}, separated by commas",
+            help=f"some of {', '.join(one.choices)}"
+            if one.choices
+            else one.help.partition(" (default:")[0],
         )
+    parser.add_argument(
+        "--fraction", type=_comma_separated(str), default="0.1,0.3,0.5", metavar="LIST",
+        help="budgets, separated by commas like all lists of this command",
+    )  # fmt: skip
 
 
 def reshard(parser: argparse.ArgumentParser) -> None:
@@ -625,6 +384,21 @@ def _gamma(text: str) -> float | str:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}, allowed are a number and auto") from None
+
+
+_CONVERTERS: dict[str, Callable[[str], Any]] = {
+    "text": str,
+    "texts": str,
+    "whole number": int,
+    "number": float,
+    "share": _share,
+    "auto or share": _cut,
+    "auto or number": _gamma,
+    "copies": _copies,
+    "bytes": _bytes,
+    "partitions": _partitions,
+}
+"""by `options.Kind`"""
 
 
 def run_config(arguments: argparse.Namespace) -> config.RunConfig:

@@ -10,6 +10,7 @@ from d2filter.algorithm.scores import registry as scores
 from d2filter.algorithm.scores import terms as summed
 from d2filter.checks import at_least
 from d2filter.errors import UsageError
+from d2filter.options import option
 
 FeatureType = Literal["image|text", "image", "text"]
 FEATURE_TYPES: tuple[FeatureType, ...] = ("image|text", "image", "text")
@@ -22,37 +23,79 @@ CATALOG_SOURCES = ("score_target", "training_log", "score_file", "within")
 class CatalogConfig:
     """Metadata → valid, distinct samples."""
 
-    arch: str = DEFAULT_ARCH
-    """picks NAME_img, NAME_txt and clip_NAME_similarity_score"""
-    score_column: str = ""
-    """parquet column with the difficulty; empty: clip_NAME_similarity_score, else the cosine"""
-    score: str = ""
-    """terms of `scores.SCORES` and columns (`algorithm/scores/terms.py`); empty: the column"""
-    score_file: str = ""
-    """scores from elsewhere: .parquet or .csv with uid, or a folder of them; score_column, or the
-    only other column, is the difficulty, unless score names its columns"""
-    within: str = ""
-    """subset as .npy, or run directory: samples outside of it are not ranked"""
-    keep_first: str = ""
-    """which end of the score goes first, high or low; empty: the score's own, high of a column"""
-    score_target: str = ""
-    """norm_sim: .npy (t, d), or .npz with NAME_img, of the image embeddings of a target set"""
-    score_batch: int = 4096
-    """negclip_loss: pairs in a random batch, about"""
-    score_rounds: int = 4
-    """negclip_loss: random batchings that are averaged"""
-    group_column: str = ""
-    """parquet column with the class of each sample: edges stay inside of it; empty: no classes"""
-    clip_scores: Decimal = Decimal(0)
-    """share of the samples, at each end, whose scores become that of the next sample inside"""
-    training_log: str = ""
-    """scores from training: .parquet file, or folder of them (`formats/traininglog.py`)"""
-    feature_type: FeatureType = "image|text"
-    """which embeddings make the graph"""
-    feature_keys: tuple[str, ...] = ()
-    """npz keys that make the graph in place of NAME_img and NAME_txt, concatenated"""
-    normalize: bool = True
-    """L2-normalize each modality"""
+    arch: str = option(
+        DEFAULT_ARCH,
+        "reads ARCH_img, ARCH_txt, clip_ARCH_similarity_score (default: that of --model with "
+        f"--shards, else {DEFAULT_ARCH})",
+        shown_default=None,
+    )
+    score_column: str = option(
+        "", "column with the difficulty, of the parquet files or of --score-file"
+    )
+    # empty: the column
+    score: str = option(
+        "",
+        "a name, or a sum such as 0.7*clip_score+0.3*column-rank(el2n) of raw values, or of "
+        "percentile ranks where scales differ; high goes first in a sum; a name is a column of "
+        "--score-file or of the parquet files, or computed:\n"
+        + "\n".join(
+            f"{one.name}: {one.summary}; high is {one.meaning}, {one.kept_first} goes first"
+            for one in scores.SCORES.values()
+        ),
+        metavar="SCORE",
+    )
+    score_file: str = option(
+        "",
+        "scores from elsewhere: .parquet or .csv with uid and columns, or a folder of them; "
+        "--score-column chooses one",
+        metavar="FILE",
+    )
+    within: str = option(
+        "",
+        "rank only samples of this subset: a .npy of (u8, u8), or a run directory",
+        metavar="SUBSET",
+    )
+    keep_first: str = option(
+        "",
+        "which end of the score goes first; low turns its sign in the run's files, not for "
+        "--min-score (default: the score's own, high of a column)",
+        choices=("high", "low"),
+    )
+    score_target: str = option(
+        "",
+        "of norm_sim: .npy (t, d), or .npz with ARCH_img, of a target set",
+        metavar="FILE",
+    )
+    score_batch: int = option(4096, "of negclip_loss: pairs", "whole number")
+    score_rounds: int = option(
+        4, "of negclip_loss: random batchings that are averaged", "whole number"
+    )
+    group_column: str = option(
+        "",
+        "parquet column with classes: neighbors are of the same class, and every budget gives each "
+        "class its share",
+    )
+    clip_scores: Decimal = option(
+        Decimal(0),
+        "of this share of the samples at each end, 0.001 for example, the score becomes that of "
+        "the next sample inside: for scores such as -9999 that leave all others equal",
+        "share",
+        metavar="SHARE",
+    )
+    training_log: str = option(
+        "",
+        "of scores from training: .parquet, or a folder of them, with uid, epoch, label, and "
+        "probabilities or logits",
+        metavar="FILE",
+    )
+    feature_type: FeatureType = option("image|text", "image|text, image or text")
+    feature_keys: tuple[str, ...] = option(
+        (),
+        "npz keys that make the graph in place of ARCH_img and ARCH_txt: any embeddings",
+        "texts",
+        metavar="KEY",
+    )
+    normalize: bool = option(True, "L2-normalize each embedding (default: yes)", "yes or no")
 
     def __post_init__(self) -> None:
         if self.feature_type not in FEATURE_TYPES:
@@ -75,16 +118,16 @@ class CatalogConfig:
             )
         at_least("score-batch", self.score_batch, 2)
         at_least("score-rounds", self.score_rounds, 1)
-        for need, option, value in (
+        for need, name, value in (
             ("target", "score-target", self.score_target),
             ("log", "training-log", self.training_log),
         ):
             if (need in self.needs) != bool(value):
                 names = ", ".join(n for n, s in scores.SCORES.items() if s.needs == need)
                 raise UsageError(
-                    f"{option} is for the scores {names}, and score is {self.score or 'a column'}"
+                    f"{name} is for the scores {names}, and score is {self.score or 'a column'}"
                     if value
-                    else f"score {self.score} needs --{option}"
+                    else f"score {self.score} needs --{name}"
                 )
         both = self.feature_type == "image|text" and not self.feature_keys
         if not both and any(term.name == "negclip_loss" for term in self.terms):
