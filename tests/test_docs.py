@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from d2filter.algorithm.methods import selectors
+from d2filter.algorithm.scores import registry as scores
 from d2filter.cli import main as cli
 from d2filter.cli import options
 from jobs import run as named_runs
@@ -271,7 +273,7 @@ def test_settings_has_every_command_recipe_score_and_method() -> None:
     code = set(spans_of(ROOT / "docs/settings.md"))
     assert not [n for n in commands() if n not in code and f"d2filter {n}" not in code]
     assert not {f"--recipe {name}" for name in options.RECIPES} - code
-    assert not (set(options.scores.SCORES) | set(options.selectors.SELECTORS)) - code
+    assert not (set(scores.SCORES) | set(selectors.SELECTORS)) - code
 
 
 @pytest.mark.parametrize("name", list(options.RECIPES))
