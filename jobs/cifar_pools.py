@@ -19,7 +19,6 @@ from d2filter.algorithm.greedy import auto_cut, auto_settings, in_memory
 from d2filter.algorithm.knn import products
 from d2filter.algorithm.methods import selectors
 from d2filter.algorithm.scores import registry as scores
-from d2filter.algorithm.scores import training_dynamics
 from d2filter.config import TUNED_FOR, RankConfig
 
 F32 = npt.NDArray[np.float32]
@@ -86,7 +85,7 @@ class Pool:
         """A score of the log, or `prototypicality`; higher goes first."""
         if score == "prototypicality":
             return scores.difficulty(_to_centroids(self._rows, self._seed), "high")
-        values = training_dynamics.LOG_SCORES[score](self._log, self._label)
+        values = scores.compute(score, self._log, self._label)
         return scores.difficulty(values, scores.SCORES[score].kept_first)
 
     def auto_cut(self, kept: Decimal, score: str = "margin") -> Decimal:

@@ -93,8 +93,8 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments or figures as they are logged: plain values, addresses, the first items of long
     lists.
     """
-    plain = {name: _plain(value) for name, value in values.items()}
-    return {name: value for name, value in plain.items() if value is not None}
+    shown = {name: _plain(value) for name, value in values.items()}
+    return {name: value for name, value in shown.items() if value is not None}
 
 
 def _plain(value: Any) -> Any:

@@ -241,7 +241,7 @@ def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outsid
         column = table.column(score_name)
         difficulty, merged = columns.as_float32(column, f"{where}: column {score_name}")
     else:
-        difficulty = scored.clip_score(config, arrays, where)
+        difficulty = scored.computed(scores.SCORES["clip_score"], config, outside, arrays, where)
     difficulty = scores.difficulty(difficulty, config.first)
     group = columns.strings(table, config.group_column, where)
     classed = everyone

@@ -130,9 +130,9 @@ class CatalogConfig:
                     else f"score {self.score} needs --{name}"
                 )
         both = self.feature_type == "image|text" and not self.feature_keys
-        if not both and any(term.name == "negclip_loss" for term in self.terms):
+        if not both and (name := self._with_both_halves):
             raise UsageError(
-                "score negclip_loss needs both embeddings: use it with --feature-type 'image|text' "
+                f"score {name} needs both embeddings: use it with --feature-type 'image|text' "
                 "and without --feature-keys"
             )
 
@@ -165,6 +165,12 @@ class CatalogConfig:
         """What the terms are computed from: some of pair, target, pool and log."""
         computed = [scores.SCORES[t.name] for t in self.terms if t.name in scores.SCORES]
         return frozenset(score.needs for score in computed)
+
+    @property
+    def _with_both_halves(self) -> str:
+        """The first term that needs an image and a text half of the features; empty: none."""
+        known = (t.name for t in self.terms if t.name in scores.SCORES)
+        return next((name for name in known if scores.SCORES[name].both_halves), "")
 
     @property
     def logged(self) -> tuple[str, ...]:

@@ -38,7 +38,6 @@ _OUTPUTS = {
     "catalog": ("catalog",),
     "graph": ("graph", "index"),
     "rank": ("ranking", "ranking-work"),
-    "select": ("subset.npy", "subsets", "kept"),
 }
 _PACKAGES = (
     "numpy",
@@ -50,6 +49,15 @@ _PACKAGES = (
     "faiss-cpu",
     "faiss-gpu",
 )
+
+
+def _outputs(stage: str) -> tuple[str, ...]:
+    """Files and folders of the run directory that a stage writes."""
+    if stage == "select":
+        from d2filter.formats import subset  # pyarrow, which `status` can do without
+
+        return (*subset.OUTPUTS, subset.FURTHER)
+    return _OUTPUTS[stage]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,10 +93,10 @@ class Plan:
         return digest([self.stage, d2filter.__version__, self.options, self.upstream, files])
 
 
-def _is_as_recorded(home: Folder, name: str, digest: list[int | str]) -> bool:
+def _is_as_recorded(home: Folder, name: str, recorded: list[int | str]) -> bool:
     """Whether a file is there with the size and sum that were recorded."""
     try:
-        return checksum(home, name) == digest
+        return checksum(home, name) == recorded
     except InputError:
         return False
 
@@ -180,7 +188,7 @@ class RunState:
         """Raise RunStateError when a finished stage has not read these files, among others."""
         record = self.require(stage)
         names = {file.name for file in files}
-        inputs = {name: digest for name, digest in record["inputs"].items() if name in names}
+        inputs = {name: found for name, found in record["inputs"].items() if name in names}
         difference = differing_input({**record, "inputs": inputs}, files, content_of)
         if difference:
             raise self._other_making(stage, difference)
@@ -202,7 +210,7 @@ class RunState:
                 self.make_room(plan)
             note = {"fingerprint": plan.fingerprint, "options": plan.options}
             self.folder.publish_json(place, note)
-        for output in ("completions", "ledger", *_OUTPUTS[plan.stage]):
+        for output in ("completions", "ledger", *_outputs(plan.stage)):
             remove_leftovers(self.folder, output)
         return why
 
@@ -221,7 +229,7 @@ class RunState:
             return False
         home = self.home(plan.stage)
         damaged = any(
-            not _is_as_recorded(home, n, digest) for n, digest in record["checksums"].items()
+            not _is_as_recorded(home, n, found) for n, found in record["checksums"].items()
         )
         changed = plan.independent and record["fingerprint"] != plan.fingerprint
         if not (damaged or changed):
@@ -232,7 +240,7 @@ class RunState:
 
     def home(self, stage: str) -> Folder:
         """Where the files lie that the record of a stage lists."""
-        return self.folder if stage in _REPLACED else self.folder.sub(_OUTPUTS[stage][0])
+        return self.folder if stage in _REPLACED else self.folder.sub(_outputs(stage)[0])
 
     def make_room(self, plan: Plan, *, by_content: bool = False) -> None:
         """Remove the outputs of a stage and of later stages, except for independent parts that are
@@ -250,7 +258,7 @@ class RunState:
         self.folder.remove(f"completions/{stage}.json")
         self.clear_from(STAGES[STAGES.index(stage) + 1])
         planned = {info.name for info in plan.inputs}
-        for place in (f"completions/{stage}", f"ledger/{stage}", *_OUTPUTS[stage]):
+        for place in (f"completions/{stage}", f"ledger/{stage}", *_outputs(stage)):
             folder = self.folder.sub(place)
             for name in folder.names():
                 if name.rpartition(".")[0] not in planned:
@@ -290,7 +298,7 @@ class RunState:
         """Remove what the tasks of a stage published, markers first: what a marker stands for must
         be there while it is.
         """
-        for output in (f"completions/{stage}", f"ledger/{stage}", *_OUTPUTS[stage]):
+        for output in (f"completions/{stage}", f"ledger/{stage}", *_outputs(stage)):
             self.folder.remove(output)
 
     def clear_from(self, stage: str) -> None:

@@ -72,24 +72,19 @@ def of_terms(
     lost = distinct = 0
     values: list[F32] = []
     for name in (term.name for term in terms):
-        needs = scores.SCORES[name].needs if name in scores.SCORES else ""
-        match needs:
-            case "pool":
-                value = np.zeros(n, np.float32)
-            case "log":
-                value, there = _of_log(outside, name, ids)
-                logged &= there
-            case "target" if name == "norm_sim":
-                value = norm_sim(config, outside, arrays, where)
-            case "pair" if name == "clip_score":
-                value = clip_score(config, arrays, where)
-            case _ if needs:
-                raise ValueError(f"nothing here computes the score {name!r}")
-            case _ if name in held:
-                value = held[name]
-            case _:
-                value, merged = columns.as_float32(table.column(name), f"{where}: column {name}")
-                lost, distinct = lost + merged[0], distinct + merged[1]
+        score = scores.SCORES.get(name)
+        if score is None and name in held:
+            value = held[name]
+        elif score is None:
+            value, merged = columns.as_float32(table.column(name), f"{where}: column {name}")
+            lost, distinct = lost + merged[0], distinct + merged[1]
+        elif score.needs == "pool":
+            value = np.zeros(n, np.float32)
+        elif score.needs == "log":
+            value, there = _of_log(outside, name, ids)
+            logged &= there
+        else:
+            value = computed(score, config, outside, arrays, where)
         values.append(value)
     difficulty = combined(terms, values)
     matrix = None
@@ -104,31 +99,35 @@ def of_terms(
     )
 
 
-def clip_score(config: CatalogConfig, arrays: Mapping[str, npt.NDArray[Any]], where: str) -> F32:
-    """Cosines of the pairs. Raises InputError for embeddings of two spaces."""
-    image, text = f"{config.arch}_img", f"{config.arch}_txt"
-    widths = (arrays[image].shape[1], arrays[text].shape[1])
-    if widths[0] != widths[1]:
-        raise InputError(
-            f"{where.removesuffix('.parquet')}.npz: {image} has dimension {widths[0]} and "
-            f"{text} {widths[1]}: a score needs both in one space, or name a --score-column"
-        )
-    return scores.clip_score(arrays[image], arrays[text])
-
-
-def norm_sim(
-    config: CatalogConfig, outside: Outside, arrays: Mapping[str, npt.NDArray[Any]], where: str
+def computed(
+    score: scores.Score,
+    config: CatalogConfig,
+    outside: Outside,
+    arrays: Mapping[str, npt.NDArray[Any]],
+    where: str,
 ) -> F32:
-    """Likeness to a target set. Raises InputError for one of another model."""
-    image = f"{config.arch}_img"
-    assert outside.target is not None
-    widths = (outside.target.shape[1], arrays[image].shape[1])
+    """A score of a pair, or of an image and the target set, (n,) float32. where: the pair's parquet
+    file, for messages. Raises InputError for embeddings of two models, ValueError for a score
+    that nothing computes.
+    """
+    if score.compute is None:
+        raise ValueError(f"nothing here computes the score {score.name!r}")
+    image, text = f"{config.arch}_img", f"{config.arch}_txt"
+    npz = f"{where.removesuffix('.parquet')}.npz"
+    other = outside.target if score.needs == "target" else arrays[text]
+    assert other is not None
+    widths = (arrays[image].shape[1], other.shape[1])
+    if widths[0] != widths[1] and score.needs == "target":
+        raise InputError(
+            f"score-target {config.score_target} has embeddings of dimension {widths[1]}, "
+            f"{image} of {npz} of {widths[0]}: use one model"
+        )
     if widths[0] != widths[1]:
         raise InputError(
-            f"score-target {config.score_target} has embeddings of dimension {widths[0]}, "
-            f"{image} of {where.removesuffix('.parquet')}.npz of {widths[1]}: use one model"
+            f"{npz}: {image} has dimension {widths[0]} and {text} {widths[1]}: a score needs both "
+            "in one space, or name a --score-column"
         )
-    return scores.norm_sim(arrays[image], outside.target)
+    return np.asarray(score.compute(arrays[image], other), np.float32)
 
 
 def missing_column(where: str, name: str, there: Sequence[str]) -> InputError:

@@ -6,7 +6,8 @@ See docs/files.md#subset-and-kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import PurePosixPath
 from typing import Any
@@ -159,6 +160,32 @@ def publish_kept(folder: Folder, table: Any, shards: Iterable[str] = ()) -> Chec
     with folder.publish(SIZES, sums) as path:
         path.write_text(json.dumps(counts, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return sums
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """What a selection keeps, (n,) each, ascending by uid; repeated samples come repeatedly."""
+
+    hi: uids.U64
+    lo: uids.U64
+    rank: npt.NDArray[np.int64]
+
+
+def _publish_lists(folder: Folder, kept: Kept) -> Checksums:
+    samples = catalog.iter_parts(folder.sub("catalog"), with_features=False)
+    shards: set[str] = set()
+    table = kept_table(samples, kept.hi, kept.lo, kept.rank, shards)
+    return publish_kept(folder, table, shards)
+
+
+OUTPUTS: dict[str, Callable[[Folder, Kept], Checksums]] = {
+    "kept": _publish_lists,
+    SUBSET: lambda folder, kept: publish(folder, kept.hi, kept.lo),
+}
+"""writers of what a selection keeps, by the file or folder of the run directory that they write;
+each returns the checksums of its files"""
+FURTHER = "subsets"
+"""folder of further budgets, a file each"""
 
 
 def remove_others(folder: Folder, place: str, kept: Checksums) -> None:

@@ -87,9 +87,9 @@ class Writer:
         self._lock = Lock()
         self._places = []
         end = 0
-        for member, header in zip(members, self._headers, strict=True):
+        for member, own in zip(members, self._headers, strict=True):
             self._places.append(end)
-            end += len(header) + member.size + -member.size % _BLOCK
+            end += len(own) + member.size + -member.size % _BLOCK
         self._end = end
 
     def write(self, number: int, content: Iterable[Piece]) -> None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from d2filter.algorithm import uids
+from d2filter.algorithm.scores import registry as scores
 from d2filter.algorithm.scores import training_dynamics
 from d2filter.errors import InputError
 from d2filter.formats import tables
@@ -54,7 +55,7 @@ def files(url: str) -> tuple[Folder, list[FileInfo]]:
 
 
 def score(url: str, name: str) -> Scored:
-    """One of `dynamics.LOG_SCORES` for every sample in a log. Memory: the whole log.
+    """A score that needs a log, for every sample in a log. Memory: the whole log.
 
     Raises InputError, naming file and uid, for a log that cannot be read.
     """
@@ -82,9 +83,7 @@ def score(url: str, name: str) -> Scored:
     order = order.reshape(-1, epochs.size)
     value = np.concatenate(
         [
-            training_dynamics.LOG_SCORES[name](
-                p[order[at : at + _BLOCK]], label[at : at + _BLOCK, 0]
-            )
+            scores.compute(name, p[order[at : at + _BLOCK]], label[at : at + _BLOCK, 0])
             for at in range(0, begins.size, _BLOCK)
         ]
     )

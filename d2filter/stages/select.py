@@ -12,7 +12,7 @@ import numpy.typing as npt
 from d2filter.algorithm import budget, uids
 from d2filter.config import SelectConfig
 from d2filter.engine.task import Report
-from d2filter.formats import catalog, graph, ranking, subset
+from d2filter.formats import graph, ranking, subset
 from d2filter.formats.paths import Checksums, Folder
 from d2filter.stages import select_soft
 
@@ -52,14 +52,13 @@ def select(
         sums.update(subset.publish(out, np.repeat(hi, repeats), np.repeat(lo, repeats), name))
     repeats = times[0][order]
     hi, lo, rank = np.repeat(hi, repeats), np.repeat(lo, repeats), np.repeat(rank, repeats)
-    samples = catalog.iter_parts(out.sub("catalog"), with_features=False)
-    shards: set[str] = set()
-    table = subset.kept_table(samples, hi, lo, rank, shards)
-    sums.update(subset.publish_kept(out, table, shards))
-    sums.update(subset.publish(out, hi, lo))
+    kept_samples = subset.Kept(hi=hi, lo=lo, rank=rank)
+    for write in subset.OUTPUTS.values():
+        sums.update(write(out, kept_samples))
     # readers may hold what was there before: it goes when its successors are there
-    for place in ("kept", "subsets"):
-        subset.remove_others(out, place, sums)
+    for place in (*subset.OUTPUTS, subset.FURTHER):
+        if place not in sums:
+            subset.remove_others(out, place, sums)
     kept = int(np.count_nonzero(repeats))
     return {
         "budget": size,

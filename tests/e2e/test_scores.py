@@ -21,6 +21,7 @@ from d2filter.stages.catalog import build as catalog_stage
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
+LOG_SCORES = [name for name, score in scores.SCORES.items() if score.needs == "log"]
 N = 600
 POOL = pools.make(N, 8)
 
@@ -157,7 +158,7 @@ def write_log(path: Path, made: dict[str, Any], rows: list[int] | None = None) -
     return path
 
 
-@pytest.mark.parametrize("name", list(training_dynamics.LOG_SCORES))
+@pytest.mark.parametrize("name", LOG_SCORES)
 @pytest.mark.parametrize("logits", [False, True])
 def test_scores_of_a_training_log(
     name: str, logits: bool, metadata: list[Path], tmp_path: Path
@@ -171,7 +172,7 @@ def test_scores_of_a_training_log(
     write_log(folder / "b.parquet", made, list(range(1, N, 2)))
     found = traininglog.score(str(folder), name)
     p = training_dynamics.softmax(made["p"]) if logits else made["p"]
-    expected = training_dynamics.LOG_SCORES[name](p.astype(np.float32), made["label"])
+    expected = scores.compute(name, p.astype(np.float32), made["label"])
     by_uid = expected[in_order()]
     assert np.allclose(found.value, by_uid, rtol=1e-5, atol=1e-7)
     assert (np.diff(found.hi.astype(object)) > 0).all()

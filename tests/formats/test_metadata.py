@@ -417,7 +417,7 @@ def test_a_score_that_nothing_computes_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair(tmp_path)
-    for need in ("pair", "target", "moon"):
+    for need in ("pair", "target"):
         new = scores.Score(
             name="beauty", kept_first="high", meaning="better", needs=need, summary="",
         )  # fmt: skip

@@ -8,6 +8,7 @@ needed, so that higher goes first.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2filter.algorithm import compiled, threads, uids
+from d2filter.algorithm.scores import training_dynamics
 from d2filter.algorithm.scores.training_dynamics import blocks
 
 Floats = npt.NDArray[Any]
@@ -239,6 +241,12 @@ class Score:
     """image and text embedding | a target set | the whole pool | a training log"""
     summary: str
     """one line for --help"""
+    compute: Callable[[Any, Any], npt.NDArray[Any]] | None = None
+    """(n,) values from the two arrays that it needs: image and text (n, d) | image (n, d) and
+    target (t, d) | probabilities (n, epochs, classes) and label (n,). None: the pool computes it,
+    see `POOL_SCORES` in stages/catalog/pool_scores.py"""
+    both_halves: bool = False
+    """whether the features must be an image and a text half; of scores that need the pool"""
 
 
 _ALL = (
@@ -248,6 +256,7 @@ _ALL = (
         meaning="better",
         needs="pair",
         summary="cosine of image and text embedding",
+        compute=clip_score,
     ),
     Score(
         name="negclip_loss",
@@ -256,6 +265,7 @@ _ALL = (
         needs="pool",
         summary="CLIP score less half the log-sum-exp of the image's and of the text's cosines in "
         "random batches",
+        both_halves=True,
     ),
     Score(
         name="norm_sim",
@@ -263,6 +273,7 @@ _ALL = (
         meaning="better",
         needs="target",
         summary="largest cosine of the image to a target set",
+        compute=norm_sim,
     ),
     Score(
         name="prototypicality",
@@ -277,6 +288,7 @@ _ALL = (
         meaning="harder",
         needs="log",
         summary="times right at an epoch and wrong at the next; never right counts as all epochs",
+        compute=training_dynamics.forgetting,
     ),
     Score(
         name="el2n",
@@ -284,6 +296,7 @@ _ALL = (
         meaning="harder",
         needs="log",
         summary="mean over epochs of the length of (probabilities - one-hot label)",
+        compute=training_dynamics.el2n,
     ),
     Score(
         name="margin",
@@ -291,6 +304,7 @@ _ALL = (
         meaning="easier",
         needs="log",
         summary="mean over epochs of the label's probability less the largest other one",
+        compute=training_dynamics.margin,
     ),
     Score(
         name="entropy",
@@ -298,6 +312,7 @@ _ALL = (
         meaning="harder",
         needs="log",
         summary="-sum of p log p over the classes at the last epoch",
+        compute=training_dynamics.entropy,
     ),
     Score(
         name="variance",
@@ -305,7 +320,18 @@ _ALL = (
         meaning="harder",
         needs="log",
         summary="variance over epochs of the label's probability",
+        compute=training_dynamics.variance,
     ),
 )
 
 SCORES: dict[str, Score] = {score.name: score for score in _ALL}
+
+
+def compute(name: str, first: Any, second: Any) -> npt.NDArray[Any]:
+    """Values (n,) of a score from the two arrays that it needs, see `Score.compute`. Raises
+    ValueError for a score that nothing, or only the whole pool, computes.
+    """
+    function = SCORES[name].compute
+    if function is None:
+        raise ValueError(f"nothing here computes the score {name!r}")
+    return function(first, second)

@@ -12,7 +12,6 @@ Floats = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
-LogScore = Callable[[Floats, npt.NDArray[Any]], F32]
 
 # float64 values that are held at once: 32 MB, a few times over for what is computed of them
 _BLOCK = 2**22
@@ -151,13 +150,3 @@ def blocks(n: int, width: int) -> list[tuple[int, int]]:
     """Ranges of rows that hold about _BLOCK values of `width` a row."""
     step = max(1, _BLOCK // max(1, width))
     return [(start, min(start + step, n)) for start in range(0, n, step)]
-
-
-# No BLAS: the last bits of its products depend on how many rows are multiplied at once.
-LOG_SCORES: dict[str, LogScore] = {
-    "forgetting": forgetting,
-    "el2n": el2n,
-    "margin": margin,
-    "entropy": entropy,
-    "variance": variance,
-}

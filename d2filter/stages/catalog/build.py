@@ -150,7 +150,7 @@ def build(
         },
         "bad_reasons": dict(reasons.most_common()),
         **({"uids_of_tables": joined} if joined else {}),
-        "contents": {**held, **{n: digest for f in read for n, digest in f["contents"].items()}},
+        "contents": {**held, **{n: found for f in read for n, found in f["contents"].items()}},
         "checksums": sums,
         "dimension": next(iter(widths)),
         "score": described,

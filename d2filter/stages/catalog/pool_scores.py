@@ -14,7 +14,8 @@ catalog/scores/pool.t0.*          the same of the pool, and how many values are 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,6 @@ F32 = npt.NDArray[np.float32]
 
 FOLDER = "scores"
 
-_OF_POOL = ("negclip_loss", "prototypicality")
 _CLUSTERS = 1000
 _ROWS_A_CLUSTER = 64  # that train it
 _KEYS = 4_000_000  # of the pool, at a time
@@ -51,8 +51,6 @@ def build(
 ) -> tuple[list[Figures], int]:
     """Compute the scores of all parts; returns `part_figures` of each, and the peak memory of a
     task.
-
-    Raises ValueError for a score of the whole pool that is not implemented here.
     """
     peaks: list[int] = []
     folder = out.sub("catalog")
@@ -74,12 +72,9 @@ def build(
         peaks.extend(f["peak_rss_bytes"] for f in found)
         return found
 
-    _require_known(config)
-    names = {term.name for term in config.terms}
-    if "negclip_loss" in names:
-        each("batches", score_batches, parts)
-    if "prototypicality" in names:
-        each("centroids", train_centroids, 1)
+    for name, one in POOL_SCORES.items():
+        if any(term.name == name for term in config.terms):
+            each(one.label, one.prepare, parts if one.in_parts else 1)
     if any(term.ranked for term in config.terms):
         each("count", count_values, parts)
         each("ranks", join_counts, 1)
@@ -201,23 +196,20 @@ def score_part(*, report: Report, out: Folder, number: int, config: CatalogConfi
 
 def _values(folder: Folder, number: int, config: CatalogConfig) -> F32:
     """Values of all terms of a part, (n, terms)."""
-    _require_known(config)
     values: F32 = np.array(read_array(folder, f"{FOLDER}/terms-{number:05d}.npy"))
     layout = catalog.layout(folder)
     for at, term in enumerate(config.terms):
-        match term.name:
-            case "negclip_loss":
-                values[:, at] = _mean_of_rounds(folder, layout, number, config.score_rounds)
-            case "prototypicality":
-                centroids = read_array(folder, f"{FOLDER}/centroids.npy")
-                values[:, at] = scores.prototypicality(layout.part(number), centroids)
+        if term.name in scores.SCORES and scores.SCORES[term.name].needs == "pool":
+            values[:, at] = POOL_SCORES[term.name].values(folder, layout, number, config)
     return values
 
 
-def _require_known(config: CatalogConfig) -> None:
-    for name in (term.name for term in config.terms if term.name in scores.SCORES):
-        if scores.SCORES[name].needs == "pool" and name not in _OF_POOL:
-            raise ValueError(f"score {name!r} needs the pool, and nothing here computes it")
+def _to_centroids(
+    folder: Folder, layout: Any, number: int, config: CatalogConfig
+) -> npt.NDArray[np.float32]:
+    """Distance of each sample of a part to the nearest centroid."""
+    centroids = read_array(folder, f"{FOLDER}/centroids.npy")
+    return scores.prototypicality(layout.part(number), centroids)
 
 
 def _ranks(folder: Folder, at: int, keys: I64, total: int) -> npt.NDArray[np.float64]:
@@ -257,9 +249,10 @@ def _members(
 
 
 def _mean_of_rounds(
-    folder: Folder, layout: Any, number: int, rounds: int
+    folder: Folder, layout: Any, number: int, config: CatalogConfig
 ) -> npt.NDArray[np.float64]:
     """Mean over the rounds of each row of a part, which the tasks hold in their order of turns."""
+    rounds = config.score_rounds
     rows, values = [], []
     for task in range(len(layout.starts) - 1):
         stem = f"{FOLDER}/value-{task:05d}"
@@ -273,3 +266,28 @@ def _mean_of_rounds(
     order = np.lexsort((value, row))
     found: npt.NDArray[np.float64] = value[order].reshape(-1, rounds).sum(axis=1) / rounds
     return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolScore:
+    """How a score is computed that needs the whole pool: tasks that prepare it, then its values."""
+
+    label: str
+    """name of the tasks"""
+    prepare: Callable[..., Figures]
+    """a task; see `score_batches`"""
+    in_parts: bool
+    """whether there is a task for each part of the catalog, or one in all"""
+    values: Callable[[Folder, Any, int, CatalogConfig], npt.NDArray[Any]]
+    """values of one part, (n,), from the catalog's folder, its layout and the part's number"""
+
+
+POOL_SCORES = {
+    "negclip_loss": PoolScore(
+        label="batches", prepare=score_batches, in_parts=True, values=_mean_of_rounds
+    ),
+    "prototypicality": PoolScore(
+        label="centroids", prepare=train_centroids, in_parts=False, values=_to_centroids
+    ),
+}
+"""by the name of a score whose `needs` is pool"""

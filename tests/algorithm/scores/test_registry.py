@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 from d2filter.algorithm import uids
 from d2filter.algorithm.scores import registry as scores
 from d2filter.algorithm.scores import training_dynamics
+from d2filter.stages.catalog import pool_scores
 
+LOG_SCORES = [name for name, score in scores.SCORES.items() if score.needs == "log"]
 INF = math.inf
 
 
@@ -278,12 +281,12 @@ def naive(name: str, p: list[list[float]], y: int) -> float:
     return math.fsum((q[y] - mean) ** 2 for q in p) / epochs
 
 
-@pytest.mark.parametrize("name", training_dynamics.LOG_SCORES)
+@pytest.mark.parametrize("name", LOG_SCORES)
 @given(log=logs())
 def test_a_score_of_a_log_is_the_formula(name: str, log: tuple[np.ndarray, np.ndarray]) -> None:
     p, y = log
     before = p.copy()
-    got = training_dynamics.LOG_SCORES[name](p, y)
+    got = scores.compute(name, p, y)
     assert got.dtype == np.float32
     want = [naive(name, p[i].tolist(), int(y[i])) for i in range(len(y))]
     np.testing.assert_allclose(got, np.array(want), rtol=1e-6, atol=1e-12)
@@ -300,7 +303,7 @@ def test_forgetting_by_hand() -> None:
     assert got.tolist() == [0, 0, 2, 1, 4, 1, 4]
 
 
-@pytest.mark.parametrize("name", training_dynamics.LOG_SCORES)
+@pytest.mark.parametrize("name", LOG_SCORES)
 @pytest.mark.parametrize(("epochs", "classes"), [(1, 3), (5, 1), (7, 10), (30, 33)])
 def test_a_sample_of_a_log_has_the_same_bits_alone(name: str, epochs: int, classes: int) -> None:
     rng = np.random.default_rng(epochs)
@@ -308,7 +311,7 @@ def test_a_sample_of_a_log_has_the_same_bits_alone(name: str, epochs: int, class
         np.float32
     )
     y = rng.integers(0, classes, 501)
-    f = training_dynamics.LOG_SCORES[name]
+    f = functools.partial(scores.compute, name)
     whole = bits(f(p, y))
     for size in (1, 7, 100):
         parts = [f(p[i : i + size], y[i : i + size]) for i in range(0, 501, size)]
@@ -321,14 +324,14 @@ def test_a_sample_of_a_log_has_the_same_bits_alone(name: str, epochs: int, class
         assert (bits(f(p, y)) == whole).all()
 
 
-@pytest.mark.parametrize("name", training_dynamics.LOG_SCORES)
+@pytest.mark.parametrize("name", LOG_SCORES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_bad_sample_of_a_log_is_nan_alone(name: str, bad: float) -> None:
     p = np.full((5, 4, 3), 1 / 3)
     y = np.array([0, 1, 2, 0, 1])
     p[1, 0, 2] = bad
     p[3, 3, 0] = bad
-    got = training_dynamics.LOG_SCORES[name](p, y)
+    got = scores.compute(name, p, y)
     assert np.isnan(got).tolist() == [False, True, False, True, False]
 
 
@@ -366,25 +369,24 @@ def test_softmax_of_extremes() -> None:
 def test_the_table_names_functions_that_are_there() -> None:
     for name, score in scores.SCORES.items():
         assert score.name == name
-        assert callable(getattr(training_dynamics if score.needs == "log" else scores, name))
+        function = getattr(training_dynamics if score.needs == "log" else scores, name)
+        assert score.compute is (None if score.needs == "pool" else function)
         assert "\n" not in score.summary
         assert (score.meaning == "easier") == (score.kept_first == "low")
-    from_logs = {name for name, score in scores.SCORES.items() if score.needs == "log"}
-    assert from_logs == set(training_dynamics.LOG_SCORES)
-    for name, function in training_dynamics.LOG_SCORES.items():
-        assert function is getattr(training_dynamics, name)
+    of_pool = {name for name, score in scores.SCORES.items() if score.needs == "pool"}
+    assert of_pool == set(pool_scores.POOL_SCORES)
 
 
 def first_of(name: str, values: np.ndarray) -> int:
     return int(np.argmax(scores.difficulty(values, scores.SCORES[name].kept_first)))
 
 
-@pytest.mark.parametrize("name", training_dynamics.LOG_SCORES)
+@pytest.mark.parametrize("name", LOG_SCORES)
 def test_the_hard_sample_goes_first(name: str) -> None:
     easy = [[0.9, 0.1, 0.0], [0.95, 0.05, 0.0], [0.99, 0.01, 0.0]]
     hard = [[0.6, 0.2, 0.2], [0.1, 0.5, 0.4], [0.4, 0.45, 0.15]]
     p = np.array([easy, hard, easy])
-    assert first_of(name, training_dynamics.LOG_SCORES[name](p, np.zeros(3, np.int64))) == 1
+    assert first_of(name, scores.compute(name, p, np.zeros(3, np.int64))) == 1
 
 
 def test_the_better_pair_goes_first() -> None:
