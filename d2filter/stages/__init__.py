@@ -1,7 +1,7 @@
 """The stages of a run. They exchange data through files only.
 
 pipeline.py  runs the stages of a command, skips finished ones, records results
-plans.py     the planned options and inputs of each stage
+registry.py  the stages as objects: plan, build, line for people
 
 embed.py     shards → metadata; decode.py: images
 catalog/     metadata → valid, distinct samples with their scores

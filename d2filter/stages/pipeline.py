@@ -1,7 +1,7 @@
 """Runs the stages of a command: plans each one, skips it if it is finished, records its result.
 
-A finished stage with the same plan is skipped (see `plans`). A finished stage with another plan is
-an error that names the difference.
+A finished stage with the same plan is skipped (see `registry`). A finished stage with another plan
+is an error that names the difference.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from decimal import Decimal
 from typing import Any
 
 import d2filter
-from d2filter.algorithm.greedy import auto_settings
-from d2filter.config import RankConfig, RunConfig, SelectConfig
+from d2filter.config import RunConfig, SelectConfig
 from d2filter.engine.runner import Runner
-from d2filter.engine.task import Task, peak_rss_bytes
+from d2filter.engine.task import peak_rss_bytes
 from d2filter.errors import D2FilterError, RecallError, TooManyBadError, UsageError
 from d2filter.formats import ledger, lock, logs
 from d2filter.formats.paths import Folder, absolute, remove_leftovers
-from d2filter.formats.runstate import STAGES, Plan, RunState
-from d2filter.stages.plans import Planned, Plans
+from d2filter.formats.runstate import Plan, RunState
+from d2filter.stages.registry import STAGES, Run, stages_of
 
 Say = Callable[[str], None]
 
@@ -40,8 +39,8 @@ class Pipeline:
     def _use(self, out: Folder) -> None:
         self.out = out
         self.state = RunState(out)
-        self._plans = Plans(self.config, self.state)
         self._runner = Runner(out, self.config.address, self._show_progress, self.config.device)
+        self._run = Run(config=self.config, state=self.state, out=out, runner=self._runner)
 
     def run(self, command: str, then: Callable[[], object] = lambda: None) -> dict[str, Any]:
         """Run the stages of `command`, then call `then`, which may read the results; returns
@@ -50,9 +49,9 @@ class Pipeline:
         Raises LockedError while another command writes to the run directory, and TooManyBadError or
         RecallError after everything else is finished.
         """
-        stages = self._plans.stages(command)
+        stages = stages_of(command, self.config)
         # a mistyped input or run directory is refused before anything is created
-        self._plan(stages[0], self._upstream_of(stages[0]))
+        STAGES[stages[0]].plan(self._run, self._upstream_of(stages[0]))
         free = self.out
         with lock.hold(free, command, say=self._say) as owned:
             self._use(owned)
@@ -71,7 +70,7 @@ class Pipeline:
         )  # fmt: skip
         try:
             for stage in stages:
-                getattr(self, f"_{stage}")()
+                self._run_stage(stage)
         finally:
             self._runner.close()
         self.state.join()  # a run that died while it wrote them is healed here
@@ -79,20 +78,16 @@ class Pipeline:
         stats: dict[str, Any] = self.out.read_json("stats.json")
         return stats
 
-    def _plan(self, stage: str, upstream: str) -> Planned | None:
-        planned: Planned | None = getattr(self._plans, stage)(upstream)
-        return planned
-
     def preview(self, command: str) -> list[str]:
         """What `run` would do, a line a stage; writes nothing. Raises what it would refuse."""
         if self.config.heal:
             raise UsageError("heal compares files while it runs: leave out --dry-run, or --heal")
         lines = []
         anew = False
-        stages = self._plans.stages(command)
+        stages = stages_of(command, self.config)
         upstream = self._upstream_of(stages[0])
         for stage in stages:
-            planned = self._plan(stage, upstream)
+            planned = STAGES[stage].plan(self._run, upstream)
             if planned is None:
                 self._require_no_catalog_anew()
                 lines.append(f"{stage:<9} done before")
@@ -115,130 +110,30 @@ class Pipeline:
         return lines
 
     def _upstream_of(self, stage: str) -> str:
-        """The fingerprint that the first stage of a command follows from; empty for none."""
-        if stage in ("rank", "select"):
-            return str(self.state.require(STAGES[STAGES.index(stage) - 1])["fingerprint"])
-        embedded = self.state.done("embed") if stage == "catalog" else None
-        return embedded["fingerprint"] if embedded else ""
+        """The fingerprint of the finished stage that a stage follows; empty for none."""
+        if stage == "catalog":  # its metadata may be somebody else's
+            embedded = self.state.done("embed")
+            return embedded["fingerprint"] if embedded else ""
+        names = list(STAGES)
+        before = names[: names.index(stage)][-1:]
+        return str(self.state.require(before[0])["fingerprint"]) if before else ""
 
-    def _embed(self) -> None:
-        from d2filter.stages import embed
-
-        planned = self._plans.embed()
-        assert self.config.embed is not None
-        config = self.config.embed
-
-        def build() -> dict[str, Any]:
-            figures = embed.build(
-                self._runner, self.out, planned.shards, config, planned.plan, planned.left_out
-            )
-            ledger.collect(self.out, ["embed"])
-            return figures
-
-        self._stage(planned.plan, build)
-
-    def _catalog(self) -> None:
-        from d2filter.stages.catalog import build as build_catalog
-        from d2filter.stages.catalog import clip_scores
-
-        embedded = self.state.done("embed")
-        planned = self._plans.catalog(embedded["fingerprint"] if embedded else "")
+    def _run_stage(self, name: str) -> None:
+        stage = STAGES[name]
+        planned = stage.plan(self._run, self._upstream_of(name))
         if planned is None:
             self._require_no_catalog_anew()
-            self._say("catalog   done before")
+            self._say(f"{name:<9} done before")
             return
-        plan, source = planned.plan, planned.source
-        assert source is not None
-        before = embedded if plan.upstream else None
-
-        def build() -> dict[str, Any]:
-            figures = build_catalog.build(
-                self._runner,
-                self.out,
-                source,
-                planned.pairs,
-                self.config.catalog,
-                plan.fingerprint,
-                self.config.memory_per_worker,
-            )
-            bad_before = before["stats"]["samples"]["bad"] if before else 0
-            figures["samples"]["read"] += bad_before
-            figures["samples"]["bad"] += bad_before
-            ledger.collect(self.out, ["embed", "catalog"] if before else ["catalog"])
-            return figures
-
-        self._stage(plan, build)
-        clip_scores.tidy(self.out)
+        stage.check(self._run)  # before anything is touched
+        self._stage(planned.plan, lambda: stage.build(self._run, planned))
+        stage.tidy(self.out)
 
     def _require_no_catalog_anew(self) -> None:
         """Raise UsageError if the catalog must be made again and its metadata is not given."""
         if self.config.heal or "catalog" in self.config.overwrite:
             option = "heal" if self.config.heal else "overwrite catalog"
             raise UsageError(f"{option} needs the metadata again: give --metadata-dir")
-
-    def _graph(self) -> None:
-        from d2filter.stages.graph import build as build_graph
-        from d2filter.stages.graph import by_class as graph_by_class
-
-        before = self.state.require("catalog")
-        plan = self._plans.graph(before["fingerprint"]).plan
-        build = graph_by_class.build if before["options"]["group_column"] else build_graph.build
-        # lists longer than there are others would be padding, of terabytes if k is a typing error
-        k = min(self.config.graph.n_neighbors, max(1, before["stats"]["samples"]["ranked"] - 1))
-        config = replace(self.config, graph=replace(self.config.graph, n_neighbors=k))
-        self._stage(plan, lambda: build(self._runner, self.out, config, plan.fingerprint))
-        build_graph.tidy(self.out)
-
-    def _rank(self) -> None:
-        from d2filter.stages.rank import build as build_ranking
-
-        before = self.state.require("graph")
-        plan = self._plans.rank(before["fingerprint"]).plan
-        k = plan.options["n_neighbors"]
-        facts = auto_settings.PoolFacts.from_catalog(self.state.require("catalog")["stats"])
-        # the budget that it is for may be that of the selection, or of the ranking that is there
-        config = replace(self.config, rank=RankConfig.from_options(plan.options))
-        self._stage(
-            plan,
-            lambda: build_ranking.build(self._runner, self.out, config, plan.fingerprint, k, facts),
-        )
-        build_ranking.tidy(self.out)
-
-    def _select(self) -> None:
-        from d2filter.stages import select
-
-        before = self.state.require("rank")
-        catalog = self.state.require("catalog")
-        ranked = catalog["stats"]["samples"]["ranked"]
-        plan = self._plans.select(before["fingerprint"]).plan
-        select.check(self.config.select, ranked)  # before anything is touched
-
-        def build() -> dict[str, Any]:
-            figures = self._runner.here(
-                "select",
-                Task(
-                    name="select",
-                    run=select.select,
-                    arguments={
-                        "out": self.out,
-                        "config": self.config.select,
-                        "ranked": ranked,
-                        "kept_first": catalog["stats"].get("score", {}).get("kept_first", "high"),
-                        "method": before["options"]["method"],
-                        "arch": catalog["options"]["arch"],
-                    },
-                ),
-                fingerprint=plan.fingerprint,
-            )
-            return {
-                "samples": {"kept": figures["kept"], "pruned": figures["pruned"]},
-                "budget": figures["budget"],
-                **({"total": figures["total"]} if self.config.select.soft is not None else {}),
-                "checksums": figures["checksums"],
-                "peak_rss": figures["peak_rss_bytes"],
-            }
-
-        self._stage(plan, build)
 
     def _is_done(self, plan: Plan) -> bool:
         """Whether a stage is done as planned. Raises RunStateError if it is done otherwise, except
@@ -277,7 +172,7 @@ class Pipeline:
         self.state.log(
             "stage finished", stage=plan.stage, seconds=round(seconds, 3), **logs.plain(figures)
         )
-        self._say(f"{plan.stage:<9} {_brief(plan.stage, figures)} ({seconds:.1f} s)")
+        self._say(f"{plan.stage:<9} {STAGES[plan.stage].brief(figures)} ({seconds:.1f} s)")
 
     def _judge(self, stats: dict[str, Any], stages: Sequence[str]) -> None:
         """Raise the error of a finished command: too many bad samples, or low recall."""
@@ -319,39 +214,3 @@ def default_selection(config: SelectConfig) -> SelectConfig:
     if config.fraction is None and config.budget is None:
         return replace(config, fraction=parse_fraction("0.3"))
     return config
-
-
-_OF_PICTURES = {
-    "alpha": "with transparency",
-    "one_color": "of one color",
-    "uids_replaced": "with an id that is no uid",
-}
-
-
-def _brief(stage: str, figures: dict[str, Any]) -> str:
-    """One line of a stage's figures for people."""
-    if stage in ("embed", "catalog"):
-        counted = [f"{count:,} {name}" for name, count in figures["samples"].items()]
-        counted += [f"{figures[n]:,} {what}" for n, what in _OF_PICTURES.items() if figures.get(n)]
-        return ", ".join(counted)
-    if stage == "graph":
-        low, high = figures["recall_ci"]
-        how = "exact" if figures["nlist"] == 1 else f"{figures['nprobe']}/{figures['nlist']} cells"
-        if figures["refinement_passes"]:
-            how += " and their friends"
-        if figures.get("groups"):
-            how = f"in {figures['groups']} classes"
-        if figures["partitions"] > 1:
-            how += f" in {figures['partitions']} partitions"
-        return (
-            f"k={figures['k']}, {how}, recall {figures['recall']:.4f} "
-            f"[{low:.4f}, {high:.4f}] on {figures['recall_queries']:,} queries"
-        )
-    if stage == "rank":
-        if figures["method"] != "d2":
-            return f"by {figures['method']}"
-        where = f" in {figures['partitions']} partitions" if figures["partitions"] > 1 else ""
-        return f"{figures['supersteps']} supersteps{where}"
-    samples = figures["samples"]
-    repeats = f" ({figures['total']:,} with repeats)" if "total" in figures else ""
-    return f"{samples['kept']:,} kept{repeats}, {samples['pruned']:,} pruned"

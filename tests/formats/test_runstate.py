@@ -158,3 +158,12 @@ def test_a_death_while_a_damaged_stage_is_healed_does_not_hide_the_damage(
         left = state.folder.sub(f"completions/{stage}").names()
         assert left == (["0.json"] if plan.independent else []), allowed
     assert deaths >= 3
+
+
+def test_every_stage_has_its_files() -> None:
+    from d2filter.formats import runstate
+    from d2filter.stages import registry
+
+    assert tuple(registry.STAGES) == runstate.STAGES
+    for stage in runstate.STAGES:
+        assert runstate._outputs(stage)
