@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from d2filter.cli import main as cli
+from d2filter.cli import options
 from d2filter.formats import logs
 from d2filter.formats.paths import Folder
 from d2filter.tools import explain
@@ -66,3 +67,20 @@ def test_what_is_said_of_a_sample_is_printed_without_escapes_and_secrets(
     (found,) = json.loads(clean(capsys.readouterr().out))
     assert found["entries"][0]["key"] == HOSTILE
     assert found["entries"][0]["shard"] == "https://host.invalid/a/0.tar"
+
+
+@pytest.mark.parametrize("command", ["embed", "graph", "run"])
+def test_products_can_be_kept_off_gpus_by_every_command_that_makes_some(command: str) -> None:
+    arguments = cli.parse([command, "--out-dir", "o", "--device", "cpu"])
+    assert options.run_config(arguments).device == "cpu"
+
+
+@pytest.mark.parametrize("command", ["embed", "graph", "rank", "select", "run"])
+def test_help_shows_values_as_they_are_typed(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse([command, "--help"])
+    shown = capsys.readouterr().out
+    assert "None" not in shown
+    assert "()" not in shown

@@ -33,7 +33,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         described = "(default:" in (action.help or "")
-        if described or action.default in (None, "", []) or isinstance(action.default, bool):
+        if described or action.default in (None, "", [], ()) or isinstance(action.default, bool):
             return action.help
         return super()._get_help_string(action)
 
@@ -257,7 +257,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         return added
 
     for name, text, groups in (
-        ("embed", "shards → metadata in OUT/metadata", (options.common, options.shards)),
+        (
+            "embed",
+            "shards → metadata in OUT/metadata",
+            (options.common, options.shards, options.device),
+        ),
         (
             "graph",
             "metadata → kNN graph",
@@ -267,6 +271,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                 options.metadata,
                 options.catalog,
                 options.graph,
+                options.device,
                 options.memory,
             ),
         ),
@@ -288,6 +293,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                 options.recipe,
                 options.metadata,
                 options.shards,
+                options.device,
                 options.catalog,
                 options.graph,
                 options.rank,

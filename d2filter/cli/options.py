@@ -92,9 +92,11 @@ def metadata(parser: argparse.ArgumentParser) -> None:
 
 
 def shards(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("embedding")
-    add(group, config.EmbedConfig)
-    add(group, config.RunConfig, "device")
+    add(parser.add_argument_group("embedding"), config.EmbedConfig)
+
+
+def device(parser: argparse.ArgumentParser) -> None:
+    add(parser, config.RunConfig, "device")
 
 
 def catalog(parser: argparse.ArgumentParser) -> None:
@@ -167,7 +169,10 @@ def recipe(parser: argparse.ArgumentParser) -> None:
         help="options for a situation, where they are not given:\n"
         + "\n".join(
             f"{name}: {one.summary} ("
-            + ", ".join(f"{option.replace('_', '-')} {v}" for option, v in one.values.items())
+            + ", ".join(
+                f"{option.replace('_', '-')} {'none' if value is None else value}"
+                for option, value in one.values.items()
+            )
             + ")"
             for name, one in RECIPES.items()
         ),
