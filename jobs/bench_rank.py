@@ -46,7 +46,7 @@ BLOCK = 1_000_000  # rows drawn at a time
 Row = dict[str, Any]
 
 
-def rows_of(n: int, k: int, begin: int, end: int) -> ranker.Rows:
+def rows_of(n: int, k: int, begin: int, end: int) -> ranker.PartitionRows:
     """Rows begin … end − 1 of a graph of n rows with k neighbors each, a growing distance; ids and
     uids ascend with rows. begin is a multiple of BLOCK.
     """
@@ -65,7 +65,7 @@ def rows_of(n: int, k: int, begin: int, end: int) -> ranker.Rows:
         neighbors[some] = np.where(far, away, near)
         sqdist[some] = np.sort(rng.random((size, k), dtype=np.float32), axis=1)
         difficulty[some] = rng.random(size, dtype=np.float32)
-    return ranker.Rows(
+    return ranker.PartitionRows(
         hi=np.zeros(end - begin, np.uint64),
         lo=np.arange(begin, end, dtype=np.uint64),
         difficulty=difficulty,
@@ -74,7 +74,7 @@ def rows_of(n: int, k: int, begin: int, end: int) -> ranker.Rows:
     )
 
 
-def draw(n: int, k: int, *, ordered: bool = True) -> ranker.Rows:
+def draw(n: int, k: int, *, ordered: bool = True) -> ranker.PartitionRows:
     """The whole graph; ordered: uids ascend with rows, or else neighbors lie anywhere."""
     rows = rows_of(n, k, 0, n)
     if ordered:
@@ -82,7 +82,7 @@ def draw(n: int, k: int, *, ordered: bool = True) -> ranker.Rows:
     order = np.random.default_rng(SEED).permutation(n)
     place = np.empty(n, np.int64)
     place[order] = np.arange(n)
-    return ranker.Rows(
+    return ranker.PartitionRows(
         hi=rows.hi,
         lo=rows.lo,
         difficulty=rows.difficulty[order],
@@ -165,7 +165,7 @@ def _child(method: str, n: int, k: int, order: str = "ordered") -> Row:
 def _measure(method: str, n: int, k: int, *, ordered: bool) -> Row:
     _METHODS[method]([draw(2000, k)])  # compile
     given = [draw(n, k, ordered=ordered)]
-    held = sum(getattr(given[0], field.name).nbytes for field in fields(ranker.Rows))
+    held = sum(getattr(given[0], field.name).nbytes for field in fields(ranker.PartitionRows))
     reset_peak_rss()
     empty = peak_rss_bytes() - held
     products.use_threads(1)  # ours set their own
@@ -178,7 +178,7 @@ def _measure(method: str, n: int, k: int, *, ordered: bool) -> Row:
     return {**found, "peak": peak, "per_sample": (peak - empty) / n}
 
 
-def _in_partitions(given: list[ranker.Rows], *, parts: int, threads: int) -> Row:
+def _in_partitions(given: list[ranker.PartitionRows], *, parts: int, threads: int) -> Row:
     """Runs of rows as partitions, as many at a time as there are threads. Takes the rows out of the
     list, for they are let go on the way.
     """
@@ -192,7 +192,7 @@ def _in_partitions(given: list[ranker.Rows], *, parts: int, threads: int) -> Row
     for p in range(parts):
         some = slice(starts[p], starts[p + 1])
         part = {field.name: getattr(rows, field.name)[some] for field in fields(rows)}
-        partitions.append(ranker.RankingPartition(ranker.Rows(**part), starts, p))
+        partitions.append(ranker.RankingPartition(ranker.PartitionRows(**part), starts, p))
     del rows, part
     low, high = float(difficulty.min()), float(difficulty.max())
 
@@ -205,7 +205,7 @@ def _in_partitions(given: list[ranker.Rows], *, parts: int, threads: int) -> Row
         one.start_ranking(schemes.Scheme(), low, high, known)
 
     with ThreadPoolExecutor(workers) as pool:
-        for p, cut in enumerate(pool.map(lambda one: one.cut(), partitions)):
+        for p, cut in enumerate(pool.map(lambda one: one.leaving_edges(), partitions)):
             for q in range(parts):
                 if q != p:
                     partitions[q].add_edges(*cut.to(q))
@@ -284,7 +284,7 @@ def rank_files(folder: Path) -> Row:
     return stats
 
 
-def _forward(rows: ranker.Rows) -> tuple[Any, Any]:
+def _forward(rows: ranker.PartitionRows) -> tuple[Any, Any]:
     """Forward scores and weights, as the heaps need them."""
     n, k = rows.neighbors.shape
     scheme = schemes.Scheme()
@@ -295,7 +295,7 @@ def _forward(rows: ranker.Rows) -> tuple[Any, Any]:
     return scheme.forward_scores(scores, gathered), weights
 
 
-def _compiled_heap(given: list[ranker.Rows]) -> Row:
+def _compiled_heap(given: list[ranker.PartitionRows]) -> Row:
     rows = given.pop()
     x, weights = _forward(rows)
     started = time.perf_counter()
@@ -332,7 +332,7 @@ def _lazy_heap(x, neighbors, weights):  # type: ignore[no-untyped-def]  # compil
 
 
 def _as_lists(
-    given: list[ranker.Rows],
+    given: list[ranker.PartitionRows],
 ) -> tuple[float, list[int], list[list[int]], list[list[float]]]:
     """When the forward pass was done, its scores, neighbors and weights, as Python has them."""
     rows = given.pop()
@@ -341,7 +341,7 @@ def _as_lists(
     return started, forward.tolist(), rows.neighbors.tolist(), weights.tolist()
 
 
-def _python_heap(given: list[ranker.Rows]) -> Row:
+def _python_heap(given: list[ranker.PartitionRows]) -> Row:
     """The same in Python, until FRACTION of the samples is selected."""
     started, x, lists, w = _as_lists(given)
     heap = [(-value, row) for row, value in enumerate(x)]
@@ -365,7 +365,7 @@ def _python_heap(given: list[ranker.Rows]) -> Row:
     return {"order": np.array(order), "greedy": time.perf_counter() - started}
 
 
-def _python_sorted(given: list[ranker.Rows]) -> Row:
+def _python_sorted(given: list[ranker.PartitionRows]) -> Row:
     """A plain loop over a list that stays sorted, until FRACTION of the samples is selected."""
     started, x, lists, w = _as_lists(given)
     keys = sorted((value, -row) for row, value in enumerate(x))  # the best one last
@@ -385,7 +385,7 @@ def _python_sorted(given: list[ranker.Rows]) -> Row:
     return {"order": np.array(order), "greedy": time.perf_counter() - started}
 
 
-_METHODS: dict[str, Callable[[list[ranker.Rows]], Row]] = {
+_METHODS: dict[str, Callable[[list[ranker.PartitionRows]], Row]] = {
     "ours": partial(_in_partitions, parts=1, threads=2),
     "ours, one thread": partial(_in_partitions, parts=1, threads=1),
     "ours, 2 partitions": partial(_in_partitions, parts=2, threads=2),

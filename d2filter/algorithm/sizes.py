@@ -18,7 +18,7 @@ CATALOG_GROUP = 128_000_000  # of metadata that a task reads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
+class PartitionPlan:
     """The number of partitions of a graph, and the memory of their tasks."""
 
     partitions: int
@@ -46,10 +46,10 @@ def task_memory(rows: float, row: float) -> int:
     return math.ceil(SEARCHING + rows * row / SHARE)
 
 
-def cut(
+def plan_partitions(
     rows: int, row: float, *, nodes: int, cpus: int, node_bytes: int, memory: int = 0,
     partitions: int = 0,
-) -> Cut:  # fmt: skip
+) -> PartitionPlan:  # fmt: skip
     """As few partitions as memory allows, but at least one per node; one if a single node holds all
     rows.
 
@@ -60,12 +60,12 @@ def cut(
     if not memory:
         whole = rows * row <= (node_bytes - SEARCHING) * SHARE
         if whole and nodes == 1 and partitions <= 1:
-            return Cut(partitions=1, memory=0)
+            return PartitionPlan(partitions=1, memory=0)
         memory = max(2 * SEARCHING, node_bytes // max(1, cpus))
         if partitions:
             memory = max(2 * SEARCHING, min(task_memory(rows / partitions, row), node_bytes))
     room = max(1.0, (memory - SEARCHING) * SHARE)
-    return Cut(
+    return PartitionPlan(
         partitions=partitions or int(max(nodes, math.ceil(rows * row / room))), memory=memory
     )
 

@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(text: str, code: int) -> int:
-    _whisper(f"d2filter: error: {text}")
+    _print_error(f"d2filter: error: {text}")
     return code
 
 
@@ -119,7 +119,9 @@ def _interrupted() -> int:
     number = signals.received() or signal.SIGINT
     by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
     with contextlib.suppress(OSError):  # the terminal may be gone
-        _whisper(f"d2filter: interrupted{by}; run the same command again, it keeps what is done")
+        _print_error(
+            f"d2filter: interrupted{by}; run the same command again, it keeps what is done"
+        )
     return 128 + number
 
 
@@ -357,7 +359,7 @@ def _say(line: str) -> None:
     print(printable(scrubbed(line)), flush=True)
 
 
-def _whisper(line: str) -> None:
+def _print_error(line: str) -> None:
     """One line of stderr."""
     print(printable(scrubbed(line)), file=sys.stderr, flush=True)
 
@@ -420,7 +422,7 @@ def _write_report(work: Pipeline) -> None:
         _say(f"report    {report.report(work.out, say=_say)}")
     except Exception as error:  # the run itself is done, whatever its picture cannot show
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        _whisper(f"d2filter: warning: no report: {text}; `d2filter report OUT` tries again")
+        _print_error(f"d2filter: warning: no report: {text}; `d2filter report OUT` tries again")
         work.state.drop_report()
 
 
@@ -526,7 +528,7 @@ def _run_reshard(arguments: argparse.Namespace) -> None:
 def _run_plan(arguments: argparse.Namespace) -> None:
     from d2filter.tools import cost_model, plan
 
-    pool, cluster, rates = plan.asked(arguments, _say if not arguments.json else _whisper)
+    pool, cluster, rates = plan.asked(arguments, _say if not arguments.json else _print_error)
     found = cost_model.estimate(pool, cluster, rates)
     if arguments.json:
         _say_json(plan.as_json(found))

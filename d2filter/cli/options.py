@@ -186,7 +186,7 @@ def _share(text: str, allowed: str = "allowed is") -> Decimal:
         raise argparse.ArgumentTypeError(f"{text!r}, {allowed} a number such as 0.4") from None
 
 
-def _cut(text: str) -> Any:
+def _hardest(text: str) -> Any:
     return text if text == config.AUTO else _share(text, "allowed are auto and")
 
 
@@ -397,7 +397,7 @@ _CONVERTERS: dict[str, Callable[[str], Any]] = {
     "whole number": int,
     "number": float,
     "share": _share,
-    "auto or share": _cut,
+    "auto or share": _hardest,
     "auto or number": _gamma,
     "copies": _copies,
     "bytes": _bytes,

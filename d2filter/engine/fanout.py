@@ -50,7 +50,7 @@ class FanOut:
         fingerprint: str,
         needs: Callable[[], Needs],
         bar: Any,
-        word: str = "",
+        token: str = "",
     ) -> None:
         """needs: returns the resources of a task on the cluster as it is now; bar: for progress;
         word: the token that a task must find in the run directory, see `shared`.
@@ -62,11 +62,11 @@ class FanOut:
         self._needs = needs
         self._asked = needs()
         self._bar = bar
-        self._word = word
+        self._token = token
         self._counter = None if bar.disable else _start_counter(ray)
         same_code.by_value(ray, GpuWorkers.__module__)
         self._remote = ray.remote(same_code.run_task)
-        self._hands = GpuWorkers(ray, same_code.run_task)
+        self._gpu_workers = GpuWorkers(ray, same_code.run_task)
         self._waiting: deque[Task] = deque()
         self._later: list[tuple[float, str, Task]] = []
         self._running: dict[Any, Task] = {}
@@ -95,7 +95,7 @@ class FanOut:
                 "run the same command again when it does, what is done stays"
             ) from error
         finally:
-            self._hands.close()
+            self._gpu_workers.close()
             if self._counter is not None:
                 with contextlib.suppress(self._ray.exceptions.RayError):
                     self._ray.kill(self._counter)
@@ -105,17 +105,17 @@ class FanOut:
         while self._later and self._later[0][0] <= time.monotonic():
             # others may wait for what it makes possible
             self._waiting.appendleft(heapq.heappop(self._later)[2])
-        by_hand = self._asked.get("num_gpus", 0) > 0
+        on_gpu_workers = self._asked.get("num_gpus", 0) > 0
         free = self._most_in_flight() - len(self._running)
-        if by_hand:
-            free = self._hands.free(self._asked, len(self._waiting), more=len(self._later))
+        if on_gpu_workers:
+            free = self._gpu_workers.free(self._asked, len(self._waiting), more=len(self._later))
         call = self._remote.options(max_retries=0, **self._asked).remote
         for _ in range(min(free, len(self._waiting))):
             task = self._waiting.popleft()
             attempt = self._attempts[task.name] + 1
-            arguments = (self._folder, self._stage, task, self._fingerprint, attempt, self._word)
+            arguments = (self._folder, self._stage, task, self._fingerprint, attempt, self._token)
             packed = self._ray.cloudpickle.dumps((_execute_remotely, arguments))
-            begin = self._hands.begin if by_hand else call
+            begin = self._gpu_workers.begin if on_gpu_workers else call
             self._running[begin(same_code.own().digest, packed, self._counter)] = task
 
     def _most_in_flight(self) -> int:
@@ -149,11 +149,11 @@ class FanOut:
         what = f"{self._stage} task {task.name}"
         try:
             outcome: Outcome | str = self._ray.get(reference)
-            self._hands.done(reference)
+            self._gpu_workers.done(reference)
             if isinstance(outcome, str):
                 return Outcome(name=task.name, error=same_code.different(outcome, same_code.own()))
         except errors.RayTaskError as error:
-            self._hands.done(reference)
+            self._gpu_workers.done(reference)
             # not even begun: a worker that cannot import what the driver can
             cause = getattr(error, "cause", None) or error
             return Outcome(
@@ -161,7 +161,7 @@ class FanOut:
                 error=StageError(f"{what}: {type(cause).__name__}: {first_line(cause)}"),
             )
         except errors.RayError as error:
-            self._hands.drop(reference)
+            self._gpu_workers.drop(reference)
             self._attempts[task.name] += 1
             tried, reason = self._attempts[task.name], reason_of(error)
             if tried >= ATTEMPTS:
@@ -212,11 +212,11 @@ class FanOut:
         if self._placeable():
             if self._asked != before:
                 for reference, task in self._running.items():
-                    if not self._hands.drop(reference):
+                    if not self._gpu_workers.drop(reference):
                         self._ray.cancel(reference)
                     self._waiting.append(task)
                 self._running.clear()
-                self._hands.close()
+                self._gpu_workers.close()
             return
         if self._without_place is None:
             self._without_place = now
@@ -292,10 +292,10 @@ def _execute_remotely(
     task: Task,
     fingerprint: str,
     attempt: int,
-    word: str,
+    token: str,
     counter: Any,
 ) -> Outcome:
-    blind = shared_folder.missing(folder, word)
+    blind = shared_folder.not_shared(folder, token)
     if blind is not None:
         return Outcome(name=task.name, error=blind)
     held = 0

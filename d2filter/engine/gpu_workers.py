@@ -13,8 +13,8 @@ from typing import Any
 from d2filter.errors import StageError
 from d2filter.formats.tables import first_line
 
-_COMING = 64  # asked for at once: what is not there yet tells an autoscaler to bring it
-_STILLBORN = 5  # in a row
+_MAX_STARTING = 64  # asked for at once: what is not there yet tells an autoscaler to bring it
+_MAX_FAILED_STARTS = 5  # in a row
 
 
 class GpuWorkers:
@@ -42,9 +42,9 @@ class GpuWorkers:
             for ping in ready:
                 self._arrived(ping, self._coming.pop(ping))
         made = self._ray.remote(_GpuWorker).options(max_restarts=0, **needs)
-        while len(self._coming) < min(waiting - len(self._free), _COMING):
-            hand = made.remote(self._work)
-            self._coming[hand.ping.remote()] = hand
+        while len(self._coming) < min(waiting - len(self._free), _MAX_STARTING):
+            worker = made.remote(self._work)
+            self._coming[worker.ping.remote()] = worker
         for ping in list(self._coming)[max(0, waiting + more - len(self._free)) :]:
             self._end(self._coming.pop(ping))
         while len(self._free) > waiting + more:
@@ -53,9 +53,9 @@ class GpuWorkers:
 
     def begin(self, *arguments: Any) -> Any:
         """Give a task to a free one; returns the reference to its result."""
-        hand = self._free.pop()
-        reference = hand.work.remote(*arguments)
-        self._busy[reference] = hand
+        worker = self._free.pop()
+        reference = worker.work.remote(*arguments)
+        self._busy[reference] = worker
         return reference
 
     def done(self, reference: Any) -> None:
@@ -65,35 +65,35 @@ class GpuWorkers:
 
     def drop(self, reference: Any) -> bool:
         """End the process of this result; whether there is one."""
-        hand = self._busy.pop(reference, None)
-        if hand is not None:
-            self._end(hand)
-        return hand is not None
+        worker = self._busy.pop(reference, None)
+        if worker is not None:
+            self._end(worker)
+        return worker is not None
 
     def close(self) -> None:
         """End all of them."""
-        for hand in (*self._coming.values(), *self._free, *self._busy.values()):
-            self._end(hand)
+        for worker in (*self._coming.values(), *self._free, *self._busy.values()):
+            self._end(worker)
         self._coming, self._free, self._busy = {}, [], {}
 
-    def _arrived(self, ping: Any, hand: Any) -> None:
+    def _arrived(self, ping: Any, worker: Any) -> None:
         try:
             self._ray.get(ping)
         except self._ray.exceptions.RayError as error:
-            self._end(hand)
+            self._end(worker)
             self._stillborn += 1
-            if self._stillborn >= _STILLBORN:
+            if self._stillborn >= _MAX_FAILED_STARTS:
                 raise StageError(
                     f"processes for GPUs end as soon as they begin ({first_line(error)}): see "
                     "Ray's logs on the nodes with GPUs"
                 ) from error
             return
         self._stillborn = 0
-        self._free.append(hand)
+        self._free.append(worker)
 
-    def _end(self, hand: Any) -> None:
+    def _end(self, worker: Any) -> None:
         with contextlib.suppress(self._ray.exceptions.RayError):
-            self._ray.kill(hand)
+            self._ray.kill(worker)
 
 
 class _GpuWorker:

@@ -44,7 +44,7 @@ class Runner:
     device: str = "auto"
     """auto: GPUs where the cluster has any; cpu: none; cuda: wait for them"""
     _owns_ray: bool = field(default=False, init=False)
-    _word: str | None = field(default=None, init=False)
+    _token: str | None = field(default=None, init=False)
     """token that every node must find in the run directory; None: not checked yet, empty: no check
     needed
     """
@@ -127,7 +127,7 @@ class Runner:
             bar = progress_bar(label, total, self.show_progress)
             try:
                 outcomes = FanOut(
-                    ray, self.folder, stage, fingerprint, needs, bar, self._word or ""
+                    ray, self.folder, stage, fingerprint, needs, bar, self._token or ""
                 ).run(waiting, after if then is not None else None)
             finally:
                 bar.close()
@@ -136,7 +136,7 @@ class Runner:
             raise broken[0]
         return [results[name] for name in every]
 
-    def here(
+    def run_in_driver(
         self, stage: str, task: Task, *, fingerprint: str, skip: bool = False
     ) -> dict[str, Any]:
         """Run one small task in this process, recorded like any other. skip: not if it was done
@@ -235,12 +235,12 @@ class Runner:
 
         if not ray.is_initialized():
             self._start(ray)
-        if self._word is None:
+        if self._token is None:
             # one node may become several where it was joined
             joined = (self._owns_ray and bool(self._cluster())) or len(_alive(ray)) > 1
-            word = shared_folder.write_token(self.folder) if joined else ""
-            shared_folder.check_nodes(ray, self.folder, word)
-            self._word = word
+            token = shared_folder.write_token(self.folder) if joined else ""
+            shared_folder.check_nodes(ray, self.folder, token)
+            self._token = token
         return ray
 
     def _cluster(self) -> str:

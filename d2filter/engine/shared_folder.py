@@ -16,7 +16,7 @@ from typing import Any
 from d2filter.errors import D2FilterError, UsageError
 from d2filter.formats.paths import Folder
 
-WORD = "logs/driver-word.json"
+TOKEN_FILE = "logs/driver-word.json"
 
 _PAUSES = (0.0, 0.2, 0.5, 1.0)  # a network file system may be behind for a moment
 _ANSWER_SECONDS = 60.0
@@ -26,30 +26,30 @@ def write_token(folder: Folder) -> str:
     """Write a new token into a run directory that is a path; returns it, or an empty string."""
     if folder.local is None:
         return ""
-    word = secrets.token_hex(8)
-    folder.publish_json(WORD, word)
-    return word
+    token = secrets.token_hex(8)
+    folder.publish_json(TOKEN_FILE, token)
+    return token
 
 
-def missing(folder: Folder, word: str) -> UsageError | None:
+def not_shared(folder: Folder, token: str) -> UsageError | None:
     """The error if this process does not find the token there; None if it does."""
-    if not word:
+    if not token:
         return None
     for pause in _PAUSES:
         time.sleep(pause)
         # what may not be read is not seen either
         with contextlib.suppress(D2FilterError, OSError):
-            if folder.read_json(WORD) == word:
+            if folder.read_json(TOKEN_FILE) == token:
                 return None
     return _refusal(folder, [platform.node()])
 
 
-def check_nodes(ray: Any, folder: Folder, word: str) -> None:
+def check_nodes(ray: Any, folder: Folder, token: str) -> None:
     """Raise UsageError naming the nodes that do not see the run directory of this process.
 
     A node that does not answer within a minute is skipped; its tasks check again.
     """
-    if not word:
+    if not token:
         return
     from ray.util import client
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -61,10 +61,10 @@ def check_nodes(ray: Any, folder: Folder, word: str) -> None:
     for node in ray.nodes():
         if node["Alive"] and node["NodeID"] != here:
             there = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-            look = ray.remote(missing).options(
+            look = ray.remote(not_shared).options(
                 num_cpus=0, max_retries=3, scheduling_strategy=there
             )  # fmt: skip
-            asked[look.remote(folder, word)] = node["NodeManagerAddress"]
+            asked[look.remote(folder, token)] = node["NodeManagerAddress"]
     if not asked:
         return
     answered, late = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)

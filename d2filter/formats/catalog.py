@@ -27,7 +27,7 @@ from d2filter.errors import InputError
 from d2filter.formats import tables
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Checksums, Folder
-from d2filter.formats.rows import Rows, read_array
+from d2filter.formats.rows import PartedArray, read_array
 from d2filter.text import redacted
 
 F16 = npt.NDArray[np.float16]
@@ -187,7 +187,7 @@ def iter_parts(folder: Folder, *, with_features: bool = True) -> Iterator[Sample
         yield _samples(table, wide)
 
 
-def layout(folder: Folder) -> Rows:
+def layout(folder: Folder) -> PartedArray:
     """Where the features of each sample lie. Raises InputError when there are no parts."""
     names = folder.names(".parquet")
     if not names:
@@ -196,7 +196,7 @@ def layout(folder: Folder) -> Rows:
     for name in names:
         with tables.open_table(folder, name) as parquet:
             starts.append(starts[-1] + parquet.metadata.num_rows)
-    return Rows(folder=folder, name="part", starts=tuple(starts))
+    return PartedArray(folder=folder, name="part", starts=tuple(starts))
 
 
 def read_ids(folder: Folder, number: int) -> tuple[uids.U64, uids.U64, F32]:

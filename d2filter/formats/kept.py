@@ -33,7 +33,7 @@ _READERS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
+class KeptSamples:
     """Kept samples, in some order."""
 
     key: Any
@@ -61,7 +61,7 @@ class Kept:
     """(shards,): kept samples of each"""
     bounds: list[int]
     """(shards + 1,): rows of shard i are bounds[i] to bounds[i + 1]"""
-    rows: Rows
+    rows: KeptSamples
     loose: npt.NDArray[np.uint64]
     """(m, 2) hi and lo, ascending: kept samples whose shard or key is not in the run's metadata"""
     embedded: bool
@@ -83,7 +83,7 @@ class Kept:
             own = (pa.py_buffer(mapped(array)) for array in (offsets, text))
             key = pa.LargeStringArray.from_buffers(n, *own)
         hi, lo = (mapped(half).view(np.ndarray) for half in (self.rows.hi, self.rows.lo))
-        return replace(self, rows=Rows(key=key, hi=hi, lo=lo))
+        return replace(self, rows=KeptSamples(key=key, hi=hi, lo=lo))
 
     def digest(self) -> str:
         """Equal for the same samples."""
@@ -95,10 +95,10 @@ class Kept:
             held.update(np.ascontiguousarray(array).data)
         return held.hexdigest()
 
-    def of_shard(self, number: int) -> Rows:
+    def of_shard(self, number: int) -> KeptSamples:
         """The kept samples of one shard."""
         begin, end = self.bounds[number], self.bounds[number + 1]
-        return Rows(
+        return KeptSamples(
             key=self.rows.key.slice(begin, end - begin),
             hi=self.rows.hi[begin:end],
             lo=self.rows.lo[begin:end],
@@ -138,7 +138,7 @@ def read(folder: Folder, subset: npt.NDArray[np.void]) -> Kept | None:
     key = pa.concat_arrays([pa.array([], pa.large_string()), *keys])
     known = key.is_valid().to_numpy(zero_copy_only=False)
     number = np.repeat(np.arange(len(names)), np.array(counts, np.int64))[known]
-    rows = Rows(
+    rows = KeptSamples(
         key=key.filter(pa.array(known)),
         hi=np.concatenate([np.empty(0, np.uint64), *found_hi])[known],
         lo=np.concatenate([np.empty(0, np.uint64), *found_lo])[known],
@@ -196,7 +196,9 @@ def _runs(shards: Any) -> Iterator[tuple[str, int]]:
         yield from zip(names, np.diff(np.append(begins, indices.size)).tolist(), strict=True)
 
 
-def _loose(folder: Folder, subset: npt.NDArray[np.void], rows: Rows) -> npt.NDArray[np.uint64]:
+def _loose(
+    folder: Folder, subset: npt.NDArray[np.void], rows: KeptSamples
+) -> npt.NDArray[np.uint64]:
     """The uids of a subset that no row has."""
     pairs = subset_format.pairs(subset)
     own = np.stack([rows.hi, rows.lo], axis=1)

@@ -71,7 +71,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
+class MetadataRows:
     """The n rows of one pair, with features and validity."""
 
     hi: uids.U64
@@ -185,7 +185,7 @@ def check_score(source: Folder, pairs: Sequence[Pair], config: CatalogConfig) ->
 
 def read_pair(
     folder: Folder, name: str, config: CatalogConfig, outside: Outside | None = None
-) -> Rows:
+) -> MetadataRows:
     """Read one pair: ids, difficulty, fixed features, and what is wrong with each row. The
     difficulty of a score that needs the pool is 0 for now.
 
@@ -203,7 +203,7 @@ def read_pair(
         ) from error
 
 
-def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outside) -> Rows:
+def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outside) -> MetadataRows:
     terms = outside.terms(config)
     score_columns = scored.columns_of(terms, outside)
     there, rows = _columns(folder, f"{name}.parquet", config, score_columns)
@@ -256,7 +256,7 @@ def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outsid
         "no row in the score file": ~(everyone if by_terms is None else by_terms.listed),
         "no class": ~classed,
     }
-    return Rows(
+    return MetadataRows(
         hi=hi,
         lo=lo,
         are_pairs=wanted == [image, text] and arrays[image].shape[1] == arrays[text].shape[1],

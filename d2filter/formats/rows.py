@@ -34,7 +34,7 @@ _ROWS_A_RANGE = 512  # rows that are read for nothing rather than asking once mo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
+class PartedArray:
     """Row-aligned parts of one array. `starts` has one entry more than there are parts."""
 
     folder: Folder

@@ -352,7 +352,7 @@ class Select(Stage):
                 "arch": catalog["options"]["arch"],
             },
         )
-        figures = run.runner.here("select", task, fingerprint=planned.plan.fingerprint)
+        figures = run.runner.run_in_driver("select", task, fingerprint=planned.plan.fingerprint)
         return {
             "samples": {"kept": figures["kept"], "pruned": figures["pruned"]},
             "budget": figures["budget"],

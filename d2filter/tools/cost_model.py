@@ -201,7 +201,7 @@ def partitions_of(pool: Pool, cluster: Cluster, h: Habits) -> tuple[int, float]:
     """How many partitions the graph is made in, and what a task of it may use, as the stage
     decides.
     """
-    found = sizes.cut(
+    found = sizes.plan_partitions(
         pool.samples, _graph_row(pool, h), nodes=cluster.nodes, cpus=cluster.cpus,
         node_bytes=cluster.memory, memory=cluster.memory_per_worker,
         partitions=cluster.partitions,

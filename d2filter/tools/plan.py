@@ -32,7 +32,7 @@ from d2filter.tools import cost_model
 from d2filter.tools.cost_model import Cluster, Estimate, Habits, Pool, Rate, Rates
 
 Say = Callable[[str], None]
-Rows = tuple[npt.NDArray[np.float16], npt.NDArray[np.float32]]
+MetadataRows = tuple[npt.NDArray[np.float16], npt.NDArray[np.float32]]
 
 BUNDLED = Path(__file__).parent / "rates.json"
 _GREEDY_ROWS = 500_000
@@ -131,11 +131,11 @@ def look_at(folder: Folder, catalog: config.CatalogConfig) -> tuple[int, int, li
 
 def real_rows(
     folder: Folder, names: Sequence[str], catalog: config.CatalogConfig, most: int
-) -> Rows:
+) -> MetadataRows:
     """Features and difficulty of up to `most` valid rows of a metadata folder, from evenly spaced
     pairs.
     """
-    found: list[Rows] = []
+    found: list[MetadataRows] = []
     for step in np.linspace(0, len(names) - 1, min(len(names), 16)).astype(int):
         if sum(len(part[0]) for part in found) < most:
             found.append(_rows_of(folder, names[step], catalog))
@@ -143,7 +143,7 @@ def real_rows(
     return features[:most], difficulty[:most]
 
 
-def drawn_rows(count: int, dimension: int) -> Rows:
+def drawn_rows(count: int, dimension: int) -> MetadataRows:
     """Random rows in clusters whose spread falls from axis to axis, as in learned embeddings; a
     tenth are copies. They replace a pool that is not available.
     """
@@ -159,7 +159,7 @@ def drawn_rows(count: int, dimension: int) -> Rows:
 
 
 def calibrate(
-    rows: Rows, k: int, say: Say, target_recall: float = 0.95, growth: float = 0.5
+    rows: MetadataRows, k: int, say: Say, target_recall: float = 0.95, growth: float = 0.5
 ) -> Rates:
     """Rates of this machine: all stages on a few rows and on all of them, from files to files.
 
@@ -216,7 +216,7 @@ def _greedy(k: int) -> float:
     return (time.monotonic() - started) / (_GREEDY_ROWS * (k + 3))
 
 
-def _rates(rows: Rows, k: int, measured: Sequence[dict[str, Any]], start: float) -> Rates:
+def _rates(rows: MetadataRows, k: int, measured: Sequence[dict[str, Any]], start: float) -> Rates:
     cpus = os.cpu_count() or 1
     halves, dimension = [], int(rows[0].shape[1])
     for stats in measured:
@@ -250,7 +250,7 @@ def _rates(rows: Rows, k: int, measured: Sequence[dict[str, Any]], start: float)
     )  # fmt: skip
 
 
-def _run(rows: Rows, k: int, target_recall: float) -> dict[str, Any]:
+def _run(rows: MetadataRows, k: int, target_recall: float) -> dict[str, Any]:
     """stats.json of a whole run on some rows."""
     from d2filter.stages.pipeline import Pipeline, default_selection
 
@@ -275,7 +275,7 @@ def _run(rows: Rows, k: int, target_recall: float) -> dict[str, Any]:
         return Pipeline(run, show_progress=False).run("run")
 
 
-def _rows_of(folder: Folder, name: str, catalog: config.CatalogConfig) -> Rows:
+def _rows_of(folder: Folder, name: str, catalog: config.CatalogConfig) -> MetadataRows:
     found = metadata.read_pair(folder, name, catalog)
     valid = found.reason == 0
     if not valid.any():

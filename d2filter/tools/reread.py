@@ -148,7 +148,7 @@ def _rows(
 
 
 def _clipped(
-    record: dict[str, Any], config: CatalogConfig, read: metadata.Rows
+    record: dict[str, Any], config: CatalogConfig, read: metadata.MetadataRows
 ) -> npt.NDArray[np.float32]:
     """Difficulties as the catalog contains them: clipped if `--clip-scores` was given."""
     recorded = record["stats"].get("clipped")
@@ -165,6 +165,6 @@ def _repeated(folder: Folder) -> set[str]:
     return {uid for uid, status in both if status == "duplicate"}
 
 
-def _uid(read: metadata.Rows, row: int) -> str:
+def _uid(read: metadata.MetadataRows, row: int) -> str:
     hi: npt.NDArray[np.uint64] = read.hi
     return f"{int(hi[row]):016x}{int(read.lo[row]):016x}"

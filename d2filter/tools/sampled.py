@@ -18,7 +18,7 @@ from d2filter.algorithm.greedy import messages
 from d2filter.algorithm.measures import coverage
 from d2filter.formats import catalog, ranking, tables
 from d2filter.formats.paths import Folder
-from d2filter.formats.rows import Rows
+from d2filter.formats.rows import PartedArray
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
@@ -196,7 +196,7 @@ def _places(ids: I64, wanted: I64) -> I64:
 def features_of(folder: Folder, hi: uids.U64, lo: uids.U64) -> features.F16:
     """Features of ascending uids; the catalog ascends by uid too."""
     home = folder.sub("catalog")
-    layout: Rows = catalog.layout(home)
+    layout: PartedArray = catalog.layout(home)
     found = []
     for number in range(len(layout.starts) - 1):
         part_hi, part_lo, _ = catalog.read_ids(home, number)

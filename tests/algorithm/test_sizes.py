@@ -12,10 +12,10 @@ GB = 10**9
 
 
 def test_a_node_that_holds_the_pool_has_one_partition_and_others_as_many_as_they_need() -> None:
-    one = sizes.cut(10**6, 1000, nodes=1, cpus=4, node_bytes=8 * GB)
-    assert one == sizes.Cut(partitions=1, memory=0)
-    assert sizes.cut(10**6, 1000, nodes=3, cpus=4, node_bytes=8 * GB).partitions == 3
-    many = sizes.cut(10**7, 1000, nodes=1, cpus=4, node_bytes=8 * GB)
+    one = sizes.plan_partitions(10**6, 1000, nodes=1, cpus=4, node_bytes=8 * GB)
+    assert one == sizes.PartitionPlan(partitions=1, memory=0)
+    assert sizes.plan_partitions(10**6, 1000, nodes=3, cpus=4, node_bytes=8 * GB).partitions == 3
+    many = sizes.plan_partitions(10**7, 1000, nodes=1, cpus=4, node_bytes=8 * GB)
     assert many.memory == 2 * GB
     assert many.partitions == 13
 
@@ -27,14 +27,16 @@ def test_a_node_that_holds_the_pool_has_one_partition_and_others_as_many_as_they
 def test_tasks_of_one_node_never_ask_for_less_than_they_hold(
     rows: int, row: int, nodes: int, cpus: int, node_bytes: int, memory: int
 ) -> None:
-    cut = sizes.cut(rows, row, nodes=nodes, cpus=cpus, node_bytes=node_bytes, memory=memory)
+    cut = sizes.plan_partitions(
+        rows, row, nodes=nodes, cpus=cpus, node_bytes=node_bytes, memory=memory
+    )
     taken = sizes.task_memory(rows / cut.partitions, row)
     assert taken <= (cut.memory or node_bytes) + 1
 
 
 @pytest.mark.parametrize("wanted", [2, 3, 50])
 def test_partitions_that_were_asked_for_ask_for_what_they_hold(wanted: int) -> None:
-    cut = sizes.cut(10**7, 1000, nodes=1, cpus=4, node_bytes=16 * GB, partitions=wanted)
+    cut = sizes.plan_partitions(10**7, 1000, nodes=1, cpus=4, node_bytes=16 * GB, partitions=wanted)
     assert cut.partitions == wanted
     held = sizes.task_memory(10**7 / wanted, 1000)
     assert cut.memory == max(2 * sizes.SEARCHING, min(held, 16 * GB))

@@ -19,7 +19,7 @@ from flaky_proxy import FlakyProxy
 from d2filter.formats import remote, retry, webdataset
 from d2filter.formats.paths import Folder
 from d2filter.stages.reshard import build as stage
-from d2filter.stages.reshard.layout import Placing, Rows
+from d2filter.stages.reshard.layout import PlacedSamples, Placing
 from d2filter.stages.reshard.match import Wanted
 
 s3fs = pytest.importorskip("s3fs")
@@ -65,7 +65,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def prepared(shards: list[webdataset.Shard], out: Folder) -> list[Rows]:
+def prepared(shards: list[webdataset.Shard], out: Folder) -> list[PlacedSamples]:
     """All but the writing, of every second sample: what the new shards are made of."""
     pairs = [(number, i) for number in range(SHARDS) for i in range(0, SAMPLES, 2)]
     subset = np.array(pairs, np.dtype("u8,u8"))
@@ -81,7 +81,7 @@ def prepared(shards: list[webdataset.Shard], out: Folder) -> list[Rows]:
     return placing.close()
 
 
-def written(out: Folder, new: list[Rows]) -> list[bytes]:
+def written(out: Folder, new: list[PlacedSamples]) -> list[bytes]:
     for number, rows in enumerate(new):
         stage.write(report=nothing, out=out, number=number, rows=rows, private={})
     contents = []

@@ -228,14 +228,14 @@ def test_a_word_that_others_left_is_not_that_of_this_run(
 ) -> None:
     monkeypatch.setattr(shared_folder, "_PAUSES", (0.0, 0.01))
     out = Folder(str(tmp_path))
-    assert shared_folder.missing(out, "") is None
-    assert "cannot see what was written" in str(shared_folder.missing(out, "1234"))
+    assert shared_folder.not_shared(out, "") is None
+    assert "cannot see what was written" in str(shared_folder.not_shared(out, "1234"))
     before = shared_folder.write_token(out)
-    assert shared_folder.missing(out, before) is None
+    assert shared_folder.not_shared(out, before) is None
     shared_folder.write_token(out)
-    assert shared_folder.missing(out, before) is not None
-    (tmp_path / shared_folder.WORD).write_text("{")
-    assert shared_folder.missing(out, before) is not None
+    assert shared_folder.not_shared(out, before) is not None
+    (tmp_path / shared_folder.TOKEN_FILE).write_text("{")
+    assert shared_folder.not_shared(out, before) is not None
 
 
 def test_an_object_store_is_the_same_from_everywhere() -> None:
@@ -274,7 +274,7 @@ def test_a_node_that_came_later_and_sees_another_folder_fails_its_tasks_with_one
     several._owns_ray = True
     several.ray()
     several._owns_ray = False
-    (tmp_path / shared_folder.WORD).write_text('"what another node has there"')
+    (tmp_path / shared_folder.TOKEN_FILE).write_text('"what another node has there"')
     many = [Task(name=name, run=done, arguments={}) for name in "ab"]
     with pytest.raises(UsageError, match="is not the same folder on all nodes"):
         several.map("s", many, fingerprint="1", label="x")
@@ -306,7 +306,7 @@ def test_processes_that_never_begin_are_not_asked_for_without_end() -> None:
         def get(self, ping: Any) -> Any:
             raise ray.exceptions.RayActorError
 
-        def kill(self, hand: Any) -> None:
+        def kill(self, worker: Any) -> None:
             self.ended += 1
 
     cluster = Stillborn()

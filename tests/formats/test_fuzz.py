@@ -524,7 +524,7 @@ CONFIGS = st.sampled_from(
 )
 
 
-def read_pair(table: bytes, arrays: bytes, config: CatalogConfig) -> metadata.Rows | None:
+def read_pair(table: bytes, arrays: bytes, config: CatalogConfig) -> metadata.MetadataRows | None:
     """The rows of such a pair, all of them well-formed; None when it was refused."""
     with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
         (Path(folder) / "0.parquet").write_bytes(table)

@@ -33,7 +33,7 @@ def pair(folder: Path, *, arrays: Any = None, rows: int = 6, **columns: Any) -> 
     return folder
 
 
-def read(folder: Path, **options: Any) -> metadata.Rows:
+def read(folder: Path, **options: Any) -> metadata.MetadataRows:
     return metadata.read_pair(Folder(str(folder)), "0", CatalogConfig(**options))
 
 

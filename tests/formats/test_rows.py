@@ -15,7 +15,7 @@ from d2filter.errors import InputError, StorageError
 from d2filter.formats import rows as rows_module
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import (
-    Rows,
+    PartedArray,
     mapped,
     read_array,
     read_columns,
@@ -29,7 +29,7 @@ def test_few_rows_of_a_remote_part_are_asked_for_alone(monkeypatch: pytest.Monke
     folder = Folder("memory://few/rows")
     whole = np.arange(4000, dtype=np.int64).reshape(2000, 2)
     write_array(folder, "x-00000.npy", whole)
-    rows = Rows(folder=folder, name="x", starts=(0, 2000))
+    rows = PartedArray(folder=folder, name="x", starts=(0, 2000))
     monkeypatch.setattr(rows_module, "read_range", None)  # what would read all of it
     assert rows.gather(np.array([1999, 7, 1999])).tolist() == whole[[1999, 7, 1999]].tolist()
     with folder.publish("x-00000.npy") as path, path.open("wb") as stream:
@@ -55,7 +55,7 @@ def test_rows_of_any_part_come_in_the_order_asked_for(
     starts = (0, 4, 4, 10)
     for part in range(3):
         write_array(folder, f"x-{part:05d}.npy", whole[starts[part] : starts[part + 1]])
-    rows = Rows(folder=folder, name="x", starts=starts)
+    rows = PartedArray(folder=folder, name="x", starts=starts)
     numbers = np.array([9, 0, 4, 3, 9])
     assert rows.total == 10
     assert (rows.gather(numbers) == whole[numbers]).all()

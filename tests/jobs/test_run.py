@@ -68,7 +68,7 @@ def test_partitions_fit_their_workers_at_the_longest_sketch(name: str, samples: 
     # with a refinement pass lists are longer
     for passes in (0, 1):
         places = sketch.places(knn.list_width(1, passes), identity=row_bytes == 2 * 768)
-        cut = sizes.cut(
+        cut = sizes.plan_partitions(
             int(samples), sizes.graph_row(row_bytes, 768, places), nodes=4, cpus=64,
             node_bytes=10**12, memory=found.memory_per_worker,
         )  # fmt: skip

@@ -58,7 +58,9 @@ def rank_graph(
         neighbors = np.where(neighbors >= 0, position[neighbors], -1)[order]
         sqdist, difficulty, hi, lo = sqdist[order], difficulty[order], hi[order], lo[order]
         late = None if late is None else late[order]
-    rows = ranker.Rows(hi=hi, lo=lo, difficulty=difficulty, neighbors=neighbors, sqdist=sqdist)
+    rows = ranker.PartitionRows(
+        hi=hi, lo=lo, difficulty=difficulty, neighbors=neighbors, sqdist=sqdist
+    )
     whole = ranker.RankingPartition(rows, np.array([0, n], np.int64), 0, late)
     whole.start_ranking(scheme, *whole.range(), whole.halo_data(whole.halo()), both_ways=undirected)
     whole.advance()

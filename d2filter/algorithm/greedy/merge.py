@@ -61,7 +61,7 @@ def splitters(samples: list[Keys], ranges: int) -> Keys:
     return every.take(at[at < n])
 
 
-def cut(keys: Keys, at: Keys) -> I64:
+def split_at(keys: Keys, at: Keys) -> I64:
     """Where a list that is sorted, best first, is cut: offsets (ranges + 1,). A key that equals a
     splitter begins a range.
     """

@@ -1,12 +1,12 @@
 """The ranking of one partition, from its rows of the graph to its final scores.
 
-    share = Share(rows, starts, number)
-    share.cut().to(peer)                    cut edges, sent once to the partitions of their targets
-    share.hear_edges(...)                   the cut edges of the other partitions
-    share.describe(ids)                     uid and difficulty of own samples, for others' halos
-    share.begin(...)                        forward pass
-    share.states_for(peer) → hear_states    what changed since the last time …
-    share.advance()                         … superstep by superstep, until live() is 0 everywhere
+    one = RankingPartition(rows, starts, number)
+    one.leaving_edges().to(peer)               edges that leave, sent once to their targets' partition
+    one.add_edges(…)                           edges that come from other partitions
+    one.halo_data(ids)                         uid and difficulty of own samples, for others' halos
+    one.start_ranking(…)                       forward pass
+    one.states_for(peer) → receive_states      what changed since the last time …
+    one.advance()                              … by superstep, until live() is 0 in all partitions
 
 No method waits or communicates; the caller carries the data between partitions, in a loop or over a
 network.
@@ -34,7 +34,7 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
+class PartitionRows:
     """The n rows of a graph that one partition holds, ascending by uid."""
 
     hi: uids.U64
@@ -100,7 +100,7 @@ class RankingPartition:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: PartitionRows,
         starts: I64,
         number: int,
         late: Bool | None = None,
@@ -113,7 +113,7 @@ class RankingPartition:
         self.size = len(rows.hi)
         self.reach = local_kernel.reach(rows.sqdist) if reach is None else reach
         self._late = np.zeros(self.size, np.bool_) if late is None else late
-        self._rows: Rows | None = rows
+        self._rows: PartitionRows | None = rows
         self._starts = starts
         self._first = int(starts[number])
         self._number = number
@@ -134,7 +134,7 @@ class RankingPartition:
         """How many of the rows are demoted."""
         return int(self._late.sum())
 
-    def cut(self) -> halo.CutEdges:
+    def leaving_edges(self) -> halo.CutEdges:
         """The edges that leave this partition."""
         rows = self._held()
         return halo.cut_edges(self._starts, self._number, rows.neighbors, rows.sqdist)
@@ -278,7 +278,7 @@ class RankingPartition:
             forward=self._forward, final=final, suppressed_by=np.where(by >= 0, ids[by], -1)
         )
 
-    def _held(self) -> Rows:
+    def _held(self) -> PartitionRows:
         if self._rows is None:
             raise ValueError("the rows were let go when the supersteps began")
         return self._rows

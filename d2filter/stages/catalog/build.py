@@ -180,7 +180,7 @@ def read_group(
     entries: list[ledger.Entry] = []
     left_out: list[Any] = []
     reasons: Counter[str] = Counter()
-    first: metadata.Rows | None = None
+    first: metadata.MetadataRows | None = None
     read = 0
     merged = [0, 0]
     tables_beside = prepare_side_inputs.ready(out, config)
@@ -261,7 +261,7 @@ def _contents(source: Folder, name: str) -> dict[str, str]:
     return {file: content_hash.of(source, file) for file in (f"{name}.parquet", f"{name}.npz")}
 
 
-def _found(where: str, rows: metadata.Rows, row: int) -> str:
+def _found(where: str, rows: metadata.MetadataRows, row: int) -> str:
     """Where a bad row was found, and its value if it is no uid."""
     message = f"{where} row {row}"
     if metadata.REASONS[rows.reason[row]] == "malformed uid":
@@ -269,7 +269,7 @@ def _found(where: str, rows: metadata.Rows, row: int) -> str:
     return message
 
 
-def _outside(rows: metadata.Rows, apart: npt.NDArray[np.int64]) -> Any:
+def _outside(rows: metadata.MetadataRows, apart: npt.NDArray[np.int64]) -> Any:
     """Ledger entries of rows that are not in the subset."""
     index = pa.array(apart)
     return ledger.outside(

@@ -147,7 +147,7 @@ class _Steps:
         task = Task(name=f"choose-{kind}", run=calibrate_on_parts.choose, arguments=asked)
         made = self._step_fingerprint("choose", kind)
         before = self.seconds.get("choose", 0.0)
-        figures = self._runner.here("graph", task, fingerprint=made, skip=True)
+        figures = self._runner.run_in_driver("graph", task, fingerprint=made, skip=True)
         # with what the driver did, and on a rerun too
         self.seconds["choose"] = round(before + figures["seconds"], 3)
         self.peak = max(self.peak, figures["peak_rss_bytes"])
@@ -189,7 +189,7 @@ class _Steps:
             for name in self._out.sub("completions/graph").names(".json"):
                 if name.startswith(_AFTER_LAYOUT):
                     self._out.remove(f"completions/graph/{name}")
-        laid = self._runner.here(
+        laid = self._runner.run_in_driver(
             "graph",
             Task(
                 name="layout",
@@ -271,7 +271,7 @@ class _Steps:
         places = sketch.places(width, identity=2 * sketch_dim == self._row_bytes)
         row = sizes.graph_row(self._row_bytes, sketch_dim, places)
         cpus, nodes, node_bytes = self._runner.resources()
-        found = sizes.cut(
+        found = sizes.plan_partitions(
             self.total, row, nodes=nodes, cpus=cpus, node_bytes=node_bytes,
             memory=self._config.memory_per_worker, partitions=partitions,
         )  # fmt: skip

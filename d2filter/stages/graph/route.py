@@ -28,7 +28,7 @@ from d2filter.engine.task import Report
 from d2filter.formats import catalog
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import (
-    Rows,
+    PartedArray,
     read_array,
     read_columns,
     read_range,
@@ -150,9 +150,9 @@ def _slice(index: Folder, stem: str, number: int, *, visitors: bool) -> slice:
     return slice(int(start[group]), int(start[group + 1]))
 
 
-def graph_ids(out: Folder, layout: Rows) -> Rows:
+def graph_ids(out: Folder, layout: PartedArray) -> PartedArray:
     """The graph id of each sample."""
-    return Rows(folder=out.sub("index"), name="ids", starts=layout.starts)
+    return PartedArray(folder=out.sub("index"), name="ids", starts=layout.starts)
 
 
 def read_layout(index: Folder) -> dict[str, npt.NDArray[Any]]:

@@ -29,7 +29,7 @@ from d2filter.algorithm.knn.shortlist import Shortlists
 from d2filter.engine.task import Report, assigned_cpus
 from d2filter.formats import catalog, graph
 from d2filter.formats.paths import Folder
-from d2filter.formats.rows import Rows, read_array, read_columns, write_columns
+from d2filter.formats.rows import PartedArray, read_array, read_columns, write_columns
 from d2filter.stages.graph.route import (
     Entries,
     count_entries,
@@ -127,7 +127,7 @@ def improve(
     layout = catalog.layout(out.sub("catalog"))
     assigned, ids = assigned_rows(out, layout), graph_ids(out, layout)
     starts = (0, *np.cumsum(sizes).tolist())
-    lists_of = Rows(folder=index, name="merged", starts=starts, column="list")
+    lists_of = PartedArray(folder=index, name="merged", starts=starts, column="list")
     numbers, own = read_lists(index, f"merged-{number:05d}")
     probed = _probed(out, number, parts)
     after = Lists.empty(numbers.size, k)
@@ -238,7 +238,7 @@ def judge(
     }
 
 
-def _at_home(out: Folder, layout: Rows, number: int, parts: int) -> Entries:
+def _at_home(out: Folder, layout: PartedArray, number: int, parts: int) -> Entries:
     """A partition's own rows, ascending by number, held once."""
     size = sum(count_entries(out, part, number, visitors=False) for part in range(parts))
     own = Entries(
@@ -290,7 +290,7 @@ def read_lists(index: Folder, stem: str) -> tuple[I64, Lists]:
     return held["number"], Lists(numbers=held["list"], sqdist=held["sqdist"])
 
 
-def _read_ids(layout: Rows, numbers: I64) -> tuple[Any, Any, Any]:
+def _read_ids(layout: PartedArray, numbers: I64) -> tuple[Any, Any, Any]:
     """uid_hi, uid_lo and difficulty of ascending numbers."""
     hi = np.empty(numbers.size, np.uint64)
     lo = np.empty(numbers.size, np.uint64)

@@ -29,7 +29,7 @@ from d2filter.config import GraphConfig
 from d2filter.engine.task import Report, assigned_cpus
 from d2filter.formats import catalog
 from d2filter.formats.paths import Folder
-from d2filter.formats.rows import Rows, read_array, read_columns, write_array, write_columns
+from d2filter.formats.rows import PartedArray, read_array, read_columns, write_array, write_columns
 
 F16 = npt.NDArray[np.float16]
 I32 = npt.NDArray[np.int32]
@@ -129,12 +129,12 @@ def each_count(out: Folder, parts: int) -> Iterator[I64]:
         yield read_array(out.sub("index"), f"counts-{part:05d}.npy")
 
 
-def assigned_rows(out: Folder, layout: Rows) -> Rows:
+def assigned_rows(out: Folder, layout: PartedArray) -> PartedArray:
     """The cells that each sample probes."""
-    return Rows(folder=out.sub("index"), name="assigned", starts=layout.starts)
+    return PartedArray(folder=out.sub("index"), name="assigned", starts=layout.starts)
 
 
-def sample_by_hash(layout: Rows, sizes: dict[int, int], seed: int) -> dict[int, I64]:
+def sample_by_hash(layout: PartedArray, sizes: dict[int, int], seed: int) -> dict[int, I64]:
     """Numbers of the samples with the smallest hashes, ascending, for each salt and size."""
     held: dict[int, list[tuple[Any, ...]]] = {salt: [] for salt in sizes}
     for part, start in enumerate(layout.starts[:-1]):

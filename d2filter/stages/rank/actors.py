@@ -77,7 +77,7 @@ def run(
     return figures
 
 
-def alone(*, report: Report, out: Folder, made: Figures) -> Figures:
+def rank_single_partition(*, report: Report, out: Folder, made: Figures) -> Figures:
     """Task: rank a graph of one partition. Figures as those of `run`."""
     actor = _Actor([0], out, 1, made, same_code.own())
     step = actor.step([])
@@ -446,14 +446,14 @@ def read_partition(
     task `cut` must have run before.
     """
     part = graph.read_part(out.sub("graph"), number, lists=lists)
-    columns = {field.name: getattr(part, field.name) for field in fields(ranker.Rows)}
+    columns = {field.name: getattr(part, field.name) for field in fields(ranker.PartitionRows)}
     if part.neighbors.shape[1] > resolved.k:
         columns["neighbors"] = np.ascontiguousarray(part.neighbors[:, : resolved.k])
         columns["sqdist"] = np.ascontiguousarray(part.sqdist[:, : resolved.k])
     late = late_rows(out, number, part.difficulty, resolved)
     reach = None if lists else read_array(out.sub(WORK), f"reach-{number:05d}.npy")
     starts = graph.starts(out.sub("graph"))
-    return ranker.RankingPartition(ranker.Rows(**columns), starts, number, late, reach)
+    return ranker.RankingPartition(ranker.PartitionRows(**columns), starts, number, late, reach)
 
 
 def read_cut(work: Folder, source: int, target: int, *names: str) -> dict[str, Any]:

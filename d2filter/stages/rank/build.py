@@ -126,7 +126,11 @@ def _supersteps(
 ) -> Figures:
     """Run the supersteps: in actors for several partitions, in a task for one."""
     if parts == 1:
-        task = Task(name="supersteps", run=actors.alone, arguments={"out": out, "made": made})
+        task = Task(
+            name="supersteps",
+            run=actors.rank_single_partition,
+            arguments={"out": out, "made": made},
+        )
         return runner.map(
             "rank", [task], fingerprint=fingerprint, label="rank", total=total,
             memory=made["memory"], share_node=True,
@@ -136,7 +140,7 @@ def _supersteps(
         run=actors.run,
         arguments={"runner": runner, "out": out, "parts": parts, "made": made, "total": total},
     )
-    return runner.here("rank", task, fingerprint=fingerprint, skip=True)
+    return runner.run_in_driver("rank", task, fingerprint=fingerprint, skip=True)
 
 
 def found_settings(resolved: settings_on_parts.Resolved) -> Figures:
@@ -166,7 +170,7 @@ def cut(
     and the number of demoted samples.
     """
     one = read_partition(out, number, resolved)
-    leaving = one.cut()
+    leaving = one.leaving_edges()
     write_columns(
         out.sub(WORK), f"cut-{number:05d}", start=leaving.start, source=leaving.source,
         target=leaving.target, sqdist=leaving.sqdist,
@@ -205,7 +209,7 @@ def cut_keys(*, report: Report, out: Folder, number: int, parts: int) -> Figures
     work = out.sub(WORK)
     samples = [_keys(read_columns(work, f"sampled-{p:05d}", "x", "hi", "lo")) for p in range(parts)]
     best = _keys(read_columns(work, f"best-{number:05d}", "x", "hi", "lo"))
-    cuts = merge.cut(best, merge.splitters(samples, parts))
+    cuts = merge.split_at(best, merge.splitters(samples, parts))
     # fewer keys than ranges: the last ones are empty
     cuts = np.append(cuts, np.full(parts + 1 - cuts.size, best.x.size))
     write_columns(work, f"ranges-{number:05d}", start=cuts)

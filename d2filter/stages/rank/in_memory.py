@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from d2filter.algorithm import by_class, uids
 from d2filter.algorithm.greedy import auto_settings, messages
-from d2filter.algorithm.greedy import in_memory as ranker
+from d2filter.algorithm.greedy import in_memory as greedy_in_memory
 from d2filter.algorithm.knn import products
 from d2filter.algorithm.methods import selectors
 from d2filter.config import RankConfig, RunConfig
@@ -163,9 +163,9 @@ def ranks_of(
         part.difficulty, part.hi, part.lo, part.neighbors, part.sqdist, known.facts
     )
     if config.method != "d2":
-        rank = ranker.rank_by(config.method, known.by_uid(config), late=last[known.order])
+        rank = greedy_in_memory.rank_by(config.method, known.by_uid(config), late=last[known.order])
         return interleaved(known, rank[known.position], last, config), last, resolved
-    found = ranker.rank_graph(
+    found = greedy_in_memory.rank_graph(
         part.hi, part.lo, part.difficulty, part.neighbors, part.sqdist,
         scheme=config.scheme(resolved),
         undirected=config.undirected, late=last,

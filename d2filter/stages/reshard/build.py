@@ -38,7 +38,7 @@ from d2filter.formats.kept import Kept
 from d2filter.formats.paths import FileInfo, Folder, remove_leftovers
 from d2filter.formats.runstate import digest
 from d2filter.stages.reshard import write as write_shard
-from d2filter.stages.reshard.layout import Placing, Rows
+from d2filter.stages.reshard.layout import PlacedSamples, Placing
 from d2filter.stages.reshard.match import Searched, Wanted
 
 U64 = npt.NDArray[np.uint64]
@@ -154,7 +154,7 @@ def _make(
     plain = all(shard.url == shard.address for shard in shards)
     edges = _bounds(shards)
 
-    def private(rows: Rows) -> dict[int, str]:
+    def private(rows: PlacedSamples) -> dict[int, str]:
         """URLs of a new shard's inputs by number, where they are more than is recorded of them."""
         if plain:
             return {}
@@ -208,7 +208,7 @@ def _make(
             },
         },
     )
-    return runner.here("reshard", finishing, fingerprint=fingerprint)
+    return runner.run_in_driver("reshard", finishing, fingerprint=fingerprint)
 
 
 class _Indexes:
@@ -332,7 +332,7 @@ def write(
     report: Report,
     out: Folder,
     number: int,
-    rows: Rows,
+    rows: PlacedSamples,
     private: Mapping[int, str] | None = None,
 ) -> Figures:
     """Task: one new shard. private: see `_read_shards`."""

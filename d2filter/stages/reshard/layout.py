@@ -23,7 +23,7 @@ I32 = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
+class PlacedSamples:
     """Samples of a new shard, in its order; all (n,)."""
 
     index: I32
@@ -38,14 +38,14 @@ class Rows:
 class _Found:
     """Samples in some order, with their uids."""
 
-    rows: Rows
+    rows: PlacedSamples
     ids: npt.NDArray[np.void]
     """(n,) of (u8, u8)"""
 
     def take(self, some: slice | I64) -> _Found:
         """A copy of some of them, so that the others can be freed."""
         rows = {name: getattr(self.rows, name)[some].copy() for name in _COLUMNS}
-        return _Found(rows=Rows(**rows), ids=self.ids[some].copy())
+        return _Found(rows=PlacedSamples(**rows), ids=self.ids[some].copy())
 
 
 _COLUMNS = ("index", "row", "copy")
@@ -77,7 +77,7 @@ class Placing:
         self.repeated = 0
         """samples that were left out, for they stood elsewhere before"""
 
-    def add(self, hi: uids.U64, lo: uids.U64) -> list[Rows]:
+    def add(self, hi: uids.U64, lo: uids.U64) -> list[PlacedSamples]:
         """The new shards that are settled by the next index, with samples hi, lo (m,) of the
         subset.
         """
@@ -91,7 +91,7 @@ class Placing:
         copy = np.arange(row.size) - np.repeat(np.cumsum(times) - times, times)
         ids = np.empty(row.size, DTYPE)
         ids["f0"], ids["f1"] = hi[row], lo[row]
-        rows = Rows(
+        rows = PlacedSamples(
             index=np.full(row.size, self._indexes, np.int32),
             row=row.astype(np.int32),
             copy=copy.astype(np.int32),
@@ -102,13 +102,13 @@ class Placing:
         whole = 0 if self._seed is not None else self._waiting // self._size
         return self._cut(whole * self._size)
 
-    def close(self) -> list[Rows]:
+    def close(self) -> list[PlacedSamples]:
         """The new shards that are left, after the last index."""
         if self._seed is not None and self._held:
             self._held = [_shuffled(_joined(self._held), self._seed)]
         return self._cut(self._waiting)
 
-    def _cut(self, samples: int) -> list[Rows]:
+    def _cut(self, samples: int) -> list[PlacedSamples]:
         if not samples:
             return []
         held = _joined(self._held)
@@ -138,7 +138,7 @@ class Placing:
 
 def _joined(parts: Sequence[_Found]) -> _Found:
     rows = {n: np.concatenate([getattr(part.rows, n) for part in parts]) for n in _COLUMNS}
-    return _Found(rows=Rows(**rows), ids=np.concatenate([part.ids for part in parts]))
+    return _Found(rows=PlacedSamples(**rows), ids=np.concatenate([part.ids for part in parts]))
 
 
 def _shuffled(found: _Found, seed: int) -> _Found:

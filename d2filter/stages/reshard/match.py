@@ -178,7 +178,7 @@ def _numbers(shards: Sequence[webdataset.Shard], kept: Kept) -> list[int]:
     return numbers
 
 
-def _table(rows: kept_format.Rows, place: int) -> Any:
+def _table(rows: kept_format.KeptSamples, place: int) -> Any:
     """Each sample once; the subset contains the number of its repeats."""
     n = len(rows.key)
     if n > 1:
@@ -186,7 +186,7 @@ def _table(rows: kept_format.Rows, place: int) -> Any:
         again = uids.repeats(rows.hi, rows.lo)
         again[1:] &= pc.equal(rows.key[1:], rows.key[:-1]).to_numpy(zero_copy_only=False)
         first = np.flatnonzero(~again)
-        rows = kept_format.Rows(
+        rows = kept_format.KeptSamples(
             key=rows.key.take(pa.array(first)), hi=rows.hi[first], lo=rows.lo[first]
         )
     columns = [np.full(len(rows.key), place), rows.key, rows.hi, rows.lo]

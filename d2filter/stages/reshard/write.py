@@ -20,7 +20,7 @@ from d2filter.engine.task import Report
 from d2filter.errors import InputError
 from d2filter.formats import tables, tarwriter, webdataset
 from d2filter.formats.paths import Folder
-from d2filter.stages.reshard.layout import Rows
+from d2filter.stages.reshard.layout import PlacedSamples
 
 I32 = npt.NDArray[np.int32]
 
@@ -51,7 +51,7 @@ def fill(
     number: int,
     work: Folder,
     shards: Sequence[webdataset.Shard],
-    rows: Rows,
+    rows: PlacedSamples,
     report: Report,
 ) -> int:
     """Write shard `number` of a folder; returns the bytes of its members.
@@ -78,7 +78,7 @@ def fill(
     return sum(member.size for member in members)
 
 
-def _entries(work: Folder, rows: Rows, pool: Executor) -> list[dict[str, Any]]:
+def _entries(work: Folder, rows: PlacedSamples, pool: Executor) -> list[dict[str, Any]]:
     """The index rows of the samples of a new shard, in its order."""
     indexes = np.unique(rows.index).tolist()
     where = {index: np.flatnonzero(rows.index == index) for index in indexes}

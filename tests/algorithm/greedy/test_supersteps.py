@@ -129,7 +129,7 @@ class Pool:
         self.rows = []
         for p in range(parts):
             some = self.row[self.starts[p] : self.starts[p + 1]]
-            rows = ranker.Rows(
+            rows = ranker.PartitionRows(
                 hi=case.hi[some],
                 lo=case.lo[some],
                 difficulty=difficulty[some],
@@ -142,7 +142,7 @@ class Pool:
 
     def start_ranking(self, scheme: schemes.Scheme, both_ways: bool) -> None:
         for p, one in enumerate(self.partitions):
-            cut = one.cut()
+            cut = one.leaving_edges()
             for q, other in enumerate(self.partitions):
                 if q != p:
                     other.add_edges(*cut.to(q))
@@ -190,7 +190,7 @@ def merged(keys: list[merge.Keys], ranges: int = 3) -> list[np.ndarray]:
     orders = [k.best_first() for k in keys]
     best = [k.take(o) for k, o in zip(keys, orders, strict=True)]
     at = merge.splitters([merge.sample(k, 4) for k in best], ranges)
-    cuts = [merge.cut(k, at) for k in best]
+    cuts = [merge.split_at(k, at) for k in best]
     out = [np.empty(k.x.size, np.int64) for k in keys]
     first = 0
     for r in range(at.x.size + 1):
