@@ -1,7 +1,7 @@
 """The ranking of one partition, from its rows of the graph to its final scores.
 
     one = RankingPartition(rows, starts, number)
-    one.leaving_edges().to(peer)               edges that leave, sent once to their targets' partition
+    one.leaving_edges().to(peer)               edges to other partitions, sent once
     one.add_edges(…)                           edges that come from other partitions
     one.halo_data(ids)                         uid and difficulty of own samples, for others' halos
     one.start_ranking(…)                       forward pass

@@ -67,11 +67,11 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
     )
     row = memory_of.class_row(2 * layout.part(0).shape[1], config.graph.n_neighbors)
     cpus, nodes, node_bytes = runner.resources()
-    cut = memory_of.cut(
+    planned = memory_of.plan_partitions(
         layout.total, row, nodes=nodes, cpus=cpus, node_bytes=node_bytes,
         memory=config.memory_per_worker, partitions=min(wanted, len(names)),
     )  # fmt: skip
-    home = bins(sizes, min(cut.partitions, len(names)))
+    home = bins(sizes, min(planned.partitions, len(names)))
     partitions = int(home.max()) + 1
     rows = np.bincount(home, weights=sizes).astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(rows)])
