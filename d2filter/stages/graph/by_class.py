@@ -90,7 +90,7 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
         ],
         partitions,
         # a class is not divided: the largest part may hold more than was laid out
-        max(cut.memory, memory_of.task_memory(int(rows.max()), row)) if cut.memory else 0,
+        max(planned.memory, memory_of.task_memory(int(rows.max()), row)) if planned.memory else 0,
     )
     recall = knn.pooled([(f["recall"][0], knn.Recall(**f["recall"][1])) for f in found])
     return {
