@@ -14,7 +14,7 @@ catalog/scores/pool.t0.*          the same of the pool, and how many values are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,9 +72,8 @@ def build(
         peaks.extend(f["peak_rss_bytes"] for f in found)
         return found
 
-    for name, one in POOL_SCORES.items():
-        if any(term.name == name for term in config.terms):
-            each(one.label, one.prepare, parts if one.in_parts else 1)
+    for one in _of_pool(config):
+        each(one.label, one.prepare, parts if one.in_parts else 1)
     if any(term.ranked for term in config.terms):
         each("count", count_values, parts)
         each("ranks", join_counts, 1)
@@ -199,9 +198,27 @@ def _values(folder: Folder, number: int, config: CatalogConfig) -> F32:
     values: F32 = np.array(read_array(folder, f"{FOLDER}/terms-{number:05d}.npy"))
     layout = catalog.layout(folder)
     for at, term in enumerate(config.terms):
-        if term.name in scores.SCORES and scores.SCORES[term.name].needs == "pool":
-            values[:, at] = POOL_SCORES[term.name].values(folder, layout, number, config)
+        one = _pool_score(term.name)
+        if one is not None:
+            values[:, at] = one.values(folder, layout, number, config)
     return values
+
+
+def _of_pool(config: CatalogConfig) -> Iterator[PoolScore]:
+    """The terms that need the pool, in the order of `POOL_SCORES`."""
+    found = [one for one in (_pool_score(term.name) for term in config.terms) if one is not None]
+    yield from (one for one in POOL_SCORES.values() if one in found)
+
+
+def _pool_score(name: str) -> PoolScore | None:
+    """How a score is computed from the pool; None: it does not need it. Raises ValueError if it
+    needs it and nothing here computes it.
+    """
+    if name not in scores.SCORES or scores.SCORES[name].needs != "pool":
+        return None
+    if name not in POOL_SCORES:
+        raise ValueError(f"score {name!r} needs the pool, and nothing here computes it")
+    return POOL_SCORES[name]
 
 
 def _to_centroids(
