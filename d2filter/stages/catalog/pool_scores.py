@@ -195,10 +195,10 @@ def score_part(*, report: Report, out: Folder, number: int, config: CatalogConfi
 
 def _values(folder: Folder, number: int, config: CatalogConfig) -> F32:
     """Values of all terms of a part, (n, terms)."""
+    of_pool = [_pool_score(term.name) for term in config.terms]
     values: F32 = np.array(read_array(folder, f"{FOLDER}/terms-{number:05d}.npy"))
     layout = catalog.layout(folder)
-    for at, term in enumerate(config.terms):
-        one = _pool_score(term.name)
+    for at, one in enumerate(of_pool):
         if one is not None:
             values[:, at] = one.values(folder, layout, number, config)
     return values
