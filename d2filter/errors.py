@@ -72,6 +72,6 @@ class TooManyBadError(D2FilterError):
 
 
 class RecallError(D2FilterError):
-    """The graph was written, but its measured recall is below the target."""
+    """The measured or predicted recall of the graph is below the target."""
 
     exit_code = 4

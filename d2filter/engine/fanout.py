@@ -168,9 +168,9 @@ class FanOut:
                 return Outcome(
                     name=task.name,
                     error=StageError(
-                        f"{what}: its worker died {tried} times ({reason}): give it more memory "
-                        "or fewer CPUs beside it, or see whether its input kills it, and run the "
-                        "same command again"
+                        f"{what}: its worker died {tried} times ({reason}): raise "
+                        "--memory-per-worker, or check whether one input file crashes it, and run "
+                        "the same command again"
                     ),
                 )
             pause = _FIRST_PAUSE * 2 ** (tried - 1)

@@ -394,8 +394,8 @@ class RunState:
 
     def _other_making(self, stage: str, difference: str) -> RunStateError:
         return RunStateError(
-            f"{self.folder.url} holds a finished {stage} of other making: {difference}; "
-            f"use another --out-dir, the options of before, or --overwrite {stage}"
+            f"{self.folder.url} holds a finished {stage} with other settings: {difference}; "
+            f"use another --out-dir, restore those settings, or --overwrite {stage}"
             + (" (--heal embeds only what changed)" if stage == "embed" else "")
         )
 

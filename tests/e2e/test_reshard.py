@@ -263,7 +263,7 @@ def test_contradictions_are_named(
     made.write(theirs / "00000000.tar", [])
     other = ("--subset", tmp_path / "s.npy", "--out-dir", theirs)
     assert run("reshard", "--shards", pool, *other) == 1
-    assert "holds shards of other making" in capsys.readouterr().err
+    assert "holds shards that this command did not write" in capsys.readouterr().err
     assert run(*words, tmp_path / "s.npy", "--shard-size", 0) == 2
     assert "shard-size is 0" in capsys.readouterr().err
     assert run("reshard", "--subset", tmp_path / "s.npy", "--out-dir", tmp_path / "p") == 2

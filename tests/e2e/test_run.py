@@ -331,7 +331,7 @@ def test_scores_of_two_makings_are_not_mixed(
     for suffix in (".npz", ".parquet"):
         shutil.copy(tmp_path / f"n/00000{suffix}", folder / f"00001{suffix}")
     assert run("run", "--metadata-dir", folder, "--out-dir", tmp_path / "o") == 1
-    assert "scores of two makings would be mixed" in capsys.readouterr().err
+    assert "scores of two sources would be mixed" in capsys.readouterr().err
 
 
 @pytest.mark.nightly  # test_faults.py kills drivers in every run of the tests

@@ -370,7 +370,9 @@ def test_a_worker_that_ray_kills_for_memory_is_told_of_with_the_figures(out: Fol
         rf"d2filter: s task t is tried again in 0.1 s, attempt 2 of 2: its worker died \({low}\)",
         first,
     )
-    assert re.search(rf"s task t: its worker died 2 times \({low}\): give it more memory", last)
+    assert re.search(
+        rf"s task t: its worker died 2 times \({low}\): raise --memory-per-worker", last
+    )
 
 
 def test_processes_are_as_many_as_cpus_and_memory_hold(

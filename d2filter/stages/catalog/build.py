@@ -377,7 +377,7 @@ def _alerts(source: Folder, read: Sequence[dict[str, Any]], score_name: str) -> 
 def _mixed_scores(source: Folder, config: CatalogConfig, having: str, lacking: str) -> InputError:
     return InputError(
         f"{source.url}: {having}.parquet has the column {config.score_name} and {lacking}.parquet "
-        "has not: scores of two makings would be mixed; add it everywhere, or drop it everywhere "
+        "has not: scores of two sources would be mixed; add it everywhere, or drop it everywhere "
         "to have it computed"
     )
 
