@@ -258,7 +258,8 @@ def _require_room(out: Folder, plan: dict[str, Any]) -> None:
     before = out.sub(STATE).read_json(_PLAN)
     if before is None and out.names(".tar"):
         raise RunStateError(
-            f"{out.url} holds shards that this command did not write: give an empty folder as --out-dir"
+            f"{out.url} holds shards that this command did not write: give an empty folder as "
+            "--out-dir"
         )
     if before is not None and before != plan:
         changed = [name for name in plan if plan[name] != before.get(name)]
