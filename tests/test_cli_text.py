@@ -1,4 +1,4 @@
-"""What the command line prints of data: nothing that a terminal obeys, nothing secret."""
+"""The command line prints data without control characters of terminals and without secrets."""
 
 from __future__ import annotations
 
