@@ -1,4 +1,4 @@
-"""D2 Pruning for a notebook: arrays in, a ranking out, with the bits of the command line."""
+"""D2 Pruning for notebooks: `rank` computes the same ranking as the command line, from arrays."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ I64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankedPool:
-    """A ranked pool of n samples; every array follows the order of the rows given to `rank`."""
+    """A ranked pool of n samples; all arrays are in the order of the rows given to `rank`."""
 
     rank: I64
-    """(n,) 0 = first; every budget is a prefix"""
+    """(n,) position in the ranking, 0 = first; every budget is a prefix"""
     final: I64
-    """(n,) score when selected, units of 2⁻⁴⁰"""
+    """(n,) final score, when the sample is selected, in units of 2⁻⁴⁰"""
     forward: I64
-    """(n,) score after the forward pass, units of 2⁻⁴⁰"""
+    """(n,) forward score, in units of 2⁻⁴⁰"""
     suppressed_by: I64
-    """(n,) row that lowered it most, −1 none"""
+    """(n,) row of the suppressor, which lowered the score most; −1: none"""
     neighbors: I64
-    """(n, k) rows, nearest first, −1 pads; k is `n_neighbors`, n − 1 at most"""
+    """(n, k) rows, nearest first, −1 pads; k is `n_neighbors`, at most n − 1"""
     sqdist: npt.NDArray[np.float32]
     """(n, k) squared distances of the fixed features"""
     difficulty: npt.NDArray[np.float32]
@@ -51,7 +51,7 @@ class RankedPool:
     recall: knn.Recall
     """measured recall@k of `neighbors`"""
     gamma: float
-    """as given, or as found for `tuned_for`"""
+    """as given, or as fitted to `tuned_for`"""
 
     def select(
         self,
@@ -60,10 +60,10 @@ class RankedPool:
         size: int | None = None,
         min_score: float | None = None,
     ) -> I64:
-        """Rows to keep, best first, int64: the first floor(fraction·n), or `size`, of the ranking.
+        """Rows to keep, best first, int64: the first floor(fraction·n) of the ranking, or `size`.
 
-        `min_score` drops rows of lower difficulty from within that prefix. Raises UsageError for a
-        fraction outside (0, 1] or a size below 1.
+        `min_score` drops rows with a lower score from this prefix. Raises UsageError for a fraction
+        outside (0, 1] or a size below 1.
         """
         exact = None if fraction is None else budget.parse_fraction(fraction)
         checked = SelectConfig(fraction=exact, budget=_index(size), min_score=_float(min_score))
@@ -101,18 +101,21 @@ def rank(
 ) -> RankedPool:
     """Rank a pool with D2 Pruning: the same result as `d2filter run` (docs/method.md).
 
-    embeddings: (n, d) numbers, or several such arrays, each normalized on its own and concatenated
-    (image and text make `image|text`). scores: (n,) difficulty, higher is kept first, rounded to
-    float32. Arrays may be NumPy's, PyTorch's (of any floating type and device), columns of pandas,
-    Polars or Arrow, or lists of rows. n_neighbors: of a sample, n − 1 at most. gamma: auto fits it
-    to tuned_for, the share that is to be kept; other shares are prefixes of the same ranking.
-    cut_hardest: auto fits it so too, and samples of a score of learned_below or more, those that a
-    network has not learned, are taken away; without it the middle of the scores' range is taken.
-    uids_hex: ids that decide ties; without them the row number does. groups: (n,) classes;
-    neighbors are then of the same class, and every budget gives each class its share
-    (group_budgets: proportional or uniform). Other arguments are those of the command line. Raises
-    InputError, naming the first bad row, for values that cannot be ranked, integer scores too that
-    float32 would make equal.
+    Arrays may be from NumPy or PyTorch (any floating type and device), columns of pandas, Polars or
+    Arrow, or lists of rows.
+
+    embeddings: (n, d) numbers, or several such arrays, which are normalized separately and
+    concatenated (image and text give `image|text`). scores: (n,), higher is kept first, rounded to
+    float32. n_neighbors: k, at most n − 1. gamma: `auto` fits it to tuned_for, the share to keep;
+    other shares are prefixes of the same ranking. cut_hardest: `auto` fits it to tuned_for too.
+    learned_below: for this `auto`, samples with this score or more count as not learned by a
+    network; None: from the middle of the scores' range on. uids_hex: (n,) uids, which decide ties;
+    None: the row number decides. groups: (n,) classes; neighbors are then of the same class, and
+    every budget contains the share of each class (group_budgets: proportional or uniform). Other
+    arguments are those of the command line.
+
+    Raises InputError, with the first bad row, for values that cannot be ranked, also for distinct
+    integer scores that are equal in float32. Raises UsageError for settings out of range.
 
     >>> import numpy as np
     >>> pool = rank(np.eye(4, dtype=np.float32), [0.1, 0.4, 0.3, 0.2])
@@ -189,9 +192,10 @@ def rank(
 
 
 def explain(out: str | os.PathLike[str], uid: str) -> Explained | NotRanked:
-    """Why a sample of a finished run was kept or dropped; OUT: the run directory, any fsspec URL.
+    """Explain why a sample of a finished run was kept or dropped. out: the run directory, a path or
+    an fsspec URL.
 
-    Raises UsageError for what is no uid, InputError for one that the run has not read.
+    Raises UsageError if `uid` is not a uid, InputError if the run has not read such a sample.
 
     >>> found = explain(out, uid)
     >>> found.kept, found.rank
@@ -205,7 +209,7 @@ def explain(out: str | os.PathLike[str], uid: str) -> Explained | NotRanked:
 def _wrong_share(
     modalities: list[npt.NDArray[Any]], rows: features.F16, hi: uids.U64, lo: uids.U64
 ) -> Fraction | None:
-    """The share of pairs that match no better than random ones, where the arrays are pairs."""
+    """Share of pairs that match no better than random pairs; None if the arrays are not pairs."""
     widths = [array.shape[1] for array in modalities]
     if len(widths) != 2 or widths[0] != widths[1]:
         return None
@@ -213,7 +217,7 @@ def _wrong_share(
 
 
 def _classes(groups: Any, n: int) -> I64:
-    """Numbers of the classes, (n,) int64; all 0 without any."""
+    """Class number of each sample, (n,) int64; all 0 without classes."""
     if groups is None:
         return np.zeros(n, np.int64)
     labels = arrays.labels(groups)
@@ -230,7 +234,7 @@ def _classes(groups: Any, n: int) -> I64:
 
 
 def _index(value: Any) -> Any:
-    """An int of any integer type, NumPy's too; the configuration refuses what is none."""
+    """Convert any integer type to int; other values stay, and the configuration refuses them."""
     try:
         return operator.index(value)
     except TypeError:
@@ -243,11 +247,11 @@ def _share(value: float | str | Decimal) -> Any:
     try:
         return Decimal(str(value))
     except InvalidOperation:
-        return Decimal("NaN")  # which the configuration refuses by name
+        return Decimal("NaN")  # the configuration refuses it with the name of the option
 
 
 def _float(value: Any) -> Any:
-    """A float of any type of number; the configuration refuses what is none."""
+    """Convert any number type to float; other values stay, and the configuration refuses them."""
     if value is None or isinstance(value, str):
         return value
     try:
@@ -257,7 +261,7 @@ def _float(value: Any) -> Any:
 
 
 def _rows(numbers: I64, order: I64) -> I64:
-    """Row numbers of the sorted pool as row numbers of the caller; −1 stays."""
+    """Convert row numbers of the sorted pool to those of the caller; −1 stays."""
     return np.where(numbers >= 0, order[numbers], -1)
 
 

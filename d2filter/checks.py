@@ -1,4 +1,4 @@
-"""Checks of the values of options, shared by all configurations."""
+"""Checks of option values that several configurations use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def whole(name: str, value: Any) -> None:
 
 
 def finite(value: Any) -> bool:
-    """Whether it is a number that a float can hold; a notebook may pass anything."""
+    """Whether `value` is a finite number that fits into a float. Notebooks may pass any type."""
     try:
         return math.isfinite(value)
     except (TypeError, ValueError, OverflowError):

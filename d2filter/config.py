@@ -1,8 +1,8 @@
-"""Configuration is data: frozen dataclasses, checked on construction.
+"""The configuration of a run: frozen dataclasses that declare the options and check their values.
 
-A stage's fingerprint covers the fields of its own dataclass and the fingerprint of its input
-(docs/files.md#records-and-fingerprints). Where a run happens (address, workers) is in `RunConfig`
-and never counts.
+The fingerprint of a stage covers the fields of the stage's dataclass and the fingerprint of its
+input (docs/files.md#records-and-fingerprints). `RunConfig` also contains where a run happens
+(address, memory, device), which is not part of any fingerprint.
 """
 
 from __future__ import annotations
@@ -27,58 +27,61 @@ from d2filter.options import option
 METHODS = ("d2", *selectors.SELECTORS)
 GAMMA_SCALES = ("none", "median")
 AUTO: Literal["auto"] = "auto"
-TUNED_FOR = Decimal("0.3")  # where nothing says which budget a ranking is for
+TUNED_FOR = Decimal("0.3")  # kept share for automatic settings if no budget is given
 DEVICES = ("auto", "cpu", "cuda")
 ALPHAS = ("drop", "white", "black")
 PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16")
-LEAST_MEMORY = 700_000_000  # of a worker: half of it is taken before it holds a sample
+LEAST_MEMORY = 700_000_000  # bytes of a worker: half of it is used before it holds a sample
 MAX_PIXELS = 89_478_485  # Pillow's own limit
 
-# names that DataComp's metadata gives to open_clip's models
+# short names of open_clip's models in DataComp's metadata
 _ARCH_OF_MODEL = {"ViT-L-14": "l14", "ViT-B-32": "b32", BUNDLED_MODEL: "tiny"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbedConfig:
-    """Shards → metadata."""
+    """Options of the stage embed: shards → metadata."""
 
     shards: tuple[str, ...] = option(
         ...,
-        "WebDataset shards: .tar files, folders of them, 'quoted/{00000..00099}.tar', on any "
-        "fsspec URL",
+        "WebDataset shards to embed: .tar files, folders of them, or patterns in quotes such as "
+        "'data/{00000..00099}.tar'; paths or fsspec URLs",
         "texts",
         metavar="URL",
         shown_default=None,
     )
     model: str = option(
         BUNDLED_MODEL,
-        "open_clip model; the bundled one is for trying out, real work wants --model ViT-L-14 "
-        "--pretrained openai",
+        "open_clip model; the bundled one is for trials only, real data needs a better one, such "
+        "as --model ViT-L-14 --pretrained openai",
     )
-    pretrained: str = option("", "open_clip tag or path to weights")
-    precision: str = option("fp32", ", ".join(PRECISIONS))
-    # part of the fingerprint: a shape can change the last bits
-    batch_size: int = option(64, "images in a forward pass", "whole number")
+    pretrained: str = option(
+        "", "weights of the model: a tag of open_clip, which is downloaded, or a path"
+    )
+    precision: str = option("fp32", "precision of the model: " + ", ".join(PRECISIONS))
+    # part of the fingerprint, because a batch size can change the last bits of embeddings
+    batch_size: int = option(64, "images in a forward pass; fewer need less memory", "whole number")
     fast_decode: bool = option(
         False,
-        "decode large JPEGs at a part of their size, at least twice the model's input",
+        "decode large JPEGs at a reduced size, at least twice the model's input; faster, and "
+        "embeddings change slightly",
         "flag",
     )
     max_pixels: int = option(
         MAX_PIXELS,
-        "larger pictures are bad; each pixel may take 20 bytes of memory (default: Pillow's own "
-        "limit)",
+        "pictures with more pixels are bad samples; each pixel may take 20 bytes of memory "
+        "(default: Pillow's own limit)",
         "whole number",
         metavar="N",
     )
     alpha: str = option(
         "drop",
-        "what is seen through transparent pixels: white, black, or the colors that the file holds "
-        "there (drop), as in open_clip's training",
+        "color of transparent pixels: white, black, or the color that the file contains there "
+        "(drop), as in open_clip's training",
         choices=ALPHAS,
     )
     arch: str = ""
-    """NAME in NAME_img, NAME_txt, clip_NAME_similarity_score; empty: from the model's name"""
+    """NAME in NAME_img, NAME_txt, clip_NAME_similarity_score; empty: derived from the model"""
 
     def __post_init__(self) -> None:
         at_least("batch-size", self.batch_size, 1)
@@ -99,22 +102,29 @@ class EmbedConfig:
 
     @property
     def resolved_arch(self) -> str:
-        """The name under which embeddings are stored."""
+        """NAME of the stored embeddings, see `arch`."""
         short = "".join(c if c.isalnum() else "_" for c in self.model.lower())
         return self.arch or _ARCH_OF_MODEL.get(self.model, short)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphConfig:
-    """Samples → kNN graph."""
+    """Options of the stage graph: samples → kNN graph."""
 
-    n_neighbors: int = option(10, "k, neighbors of each sample", "whole number")
-    target_recall: float = option(0.95, "recall@k to reach", "number")
+    n_neighbors: int = option(10, "k, the number of neighbors of each sample", "whole number")
+    target_recall: float = option(
+        0.95, "recall@k of the graph; if it is lower, the exit code is 4", "number"
+    )
     exact_below: int = option(
-        16384, "compare all with all up to this many distinct rows", "whole number"
+        16384,
+        "compare all pairs of a pool with up to this many distinct samples; a value above the size "
+        "of the pool makes the graph exact",
+        "whole number",
     )
     seed: int = option(
-        0, "of the uid hashes that choose samples for training and measuring", "whole number"
+        0,
+        "seed of the uid hashes that choose samples for training and measuring",
+        "whole number",
     )
 
     def __post_init__(self) -> None:
@@ -130,11 +140,11 @@ class GraphConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankConfig:
-    """Graph → ranking (docs/method.md#d2-pruning)."""
+    """Options of the stage rank: graph → ranking (docs/method.md#d2-pruning)."""
 
     method: str = option(
         "d2",
-        "d2, or one to compare it with:\n"
+        "d2, or a method to compare it with:\n"
         + "\n".join(
             f"{one.name}: {one.summary}; up to {one.most:,} samples"
             for one in selectors.SELECTORS.values()
@@ -142,85 +152,95 @@ class RankConfig:
         choices=METHODS,
         metavar="NAME",
     )
-    seed: int = option(0, "of the hashes that a method uses; D2 needs none", "whole number")
+    seed: int = option(0, "seed of the hashes that a method uses; d2 uses none", "whole number")
     gamma: float | Literal["auto"] = option(
         AUTO,
-        "how close is close: a number, or auto, which fits it to the budget and the pool "
-        "(default: auto)",
+        "how close a neighbor must be to count; a larger gamma lets fewer neighbors count: a "
+        "number, or auto, which fits it to the budget and the pool (default: auto)",
         "auto or number",
         metavar="X",
     )
-    # None: the share of the selection, else 0.3
+    # None: the share of the selection, or 0.3
     tuned_for: Decimal | None = option(
         None,
-        "kept share that automatic settings are for (default: that of --fraction or --budget)",
+        "kept share to which automatic settings are fitted (default: that of --fraction or "
+        "--budget)",
         "share",
         metavar="SHARE",
     )
-    gamma_forward: float | None = option(None, "of the forward pass, if another", "number")
+    gamma_forward: float | None = option(
+        None, "gamma of the forward pass (default: that of --gamma)", "number"
+    )
     # formulas: docs/method.md
     kernel: str = option(
         "local",
-        "weight of an edge: local: exp(-gamma·x²), x: squared distance in units of those to the "
-        "k-th neighbors of both ends; rbf: exp(-gamma·d²); exp: exp(-gamma·d)",
+        "weight of an edge by its distance d: local: exp(-gamma·x²), where x is d² divided by the "
+        "distances of both ends to their k-th neighbors; rbf: exp(-gamma·d²), as published; exp: "
+        "exp(-gamma·d)",
         choices=tuple(schemes.KERNELS),
     )
     forward: str = option(
-        "sum", "how a score takes in those of its neighbors", choices=tuple(schemes.FORWARD)
+        "sum",
+        "forward pass, from the weighted scores of the neighbors: sum adds them to the score, "
+        "product multiplies the score by their sum, none leaves the score as it is",
+        choices=tuple(schemes.FORWARD),
     )
     reverse: str = option(
         "weighted",
-        "what a kept sample takes from its neighbors: its weighted score, all of it, nothing",
+        "what a selected sample subtracts from its neighbors: its score times the weight "
+        "(weighted), its whole score (absolute), or nothing (none)",
         choices=tuple(schemes.REVERSE),
     )
     undirected: bool = option(
-        False, "edges count both ways, each pair once, as in the paper", "flag"
+        False, "use edges in both directions, each pair once, as in the paper", "flag"
     )
     # 0: all that the graph has
     n_neighbors: int = option(
         0,
-        "neighbors of each list that count, 0: all (default: all that the graph has)",
+        "number of neighbors in each list that count; 0: all (default: all that the graph has)",
         "whole number",
         shown_default=None,
     )
     gamma_scale: str = option(
         "none",
-        "median: gamma is for distances in units of the pool's median between neighbors, so that "
-        "it means the same for any encoder; the unit grows with k; of the kernels rbf and exp",
+        "for the kernels rbf and exp: median scales distances by the pool's median between "
+        "neighbors, so that gamma means the same for any encoder; the median grows with k",
         choices=GAMMA_SCALES,
     )
     group_budgets: str = option(
         "proportional",
-        "shares of the classes, where there are any: as large as they are, or all alike",
+        "with --group-column: share of each class in a budget, proportional to its size, or "
+        "uniform",
         choices=by_class.BUDGETS,
     )
     cut_hardest: Decimal | Literal["auto"] = option(
         Decimal(0),
-        "rank this share of the samples, hardest first, after everything else, because wrong "
-        "labels are among them; auto fits the share to the budget and the scores",
+        "share of the samples, hardest first, to rank after all others, because wrong labels are "
+        "among them; auto fits the share to the budget and the scores",
         "auto or share",
         metavar="SHARE",
     )
-    # None: no near-copies; other methods than D2 stay as published with auto
+    # None: no near-copies; with auto, other methods than D2 keep near-copies, as published
     collapse_copies: float | Literal["auto"] | None = option(
         AUTO,
-        "of neighbors up to this squared distance (0: identical; auto: with d2 1/20 of the pool's "
-        "median to the k-th neighbor; none) the best one stays, the others rank after everything "
-        "else (default: auto)",
+        "squared distance up to which neighbors are near-copies: the best one stays, the others "
+        "rank after all other samples; 0: identical features only; auto: with d2, 1/20 of the "
+        "pool's median squared distance to the k-th neighbor; none: near-copies stay (default: "
+        "auto)",
         "copies",
         metavar="SQDIST",
         without_value=0.0,
     )
     redundancy: float = option(
         1.0,
-        "of --method infomax: what likeness to a kept sample costs, in units of the scores' range, "
+        "for --method infomax: cost of similarity to a kept sample, in units of the scores' range, "
         "0 (score alone) to 16 (default: 1)",
         "number",
         metavar="LAMBDA",
     )
     temperature: float = option(
         0.1,
-        "of --method density: the higher, the more alike are the shares of clusters in a budget "
+        "for --method density: a higher value gives clusters more equal shares of a budget "
         "(default: 0.1)",
         "number",
         metavar="TAU",
@@ -292,7 +312,7 @@ class RankConfig:
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> RankConfig:
-        """From `options_of` one, as a run's record holds it."""
+        """The configuration from its `options_of`, which a run's record contains."""
         cut = options["cut_hardest"]
         exact = {"cut_hardest": cut if cut == AUTO else Decimal(cut)}
         if options.get("tuned_for") is not None:
@@ -303,10 +323,10 @@ class RankConfig:
 
     @property
     def requested(self) -> auto_settings.Requested:
-        """What has to be found on the pool before the ranking begins."""
+        """The settings that are fitted to the pool before the ranking begins."""
         auto = self.gamma == AUTO
         is_local = self.kernel == "local"
-        # the methods that D2 is compared with have none of it of their own
+        # the other methods keep near-copies, as published
         keeps_copies = self.method != "d2" and self.collapse_copies == AUTO
         return auto_settings.Requested(
             kernel=self.kernel,
@@ -320,7 +340,7 @@ class RankConfig:
 
     @property
     def is_tuned(self) -> bool:
-        """Whether the ranking depends on the budget that it is for."""
+        """Whether the ranking depends on `tuned_for`."""
         return self.cut_hardest == AUTO or (self.method == "d2" and self.gamma == AUTO)
 
     def resolve_on(
@@ -332,13 +352,14 @@ class RankConfig:
         sqdist: demoted.F32,
         facts: auto_settings.PoolFacts,
     ) -> tuple[auto_settings.Resolved, demoted.Bools]:
-        """What this asks for, found on a pool in one piece, and which samples (n,) rank after
-        everything else.
+        """The settings, fitted to a pool in memory, and which samples are demoted, (n,) bool.
+
+        Arguments are those of `auto_settings.resolve`.
         """
         return auto_settings.resolve(self.requested, difficulty, hi, lo, neighbors, sqdist, facts)
 
     def scheme(self, resolved: auto_settings.Resolved) -> schemes.Scheme:
-        """How messages are made, with what was found on the pool."""
+        """The message scheme, with the settings that were fitted to the pool."""
         forward = resolved.gamma if self.gamma_forward is None else self.gamma_forward
         made = schemes.Scheme(
             kernel=self.kernel,
@@ -353,28 +374,30 @@ class RankConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectConfig:
-    """Ranking → subset."""
+    """Options of the stage select: ranking → subset."""
 
     # None with a budget
     fraction: Decimal | None = option(
         None,
-        "share to keep; several, as 0.3,0.1,0.2: subset.npy is the first, and each has a file in "
-        "subsets/ (default: 0.3)",
+        "share of the ranked samples to keep; several, such as 0.3,0.1,0.2: subset.npy is the "
+        "first, and each has a file in subsets/ (default: 0.3)",
     )
-    budget: int | None = option(None, "number of samples to keep", "whole number")
+    budget: int | None = option(
+        None, "number of samples to keep, in place of --fraction", "whole number"
+    )
     min_score: float | None = option(
         None,
-        "drop samples of a lower score within the budget: the score as the metadata has it, "
-        "whichever end is kept first",
+        "drop samples with a lower score from the budget, in the units of the metadata, whichever "
+        "end of the score is kept first",
         "number",
     )
     also: tuple[str, ...] = ()
-    """further shares of the same ranking, a file each"""
+    """further shares of the same ranking; each has a file of its own"""
     # None: each sample once or not at all
     soft: float | None = option(
         None,
-        "repeat samples by their score: the budget counts repeats, and a score higher by this "
-        "share of the scores' range is worth one more copy (without a number: 0.1)",
+        "repeat samples by score: the budget counts repeats, and a score that is higher by this "
+        "share of the scores' range gets about one more copy (without a number: 0.1)",
         "number",
         metavar="TEMPERATURE",
         without_value=0.1,
@@ -382,7 +405,7 @@ class SelectConfig:
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> SelectConfig:
-        """From `options_of` one, as a run's record holds it."""
+        """The configuration from its `options_of`, which a run's record contains."""
         share = options["fraction"]
         return cls(
             **{
@@ -412,48 +435,54 @@ class SelectConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """One run: what to compute (the stages' parts) and where."""
+    """One run: the configuration of each stage, and where and how to run."""
 
     out_dir: str = option(..., "run directory: a path or an fsspec URL")
     # empty: OUT/metadata, which `embed` writes
-    metadata_dir: str = option("", "folder of NAME.parquet + NAME.npz pairs; any fsspec URL")
+    metadata_dir: str = option(
+        "", "folder of NAME.parquet + NAME.npz pairs: a path or an fsspec URL"
+    )
     embed: EmbedConfig | None = None
     catalog: CatalogConfig = field(default_factory=CatalogConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
     rank: RankConfig = field(default_factory=RankConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
-    max_bad: float = option(0.01, "share of bad samples that still exits with 0", "number")
+    max_bad: float = option(0.01, "share of bad samples up to which the exit code is 0", "number")
     best_effort: bool = option(
-        False, "exit with 0 although the target recall is out of reach (default: no)", "yes or no"
+        False, "exit with 0 even if the graph misses the target recall (default: no)", "yes or no"
     )
     # 0: as few as memory allows
     partitions: int = option(
         0,
-        "auto, or a number: parts that the graph is made in; never changes the result (default: "
-        "auto, as few as memory allows)",
+        "number of parts of graph and ranking, or auto; changes memory and time, never the result "
+        "(default: auto, as few as memory allows)",
         "partitions",
         metavar="N",
     )
     # bytes; 0: the node's share
     memory_per_worker: int = option(
         0,
-        "what a task may use, 1GB or 800MiB (default: the node's share)",
+        "memory that a task may use, such as 1GB or 800MiB (default: the node's share)",
         "bytes",
         metavar="SIZE",
     )
-    address: str = option("", "Ray cluster to join; empty: start Ray here")
+    address: str = option("", "Ray cluster to join; empty: $RAY_ADDRESS, or start Ray here")
     device: str = option(
         "auto",
-        "auto: GPUs where the cluster has any; cuda: GPUs, or not at all; for the graph too",
+        "auto: use GPUs if the cluster has any; cuda: use only GPUs; cpu: use none; for the graph "
+        "too",
         choices=DEVICES,
     )
     overwrite: tuple[str, ...] = option(
-        (), "make this stage of the command, and all after it, anew", "repeated", metavar="STAGE"
+        (),
+        "run this stage of the command and all later ones again, and replace their files",
+        "repeated",
+        metavar="STAGE",
     )
     heal: bool = option(
         False,
-        "make again what was damaged (see verify) and embed shards that changed, and all that "
-        "follows from them",
+        "repair damaged files (see verify), embed changed shards again, and run again everything "
+        "that depends on them",
         "flag",
     )
 
@@ -474,7 +503,7 @@ class RunConfig:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes from `1GB`, `512MiB`, `2e9`. Raises ValueError."""
+    """Bytes from a text such as `1GB`, `512MiB` or `2e9`. Raises ValueError for other text."""
     units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
     units.update({"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40})
     word = text.strip().lower().replace(" ", "")
@@ -486,10 +515,10 @@ def parse_bytes(text: str) -> int:
 
 
 def options_of(part: Any) -> dict[str, Any]:
-    """The fields of one stage's dataclass as plain JSON values, for the fingerprint."""
+    """The fields of a stage's dataclass as JSON values, for the fingerprint."""
     plain = {}
     for name, value in dataclasses.asdict(cast(Any, part)).items():
         plain[name] = str(value) if isinstance(value, Decimal) else value
         if isinstance(value, tuple):
-            plain[name] = list(value)  # as JSON gives it back
+            plain[name] = list(value)  # JSON has no tuples: a record read back contains a list
     return plain

@@ -1,4 +1,7 @@
-"""How a field of a configuration declares its option of the command line."""
+"""`option` declares the command-line option of a configuration field, beside the field.
+
+The command line, the YAML file and `sweep` are derived from these declarations.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,21 @@ Kind = Literal[
     "auto or share",
     "auto or number", "copies", "bytes", "partitions",
 ]  # fmt: skip
-"""what the text of a value is read as; `cli/options.py` has a function for each"""
+"""how the text of a value is converted; `cli/options.py` has a function for each kind"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """What the command line, the YAML file and the documentation show of a field."""
+    """The option of a field on the command line and in the YAML file."""
 
     help: str
     kind: Kind
     choices: tuple[str, ...] = ()
     metavar: str | None = None
     without_value: Any = None
-    """value if the option is given without one; None: it needs one"""
+    """value if the option is given without a value; None: a value is required"""
     shown_default: Any = ...
-    """default of the command line, where it is not that of the field"""
+    """default of the command line, if it differs from that of the field"""
 
 
 def option(
@@ -38,7 +41,7 @@ def option(
     without_value: Any = None,
     shown_default: Any = ...,
 ) -> Any:
-    """A dataclass field with an `Option`. default: of the field; `...`: it has none."""
+    """A dataclass field with an `Option`. default: of the field; `...` if it has none."""
     declared = Option(
         help=help, kind=kind, choices=tuple(choices), metavar=metavar,
         without_value=without_value, shown_default=shown_default,

@@ -1,1 +1,1 @@
-"""Whole runs by name, for `ray job submit`, and the programs that measure them."""
+"""Named runs for `ray job submit`, and the benchmarks."""

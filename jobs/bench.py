@@ -1,9 +1,9 @@
-"""The graph against FAISS's own per-query IVF search, in one run.
+"""Benchmark: compares the graph build with a per-query IVF search of FAISS.
 
     python -m jobs.bench --results jobs/results/bench.md
 
-Both with the same number of cells, at the recall that each reaches. Timings are ratios within this
-run; `jobs.bench_knn` has more peers and larger pools, `jobs.bench_rank` the ranking.
+Both use the same number of cells; the recall of each is given. Timings are ratios within this run.
+`jobs.bench_knn` has more peers and larger pools, `jobs.bench_rank` measures the ranking.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What looking at a finished run costs: the report with its self-check, advise and a sweep.
+"""Benchmark: time of the report with its self-check, of advise and of a sweep on finished runs.
 
     python -m jobs.bench_advise --out /tmp/bench-advise --results jobs/results/bench_advise.md
 
-Dirty drawn pools (`jobs.bench_run`) are run with the default settings, then each command is timed
+It runs dirty synthetic pools (`jobs.bench_run`) with the default settings, then times each command
 as a process of its own. Pools of up to 200,000 samples are measured whole, larger ones on a sample.
 """
 

@@ -1,15 +1,15 @@
-"""The paper's first table on CIFAR-10: test accuracy after pruning, for D2 and its peers.
+"""Benchmark: test accuracy on CIFAR-10 after pruning, for D2 and its peers (the paper's table 1).
 
     python -m jobs.bench_cifar --data FOLDER --device cpu --results jobs/results/bench_cifar.md
 
-FOLDER holds cifar10/. Labels are the clean ones and CIFAR-10N's human ones, `aggre` and `worse`.
-One training on everything, for each set of labels, makes the log that difficulties come from; then
-every method keeps 70 to 10%, and networks are trained on what it keeps. --device cpu: small heads
-on the features of a frozen encoder. --device cuda: residual networks from pixels, sized for 8
-minutes of an H100. No method sees a test picture or knows which labels are wrong. The report also
-shows CCS and D2 as published with the best of several cuts, chosen by the test pictures, which
-favors them; D2 with `--cut-hardest auto` uses no test picture. With --cache FOLDER the job resumes;
---smoke runs all of it on few pictures.
+FOLDER contains cifar10/. The labels are the clean ones, and CIFAR-10N's human labels `aggre` and
+`worse`. For each set of labels, a network is trained on all samples, and difficulties are computed
+from its training log. Then every method keeps 70 to 10% of the samples, and networks are trained on
+the kept ones. --device cpu: small heads on the features of a frozen encoder. --device cuda:
+residual networks from pixels, sized for 8 minutes of an H100. No method uses test pictures or the
+knowledge which labels are wrong. The report also shows CCS and D2 as published with the best of
+several cuts, chosen by the test pictures, which favors them; D2 with `--cut-hardest auto` uses no
+test picture. With --cache FOLDER the job resumes; --smoke runs everything on few pictures.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""How near `embed` comes to its own model: images a second of the parts and of the whole.
+"""Benchmark: images per second of `embed` and of its parts, compared with the bare model.
 
     python -m jobs.bench_embed --results jobs/results/bench_embed.md
 
-Decoding, decoding with the model's own transform, the bare model on ready tensors, and the task
-`embed_shard` from a shard on disk to a published pair, in turns within one process: other programs
-use the machine too. ViT-B-32 has random weights, which cost what trained ones cost. --device cuda
-runs the same parts beside one GPU; --variants adds what else could be done to the bare model.
+Measured are decoding, decoding with the model's own transform, the bare model on ready tensors, and
+the task `embed_shard` from a shard on disk to a published pair. They take turns within one process,
+because other programs use the machine too. ViT-B-32 has random weights, which take the same time as
+trained ones. --device cuda runs the same parts with one GPU; --variants adds variants of the bare
+model.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""`d2filter explain` on a ranking of ten million samples: seconds of the whole command.
+"""Benchmark: seconds of `d2filter explain` on a ranking of ten million samples.
 
     python -m jobs.bench_explain --work /large/disk --results jobs/results/bench_explain.md
 
-Draws a graph in parts whose uids lie in no order, as those of a real pool, ranks it by `d2filter
-rank`, and asks for samples at several places. Takes some 120 bytes a sample of disk, and removes
-them.
+It draws a graph in parts whose uids have no order, like those of a real pool, ranks it with
+`d2filter rank`, and explains samples at several ranks. It needs about 120 bytes of disk per sample,
+and removes its files.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Every method and setting on real photographs with real captions, some of them swapped.
+"""Benchmark: all methods and settings on real photographs with captions, some of them swapped.
 
     python -m jobs.bench_flickr --data DATA --cache CACHE --out OUT
 
-A scorer is trained on half of Flickr8k's train pictures; the other half, five captions each, is the
-pool. One graph of k=20 is made of each pool; a smaller k is a prefix of each list. Then models are
-trained on what the main methods keep, and tested on the official test split. Finished figures lie
-in OUT/flickr.jsonl, and a second run goes on from there. DATA: see `jobs/real_data.py`.
+A scorer is trained on half of Flickr8k's train pictures; the other half, with five captions each,
+is the pool. Each pool gets one graph with k=20; a smaller k is a prefix of each list. Then models
+are trained on the subsets of the main methods and tested on the official test split. Finished
+figures are in OUT/flickr.jsonl; another call continues from there. DATA: see `jobs/real_data.py`.
 """
 
 from __future__ import annotations

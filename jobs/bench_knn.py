@@ -1,11 +1,11 @@
-"""The graph against its peers: seconds for recall, growth, memory, and what partitions cost.
+"""Benchmark: compares the graph build with its peers: seconds, recall, memory, and partitions.
 
     pip install -e '.[cpu,bench]'
     python -m jobs.bench_knn --results jobs/results/bench_knn.md
 
-Every figure is made in a process of its own, on the same drawn data, compiled beforehand; seconds
-go from arrays in memory to neighbor lists, training and calibration included. Timings are ratios
-within this run. About 40 minutes on two cores.
+Each figure is measured in a process of its own, on the same synthetic data, after compilation.
+Seconds are from arrays in memory to neighbor lists, with training and calibration. Timings are
+ratios within this run. It takes about 40 minutes on two cores.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A pool larger than a worker: `d2filter graph` from files to files within `--memory-per-worker`.
+"""Benchmark: memory and time of `d2filter graph` on a pool larger than `--memory-per-worker`.
 
     python -m jobs.bench_memory --rows 2000000 --memory 1GB --results jobs/results/bench_memory.md
 
-Draws the pool of `bench_knn` as DataComp metadata, builds the graph, and writes what stats.json
-says of partitions, memory and time.
+It draws the pool of `bench_knn` as DataComp metadata, builds the graph from files to files, and
+writes the partitions, memory and time that stats.json contains.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What `d2filter plan` predicts beside what runs take.
+"""Benchmark: compares the predictions of `d2filter plan` with real runs.
 
     python -m jobs.bench_plan --out /tmp/bench-plan --results jobs/results/bench_plan.md
 
-Rates are measured first, as `d2filter plan --metadata-dir … --calibrate` does, on the pool that is
-run afterwards; then the whole line runs, files to files, in its own process. `--rates FILE` keeps
-those of the last pool: d2filter brings such a file along.
+It first measures the rates on a pool, like `d2filter plan --metadata-dir … --calibrate`, then runs
+all stages on this pool from files to files, in a process of its own. `--rates FILE` stores the
+rates of the last pool; d2filter contains such a file.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Every method and every setting of D2 on drawn pools whose truth was planted.
+"""Benchmark: all methods and settings of D2 on synthetic pools whose truth is known.
 
     python -m jobs.bench_planted --out /tmp/planted --results jobs/results/bench_planted.md
 
 A pool has near-copies, swapped captions and *rare concepts*: pairs of a color and a shape that a
-few scenes show and all others avoid. One graph of the largest k is made for each pool, with the
-bundled model; a smaller k is a prefix of each list. D2's setting is chosen on one pool and reported
-on the others. Finished figures lie in OUT/planted.jsonl, and a second run goes on from there.
+few scenes show and all others avoid. Each pool gets one graph with the largest k, from the bundled
+model; a smaller k is a prefix of each list. D2's setting is chosen on one pool and reported on the
+others. Finished figures are in OUT/planted.jsonl; another call continues from there.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The exact greedy next to a sequential heap, compiled and in Python: seconds, memory, exchange.
+"""Benchmark: compares the exact greedy with a sequential heap, compiled and in Python.
 
     python -m jobs.bench_rank --results jobs/results/bench_rank.md
 
-The graph is drawn: neighbors close by in the order of rows, 10% of the edges to anywhere; and the
-same with uids in no order, as they are in a real pool. Every figure is made in a process of its
-own, compiled beforehand; seconds go from lists of neighbors and difficulty in memory to the final
-scores and the order of all samples.
+It measures seconds, memory and exchanged bytes. In the synthetic graph, neighbors are close in the
+order of rows, and 10% of the edges go anywhere; a second graph has uids in no order, like a real
+pool. Each figure is measured in a process of its own, after compilation. Seconds are from neighbor
+lists and difficulties in memory to the final scores and the order of all samples.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""`d2filter rank` on a graph that is larger than memory: DataComp's medium pool on a laptop.
+"""Benchmark: `d2filter rank` on a graph larger than memory, of the size of DataComp's medium pool.
 
     python -m jobs.bench_rank_large --work /large/disk --results jobs/results/bench_rank_large.md
 
-Draws the graph of `bench_rank` in parts, ranks it from files to files, checks what can be checked
-in one pass, and writes what stats.json says of time, memory and exchange.
+It draws the graph of `bench_rank` in parts, ranks it from files to files, checks the result as far
+as one pass can, and writes the time, memory and exchanged bytes that stats.json contains.
 """
 
 from __future__ import annotations

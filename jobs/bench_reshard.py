@@ -1,9 +1,9 @@
-"""Copying kept samples against `cp`, and streaming them without a copy against no filter at all.
+"""Benchmark: compares `reshard` with `cp`, and streaming of kept samples with unfiltered streaming.
 
     python -m jobs.bench_reshard --out /tmp/bench-reshard --results jobs/results/bench_reshard.md
 
-Shards of drawn bytes: pictures of 20 to 80 kB, a caption and a json with a uid each. Copying and
-`cp` take turns, for other programs use the machine too.
+The shards contain random bytes: pictures of 20 to 80 kB, each with a caption and a json with a uid.
+`reshard` and `cp` take turns, because other programs use the machine too.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What it costs that a run can be resumed, and how fast a finished one returns.
+"""Benchmark: the time that a run spends on being resumable, and the time to rerun a finished run.
 
     python -m jobs.bench_resume --out /tmp/bench-resume --results jobs/results/bench_resume.md
 
-Runs the dirty pool of `bench_run`, then does all of its bookkeeping once more and alone: each
-marker, note and record published and read, each log line appended, each checksum taken of the file
-that it is of. A run does most of that in parallel, so the share told here is an upper bound.
+It runs the dirty pool of `bench_run`, then repeats the bookkeeping of the run alone: it publishes
+and reads each marker, note and record, appends each log line, and computes each checksum. A run
+does most of this in parallel, so the reported share is an upper bound.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The whole line on a dirty synthetic pool: seconds and memory of each stage, files to files.
+"""Benchmark: seconds and memory of each stage on a dirty synthetic pool, from files to files.
 
     python -m jobs.bench_run --out /tmp/bench-run --results jobs/results/bench_run.md
 
-Clustered embeddings in 40 files; 10% exact copies, and in each file malformed and repeated uids,
-NaN and zero embeddings.
+The pool has clustered embeddings in 40 files, 10% exact copies, and in each file malformed and
+repeated uids, NaN and zero embeddings.
 """
 
 from __future__ import annotations

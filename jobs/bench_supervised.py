@@ -1,16 +1,15 @@
-"""Does D2 choose well where there are labels? Test accuracy after pruning, next to its peers.
+"""Benchmark: test accuracy after pruning data with labels, for D2 and its peers.
 
     pip install -e '.[cpu,bench]'
     apt-get download fortunes fortunes-min && for d in *.deb; do dpkg -x "$d" FOLDER; done
     python -m jobs.bench_supervised --fortunes FOLDER --results jobs/results/bench_supervised.md
 
-A network is trained once on all training data and its probabilities are kept after every epoch;
-from them come the difficulty and, but for texts, the features. Then every method chooses a subset,
-and the same network is trained on it from scratch with as many steps. What is to be chosen (k,
-gamma and cut of D2, the cut of CCS) is chosen on a part held out of the training data, on seeds
-that are not reported; no method ever sees the test data. Measured: 20 minutes of one core, 4 for
-the embeddings, 3 with --try, which looks at other words of D2. With --cache FOLDER it goes on where
-it was stopped.
+A network is trained once on all training data, and its probabilities are stored after every epoch.
+They give the difficulties and, except for texts, the features. Then every method chooses a subset,
+and the same network is trained on it from scratch with as many steps. Settings (k, gamma and cut of
+D2, the cut of CCS) are chosen on a held-out part of the training data, with seeds that are not
+reported; no method uses the test data. Measured time: 20 minutes of one core, 4 for the embeddings,
+3 with --try, which tries other kernels and rules of D2. With --cache FOLDER it resumes.
 """
 
 from __future__ import annotations

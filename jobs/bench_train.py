@@ -1,11 +1,12 @@
-"""Does a better subset train a better model? Small CLIPs from scratch on what each method keeps.
+"""Benchmark: trains small CLIP models from scratch on the subset of each method and compares them.
 
     python -m jobs.bench_train --out /tmp/planted --results jobs/results/bench_train.md
 
-The pools are those of `jobs.bench_planted` (drawn here where OUT has none): near-copies, swapped
-captions, rare concepts, scores and graph by the bundled model. A model with other, much smaller
-towers is then trained on each subset with equally many steps and tested on clean pairs drawn with
-other seeds. One core. Finished figures lie in OUT/train.jsonl, and a second run goes on from there.
+The pools are those of `jobs.bench_planted` (drawn here if OUT has none): near-copies, swapped
+captions, rare concepts, with scores and graph from the bundled model. A model with other, much
+smaller towers is trained on each subset with equally many steps and tested on clean pairs drawn
+with other seeds. It uses one core. Finished figures are in OUT/train.jsonl; another call continues
+from there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small heads on the features of a frozen encoder: what `bench_cifar --device cpu` trains."""
+"""The networks of `bench_cifar --device cpu`: small heads on the features of a frozen encoder."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A small residual network trained from pixels: what `bench_cifar --device cuda` trains.
+"""The network of `bench_cifar --device cuda`: a small residual network, trained from pixels.
 
-A network of this size keeps a card busy for microseconds a layer, so a whole step of training is
-recorded once as a CUDA graph, and every network is that graph replayed from other first weights on
-other rows. All pictures are on the card, and are flipped and shifted there.
+A layer of this size keeps a GPU busy for microseconds only. So a training step is recorded once as
+a CUDA graph, which is replayed for every network, with other initial weights and other rows. All
+pictures are in GPU memory, where they are flipped and shifted.
 """
 
 from __future__ import annotations

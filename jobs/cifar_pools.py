@@ -1,7 +1,7 @@
 """CIFAR-10 as pools to prune: three sets of labels, and every method's order of the samples.
 
-One training on all samples makes the log that difficulties come from. Features give the graph. What
-is trained, a head on frozen features or a network from pixels, is behind `Trainer`.
+Difficulties are computed from the log of one training on all samples, the graph from features.
+`Trainer` hides which network is trained: a head on frozen features, or a network from pixels.
 """
 
 from __future__ import annotations

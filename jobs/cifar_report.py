@@ -1,4 +1,4 @@
-"""Table and plot of `bench_cifar`."""
+"""Writes the table and the plot of `bench_cifar`."""
 
 from __future__ import annotations
 

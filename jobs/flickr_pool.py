@@ -1,7 +1,8 @@
-"""Flickr8k as a pool: real photographs, real captions, a known share of them swapped.
+"""Flickr8k as a pool: real photographs with real captions, a known share of them swapped.
 
-Half of the train pictures teach a scorer. The other half, with five captions each, is the pool that
-the scorer embeds and scores, as CLIP does for a crawl. The official test split judges models.
+A scorer is trained on half of the train pictures. The other half, with five captions each, is the
+pool: the scorer embeds and scores it, as CLIP does for a crawl. Models are tested on the official
+test split.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The results file and the plot of `jobs.bench_flickr`."""
+"""Writes the results file and the plot of `jobs.bench_flickr`."""
 
 from __future__ import annotations
 

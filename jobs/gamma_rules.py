@@ -1,4 +1,4 @@
-"""Which rule chooses gamma: kernels and exponents side by side on pools whose truth is known.
+"""Benchmark: compares rules that choose gamma, on pools whose truth is known.
 
     python -m jobs.gamma_rules --data data --cache cache --results jobs/results/gamma_rules.md
 

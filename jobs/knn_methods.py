@@ -1,4 +1,4 @@
-"""What bench_knn measures: the pool that is drawn, ours and the peers, each in its own process.
+"""The methods that `bench_knn` compares, and its synthetic pool; each runs in its own process.
 
 python -m jobs.knn_methods METHOD VALUE --data FILE.npy
 """

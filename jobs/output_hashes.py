@@ -1,12 +1,12 @@
-"""Hashes of what ten runs write: proof that a change of the code has changed no bit of any result.
+"""Hashes the outputs of ten runs, to prove that a change of the code does not change any result.
 
     python -m jobs.output_hashes --out /tmp/hashes --results before.json
     python -m jobs.output_hashes --out /tmp/hashes --compare before.json
 
-Use the same --out: some files name shards and metadata by their paths. Drawn pools and pictures are
-run through the command line: classes, undirected graphs, schemes, other methods, partitions, cells,
-soft selection, shards. Hashed are graph, index, ranking, subset, kept lists, ledger and, of shards,
-the embeddings. Runs that differ in nothing but the layout must agree, too.
+Use the same --out, because some files contain paths of shards and metadata. The runs use synthetic
+pools and pictures and the command line, with classes, undirected graphs, schemes, other methods,
+partitions, cells, soft selection and shards. Hashed are graph, index, ranking, subset, kept lists,
+ledger and, for shards, the embeddings. Runs that differ only in the layout must agree, too.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Real pictures for the benchmarks: where they lie, and a frozen encoder for them.
+"""Reads real pictures for the benchmarks, and computes their features with a frozen encoder.
 
 The data is not part of the project: each job takes its folder as `--data`. The encoder is
-EfficientNet-Lite0, trained on ImageNet, whose weights a package carries (`.[bench]`). Features cost
-minutes and are kept in a cache folder, named by what they are made of.
+EfficientNet-Lite0, trained on ImageNet; a package of `.[bench]` contains its weights. Features take
+minutes and are stored in a cache folder, in files that are named by their input.
 """
 
 from __future__ import annotations

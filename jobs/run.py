@@ -4,8 +4,8 @@
     python -m jobs.run datacomp_small --set metadata-dir=/shared/pool out-dir=/shared/run
     ray job submit --address http://HEAD:8265 --working-dir . -- python -m jobs.run demo --set …
 
-`--set` takes the options of the command line, without dashes in front; `true` and `false` for those
-without a value. A submitted job joins the cluster that it was submitted to: Ray tells it by
+`--set` takes the options of the command line without leading dashes, with `true` or `false` for
+options without a value. A submitted job joins the cluster to which it was submitted: Ray sets
 RAY_ADDRESS.
 """
 

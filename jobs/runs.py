@@ -1,24 +1,25 @@
-"""Runs by name. Each function returns a whole one; its docstring is what `--list` says of it.
+"""Named runs. Each function returns a whole run; `--list` prints its docstring.
 
-A run is a command of d2filter with options. What is said here of memory follows from the code:
+A run is a command of d2filter with options. The memory figures below follow from the code:
 
 - Features of a sample, image|text of ViT-L-14: 2 × 768 float16, 3,072 bytes.
-- In the graph a task holds of each row of its partition (`stages/graph/build.py`, `_partitions`)
-  the features, a sketch of 2 bytes an axis, 200 bytes of copies and cells, and 32 bytes for each
-  of 32 places of its shortlist. A sketch has at most half as many axes as the features (768), so
+- Graph: a task holds for each row of its partition (`stages/graph/build.py`, `_partitions`) the
+  features, a sketch of 2 bytes per axis, 200 bytes for copies and cells, and 32 bytes for each of
+  the 32 places of its shortlist. A sketch has at most half as many axes as the features (768), so
   this is 3,072 + 1,536 + 200 + 1,024 = 5,832 bytes at most; with 160 of 512 axes, as measured on
-  drawn rows (jobs/results/bench_memory.md), it would be less.
-- A worker has 0.45 GB of libraries, and half of the rest is for rows: the other half is for
-  products, arrow's buffers and copies. So partitions = rows × 5,832 / ((memory − 0.45 GB) / 2).
-  Measured at 1 GB: 105,663 rows of 512 dimensions in the largest partition, peak 0.83 GB.
-- Training holds 16 rows a cell, of 4·√n cells, 131,072 at most: 0.7 GB for 12.8M samples, 2.2 GB
+  synthetic rows (jobs/results/bench_memory.md), it is less.
+- Libraries take 0.45 GB of a worker. Half of the rest is for rows, the other half for products,
+  arrow's buffers and copies. So partitions = rows × 5,832 / ((memory − 0.45 GB) / 2). Measured at
+  1 GB: 105,663 rows of 512 dimensions in the largest partition, peak 0.83 GB.
+- Training holds 16 rows per cell, of 4·√n cells, 131,072 at most: 0.7 GB for 12.8M samples, 2.2 GB
   for 128M, 6.4 GB for 1.28B.
-- The ranking holds about 85 bytes a sample, all partitions at once, spread over the nodes, and
-  reads about 100 more from files that are mapped (jobs/results/bench_rank_large.md, 128M samples);
-  about 240 where edges are in memory. With the partitions below that is 0.2 GB, 0.3 GB and 0.7 GB
-  for each, at 240.
-- OUT needs room for the features (3,072 bytes a sample) and for the rows on their way to
-  partitions: 2.8 partitions a row with 19 of them (bench_memory.md), taken as 5 with more.
+- The ranking holds about 85 bytes per sample, for all partitions at once, spread over the nodes,
+  and reads about 100 more from mapped files (jobs/results/bench_rank_large.md, 128M samples). With
+  edges in memory it holds about 240: 0.2 GB, 0.3 GB and 0.7 GB per partition with the partitions
+  below.
+- OUT needs space for the features (3,072 bytes per sample) and for the rows that are sent to
+  partitions: each row goes to 2.8 of 19 partitions (bench_memory.md); 5 is assumed for more
+  partitions.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m jobs.train_tiny_clip --out d2filter/models/tiny --seed 0
 
-Writes `weights.safetensors` and `figures.json`.  Needs two cores, 2 GB of memory and no network.
-The number of steps is fixed, so a machine that is slower takes longer and trains no less.
+It writes `weights.safetensors` and `figures.json`, and needs two cores, 2 GB of memory and no
+network. The number of steps is fixed, so a slower machine takes longer and trains as much.
 """
 
 from __future__ import annotations

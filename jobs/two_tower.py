@@ -1,7 +1,7 @@
-"""A small scorer of pairs: picture features from a frozen encoder, words, trained as CLIP is.
+"""A small CLIP-like scorer of pairs, from the features of a frozen image encoder and from words.
 
-It stands in for CLIP in the benchmarks on real photographs, and is what they train on subsets. What
-such a model is worth is measured by retrieval and by its agreement with experts.
+The benchmarks on real photographs use it in place of CLIP, and train it on subsets. Models are
+measured by retrieval and by their agreement with experts.
 """
 
 from __future__ import annotations

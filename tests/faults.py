@@ -1,8 +1,8 @@
-"""Faults on purpose: several raylets on this machine, a driver beside them, SIGKILLs by plan.
+"""Kills processes of a run on purpose: several raylets and a driver on this machine.
 
-A fault fires at a point of the run's progress, never of the clock: when so many completion markers
-or snapshots are published and a process of its kind is at work. Processes are read from /proc, for
-a task of some milliseconds must be caught while it runs.
+A fault fires at a point of the run's progress, not at a time: when a number of completion markers
+or snapshots are published and a process of the fault's kind is running. Processes are found in
+/proc, which is fast enough to catch a task of some milliseconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An HTTP proxy that breaks connections and answers 500, by a seed."""
+"""An HTTP proxy that breaks connections and answers 500, as a seed determines."""
 
 from __future__ import annotations
 

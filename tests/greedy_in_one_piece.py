@@ -3,9 +3,9 @@
 Sequential definition: take the unselected sample with the best key (x descending, uid ascending);
 for each out-neighbor j still unselected, x_j ← x_j − rint(w_ij·x_i); repeat.
 
-Rule used here: an unselected sample whose key beats the keys of all its unselected neighbors, over
-out- and in-edges both, is final. Scores only fall, so its x cannot change any more, and sorting by
-final key gives the sequential order.
+Rule used here: an unselected sample is final if its key beats the keys of all its unselected
+neighbors, over both out-edges and in-edges. Scores only fall, so its x cannot change any more, and
+sorting by final key gives the sequential order.
 
 This module runs the rule on the whole pool in one partition; `supersteps` runs it in several.
 

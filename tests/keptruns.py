@@ -1,7 +1,7 @@
-"""Pools of shards in which uids come several times, and run directories that keep some of them.
+"""Makes shards with repeated uids, and run directories that keep some of their samples.
 
-No stage runs: what a run would have ranked is drawn, and kept/ is written by the code that `select`
-uses. `Drawn` holds the truth to compare with.
+No stage runs: the ranking is drawn at random, and the code of `select` writes kept/. `Drawn`
+contains the truth to compare with.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Nodes of a Ray cluster as if on machines of their own: begun by `ray start`, used by `ray job`.
+"""Nodes of a Ray cluster, as if on separate machines: started by `ray start`, used by `ray job`.
 
-Where the system allows it, each has Linux namespaces of its own: an address on a virtual cable that
-nothing else sees, mounts, and process numbers, so that it ends as a machine does that loses its
-power. Elsewhere they are processes of this machine, with folders and loopback addresses of their
-own.
+If the system allows it, each node has its own Linux namespaces: an address on a private virtual
+cable, mounts, and process numbers. So it can end like a machine that loses power. Otherwise nodes
+are processes of this machine, with folders and loopback addresses of their own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Naive transcriptions of docs/method.md: slow, sequential, written apart from the fast code."""
+"""Naive transcriptions of docs/method.md: slow, sequential, independent of the fast code."""
 
 from __future__ import annotations
 

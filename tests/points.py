@@ -1,7 +1,7 @@
-"""Processes that die at chosen points: before a file gets its final name, and before a removal.
+"""Kills processes at chosen points: before a file gets its final name, or before a removal.
 
-The points are found without a hook in the program: an audit hook of Python itself, which
-`kill_points/sitecustomize.py` installs in the driver and in every worker.
+No hook in d2filter is needed: `kill_points/sitecustomize.py` installs an audit hook of Python in
+the driver and in every worker.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""hypothesis strategies for graphs, scores and uids with everything that makes ties."""
+"""hypothesis strategies for graphs, scores and uids with many ties."""
 
 from __future__ import annotations
 

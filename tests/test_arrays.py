@@ -1,4 +1,4 @@
-"""What `d2filter.rank` takes, and what it refuses in one line."""
+"""Arrays that `d2filter.rank` accepts, and those that it refuses with one line."""
 
 from __future__ import annotations
 

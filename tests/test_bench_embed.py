@@ -1,4 +1,4 @@
-"""The program that times `embed` runs, and times what it says."""
+"""The benchmark of `embed` runs, and measures the parts that it names."""
 
 from __future__ import annotations
 

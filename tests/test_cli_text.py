@@ -1,4 +1,4 @@
-"""What the command line prints of data: nothing that a terminal obeys, nothing secret."""
+"""The command line prints data without control characters of terminals and without secrets."""
 
 from __future__ import annotations
 
@@ -83,4 +83,4 @@ def test_help_shows_values_as_they_are_typed(
         cli.parse([command, "--help"])
     shown = capsys.readouterr().out
     assert "None" not in shown
-    assert "()" not in shown
+    assert "(default: ())" not in shown

@@ -1,4 +1,4 @@
-"""What the documentation refers to exists: links, files, tests, commands, options, Python names."""
+"""The documentation refers only to links, files, tests, commands, options and names that exist."""
 
 from __future__ import annotations
 

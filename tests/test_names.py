@@ -1,4 +1,4 @@
-"""Names of the code: none hides a function that is called beside it."""
+"""No local name in the code hides a function that is called in the same function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is kept out of terminals and records."""
+"""Removal of control characters and secrets from text for terminals and records."""
 
 from __future__ import annotations
 

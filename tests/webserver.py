@@ -1,4 +1,4 @@
-"""Files behind HTTP on loopback, served as well or as badly as servers out there do."""
+"""An HTTP server on loopback that can misbehave like real web servers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Classes: edges inside of each, and budgets that every class gets its share of (paper §3.2)."""
+"""Classes: builds a graph inside each class, and ranks so that budgets have a share of each class.
+
+See paper §3.2 and docs/method.md#classes.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,14 @@ Bools = npt.NDArray[np.bool_]
 
 BUDGETS = ("proportional", "uniform")
 
-_COMPARED_TOGETHER = 128  # rows of a class, at most: larger ones are searched by a build each
-_PAIRS = 1 << 22  # of rows that are compared at a time
-_BEHIND = 2**62  # places are below: as integers, or as the bits of a number below 1
+_COMPARED_TOGETHER = 128  # classes of up to so many rows are compared together, others one by one
+_PAIRS = 1 << 22  # pairs of rows that are compared at a time
+_BEHIND = 2**62  # larger than all places: integers, or the bits of a float below 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Searched:
-    """The graph of one class."""
+    """How the graph of one class was searched."""
 
     size: int
     recall: knn.Recall
@@ -34,12 +37,13 @@ class Searched:
 
 
 def phases(sizes: I64) -> F64:
-    """Where in its share of a budget each class takes a sample, (classes,) float64 in (0, 1).
+    """The phase of each class, (classes,) float64 in (0, 1): the offset at which it takes samples,
+    see `turns`.
 
-    sizes: (classes,) rows of each class of the whole pool. G classes of one size have the phases
-    (i + ψ)/G, in the order of a hash of their numbers, so that as many of them have taken their
-    next sample as the budget's fraction says. ψ of each size is spread over (0, 1), so that sizes
-    do not round up together either.
+    sizes: (classes,) rows of each class in the whole pool. G classes of equal size have the phases
+    (i + ψ)/G, in the order of a hash of their numbers. So the number of them that have taken their
+    next sample is in proportion to the budget. ψ differs between sizes and is spread over (0, 1),
+    so that classes of different sizes do not round up together either.
     """
     count = sizes.size
     numbers = np.arange(count, dtype=np.uint64)
@@ -49,7 +53,7 @@ def phases(sizes: I64) -> F64:
     new[1:] = sizes[order[1:]] != sizes[order[:-1]]
     alike = np.diff(np.append(np.flatnonzero(new), count))
     turn = np.repeat(np.arange(1, alike.size + 1, dtype=np.uint64), alike)
-    # fractions of n(n + 1)/2 golden ratios: no multiple of them keeps step with the sizes
+    # fractional parts of n(n + 1)/2 golden ratios: they never align with the sizes
     golden = (turn * (turn + np.uint64(1)) // np.uint64(2)) * np.uint64(0x9E3779B97F4A7C15)
     spread = ((golden >> np.uint64(12)).astype(np.float64) + 0.5) / 2.0**52
     out = np.empty(count)
@@ -58,18 +62,20 @@ def phases(sizes: I64) -> F64:
 
 
 def turns(order: I64, group: I64, late: Bools, budgets: str, phase: F64) -> I64:
-    """When each sample's turn comes, (n,) int64, the larger the sooner; equals by ascending uid.
+    """Sort keys that mix the classes, (n,) int64: larger goes sooner, equal keys by ascending uid.
 
     order: (n,) int64, rows of whole classes, best first. group: (n,) int64 class of each row. late:
-    (n,) bool, rows that stay behind all others. budgets: `proportional` takes the r-th of n_g
-    samples of a class when the share (r + φ_g)/n_g of all is taken, φ_g its phase: at every share t
-    it has taken less than one sample more or less than t·n_g, and classes of one size, however
-    small, have together less than one more or less than their share. `uniform` takes from each in
-    turn, until it has no more. phase: (classes,) `phases`. Raises ValueError for other words.
+    (n,) bool, demoted rows, which go after all others. phase: (classes,), see `phases`.
+
+    budgets: `proportional` takes the r-th of n_g samples of a class when the share (r + φ_g)/n_g of
+    the pool is taken; φ_g is the phase of the class. At every share t, the number taken from a
+    class differs from t·n_g by less than one, and so does the number taken from all classes of one
+    size together, however small they are. `uniform` takes one sample from each class in turn, until
+    the class is exhausted. Raises ValueError for other values.
     """
     if budgets not in BUDGETS:
         raise ValueError(f"budgets is {budgets!r}, allowed are {', '.join(BUDGETS)}")
-    # stable: inside a class the order stays
+    # stable: the order inside a class stays
     sorted_by = np.lexsort((group[order], late[order]))
     rows = order[sorted_by]
     new = np.ones(rows.size, np.bool_)
@@ -78,7 +84,7 @@ def turns(order: I64, group: I64, late: Bools, budgets: str, phase: F64) -> I64:
     sizes = np.diff(np.append(begins, rows.size))
     place = features.inside_runs(sizes)
     if budgets == "proportional":
-        # positive floats and their bits have one order
+        # positive floats have the order of their bits
         place = ((place + phase[group[rows]]) / np.repeat(sizes, sizes)).view(np.int64)
     out = np.empty(rows.size, np.int64)
     out[rows] = -place
@@ -87,15 +93,15 @@ def turns(order: I64, group: I64, late: Bools, budgets: str, phase: F64) -> I64:
 
 
 def interleaved(rank: I64, group: I64, late: Bools, budgets: str) -> I64:
-    """Ranks, (n,) int64, whose every prefix gives each class its share: `turns` of a ranking.
+    """Ranks, (n,) int64, in which every prefix contains the share of each class, see `turns`.
 
-    rank: (n,) int64, a permutation, 0 = first, of rows in ascending order of uid. group: (n,) the
-    number of each row's class.
+    rank: (n,) int64, a permutation, 0 = first, of rows in ascending order of uid. group: (n,) class
+    number of each row.
     """
     order = np.argsort(rank)
     out = np.empty(rank.size, np.int64)
     sooner = turns(order, group, late, budgets, phases(np.bincount(group)))
-    # ~x ascends as x descends
+    # ~x is in the reverse order of x, without overflow
     out[np.argsort(~sooner, kind="stable")] = np.arange(rank.size)
     return out
 
@@ -111,16 +117,17 @@ def graph(
     exact_below: int = 16384,
     seed: int = 0,
 ) -> tuple[knn.Graph, list[Searched]]:
-    """The k nearest of the same class for every sample, and how each class was searched.
+    """The k nearest neighbors in the same class for every sample, and how each class was searched.
 
-    rows: (n, d) features, ascending by uid. group: (n,) classes. Smaller classes have padded lists.
+    rows: (n, d) features, ascending by uid. group: (n,) classes. Lists of classes with k or fewer
+    samples are padded.
     """
     neighbors = np.full((len(hi), k), -1, np.int64)
     sqdist = np.full((len(hi), k), np.inf, np.float32)
     names, number = np.unique(group, return_inverse=True)
     start, by_class = features.bucketed(number, names.size)
     sizes = np.diff(start)
-    # a build for each of thousands of small classes would take longer than their distances
+    # thousands of builds of small classes would take longer than computing all their distances
     for some in _batches(np.flatnonzero(sizes <= _COMPARED_TOGETHER), sizes):
         mine = np.concatenate([by_class[start[c] : start[c + 1]] for c in some.tolist()])
         found = _in_small_classes(rows[mine], sizes[some], k)
@@ -151,7 +158,7 @@ def graph(
 
 
 def _batches(small: I64, sizes: I64) -> Iterator[I64]:
-    """Small classes, alike in size, so many at a time that their distances stay within memory."""
+    """Batches of small classes of similar size; the distances of a batch fit into memory."""
     small = small[np.argsort(sizes[small], kind="stable")]
     pairs = np.cumsum(sizes[small] ** 2)
     which = pairs // _PAIRS
@@ -161,11 +168,11 @@ def _batches(small: I64, sizes: I64) -> Iterator[I64]:
 
 
 def _in_small_classes(rows: features.F16, sizes: I64, k: int) -> knn.Graph:
-    """Exact lists (n, k) within classes that lie one after the other, each ascending by uid."""
+    """Exact lists (n, k) within classes. The rows of a class are adjacent and ascend by uid."""
     size = np.repeat(sizes, sizes)
     begin = np.repeat(np.cumsum(sizes) - sizes, sizes)
     own = features.inside_runs(sizes)
-    # others in the order of the ring, which is that of equal distances
+    # others in ring order, because the stable sort keeps it at equal distances
     step = np.arange(1, int(sizes.max(initial=1)))
     others = begin[:, None] + (own[:, None] + step) % size[:, None]
     others[step >= size[:, None]] = -1

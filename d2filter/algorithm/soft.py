@@ -1,14 +1,15 @@
-"""Soft selection: copies of samples by their score, each copy of a sample counting less.
+"""Soft selection: computes how often each sample is repeated, from its score.
 
-Soft cap sampling (M-FLYT, Shechter & Carmon 2025, arXiv 2503.08805) draws samples with probability
-softmax of their logits and lowers the logit of what was drawn, again and again. In the limit of
-small steps the copies e of a sample with score s obey de/dt = softmax(s/τ − e), which is solved by
+Soft cap sampling (M-FLYT, Shechter & Carmon 2025, arXiv 2503.08805) repeatedly draws samples, with
+the softmax of their logits as probabilities, and lowers the logit of each drawn sample. In the
+limit of small steps the number of copies e of a sample with score s obeys de/dt = softmax(s/τ − e).
+The solution is
 
     e = log(1 + u·exp(s/τ)),   u such that Σ e is the budget.
 
-So a score that is higher by τ is worth about one copy more, and low scores get a share of a copy.
-Whole copies come from systematic resampling in the order of a hash of the uid: a sample gets e
-rounded down or up, and the sum is the budget.
+A score that is higher by τ is worth about one more copy; low scores get a fraction of a copy.
+Systematic resampling in the order of a hash of the uid turns e into whole numbers: each sample gets
+e rounded down or up, and the sum is the budget.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
 ONE = 2**20
-"""units of expected copies: integers, whose sum has no order"""
-MOST = 2**31 - 1  # of a budget: its square is within int64
+"""1 expected copy; expected copies are integers, so that the order of a sum does not matter"""
+MOST = 2**31 - 1  # largest budget: its square fits into int64
 _BLOCK = 1 << 20
 
 
 def scaled(scores: npt.NDArray[np.generic]) -> F64:
-    """Scores of at least one sample from 0 to 1, (n,) float64; all 1 when they are equal."""
+    """Scores of n ≥ 1 samples, scaled to [0, 1], (n,) float64; all 1 if they are equal."""
     wide = scores.astype(np.float64)
     low, high = wide.min(), wide.max()
     return np.ones_like(wide) if high == low else (wide - low) / (high - low)
 
 
 def expected(scores: F64, size: int, temperature: float) -> I64:
-    """Expected copies of each sample in units of 2⁻²⁰, (n,) int64: the smallest such e of which
-    the sum is at least `size`.
+    """Expected copies of each sample in units of 2⁻²⁰, (n,) int64: e for the smallest u with a sum
+    of at least `size`.
 
     scores: (n,) in [0, 1], n ≥ 1. Raises UsageError for a temperature outside 0.001 to 1000, and a
     size outside 1 to 2³¹ − 1.
@@ -57,7 +58,7 @@ def expected(scores: F64, size: int, temperature: float) -> I64:
         return units
 
     blocks = [slice(begin, begin + _BLOCK) for begin in range(0, odds.size, _BLOCK)]
-    # doubles above 0 ascend as their bits do, and the sum with them
+    # bisect the bits of u: positive doubles have the order of their bits, and the sum grows with u
     low, high = 0, int(np.float64(1e300).view(np.int64))
     while low + 1 < high:
         middle = (low + high) // 2
@@ -71,8 +72,10 @@ def expected(scores: F64, size: int, temperature: float) -> I64:
 
 
 def resampled(wanted: I64, hi: uids.U64, lo: uids.U64, size: int) -> I64:
-    """Copies of each sample, (n,) int64, `size` in all: in the order of a hash of the uid, one at
-    each multiple of Σ e/size of the running sum of e.
+    """Copies of each sample, (n,) int64, `size` in all (systematic resampling).
+
+    The samples are in the order of a hash of the uid, and e is summed in this order. Each time the
+    sum reaches a multiple of Σ e/size, the sample gets a copy.
 
     wanted: (n,) e in any unit, at least one above 0. hi, lo: (n,) uint64.
     """
@@ -80,7 +83,7 @@ def resampled(wanted: I64, hi: uids.U64, lo: uids.U64, size: int) -> I64:
     running = np.cumsum(wanted[order])
     whole, rest = divmod(int(running[-1]), size)
     turn = np.arange(1, size + 1, dtype=np.int64)
-    # the multiples rounded up; the last is the sum itself
+    # the multiples, rounded up; the last one is the sum itself
     marks = turn * whole - (-(turn * rest) // size)
     reached = np.searchsorted(marks, running, side="right")
     out = np.empty(wanted.size, np.int64)
@@ -91,9 +94,9 @@ def resampled(wanted: I64, hi: uids.U64, lo: uids.U64, size: int) -> I64:
 def copies(
     scores: npt.NDArray[np.generic], hi: uids.U64, lo: uids.U64, size: int, temperature: float
 ) -> I64:
-    """Copies of each of n ≥ 1 samples, (n,) int64, `size` in all. Their order does not matter.
+    """Copies of each of n ≥ 1 samples, (n,) int64, `size` in all, in any order of samples.
 
-    scores: (n,) finite, higher is better. Raises UsageError as `expected`.
+    scores: (n,) finite, higher is better. Raises UsageError like `expected`.
     """
     return resampled(expected(scaled(scores), size, temperature), hi, lo, size)
 
@@ -106,9 +109,9 @@ def copies_by_class(
     quota: I64,
     temperature: float,
 ) -> I64:
-    """Copies of each of n samples, (n,) int64: `copies` of each class alone.
+    """Copies of each of n samples, (n,) int64: `copies` for each class separately.
 
-    group: (n,) classes from 0. quota: (classes,) copies that each class gets in all; one without
+    group: (n,) classes from 0. quota: (classes,) number of copies for each class; a class without
     samples gets none. Scores are scaled within a class.
     """
     out = np.zeros(group.size, np.int64)

@@ -1,4 +1,7 @@
-"""The command line. Every failure is one line on stderr and an exit code. See docs/settings.md."""
+"""The command line: parses a command, runs it, and reports a failure as one line and an exit code.
+
+See docs/settings.md.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,11 @@ if TYPE_CHECKING:
 _NOT_IN_A_FILE = ("help", "config", "recipe")
 _BROKEN_PIPE = 128 + signal.SIGPIPE
 
-# heavy packages are imported by the command that needs them: `select` takes about a second
+# each command imports the heavy packages that it needs, so that `select` takes about a second
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default where there is one to speak of."""
+    """Adds the default to the help of an option, unless it is empty or the help contains it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         described = "(default:" in (action.help or "")
@@ -38,7 +41,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
     def _split_lines(self, text: str, width: int) -> list[str]:
-        """Lines of the help text stay lines: lists are read by looking down."""
+        """Keep the line breaks of help texts, so that lists stay lists."""
         out: list[str] = []
         for part in text.splitlines():
             out += super()._split_lines(part, width)
@@ -46,7 +49,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse that fails with one line and never guesses at an abbreviated option."""
+    """An argparse parser that raises UsageError, and that refuses abbreviated options."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
@@ -56,13 +59,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def entry() -> NoReturn:
-    """Console script."""
+    """Run the console script `d2filter`."""
     program(main)
 
 
 def program(run: Callable[[], int]) -> NoReturn:
-    """End the process with the exit code of `run`. What a terminal's encoding lacks is printed as
-    escapes; a reader of stdout that goes away, as in `| head`, ends the program quietly.
+    """Call `run` and end the process with its exit code.
+
+    Characters that the terminal's encoding lacks are printed as escapes. If the reader of stdout
+    goes away, as in `| head`, the program ends without a message.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -78,18 +83,18 @@ def program(run: Callable[[], int]) -> NoReturn:
     except BrokenPipeError:
         code = _BROKEN_PIPE
     if code == _BROKEN_PIPE:
-        # Python flushes once more at its end
+        # Python flushes these streams once more when it ends
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if signals.received() and isinstance(code, int):
-        # all is stopped; what Python does at its end could still be interrupted
+        # everything is stopped; another signal could still interrupt Python's own clean-up
         os._exit(code)
     sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; returns the exit code. argv: words of the command; None: those of Python."""
     with signals.raising():
         try:
             arguments = parse(sys.argv[1:] if argv is None else argv)
@@ -97,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return _interrupted()
         except D2FilterError as error:
-            if signals.received():  # what a signal has ended can fail in other ways before
+            if signals.received():  # the error may be a consequence of the signal
                 return _interrupted()
             return _failed(str(error), error.exit_code)
         except BrokenPipeError as error:
@@ -126,7 +131,7 @@ def _interrupted() -> int:
 
 
 def _stdout_is_gone() -> bool:
-    """Whether nobody reads what this process prints: what could not be written is still held."""
+    """Whether stdout has no reader any more: output that was not written then fails to flush."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -135,8 +140,9 @@ def _stdout_is_gone() -> bool:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line; options of --config stand in for those not given, those of --recipe for
-    what is in neither.
+    """Parse a command line. Options that are not given come from --config, then from --recipe.
+
+    Raises UsageError.
     """
     words = [_dashed(word) for word in argv]
     parser, commands = _parser()
@@ -157,7 +163,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError(
             f"{known.command!r} is no command{nearest}, allowed are {', '.join(commands)}"
         )
-    # argparse would first name what a misspelled option leaves missing
+    # a misspelled option is named here, because argparse would first name required options
     options_of = chosen or parser
     for word in itertools.takewhile(lambda word: word != "--", words):
         name = word.partition("=")[0]
@@ -168,7 +174,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """What a misspelled name was meant to be, for a message; empty when nothing is like it."""
+    """A suggestion for a misspelled name, for a message; empty if no known name is similar."""
     found = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {found[0]}?)" if found else ""
 
@@ -182,8 +188,8 @@ def _dashed(word: str) -> str:
 
 
 def _apply_recipe(command: argparse.ArgumentParser, name: str, with_budget: bool) -> None:
-    """Make a recipe's values the defaults of those options that a command has. with_budget: a
-    number of samples is given, which stands for the fraction.
+    """Make the values of a recipe the defaults of a command's options. with_budget: whether
+    --budget is given, which replaces the recipe's fraction.
     """
     if name not in options.RECIPES:
         raise UsageError(f"recipe is {name!r}, allowed are {', '.join(options.RECIPES)}")
@@ -210,7 +216,7 @@ def _apply_config(command: argparse.ArgumentParser, path: str) -> None:
         raise UsageError(f"--config {path} must hold `option: value` lines")
     known = {action.dest: action for action in command._actions if action.option_strings}
     if values.get("budget") is not None and values.get("fraction") is None:
-        command.set_defaults(fraction=None)  # that of a recipe
+        command.set_defaults(fraction=None)  # the budget replaces the fraction of a recipe
     for name, value in values.items():
         action = known.get(str(name).replace("-", "_"))
         if action is None or action.dest in _NOT_IN_A_FILE:
@@ -226,7 +232,7 @@ def _apply_config(command: argparse.ArgumentParser, path: str) -> None:
 
 
 def _from_yaml(action: argparse.Action, value: Any, where: str) -> Any:
-    """A YAML value as the command line would have made it."""
+    """Convert a YAML value to the value that the command line would give. where: for messages."""
     if isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0:
         if not isinstance(value, bool):
             raise UsageError(f"{where} is {value!r}, allowed are true and false")
@@ -261,12 +267,12 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     for name, text, groups in (
         (
             "embed",
-            "shards → metadata in OUT/metadata",
+            "embed shards: write OUT/metadata",
             (options.common, options.shards, options.device),
         ),
         (
             "graph",
-            "metadata → kNN graph",
+            "build the kNN graph of a pool from its metadata",
             (
                 options.common,
                 options.recipe,
@@ -279,17 +285,17 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         ),
         (
             "rank",
-            "graph → ranking",
+            "rank a pool from its graph",
             (options.common, options.recipe, options.rank, options.rank_alone, options.memory),
         ),
         (
             "select",
-            "ranking → subset.npy for one budget",
+            "write the subset of a budget, subset.npy, from a ranking",
             (options.common, options.recipe, options.select),
         ),
         (
             "run",
-            "shards or metadata → subset.npy, resuming what is there",
+            "run all stages, from shards or metadata to subset.npy; resumes an earlier run",
             (
                 options.common,
                 options.recipe,
@@ -308,59 +314,67 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         added = command(name, text, _run_pipeline)
         for group in groups:
             group(added)
-    showing = command("demo", "draw a pool with planted truth, filter it, compare", _run_demo)
-    showing.add_argument("--out-dir", default="d2filter-demo", help="where everything goes")
-    showing.add_argument("--pairs", type=int, default=4200, help="pairs to draw")
-    showing.add_argument("--seed", type=int, default=0, help="of the drawings")
-    packing = command("pack", "folder of images with captions → shards", _run_pack)
-    packing.add_argument("folder", metavar="FOLDER", help="X.png with X.txt or X.json beside it")
-    packing.add_argument("--shards", required=True, metavar="OUT", help="empty folder to write to")
+    showing = command(
+        "demo", "draw a pool whose wrong pairs are known, filter it, and compare", _run_demo
+    )
+    showing.add_argument("--out-dir", default="d2filter-demo", help="folder for all files")
+    showing.add_argument("--pairs", type=int, default=4200, help="number of pairs to draw")
+    showing.add_argument("--seed", type=int, default=0, help="seed of the drawn pairs")
+    packing = command("pack", "write shards from a folder of images with captions", _run_pack)
+    packing.add_argument(
+        "folder", metavar="FOLDER", help="folder with images such as X.png, and X.txt or X.json"
+    )
+    packing.add_argument(
+        "--shards", required=True, metavar="OUT", help="empty folder for the new shards"
+    )
     packing.add_argument(
         "--caption-lines",
         choices=["first", "all"],
         default="first",
-        help="lines of a caption to take",
+        help="lines of each caption to use",
     )
     packing.add_argument("--shard-size", type=int, default=10000, help="pairs in a shard")
-    sweeping = command("sweep", "many rankings of one graph, measured side by side", _run_sweep)
+    sweeping = command(
+        "sweep", "rank one graph with many settings and compare their measures", _run_sweep
+    )
     options.sweep(sweeping)
     advising = command(
-        "advise", "k, gamma, copies and a budget for this pool, and why", _run_advise
+        "advise", "recommend k, gamma, copies and a budget for a pool, with reasons", _run_advise
     )
     advising.add_argument("out_dir", metavar="OUT", help="run directory with a finished graph")
     advising.add_argument(
-        "--fraction", default="", help="share to keep (default: that of the run, or 0.3)"
+        "--fraction",
+        default="",
+        help="share of the samples to keep (default: that of the run, or 0.3)",
     )
-    resharding = command(
-        "reshard", "shards + subset → new shards of the kept samples", _run_reshard
-    )
+    resharding = command("reshard", "copy the kept samples into new shards", _run_reshard)
     options.reshard(resharding)
-    looking = command("status", "how far a run is, and what is next", _run_status)
+    looking = command("status", "show how far a run is and what is next", _run_status)
     looking.add_argument("out_dir", metavar="OUT", help="run directory")
-    looking.add_argument("--json", action="store_true", help="for programs")
-    reporting = command("report", "what a run did to its pool, as one page to look at", _run_report)
+    looking.add_argument("--json", action="store_true", help="print JSON, for programs")
+    reporting = command("report", "write a page that shows what a run did to its pool", _run_report)
     options.report(reporting)
-    planning = command("plan", "what a run would take on a cluster, before it is run", _run_plan)
+    planning = command("plan", "predict what a run would need on a cluster", _run_plan)
     options.plan(planning)
-    explaining = command("explain", "why samples were kept or dropped", _run_explain)
+    explaining = command("explain", "explain why samples were kept or dropped", _run_explain)
     explaining.add_argument("out_dir", metavar="OUT", help="run directory")
-    explaining.add_argument("uids", metavar="UID", nargs="+", help="32 hex digits")
-    explaining.add_argument("--json", action="store_true", help="for programs")
-    checking = command("verify", "prove from a run's files that it is right", _run_verify)
+    explaining.add_argument("uids", metavar="UID", nargs="+", help="uid of a sample, 32 hex digits")
+    explaining.add_argument("--json", action="store_true", help="print JSON, for programs")
+    checking = command("verify", "prove from a run's files that its result is right", _run_verify)
     checking.add_argument("out_dir", metavar="OUT", help="run directory")
     checking.add_argument(
-        "--deep", action="store_true", help="read the input again and compare it too"
+        "--deep", action="store_true", help="read the input again too, and compare it"
     )
     return parser, commands
 
 
 def _say(line: str) -> None:
-    """One line of stdout. Data in it holds no secret and commands no terminal."""
+    """Print one line on stdout, without secrets and without terminal control characters."""
     print(printable(scrubbed(line)), flush=True)
 
 
 def _print_error(line: str) -> None:
-    """One line of stderr."""
+    """Print one line on stderr, cleaned like `_say`."""
     print(printable(scrubbed(line)), file=sys.stderr, flush=True)
 
 
@@ -401,13 +415,15 @@ def _say_alerts(work: Pipeline) -> None:
 
 
 def _renew_report(work: Pipeline, wanted: bool) -> None:
-    """Write the report where it is wanted, or where there is one, which may show another subset."""
+    """Write the report if it is wanted, or if one exists, because it may show another subset."""
     if wanted or (work.state.reported() and work.state.done("select")):
         _write_report(work)
 
 
 def _write_report(work: Pipeline) -> None:
-    """Unless there is one of the same selection. One of another that cannot be made anew goes."""
+    """Write the report, unless one of the same selection exists. A report of another selection is
+    removed if no new one can be written.
+    """
     from d2filter.tools import report
 
     if work.state.has_report(work.state.require("select")["fingerprint"]):
@@ -420,7 +436,7 @@ def _write_report(work: Pipeline) -> None:
         return
     try:
         _say(f"report    {report.report(work.out, say=_say)}")
-    except Exception as error:  # the run itself is done, whatever its picture cannot show
+    except Exception as error:  # of any kind: the run itself is finished, so only warn
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         _print_error(f"d2filter: warning: no report: {text}; `d2filter report OUT` tries again")
         work.state.drop_report()
@@ -506,7 +522,7 @@ def _run_reshard(arguments: argparse.Namespace) -> None:
     )
     subset = keep.load_subset(arguments.subset)
     kept = keep.load_kept(arguments.subset, subset)
-    # a run knows its shards
+    # the records of a run contain its shards
     patterns = arguments.shards or list(
         provenance.shards(Folder(absolute(arguments.subset))).values()
     )

@@ -1,6 +1,7 @@
-"""The options of the commands, in groups, and the configuration that they make.
+"""Adds the options of each command to its parser, and builds the configuration from parsed options.
 
-See docs/settings.md.
+Most options are declared as fields of the configuration (`d2filter/options.py`). See
+docs/settings.md.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from d2filter.options import options_in
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Options for one situation."""
+    """Named values of options for one situation (`--recipe`)."""
 
     summary: str
-    """what it is for"""
+    """the situation, for the help"""
     values: dict[str, Any]
 
 
@@ -40,9 +41,9 @@ RECIPES = {
             "fraction": "0.3",
         },
     ),
-    # what jobs/results/gamma_rules.md found best
+    # the best setting of jobs/results/gamma_rules.md
     "web": Recipe(
-        summary="image-text pairs from the web: the setting fits itself to the pool and the budget",
+        summary="image-text pairs from the web, with settings fitted to the pool and the budget",
         values={
             "feature_type": "image|text",
             "n_neighbors": 10,
@@ -52,9 +53,10 @@ RECIPES = {
             "fraction": "0.3",
         },
     ),
-    # what jobs/results/bench_cifar_cuda.md and bench_supervised.md found best
+    # the best setting of jobs/results/bench_cifar_cuda.md and bench_supervised.md
     "labels": Recipe(
-        summary="classes, with wrong labels or without, and a score that puts hard samples first",
+        summary="samples with classes, with or without wrong labels, and a score that puts hard "
+        "samples first",
         values={
             "n_neighbors": 10,
             "gamma": config.AUTO,
@@ -64,7 +66,7 @@ RECIPES = {
         },
     ),
     "text": Recipe(
-        summary="texts with classes, when few are kept",
+        summary="texts with classes, if few are kept",
         values={
             "n_neighbors": 10,
             "gamma": 0.1,
@@ -78,13 +80,15 @@ RECIPES = {
 
 
 def common(parser: argparse.ArgumentParser) -> None:
-    """Of every command that runs stages."""
+    """Add the options of all commands that run stages."""
     group = parser.add_argument_group("where and how")
     add(group, config.RunConfig, "out_dir", "address", "max_bad", "overwrite", "heal")
     group.add_argument(
-        "--dry-run", action="store_true", help="say what would be done, and change nothing"
+        "--dry-run", action="store_true", help="show what would be done, and change nothing"
     )
-    group.add_argument("--config", default="", help="YAML file with the same option names")
+    group.add_argument(
+        "--config", default="", help="YAML file with values of options, under the same names"
+    )
 
 
 def metadata(parser: argparse.ArgumentParser) -> None:
@@ -114,7 +118,7 @@ def memory(parser: argparse.ArgumentParser) -> None:
 
 
 def rank(parser: argparse.ArgumentParser) -> None:
-    """Of the ranking, but for the two that `rank_alone` adds where the graph has no say."""
+    """Add the options of the ranking, but for those that `rank_alone` adds to `d2filter rank`."""
     names = [name for name in options_in(config.RankConfig) if name not in _RANK_ALONE]
     add(parser.add_argument_group("ranking"), config.RankConfig, *names)
 
@@ -127,11 +131,11 @@ def select(parser: argparse.ArgumentParser) -> None:
     add(parser.add_argument_group("budget"), config.SelectConfig)
 
 
-_RANK_ALONE = ("n_neighbors", "seed")  # of the same names as options of the graph
+_RANK_ALONE = ("n_neighbors", "seed")  # options of the graph have the same names
 
 
 def add(group: Any, part: Any, *names: str) -> None:
-    """Add the options that a configuration class declares, all of them or those named.
+    """Add the options that a configuration class declares: all, or those with the given names.
 
     group: an ArgumentParser or one of its groups.
     """
@@ -161,12 +165,12 @@ def add(group: Any, part: Any, *names: str) -> None:
 
 
 def recipe(parser: argparse.ArgumentParser) -> None:
-    """Named settings; what is given beside them counts."""
+    """Add `--recipe`. Options that are given beside it take precedence."""
     parser.add_argument(
         "--recipe",
         default="",
         metavar="NAME",
-        help="options for a situation, where they are not given:\n"
+        help="values of several options for one situation; options that you give take precedence:\n"
         + "\n".join(
             f"{name}: {one.summary} ("
             + ", ".join(
@@ -212,7 +216,7 @@ _SWEPT = (
 
 
 def sweep(parser: argparse.ArgumentParser) -> None:
-    """Of the command that compares settings: options of the ranking, with lists of values."""
+    """Add the options of `d2filter sweep`: those of the ranking, with lists of values."""
     parser.add_argument("out_dir", metavar="OUT", help="run directory with a finished graph")
     declared = options_in(config.RankConfig)
     for name in _SWEPT:
@@ -230,61 +234,70 @@ def sweep(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument(
         "--fraction", type=_comma_separated(str), default="0.1,0.3,0.5", metavar="LIST",
-        help="budgets, separated by commas like all lists of this command",
+        help="shares to keep, separated by commas like all lists of this command",
     )  # fmt: skip
 
 
 def reshard(parser: argparse.ArgumentParser) -> None:
-    """Of the command that copies kept samples."""
+    """Add the options of `d2filter reshard`."""
     parser.add_argument(
         "--subset",
         required=True,
         metavar="RUN",
-        help="run directory (samples go by shard and key), or a subset as .npy (they go by uid)",
+        help="run directory, whose samples are found by shard and key, or a subset as .npy, whose "
+        "samples are found by uid",
     )
     parser.add_argument(
         "--shards",
         nargs="+",
         default=None,
         metavar="URL",
-        help="the shards to copy from (default: those that the run has embedded)",
+        help="shards to copy from (default: those that the run has embedded)",
     )
-    parser.add_argument("--out-dir", required=True, help="empty folder: a path or an fsspec URL")
+    parser.add_argument(
+        "--out-dir", required=True, help="empty folder for the new shards: a path or an fsspec URL"
+    )
     parser.add_argument("--shard-size", type=int, default=10_000, help="samples in a new shard")
     parser.add_argument(
         "--shuffle",
         type=int,
         default=None,
         metavar="SEED",
-        help="mix the samples (default: they stay in the order of the input)",
+        help="shuffle the samples with this seed (default: they stay in the order of the input)",
     )
     parser.add_argument(
         "--max-missing",
         type=float,
         default=0.0,
-        help="share of the subset that may be in none of the shards; above it the exit code is 3",
+        help="share of the subset that may be missing from the shards; above it the exit code is 3",
     )
-    parser.add_argument("--address", default="", help="Ray cluster to join; empty: start Ray here")
-    parser.add_argument("--config", default="", help="YAML file with the same option names")
+    parser.add_argument(
+        "--address", default="", help="Ray cluster to join; empty: $RAY_ADDRESS, or start Ray here"
+    )
+    parser.add_argument(
+        "--config", default="", help="YAML file with values of options, under the same names"
+    )
 
 
 def report(parser: argparse.ArgumentParser) -> None:
-    """Of the command that writes report.html."""
+    """Add the options of `d2filter report`."""
     parser.add_argument("out_dir", metavar="OUT", help="run directory")
     parser.add_argument(
         "--gallery",
         type=int,
         default=None,
         metavar="N",
-        help="pictures in a gallery, 0 for none; given, shards on other machines, and those that "
-        "only the metadata names, are read for them (default: 12, from embedded shards at hand)",
+        help="pictures in a gallery, 0 for none; if given, pictures are also read from shards on "
+        "other machines and from shards that only the metadata names (default: 12, from embedded "
+        "shards at hand)",
     )
     parser.add_argument(
         "--shards",
         nargs="+",
         default=None,
         metavar="URL",
-        help="where the pictures are, of a run that was given metadata or whose shards were moved",
+        help="shards with the pictures, for a run that began with metadata or whose shards were "
+        "moved",
     )
 
 
@@ -298,50 +311,79 @@ def report_of_run(parser: argparse.ArgumentParser) -> None:
 
 
 def plan(parser: argparse.ArgumentParser) -> None:
-    """Of the command that predicts."""
+    """Add the options of `d2filter plan`."""
     default = config.GraphConfig()
     group = parser.add_argument_group("pool")
     group.add_argument(
-        "--samples", type=_count, default=0, metavar="N", help="12800000, 12.8e6 or 12.8M"
+        "--samples",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="number of samples: 12800000, 12.8e6 or 12.8M",
     )
-    group.add_argument("--dim", type=int, default=768, help="of one embedding")
+    group.add_argument("--dim", type=int, default=768, help="dimension of one embedding")
     group.add_argument(
-        "--metadata-dir", default="", help="count and measure the rows of a real pool instead"
+        "--metadata-dir",
+        default="",
+        help="folder with the metadata of a real pool, to count and measure in place of --samples "
+        "and --dim",
     )
     group.add_argument(
-        "--arch", default=config.DEFAULT_ARCH, help="of --metadata-dir: which embeddings"
+        "--arch",
+        default=config.DEFAULT_ARCH,
+        help="with --metadata-dir: name of the CLIP model whose embeddings are measured",
     )
-    group.add_argument("--feature-type", default="image|text", help="image|text, image or text")
-    group.add_argument("--n-neighbors", type=int, default=default.n_neighbors, help="k")
-    group.add_argument("--fraction", default="0.3", help="share that is kept")
     group.add_argument(
-        "--shards", action="store_true", help="it begins with shards, which are embedded"
+        "--feature-type",
+        default="image|text",
+        help="embeddings that make the graph: image|text, image or text",
+    )
+    group.add_argument(
+        "--n-neighbors",
+        type=int,
+        default=default.n_neighbors,
+        help="k, the number of neighbors of each sample",
+    )
+    group.add_argument("--fraction", default="0.3", help="share of the samples to keep")
+    group.add_argument(
+        "--shards", action="store_true", help="the run begins with shards, which are embedded"
     )
     group.add_argument(
         "--images-per-second", type=float, default=0.0, metavar="X",
-        help="that one GPU embeds, or a node without",
+        help="images that one GPU embeds in a second, or one node without GPUs",
     )  # fmt: skip
     group = parser.add_argument_group("cluster")
-    group.add_argument("--nodes", type=int, default=1, help="of one kind")
-    group.add_argument("--cpus", type=int, default=os.cpu_count() or 1, help="of a node")
-    group.add_argument("--gpus", type=int, default=0, help="of a node")
-    group.add_argument("--memory", type=_bytes, default=16_000_000_000, help="of a node: 512GB")
-    group.add_argument("--disk", type=_bytes, default=0, help="room for the run directory: 40TB")
+    group.add_argument("--nodes", type=int, default=1, help="number of equal nodes")
+    group.add_argument("--cpus", type=int, default=os.cpu_count() or 1, help="CPUs of a node")
+    group.add_argument("--gpus", type=int, default=0, help="GPUs of a node")
+    group.add_argument(
+        "--memory", type=_bytes, default=16_000_000_000, help="memory of a node, such as 512GB"
+    )
+    group.add_argument(
+        "--disk", type=_bytes, default=0, help="space for the run directory, such as 40TB"
+    )
     group.add_argument(
         "--storage-rate", type=_bytes, default=0, metavar="SIZE",
-        help="that a node reads and writes in a second: 2GB (default: storage keeps up)",
+        help="bytes that a node reads and writes in a second, such as 2GB (default: storage is no "
+        "limit)",
     )  # fmt: skip
-    group.add_argument("--partitions", type=_partitions, default=0, help="auto, or a number")
+    group.add_argument(
+        "--partitions", type=_partitions, default=0, help="number of parts of the graph, or auto"
+    )
     memory(parser)
     group = parser.add_argument_group("rates")
     group.add_argument(
-        "--rates", default="", metavar="FILE", help="measured rates (default: those of 2 CPUs)"
+        "--rates",
+        default="",
+        metavar="FILE",
+        help="file with measured rates (default: those of 2 CPUs)",
     )
     group.add_argument(
         "--calibrate", action="store_true",
-        help="measure rates on this machine first, in about half a minute, into --rates if given",
+        help="measure the rates of this machine first, in about half a minute; with --rates, write "
+        "them to that file",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
 
 
 def _count(text: str) -> int:
@@ -403,19 +445,19 @@ _CONVERTERS: dict[str, Callable[[str], Any]] = {
     "bytes": _bytes,
     "partitions": _partitions,
 }
-"""by `options.Kind`"""
+"""function that converts the text of a value, by `options.Kind`"""
 
 
 def run_config(arguments: argparse.Namespace) -> config.RunConfig:
-    """The whole configuration of a command; options that it does not have keep their defaults."""
+    """The whole configuration for a command; options that the command lacks keep their defaults."""
     given = vars(arguments)
 
     def pick(part: Any, **special: Any) -> Any:
-        # none is a value of copies only, elsewhere it means that nothing was said
+        # None is a value of collapse_copies only; of other options it means "not given"
         fields = {f: given[f] for f in part.__dataclass_fields__ if _is_given(given, f)}
         return part(**{**fields, **special})
 
-    # the first of several is that of subset.npy
+    # the first of several fractions is for subset.npy
     fraction, *also = str(given.get("fraction") or "").split(",")
     shards = given.get("shards")
     if shards and given.get("metadata_dir"):
@@ -423,7 +465,7 @@ def run_config(arguments: argparse.Namespace) -> config.RunConfig:
     embed = pick(config.EmbedConfig, shards=_tuple(shards)) if shards else None
     special: dict[str, Any] = {"feature_keys": tuple(given.get("feature_keys") or ())}
     if embed is not None and not given.get("arch"):
-        special["arch"] = embed.resolved_arch  # the catalog reads what `embed` writes
+        special["arch"] = embed.resolved_arch  # the catalog reads the embeddings of `embed`
     return config.RunConfig(
         out_dir=arguments.out_dir,
         metadata_dir=given.get("metadata_dir", ""),

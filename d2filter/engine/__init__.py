@@ -1,4 +1,4 @@
-"""How tasks run on Ray. The stages submit them; no other package starts Ray.
+"""Runs the tasks of stages on Ray. No other package starts Ray.
 
 runner.py         starts Ray and runs the tasks of a stage
 fanout.py         submits tasks to Ray, retries lost ones

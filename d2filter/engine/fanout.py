@@ -4,8 +4,8 @@ If a worker is killed, runs out of memory or loses its node, its task is tried a
 that doubles each time. An error that the task itself raises is final, because it would occur again.
 Other tasks continue in both cases. Ray's own retries are off, because they have no pause.
 
-Tasks that need a GPU run in processes that keep their GPU and what they have loaded on it from task
-to task, see `hands`.
+Tasks that need a GPU run in processes that keep their GPU and its model from task to task, see
+`gpu_workers`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Needs = dict[str, float]
 Then = Callable[[Outcome], Sequence[Task]]
 
 ATTEMPTS = 5
-_FIRST_PAUSE = 1.0  # seconds; 15 in all before the last attempt
+_FIRST_PAUSE = 1.0  # seconds; all pauses before the last attempt are 15 seconds
 _REPORT_SECONDS = 0.25
-_LOOK_SECONDS = 5.0  # between looks at the cluster
-_PLACE_SECONDS = 600.0  # that a cluster has to bring nodes back
-_IN_FLIGHT = 1024  # tasks that Ray knows of at once: it slows down with many
-_AHEAD = 2  # times those that can run: what is in flight where later tasks go before waiting ones
+_LOOK_SECONDS = 5.0  # between checks of the cluster
+_PLACE_SECONDS = 600.0  # time limit for the cluster to bring nodes back
+_IN_FLIGHT = 1024  # largest number of submitted tasks: Ray slows down with many
+_AHEAD = 2  # submitted tasks per task that can run, if finished tasks add urgent ones
 
 
 class FanOut:
@@ -52,8 +52,8 @@ class FanOut:
         bar: Any,
         token: str = "",
     ) -> None:
-        """needs: returns the resources of a task on the cluster as it is now; bar: for progress;
-        word: the token that a task must find in the run directory, see `shared`.
+        """needs: returns the resources of a task on the cluster at the moment. bar: progress bar.
+        token: what a task must find in the run directory, see `shared_folder`.
         """
         self._ray = ray
         self._folder = folder
@@ -76,9 +76,9 @@ class FanOut:
         self._then: Then | None = None
 
     def run(self, tasks: Sequence[Task], then: Then | None = None) -> list[Outcome]:
-        """All outcomes, in the order of arrival. then: returns more tasks that a finished one makes
-        possible; they run before the waiting ones. Raises StageError if the cluster is gone or no
-        node can take a task.
+        """Run tasks; returns all outcomes in the order of arrival. then: returns the tasks that can
+        start after a finished one; they run before the waiting ones. Raises StageError if the
+        cluster is gone or no node can take a task.
         """
         self._waiting.extend(tasks)
         self._then = then
@@ -103,7 +103,7 @@ class FanOut:
 
     def _submit(self) -> None:
         while self._later and self._later[0][0] <= time.monotonic():
-            # others may wait for what it makes possible
+            # tried again first, because other tasks may depend on it
             self._waiting.appendleft(heapq.heappop(self._later)[2])
         on_gpu_workers = self._asked.get("num_gpus", 0) > 0
         free = self._most_in_flight() - len(self._running)
@@ -121,7 +121,7 @@ class FanOut:
     def _most_in_flight(self) -> int:
         if self._then is None:
             return _IN_FLIGHT
-        # Ray begins them in the order in which it hears of them
+        # Ray starts tasks in the order of submission: submit few, so that urgent ones start soon
         cpus = self._ray.cluster_resources().get("CPU", 1)
         return max(1, min(_IN_FLIGHT, int(_AHEAD * cpus / self._asked.get("num_cpus", 1))))
 
@@ -130,7 +130,7 @@ class FanOut:
             time.sleep(_REPORT_SECONDS)
             return []
         running = list(self._running)
-        # as many as there are in this time; where few are in flight, each makes room
+        # wait for all or for the time limit; if few are submitted, wait for one, to submit the next
         some = len(running) if self._then is None else 1
         ready, left = self._ray.wait(running, num_returns=some, timeout=_REPORT_SECONDS)
         if self._then is not None and left:
@@ -154,7 +154,7 @@ class FanOut:
                 return Outcome(name=task.name, error=same_code.different(outcome, same_code.own()))
         except errors.RayTaskError as error:
             self._gpu_workers.done(reference)
-            # not even begun: a worker that cannot import what the driver can
+            # the task did not start: the worker cannot import a module that the driver can
             cause = getattr(error, "cause", None) or error
             return Outcome(
                 name=task.name,
@@ -191,9 +191,9 @@ class FanOut:
         try:
             done = self._ray.get(self._counter.total.remote())
         except self._ray.exceptions.RayError:
-            self._counter = None  # its node was lost: the tasks matter, the bar does not
+            self._counter = None  # its node was lost: go on without progress
             return
-        # attempts that were lost have counted too
+        # the counter includes the samples of lost attempts
         most = self._bar.total if self._bar.total is not None else done
         self._bar.update(max(0, min(done, most) - self._bar.n))
 
@@ -232,7 +232,7 @@ class FanOut:
             )
 
     def _log(self, event: str, **more: Any) -> None:
-        # a disk that is full for a while must not end the other tasks
+        # a full disk must not end the other tasks
         with contextlib.suppress(OSError, StorageError):
             logs.append(self._folder, logs.DRIVER, event, stage=self._stage, **more)
 
@@ -249,7 +249,7 @@ class FanOut:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why Ray lost a worker, in a line."""
+    """Why Ray lost a worker, as one line."""
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError" or "running low on memory" in text:
         found = re.search(r"was ([\d.]+ ?\w+)(?: used)? ?/ ?([\d.]+ ?\w+)", text)
@@ -265,7 +265,7 @@ def _named(needs: Needs) -> str:
 
 
 class _Counter:
-    """Actor that adds up what tasks report, for the progress bar."""
+    """Actor that counts the samples that tasks report, for the progress bar."""
 
     def __init__(self) -> None:
         self._total = 0
@@ -278,7 +278,7 @@ class _Counter:
 
 
 def _start_counter(ray: Any) -> Any:
-    """On the driver's own node: it goes when that goes, and not before."""
+    """Start the counter on the driver's node, so that no other lost node ends it."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = ray.get_runtime_context().get_node_id()

@@ -13,8 +13,10 @@ from typing import Any
 from d2filter.errors import StageError
 from d2filter.formats.tables import first_line
 
-_MAX_STARTING = 64  # asked for at once: what is not there yet tells an autoscaler to bring it
-_MAX_FAILED_STARTS = 5  # in a row
+_MAX_STARTING = (
+    64  # largest number of requested processes; an autoscaler adds nodes for the pending ones
+)
+_MAX_FAILED_STARTS = 5  # give up after so many processes in a row that end as they start
 
 
 class GpuWorkers:
@@ -23,7 +25,7 @@ class GpuWorkers:
     """
 
     def __init__(self, ray: Any, work: Callable[..., Any]) -> None:
-        """work: function that a process calls with the arguments of `begin`."""
+        """work: function that a process calls with the arguments of `begin`. ray: the module."""
         self._ray = ray
         self._work = work
         self._coming: dict[Any, Any] = {}
@@ -32,8 +34,9 @@ class GpuWorkers:
         self._stillborn = 0
 
     def free(self, needs: dict[str, float], waiting: int, more: int = 0) -> int:
-        """How many processes can take a task now. Requests more while tasks wait, and ends those
-        without a task. more: tasks that will wait soon.
+        """Number of processes that can take a task now. Requests more processes while tasks wait,
+        and ends those that no task will need. needs: resources of a process. waiting: number of
+        waiting tasks. more: number of tasks that will wait soon.
 
         Raises StageError if processes end as soon as they start.
         """
@@ -52,7 +55,7 @@ class GpuWorkers:
         return len(self._free)
 
     def begin(self, *arguments: Any) -> Any:
-        """Give a task to a free one; returns the reference to its result."""
+        """Give a task to a free process; returns the reference to its result."""
         worker = self._free.pop()
         reference = worker.work.remote(*arguments)
         self._busy[reference] = worker
@@ -64,14 +67,14 @@ class GpuWorkers:
             self._free.append(self._busy.pop(reference))
 
     def drop(self, reference: Any) -> bool:
-        """End the process of this result; whether there is one."""
+        """End the process of this result; returns whether it has one."""
         worker = self._busy.pop(reference, None)
         if worker is not None:
             self._end(worker)
         return worker is not None
 
     def close(self) -> None:
-        """End all of them."""
+        """End all processes."""
         for worker in (*self._coming.values(), *self._free, *self._busy.values()):
             self._end(worker)
         self._coming, self._free, self._busy = {}, [], {}
@@ -97,14 +100,14 @@ class GpuWorkers:
 
 
 class _GpuWorker:
-    """A process with a GPU."""
+    """A Ray actor with a GPU."""
 
     def __init__(self, work: Callable[..., Any]) -> None:
         self._work = work
 
     def ping(self) -> None:
-        """Answers when the process is there."""
+        """Return when the process has started."""
 
     def work(self, *arguments: Any) -> Any:
-        """A task."""
+        """Run a task."""
         return self._work(*arguments)

@@ -14,8 +14,9 @@ _TICK_SECONDS = 1.0
 
 
 def progress_bar(label: str, total: int | None, show: bool | None) -> Any:
-    """A progress bar of samples whose clock runs on without progress. show: None for terminals
-    only.
+    """A progress bar of samples, whose clock goes on without progress.
+
+    total: expected samples, if known. show: None: on terminals only.
     """
     return _Bar(
         desc=f"{label:<9}",
@@ -28,7 +29,7 @@ def progress_bar(label: str, total: int | None, show: bool | None) -> Any:
 
 
 def tell(line: str) -> None:
-    """Print a line on stderr, above the bars that are shown."""
+    """Print a line on stderr, above the progress bars."""
     tqdm.write(printable(scrubbed(f"d2filter: {line}")), file=sys.stderr)
 
 

@@ -1,11 +1,11 @@
-"""Figures of a running command at Ray's Prometheus endpoint, beside Ray's own.
+"""Reports figures of a running command at Ray's Prometheus endpoint.
 
 ray_d2filter_samples_total{stage}   counter: samples that the tasks of a stage have processed;
                                     rate() of it is samples per second
 ray_d2filter_recall{k}              gauge: measured recall@k of the graph
 ray_d2filter_share_final            gauge: share of the samples whose final score is known
 
-Each process reports its own figures. Without Ray nothing is reported, at no cost.
+Each process reports its own figures. Without Ray nothing is reported.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Any
 
 
 def count_samples(stage: str, done: int) -> None:
-    """`done` more samples went through a task of a stage."""
+    """Add `done` samples to the count of a stage."""
     counter = _metric("Counter", "d2filter_samples", "Samples that went through", "stage")
     if counter is not None and done > 0:
         counter.inc(done, tags={"stage": stage})
 
 
 def set_recall(k: int, recall: float) -> None:
-    """The graph's lists of k have this recall."""
+    """Report the measured recall@k of the graph."""
     gauge = _metric("Gauge", "d2filter_recall", "Measured recall of the graph", "k")
     if gauge is not None:
         gauge.set(recall, tags={"k": str(k)})
 
 
 def set_share_final(share: float) -> None:
-    """So much of the ranking has its final score."""
+    """Report the share of the samples whose score is final."""
     gauge = _metric("Gauge", "d2filter_share_final", "Share of samples with a final score")
     if gauge is not None:
         gauge.set(share)

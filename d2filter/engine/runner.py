@@ -22,7 +22,7 @@ from d2filter.formats import logs
 from d2filter.formats.paths import Folder, read_jsons
 from d2filter.formats.tables import first_line
 
-# a machine that loses its power closes no connection: Ray waits for seven minutes otherwise
+# a machine that loses power closes no connection; without keepalive Ray waits seven minutes
 _KEEPALIVE = {
     "RAY_grpc_client_keepalive_time_ms": "20000",
     "RAY_grpc_client_keepalive_timeout_ms": "20000",
@@ -30,23 +30,23 @@ _KEEPALIVE = {
 Follow = Callable[[str, dict[str, Any]], Sequence[Task]]
 _SHARED_MEMORY = "/dev/shm"
 _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
-_OBJECT_STORE_BYTES = 200_000_000  # arguments, figures, counters: samples travel through files
+_OBJECT_STORE_BYTES = 200_000_000  # for arguments, figures and counters; samples are in files
 
 
 @dataclass(slots=True)
 class Runner:
-    """Starts Ray at the first fan-out and stops what it started."""
+    """Runs tasks on Ray: starts or joins Ray when first needed, and stops a Ray that it started."""
 
     folder: Folder
     address: str = ""
     show_progress: bool | None = None
     """None: only on a terminal"""
     device: str = "auto"
-    """auto: GPUs where the cluster has any; cpu: none; cuda: wait for them"""
+    """auto: use GPUs if the cluster has any; cpu: use none; cuda: wait for GPUs"""
     _owns_ray: bool = field(default=False, init=False)
     _token: str | None = field(default=None, init=False)
-    """token that every node must find in the run directory; None: not checked yet, empty: no check
-    needed
+    """token that every node must find in the run directory; None: not checked yet; empty: no check
+    is needed
     """
 
     def map(
@@ -63,8 +63,8 @@ class Runner:
         cpus: float = 1,
         then: Follow | None = None,
     ) -> list[dict[str, Any]]:
-        """Run tasks; returns their figures in their order. Tasks that an earlier run finished are
-        not run.
+        """Run tasks; returns their figures in the order of the tasks. Tasks that an earlier run has
+        finished do not run again.
 
         label: name on the progress bar. total: expected samples, if known. share_node: if there are
         fewer tasks than CPUs, tasks share the other CPUs. on_gpu: each task gets a GPU, if
@@ -77,7 +77,7 @@ class Runner:
 
         Raises the task's own error if all failures are the same, StageError otherwise.
         """
-        # one listing: to ask for each of many markers on an object store takes as long as a stage
+        # one listing: a request for each marker on an object store can take as long as a stage
         there = set(self.folder.sub(f"completions/{stage}").names(".json"))
         every = [task.name for task in tasks]
         results = self._done_before(stage, there, tasks, fingerprint)
@@ -87,7 +87,7 @@ class Runner:
             try:
                 more = list(then(name, figures)) if then is not None and not broken else []
             except (D2FilterError, OSError) as error:
-                # it must not stop the tasks that run
+                # the error must not stop running tasks
                 broken.append(in_one_line(error, f"{stage}, after {name}", ""))
                 self._log_failed(stage, [(name, broken[-1])])
                 return []
@@ -139,8 +139,8 @@ class Runner:
     def run_in_driver(
         self, stage: str, task: Task, *, fingerprint: str, skip: bool = False
     ) -> dict[str, Any]:
-        """Run one small task in this process, recorded like any other. skip: not if it was done
-        before.
+        """Run one small task in this process, with log and marker like any other task. skip: do not
+        run it if an earlier run has finished it.
         """
         record = self.folder.read_json(marker(stage, task.name)) if skip else None
         if record is not None and record["fingerprint"] == fingerprint:
@@ -151,7 +151,7 @@ class Runner:
 
     def uses_gpus(self) -> bool:
         """Whether tasks that can use GPUs request them. Raises UsageError if they must, Ray runs on
-        this machine only, and the machine has none; a cluster may get a node with GPUs later.
+        this machine only, and the machine has no GPU. A cluster may get a node with GPUs later.
         """
         ray = self.ray()
         there = any(_count(node, "GPU") for node in _alive(ray))
@@ -189,8 +189,8 @@ class Runner:
     def _done_before(
         self, stage: str, there: Container[str], tasks: Sequence[Task], fingerprint: str
     ) -> dict[str, dict[str, Any]]:
-        """Figures of the tasks that were published with the same fingerprint. there: all markers
-        of the stage.
+        """Figures of the tasks that are finished with the same fingerprint. there: names of all
+        markers of the stage.
         """
         names = {f"{task.name}.json": task for task in tasks if f"{task.name}.json" in there}
         records = read_jsons(self.folder.sub(f"completions/{stage}"), list(names))
@@ -201,11 +201,11 @@ class Runner:
         }
 
     def _figures(self, stage: str, outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
-        """Figures by task name. When any task failed: all of them to the log, one line raised."""
+        """Figures by task name. If tasks failed, logs each error and raises one line."""
         failed = sorted((o for o in outcomes if o.error is not None), key=lambda o: o.name)
         self._log_failed(stage, [(o.name, o.error) for o in failed])
         if failed and failed[0].error and len({str(o.error) for o in failed}) == 1:
-            raise failed[0].error  # one failure, or the same one everywhere
+            raise failed[0].error  # one failed task, or the same error in all
         if failed:
             shown = "; ".join(str(o.error) for o in failed[:3])
             more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
@@ -216,7 +216,7 @@ class Runner:
         return {o.name: o.figures for o in outcomes if o.figures is not None}
 
     def _log_failed(self, stage: str, failed: Sequence[tuple[str, Exception | None]]) -> None:
-        # where the disk is full the error must still reach the user
+        # if the disk is full, the error must still reach the user
         with contextlib.suppress(OSError, StorageError):
             records = [
                 {"stage": stage, "task": name, "error": str(error)} for name, error in failed
@@ -224,19 +224,19 @@ class Runner:
             logs.append_all(self.folder, logs.DRIVER, "task failed", records)
 
     def ray(self) -> Any:
-        """The ray module, connected to the cluster, or to one started in this process.
+        """The ray module, connected to a cluster, or to a Ray that this process started.
 
-        Raises UsageError when there is no cluster at the address, and when its nodes do not share
-        the run directory.
+        Raises UsageError if there is no cluster at the address, or if its nodes do not share the
+        run directory, StageError if Ray cannot start on this machine.
         """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        with signals.held():  # half imported, it fails once more when the process ends
+        with signals.held():  # an interrupted import would fail once more when the process ends
             import ray
 
         if not ray.is_initialized():
             self._start(ray)
         if self._token is None:
-            # one node may become several where it was joined
+            # a cluster of one node that was joined may get more nodes
             joined = (self._owns_ray and bool(self._cluster())) or len(_alive(ray)) > 1
             token = shared_folder.write_token(self.folder) if joined else ""
             shared_folder.check_nodes(ray, self.folder, token)
@@ -244,8 +244,10 @@ class Runner:
         return ray
 
     def _cluster(self) -> str:
-        """Address of the cluster to join; empty for none. Raises UsageError for a dashboard's."""
-        # a submitted job finds its cluster in RAY_ADDRESS; else never join one by accident
+        """Address of the cluster to join; empty for none. Raises UsageError for the address of a
+        dashboard.
+        """
+        # a submitted job finds its cluster in RAY_ADDRESS; no other cluster is joined by accident
         address = self.address or os.environ.get("RAY_ADDRESS", "")
         if address.startswith(("http://", "https://")):
             raise UsageError(
@@ -258,7 +260,7 @@ class Runner:
     def _start(self, ray: Any) -> None:
         address = self._cluster()
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        if not address.startswith("ray://"):  # a client's job is configured by its server
+        if not address.startswith("ray://"):  # the server of a Ray client configures the job
             options.update(job_config=same_code.job_config(ray))
         try:
             if address:
@@ -271,7 +273,7 @@ class Runner:
                 obstacle = _obstacle()
                 if obstacle:
                     raise StageError(f"Ray cannot start on this machine: {obstacle}")
-                # a Ray that is half started could not be stopped
+                # without a signal in between: a half-started Ray could not be stopped
                 with signals.held(), signals.kept():
                     ray.init(
                         **options, address="local", include_dashboard=False,
@@ -280,7 +282,7 @@ class Runner:
                     self._owns_ray = True
         except D2FilterError:
             raise
-        except Exception as error:  # of any kind, a bare Exception too
+        except Exception as error:  # Ray raises errors of any type, also a bare Exception
             text = first_line(error)
             if address:
                 raise UsageError(
@@ -294,13 +296,14 @@ class Runner:
 
 
 def _temporary() -> str:
-    """The folder in which Ray makes those of its sessions."""
+    """The folder in which Ray creates the folders of its sessions."""
     return os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
 
 
 def _obstacle() -> str:
-    """Why Ray cannot start on this machine, with a remedy; empty if it can. Ray itself would report
-    most of this after a minute, or with an error that does not name the cause.
+    """Why Ray cannot start on this machine, with a remedy; empty if nothing is known to prevent it.
+    Ray itself would report most of this after a minute, or with an error that does not name the
+    cause.
     """
     folder = _temporary()
     instead = "set RAY_TMPDIR to another folder, such as /tmp"
@@ -318,14 +321,14 @@ def _obstacle() -> str:
 
 
 def _knock(address: str) -> None:
-    """Raise OSError at once when nothing listens at host:port; Ray itself tries for minutes."""
+    """Raise OSError at once if nothing listens at host:port; Ray itself would try for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _alive(ray: Any) -> list[dict[str, Any]]:
-    """What Ray knows of the nodes that are alive."""
+    """Ray's descriptions of the nodes that are alive."""
     return [node for node in ray.nodes() if node["Alive"]]
 
 
@@ -334,20 +337,20 @@ def _count(node: dict[str, Any], resource: str) -> int:
 
 
 def _largest_node(ray: Any) -> int:
-    """CPUs of the largest node that is alive."""
+    """CPUs of the largest node that is alive, at least 1."""
     return max([1, *(_count(node, "CPU") for node in _alive(ray))])
 
 
 def _node_bytes(ray: Any) -> int:
-    """Memory that Ray hands out on the smallest node that takes tasks, in bytes: not on a head
-    without CPUs.
+    """Memory in bytes that Ray has for tasks on the smallest node with CPUs. A head node without
+    CPUs takes no tasks.
     """
     return min((_count(n, "memory") for n in _alive(ray) if _count(n, "CPU")), default=0)
 
 
 def _cpus_of_task(nodes: Sequence[dict[str, Any]], tasks: int, memory: int) -> int:
-    """CPUs per task, so that the largest node is fully used by the tasks that there are, or that it
-    has memory for.
+    """CPUs per task, so that `tasks` tasks, or as many as fit into memory, use all CPUs of the
+    largest node.
     """
     nothing: dict[str, Any] = {"Resources": {}}
     largest = max(nodes, key=lambda node: _count(node, "CPU"), default=nothing)

@@ -1,9 +1,9 @@
 """Makes sure that workers run the same d2filter as the driver, imported in the same way.
 
 Ray puts the driver's current folder first in the import path of its workers. If a command starts
-inside a clone, workers would import the clone instead of the installed package, or take a file
-numba.py in that folder for the package numba. `import_path` removes this folder. Nodes may also
-have another version installed, so `run_task` compares a hash of the sources with the driver's
+inside a clone, workers would import the clone instead of the installed package, or import a file
+numba.py of that folder instead of the package numba. `import_path` removes this folder. Nodes may
+also have another version installed, so `run_task` compares a hash of the sources with the driver's
 before it runs a task.
 """
 
@@ -25,7 +25,7 @@ from d2filter.errors import DependencyError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """A d2filter that a process has imported."""
+    """The d2filter package that a process has imported."""
 
     version: str
     folder: str
@@ -55,7 +55,7 @@ def own() -> Sources:
 
 
 def require_same(driver: Sources) -> None:
-    """Raise DependencyError when this process has another d2filter than the driver."""
+    """Raise DependencyError if this process has another d2filter than the driver."""
     if own().digest != driver.digest:
         raise different(str(own()), driver)
 
@@ -69,8 +69,8 @@ def different(found: str, driver: Sources) -> DependencyError:
 
 
 def run_task(digest: str, call: bytes, *more: Any) -> Any:
-    """In a worker: run a pickled (function, arguments) if its d2filter has these sources. Returns
-    the function's result, or a string that describes the other d2filter.
+    """Run a pickled (function, arguments) in a worker, if its d2filter has the digest of the
+    driver's. Returns the function's result, or a string that describes the other d2filter.
 
     Ray sends this function by value (`by_value`), because another version of d2filter may lack it,
     or have another signature for the function in `call`.
@@ -102,9 +102,11 @@ def by_value(ray: Any, *modules: str) -> None:
 
 
 def import_path(added: Sequence[str]) -> list[str]:
-    """Of the folders that Ray adds to its workers' import path (that of the driver's script and the
-    current one) those that the driver itself has imported d2filter from, before all installed ones:
-    a clone that `python -m` runs in, or that PYTHONPATH names.
+    """The folders to keep of those that Ray adds to the import path of its workers.
+
+    Ray adds the folder of the driver's script and the current one. A folder is kept if the driver
+    has imported d2filter from it and it precedes the installed packages: a clone in which
+    `python -m` runs, or a clone in PYTHONPATH.
     """
     mine = os.path.realpath(Path(str(d2filter.__file__)).parent.parent)
     installed = os.path.realpath(os.path.dirname(os.__file__))
@@ -122,7 +124,7 @@ def job_config(ray: Any) -> Any:
 
     class Job(ray.job_config.JobConfig):  # type: ignore[misc]  # Ray has no types
         def _serialize(self) -> Any:
-            # Ray has no option for this: it has added the folders just before it calls this
+            # Ray has no option for this; it adds the folders just before it calls _serialize
             added = vars(self)["_py_driver_sys_path"]
             added[:] = import_path(added)
             return super()._serialize()

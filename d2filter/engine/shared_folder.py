@@ -1,8 +1,9 @@
 """Checks that all nodes of a cluster see the same run directory.
 
-Stages exchange data through its files. If it is a path, the driver writes a random token file; a
-node that cannot read it does not share the directory. Each node is checked before the first tasks,
-and each task checks again, because nodes may join later. Object stores need no check.
+Stages exchange data through files of the run directory. If it is a path, the driver writes a file
+with a random token; a node that cannot read the token does not share the directory. Each node is
+checked before the first tasks, and each task checks again, because nodes may join later. Object
+stores need no check.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from d2filter.formats.paths import Folder
 
 TOKEN_FILE = "logs/driver-word.json"
 
-_PAUSES = (0.0, 0.2, 0.5, 1.0)  # a network file system may be behind for a moment
+_PAUSES = (0.0, 0.2, 0.5, 1.0)  # seconds; a network file system may show a new file late
 _ANSWER_SECONDS = 60.0
 
 
@@ -32,12 +33,12 @@ def write_token(folder: Folder) -> str:
 
 
 def not_shared(folder: Folder, token: str) -> UsageError | None:
-    """The error if this process does not find the token there; None if it does."""
+    """The error if this process does not find the token in the run directory; None if it does."""
     if not token:
         return None
     for pause in _PAUSES:
         time.sleep(pause)
-        # what may not be read is not seen either
+        # a file without read permission counts as missing
         with contextlib.suppress(D2FilterError, OSError):
             if folder.read_json(TOKEN_FILE) == token:
                 return None
@@ -45,7 +46,7 @@ def not_shared(folder: Folder, token: str) -> UsageError | None:
 
 
 def check_nodes(ray: Any, folder: Folder, token: str) -> None:
-    """Raise UsageError naming the nodes that do not see the run directory of this process.
+    """Raise UsageError with the names of nodes that do not see the run directory of this process.
 
     A node that does not answer within a minute is skipped; its tasks check again.
     """
@@ -55,7 +56,7 @@ def check_nodes(ray: Any, folder: Folder, token: str) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     connected: Any = client.ray.is_connected
-    # a client is on none of the nodes
+    # a Ray client does not run on a node of the cluster
     here = None if connected() else ray.get_runtime_context().get_node_id()
     asked = {}
     for node in ray.nodes():
@@ -79,7 +80,7 @@ def _sees_not(ray: Any, reference: Any) -> bool:
     try:
         return ray.get(reference) is not None
     except ray.exceptions.RayError:
-        return False  # lost meanwhile, or without d2filter: its tasks will say so
+        return False  # the node was lost, or lacks d2filter: its tasks will report it
 
 
 def _refusal(folder: Folder, nodes: list[str]) -> UsageError:

@@ -1,8 +1,8 @@
-"""Runs one task in a worker: function, log, memory measurement, completion marker.
+"""Runs one task in a worker: calls its function, logs, measures memory, writes the marker.
 
 A task is a module-level function with arguments. It writes its outputs and returns a small dict of
-figures. The dict is published last, as completions/<stage>/<task>.json; a rerun skips a task with
-this marker.
+figures. The dict is published last, as the completion marker completions/<stage>/<task>.json. A
+task with a valid marker is not run again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Task:
     run: Callable[..., dict[str, Any]]
     arguments: dict[str, Any]
     fingerprint: str = ""
-    """of this task alone; empty: that of the stage"""
+    """fingerprint of this task; empty: that of the stage"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,14 +45,14 @@ class Outcome:
 
 
 def marker(stage: str, task: str) -> str:
-    """The completion marker of a task: it contains the task's figures."""
+    """Name of the completion marker of a task. The file contains the task's figures."""
     return f"completions/{stage}/{task}.json"
 
 
 def execute(
     folder: Folder, stage: str, task: Task, fingerprint: str, report: Report, attempt: int = 1
 ) -> Outcome:
-    """Run a task and publish its marker. Whatever it raises comes back in the outcome."""
+    """Run a task and publish its marker. Returns errors of the task in the outcome."""
     started = time.monotonic()
     samples = 0
     log = logs.TaskLog(folder, logs.of_task(stage, task.name))
@@ -84,7 +84,7 @@ def execute(
         folder.publish_json(marker(stage, task.name), record)
     except Exception as error:
         failure = in_one_line(error, f"{stage} task {task.name}", folder.where(log.name))
-        # the error itself must reach the user even when the disk that caused it is full
+        # the error must reach the user even if it was caused by a full disk
         with contextlib.suppress(OSError, StorageError):
             whole = {} if error is failure else {"traceback": traceback.format_exc()}
             log.line("failed", error=str(failure), **whole)
@@ -94,37 +94,39 @@ def execute(
 
 
 def checksums_of(figures: Sequence[dict[str, Any]]) -> Checksums:
-    """The checksums of the files that some tasks have published."""
+    """Checksums of all files that tasks have published, from the tasks' figures."""
     return {name: digest for one in figures for name, digest in one.get("checksums", {}).items()}
 
 
 def in_one_line(error: Exception, what: str, log: str) -> D2FilterError:
-    """One line for anything that a task can raise. log: where its traceback is, if anywhere."""
+    """Convert any error of a task to an error with a one-line message. log: file with the
+    traceback; empty if there is none.
+    """
     if isinstance(error, D2FilterError):
         return error
     if isinstance(error, OSError):
-        # the place and the system's own words
+        # the file and the message of the operating system
         place = f" ({error.filename})" if error.filename else ""
         reason = error.strerror or str(error) or type(error).__name__
         return StorageError(f"{what}: {reason}{place}")
-    # a fault of ours: reported whole, never retried, never silent
+    # a fault of d2filter: reported, and not tried again
     text = (str(error).strip() or "no message").splitlines()[0]
     where = f" (traceback in {log})" if log else ""
     return StageError(f"{what}: {type(error).__name__}: {text}{where}")
 
 
 def assigned_cpus() -> int:
-    """CPUs that Ray gave the running task; outside of a task those of this machine."""
+    """CPUs that Ray assigned to the running task; outside of a task those of this machine."""
     return max(1, int(_assigned().get("CPU", os.cpu_count() or 1)))
 
 
 def assigned_gpu() -> bool:
-    """Whether Ray gave the running task a GPU."""
+    """Whether Ray assigned a GPU to the running task."""
     return _assigned().get("GPU", 0) > 0
 
 
 def _assigned() -> dict[str, float]:
-    """What Ray gave the running task; nothing outside of a task."""
+    """Resources that Ray assigned to the running task, by name; empty outside of a task."""
     import ray
 
     if not ray.is_initialized():
@@ -132,14 +134,14 @@ def _assigned() -> dict[str, float]:
     context: Any = ray.get_runtime_context()
     try:
         assigned: dict[str, float] = context.get_assigned_resources()
-    except AssertionError:  # what Ray says to a driver
+    except AssertionError:  # Ray raises it in a driver
         return {}
     return assigned
 
 
 def _give_back_memory() -> None:
-    """Return memory that earlier tasks have freed to the system, if the C library can. Allocators
-    keep up to half a GB of it, beside the next task's own.
+    """Return memory that earlier tasks have freed to the system, if the C library can. Otherwise
+    allocators keep up to half a GB of it while the next task runs.
     """
     import pyarrow
 
@@ -155,7 +157,7 @@ def reset_peak_rss() -> None:
         with open("/proc/self/clear_refs", "w") as stream:
             stream.write("5")
     except OSError:
-        return  # not permitted in some containers: the peak is then that of the worker's life
+        return  # some containers forbid it: the peak then includes earlier tasks of the worker
 
 
 def peak_rss_bytes() -> int:

@@ -1,4 +1,4 @@
-"""What is read of the metadata and of the files beside it: the options of the catalog."""
+"""The options of the catalog: which columns, scores and embeddings are read from which files."""
 
 from __future__ import annotations
 
@@ -15,29 +15,28 @@ from d2filter.options import option
 FeatureType = Literal["image|text", "image", "text"]
 FEATURE_TYPES: tuple[FeatureType, ...] = ("image|text", "image", "text")
 DEFAULT_ARCH = "l14"
-# options that say where something lies; its content counts, not the place
+# options that are paths: the content of the file is part of the fingerprint, the path is not
 CATALOG_SOURCES = ("score_target", "training_log", "score_file", "within")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogConfig:
-    """Metadata → valid, distinct samples."""
+    """Options of the stage catalog: metadata → valid, distinct samples."""
 
     arch: str = option(
         DEFAULT_ARCH,
-        "reads ARCH_img, ARCH_txt, clip_ARCH_similarity_score (default: that of --model with "
-        f"--shards, else {DEFAULT_ARCH})",
+        "name of the CLIP model in the metadata, which has ARCH_img, ARCH_txt and "
+        "clip_ARCH_similarity_score (default: that of --model with --shards, else "
+        f"{DEFAULT_ARCH})",
         shown_default=None,
     )
-    score_column: str = option(
-        "", "column with the difficulty, of the parquet files or of --score-file"
-    )
+    score_column: str = option("", "column with the score, in the parquet files or in --score-file")
     # empty: the column
     score: str = option(
         "",
-        "a name, or a sum such as 0.7*clip_score+0.3*column-rank(el2n) of raw values, or of "
-        "percentile ranks where scales differ; high goes first in a sum; a name is a column of "
-        "--score-file or of the parquet files, or computed:\n"
+        "a name, or a sum such as 0.7*clip_score+0.3*column-rank(el2n); sums use values as they "
+        "are, or percentile ranks with rank(), for scores of different scales; in a sum, high goes "
+        "first; a name is a column of --score-file or of the parquet files, or a computed score:\n"
         + "\n".join(
             f"{one.name}: {one.summary}; high is {one.meaning}, {one.kept_first} goes first"
             for one in scores.SCORES.values()
@@ -46,56 +45,62 @@ class CatalogConfig:
     )
     score_file: str = option(
         "",
-        "scores from elsewhere: .parquet or .csv with uid and columns, or a folder of them; "
-        "--score-column chooses one",
+        "file with scores: .parquet or .csv with a column uid and columns of scores, or a folder "
+        "of such files; --score-column chooses a column",
         metavar="FILE",
     )
     within: str = option(
         "",
-        "rank only samples of this subset: a .npy of (u8, u8), or a run directory",
+        "rank only the samples of this subset: a .npy of (u8, u8), or a run directory",
         metavar="SUBSET",
     )
     keep_first: str = option(
         "",
-        "which end of the score goes first; low turns its sign in the run's files, not for "
-        "--min-score (default: the score's own, high of a column)",
+        "end of the score that goes first; low turns the sign of scores in the run's files, but "
+        "not for --min-score (default: the score's own, high for a column)",
         choices=("high", "low"),
     )
     score_target: str = option(
         "",
-        "of norm_sim: .npy (t, d), or .npz with ARCH_img, of a target set",
+        "for the score norm_sim: embeddings of a target set, .npy (t, d), or .npz with ARCH_img",
         metavar="FILE",
     )
-    score_batch: int = option(4096, "of negclip_loss: pairs", "whole number")
+    score_batch: int = option(4096, "for the score negclip_loss: pairs in a batch", "whole number")
     score_rounds: int = option(
-        4, "of negclip_loss: random batchings that are averaged", "whole number"
+        4,
+        "for the score negclip_loss: number of random batchings, which are averaged",
+        "whole number",
     )
     group_column: str = option(
         "",
-        "parquet column with classes: neighbors are of the same class, and every budget gives each "
-        "class its share",
+        "parquet column with classes: neighbors are of the same class, and every budget contains "
+        "the share of each class",
     )
     clip_scores: Decimal = option(
         Decimal(0),
-        "of this share of the samples at each end, 0.001 for example, the score becomes that of "
-        "the next sample inside: for scores such as -9999 that leave all others equal",
+        "clip the scores of this share of the samples at each end, such as 0.001, to the score of "
+        "the next sample inside; use it if a few scores such as -9999 make all others nearly equal",
         "share",
         metavar="SHARE",
     )
     training_log: str = option(
         "",
-        "of scores from training: .parquet, or a folder of them, with uid, epoch, label, and "
+        "for scores from training: a .parquet, or a folder of them, with uid, epoch, label, and "
         "probabilities or logits",
         metavar="FILE",
     )
-    feature_type: FeatureType = option("image|text", "image|text, image or text")
+    feature_type: FeatureType = option(
+        "image|text", "embeddings that make the graph: image|text, image or text"
+    )
     feature_keys: tuple[str, ...] = option(
         (),
-        "npz keys that make the graph in place of ARCH_img and ARCH_txt: any embeddings",
+        "npz keys of other embeddings that make the graph, in place of ARCH_img and ARCH_txt",
         "texts",
         metavar="KEY",
     )
-    normalize: bool = option(True, "L2-normalize each embedding (default: yes)", "yes or no")
+    normalize: bool = option(
+        True, "scale each embedding to length 1 (L2) (default: yes)", "yes or no"
+    )
 
     def __post_init__(self) -> None:
         if self.feature_type not in FEATURE_TYPES:
@@ -138,16 +143,16 @@ class CatalogConfig:
 
     @classmethod
     def from_options(cls, options: dict[str, Any], sources: dict[str, str]) -> CatalogConfig:
-        """From a run's record, which tells apart what was asked and where it lay."""
+        """The configuration from a run's record, which stores the paths (`sources`) separately."""
         places = {name: sources.get(name, "") for name in CATALOG_SOURCES}
         keys = tuple(options["feature_keys"])
         share = Decimal(options.get("clip_scores", "0"))
         return cls(**{**options, **places, "feature_keys": keys, "clip_scores": share})
 
     def describe(self, has_column: bool, file_column: str = "") -> dict[str, str]:
-        """What the difficulty is, for those who come after: name, meaning of a high score, the end
-        that is kept first. has_column: whether the metadata brought the score. file_column: that of
-        the score file.
+        """Description of the score for the record: name, meaning of a high score (high_is), and the
+        end that is kept first (kept_first). has_column: whether the score is a column of the
+        metadata. file_column: column of the score file.
         """
         name = self.score or file_column or (self.score_name if has_column else "clip_score")
         given = self.score or self.score_column or self.score_file
@@ -157,18 +162,18 @@ class CatalogConfig:
 
     @property
     def terms(self) -> tuple[summed.Term, ...]:
-        """The terms of the score; none without --score."""
+        """The terms of --score; empty without it."""
         return summed.parse(self.score) if self.score else ()
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the terms are computed from: some of pair, target, pool and log."""
+        """The inputs of the computed terms: a subset of pair, target, pool and log."""
         computed = [scores.SCORES[t.name] for t in self.terms if t.name in scores.SCORES]
         return frozenset(score.needs for score in computed)
 
     @property
     def _with_both_halves(self) -> str:
-        """The first term that needs an image and a text half of the features; empty: none."""
+        """The first term that needs features with an image and a text half; empty if none does."""
         known = (t.name for t in self.terms if t.name in scores.SCORES)
         return next((name for name in known if scores.SCORES[name].both_halves), "")
 
@@ -180,7 +185,7 @@ class CatalogConfig:
 
     @property
     def waits(self) -> bool:
-        """Whether the score needs the whole pool: a term does, or is ranked in it."""
+        """Whether the score needs the whole pool: a term is computed from it, or is a rank."""
         return "pool" in self.needs or any(term.ranked for term in self.terms)
 
     @property
@@ -190,10 +195,10 @@ class CatalogConfig:
         return self.keep_first or own
 
     def raw(self, difficulty: float) -> float:
-        """A difficulty as the score that it was made of."""
+        """The score from which a difficulty was computed."""
         return difficulty if self.first == "high" else 0.0 - difficulty
 
     @property
     def score_name(self) -> str:
-        """The parquet column that holds the difficulty, where there is one."""
+        """The parquet column of the score; it may not exist."""
         return self.score_column or f"clip_{self.arch}_similarity_score"

@@ -1,4 +1,7 @@
-"""Ranking → subset.npy and kept/: one budget of a finished ranking (docs/method.md#budgets)."""
+"""Stage select: writes subset.npy and kept/ for one budget of a finished ranking.
+
+See docs/method.md#budgets.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from d2filter.stages import select_soft
 
 I64 = npt.NDArray[np.int64]
 Chosen = tuple[uids.U64, uids.U64, I64, list[I64]]
-"""hi, lo and rank of samples, (n,) each, and how often each is in every subset"""
+"""hi, lo and rank of samples, (n,) each, and for each subset how often a sample is in it, (n,)"""
 
 
 def select(
@@ -31,13 +34,14 @@ def select(
     method: str,
     arch: str,
 ) -> dict[str, Any]:
-    """Task: keep the first B of `ranked` samples, or B in all with repeats of a soft selection;
-    figures: kept (distinct), total and pruned. kept_first: the end of
-    the score, high or low, that is kept first; low ones lie in the files with their sign turned.
-    method, arch: for the names of several subsets.
+    """Task: keep the first B of `ranked` samples; in a soft selection, B samples with repeats.
 
-    Memory: 24 bytes a sample of the largest subset and one part of the ranking; soft, 100 bytes a
-    sample of the ranking.
+    kept_first: end of the score that is kept first, high or low; files contain low ones with the
+    sign turned. method, arch: for the names of several subsets. Figures: budget, kept (distinct
+    samples), total (with repeats) and pruned.
+
+    Memory: 24 bytes per sample of the largest subset, and one part of the ranking; for a soft
+    selection 100 bytes per sample of the ranking.
     """
     size, several = check(config, ranked)
     chosen = _repeated if config.soft is not None else _first
@@ -55,7 +59,7 @@ def select(
     kept_samples = subset.Kept(hi=hi, lo=lo, rank=rank)
     for write in subset.OUTPUTS.values():
         sums.update(write(out, kept_samples))
-    # readers may hold what was there before: it goes when its successors are there
+    # readers may use earlier files, so these are removed after the new ones are published
     for place in (*subset.OUTPUTS, subset.FURTHER):
         if place not in sums:
             subset.remove_others(out, place, sums)
@@ -73,7 +77,7 @@ def _first(
     report: Report, out: Folder, config: SelectConfig, kept_first: str, method: str,
     sizes: Sequence[int],
 ) -> Chosen:  # fmt: skip
-    """The prefixes of the ranking: uids and ranks of the longest, and who is in each."""
+    """The prefixes of the ranking: uids and ranks of the longest, and which samples each has."""
     kept_hi, kept_lo, kept_rank = [], [], []
     columns = ("uid_hi", "uid_lo", "difficulty", "rank")
     for part in ranking.iter_columns(out.sub("ranking"), columns):
@@ -96,7 +100,7 @@ def _repeated(
     report: Report, out: Folder, config: SelectConfig, kept_first: str, method: str,
     sizes: Sequence[int],
 ) -> Chosen:  # fmt: skip
-    """The same of a soft selection: all samples, and how often each is in."""
+    """Soft selections: uids and ranks of all samples, and how often each subset has them."""
     parts = list(ranking.iter_columns(out.sub("ranking"), select_soft.COLUMNS))
     whole = {name: np.concatenate([part[name] for part in parts]) for name in select_soft.COLUMNS}
     times = select_soft.times(
@@ -108,15 +112,15 @@ def _repeated(
 
 
 def check(config: SelectConfig, ranked: int) -> tuple[int, dict[Decimal, int]]:
-    """Samples to keep of `ranked`: of subset.npy, and of each further share. Raises UsageError for
-    a budget that keeps nothing or more than there is.
+    """Number of samples to keep in subset.npy, and for each share that has its own file. Raises
+    UsageError for a budget that keeps nothing.
     """
     size = budget.budget_of(ranked, fraction=config.fraction, budget=config.budget)
     return size, {share: budget.budget_of(ranked, fraction=share) for share in shares(config)}
 
 
 def shares(config: SelectConfig) -> list[Decimal]:
-    """Those that get a file each: none where only one was asked for."""
+    """The shares that have a file of their own; empty if only one share is given."""
     if not config.also or config.fraction is None:
         return []
     return [config.fraction, *(budget.parse_fraction(share) for share in config.also)]

@@ -22,7 +22,7 @@ from d2filter.errors import UsageError
 I64 = npt.NDArray[np.int64]
 
 COLUMNS = ("uid_hi", "uid_lo", "difficulty", "forward", "final", "rank")
-"""what is read of a ranking"""
+"""columns of the ranking that are read"""
 
 
 def times(
@@ -33,11 +33,11 @@ def times(
     sizes: Sequence[int],
     group: I64 | None = None,
 ) -> list[I64]:
-    """Copies of each sample of a ranking, (n,) int64, for each number of samples in all.
+    """Copies of each sample of a ranking, (n,) int64, for each of `sizes`.
 
-    columns: COLUMNS of the whole ranking, (n,) each, in any order of rows. group: (n,) classes.
-    Memory: about 60 bytes a sample, with classes 100. Raises UsageError where no sample is left to
-    choose from.
+    columns: COLUMNS of the whole ranking, (n,) each, in any order of rows. sizes: total numbers of
+    samples, with repeats. group: (n,) classes. Memory: about 60 bytes per sample, with classes 100.
+    Raises UsageError if no sample has a score of at least `min_score`.
     """
     assert config.soft is not None
     difficulty = columns["difficulty"].astype(np.float32)
@@ -48,7 +48,7 @@ def times(
     rows = np.flatnonzero(among)
     if not rows.size:
         raise UsageError(f"no sample has a score of at least min-score {config.min_score}")
-    # a score below 0 says only that better neighbors stand for a sample
+    # how far a score is below 0 does not matter: better neighbors represent the sample
     score = np.maximum(columns["final"][rows], 0) if method == "d2" else difficulty[rows]
     hi, lo = columns["uid_hi"][rows].astype(np.uint64), columns["uid_lo"][rows].astype(np.uint64)
     found = []

@@ -1,10 +1,10 @@
-"""`d2filter advise OUT`: k, gamma, copies and a budget for this pool, with what speaks for them.
+"""`d2filter advise OUT`: recommends k, gamma, copies and a budget for a pool, with reasons.
 
-Settings are ranked in memory on the graph that is there and measured side by side: coverage of
-distinct groups, kept near-copies, mean score (`algorithm/measures/distinct.py`), and the rate at
-which they would keep wrong pairs (`tools/selfcheck.py`).
+It ranks the pool in memory with several settings, on the finished graph, and compares their
+measures: coverage of distinct groups, kept near-copies and mean score
+(`algorithm/measures/distinct.py`), and the rate of kept wrong pairs (`tools/selfcheck.py`).
 
-advise.json   what is recommended and why, and the measures of all that was tried
+advise.json   the recommendation with its reasons, and the measures of all settings
 advise.html   the same as a page
 """
 
@@ -34,29 +34,29 @@ DATA, PAGE = "advise.json", "advise.html"
 FRACTIONS = selfcheck.FRACTIONS
 NEIGHBORS = (1, 5, 10, 20)
 GAMMAS = (0.5, 1.0, 2.0, 3.0, 5.0, 10.0)
-"""of the kernel local, beside the one that fits itself"""
+"""gammas to try with the kernel `local`, besides `auto`"""
 SLACK = 0.02
-"""more of the wrong pairs than the score alone keeps, at most"""
+"""a recommended setting may keep this share of the wrong pairs more than the score alone keeps"""
 WORTH = 0.005
-"""of coverage: less does not decide"""
+"""smaller differences of coverage do not decide"""
 FEWEST = 20
-"""samples that can be advised on"""
+"""fewest samples for advice"""
 CLEAN = 0.05
-"""of the wrong pairs: budgets that keep more are not recommended"""
+"""budgets that keep a larger share of the wrong pairs are not recommended"""
 _SCORE = "score alone"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One setting, measured."""
+    """One setting with its measures."""
 
     config: RankConfig
     rows: dict[str, Row]
-    """measures by fraction; `wrong` is the self-check's, None where there is none"""
+    """measures by fraction; `wrong` is the rate of the self-check, None without a self-check"""
 
     @property
     def name(self) -> str:
-        """In few words."""
+        """A short name for tables and plots."""
         config = self.config
         if config.method != "d2":
             return _SCORE
@@ -66,24 +66,25 @@ class Trial:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
-    """What is recommended: lines of (what, value, why)."""
+    """A recommendation. `lines` are (name, value, reason)."""
 
     lines: tuple[tuple[str, str, str], ...]
     commands: tuple[str, ...]
     notes: tuple[str, ...]
     chosen: Trial
     fraction: str
-    """that settings were compared at"""
+    """fraction at which settings were compared"""
     budget: str
-    """that is recommended"""
+    """recommended fraction"""
     trials: tuple[Trial, ...]
 
 
 def advise(folder: Folder, *, fraction: str = "", say: Say = lambda line: None) -> Advice:
-    """Measure settings and choose; writes advise.json and advise.html.
+    """Measure settings and choose one; writes advise.json and advise.html.
 
     fraction: budget at which settings are compared; empty: that of the run, or 0.3. Raises
-    RunStateError without a graph, InputError for a pool that is too small.
+    RunStateError without a graph, InputError for a pool that is too small, UsageError for a
+    fraction that keeps nothing.
     """
     state = RunState(folder)
     k = int(state.require("graph")["stats"]["k"])
@@ -149,7 +150,7 @@ def table(found: Advice) -> list[str]:
 
 
 class _Bench:
-    """A loaded pool, and the same with swapped captions."""
+    """A loaded pool, and its copy with swapped captions for the self-check."""
 
     def __init__(self, folder: Folder, say: Say) -> None:
         say("reading the graph and its features")
@@ -196,12 +197,12 @@ def _own_share(state: RunState) -> Decimal:
 
 
 def _plain(share: Decimal) -> Decimal:
-    """0.3 for 0.3000."""
+    """The number without trailing zeros: 0.3 for 0.3000."""
     return Decimal(f"{share.normalize():f}")
 
 
 def _grid(k: int, share: Decimal) -> list[RankConfig]:
-    """Settings to try, those that fit themselves first: copies collapse in all of them."""
+    """The settings to try, those with `--gamma auto` first; all demote near-copies."""
     ks = [n for n in NEIGHBORS if n <= k] or [k]
     common: dict[str, Any] = {"kernel": "local", "collapse_copies": AUTO}
     fitted = [RankConfig(n_neighbors=n, gamma=AUTO, tuned_for=share, **common) for n in ks]
@@ -210,7 +211,7 @@ def _grid(k: int, share: Decimal) -> list[RankConfig]:
 
 
 def _limit(by_score: Trial, bench: _Bench, at: str) -> tuple[Callable[[Row], bool], str]:
-    """Which settings may be recommended, and that in words."""
+    """The condition that a recommended setting must meet, and its description."""
     alone = by_score.rows[at]
     if alone["wrong"] is not None:
         most = alone["wrong"] + SLACK
@@ -220,7 +221,9 @@ def _limit(by_score: Trial, bench: _Bench, at: str) -> tuple[Callable[[Row], boo
 
 
 def _best(trials: Sequence[Trial], at: str, limit: Callable[[Row], bool]) -> Trial:
-    """The most coverage within the limit; of those alike, the highest mean score."""
+    """The setting with the highest coverage within the limit; if several are about equal, that with
+    the highest mean score.
+    """
     allowed = [t for t in trials if limit(t.rows[at])]
     if not allowed:
         wrong = [t.rows[at]["wrong"] for t in trials]
@@ -233,7 +236,7 @@ def _best(trials: Sequence[Trial], at: str, limit: Callable[[Row], bool]) -> Tri
 
 
 def _best_of_copies(trials: Sequence[Trial], at: str, limit: Callable[[Row], bool]) -> Trial:
-    """The fewest kept near-copies that cost no coverage."""
+    """The setting that keeps the fewest near-copies without a loss of coverage."""
     allowed = [t for t in trials if limit(t.rows[at])] or list(trials)
     most = max(t.rows[at]["coverage"] for t in allowed)
     alike = [t for t in allowed if t.rows[at]["coverage"] >= most - WORTH]

@@ -1,5 +1,7 @@
-"""What the report shows of a finished run, as arrays: counted over all ranked samples, or measured
-on a sample of them that a hash of the uid chooses.
+"""Computes the measures of a finished run that the report shows.
+
+Some are counted over all ranked samples; the others are measured on m of them, which a hash of the
+uid chooses.
 """
 
 from __future__ import annotations
@@ -33,68 +35,69 @@ Bools = npt.NDArray[np.bool_]
 
 CLIP_SCORE = "CLIP score"
 FEWEST = 2
-"""ranked samples that can be measured"""
+"""fewest ranked samples that can be measured"""
 _FRACTIONS = tuple(Decimal(f) for f in ("0.05", "0.1", "0.2", "0.3", "0.4", "0.5", "0.7", "0.9"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subset:
-    """One way to keep as many of the m samples as the run does."""
+    """Measures of one subset of the m samples, such as that of the run or of the score alone."""
 
     name: str
     kept: Bools
     """(m,)"""
     nearest: F64
-    """(q,) distance of each watched group to the nearest kept sample, 0 where a member is kept"""
+    """(q,) distance of each watched group to the nearest kept sample, 0 if a member is kept"""
     measured: distinct.Measured
     score: float
-    """mean difficulty of what is kept, raw"""
+    """mean score of the kept samples, as in the metadata"""
 
     @property
     def coverage(self) -> float:
-        """Of distinct groups."""
+        """Coverage of distinct groups."""
         return self.measured.coverage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """Measures of one ranking by the share that is kept."""
+    """Measures of one ranking at several fractions."""
 
     name: str
     fractions: tuple[float, ...]
     coverage: tuple[float, ...]
     score: tuple[float, ...]
-    """mean difficulty of what is kept, raw"""
+    """mean score of the kept samples, as in the metadata"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cells:
-    """Regions of the pool, (c,) each, by ascending share."""
+    """Regions of the pool, (c,) each, by ascending share of kept samples."""
 
     center: tuple[str, ...]
     """uid of the sample in the middle"""
     size: I64
+    """number of samples"""
     share: F64
-    """kept"""
+    """share of kept samples"""
     score: F64
-    """mean difficulty, raw"""
+    """mean score, as in the metadata"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measures:
-    """All of it."""
+    """All measures of a finished run. m: number of samples that are measured."""
 
     records: dict[str, dict[str, Any]]
-    """of the stages"""
+    """records of the stages, by stage"""
     stats: dict[str, Any]
-    """stats.json"""
+    """content of stats.json"""
     reasons: dict[str, dict[str, int]]
-    """why samples were not ranked, see `ledger.count_reasons`"""
+    """counts of samples that were not ranked, by reason, see `ledger.count_reasons`"""
     method: str
     setting: str
-    """how `sweep` calls it"""
+    """name of the setting in `sweep`, see `sweep.label`"""
     score: str
-    """what the difficulty is"""
+    """name of the score"""
     rule: Rule
     ranked: int
     first: Ends
@@ -103,14 +106,15 @@ class Measures:
     near: float
     """squared distance up to which samples are near-copies"""
     groups: int
-    """groups of the m samples"""
+    """number of distinct groups among the m samples"""
     crowding: distinct.Crowding
-    """of the kept ones among the m, whose lists are looked up in the whole pool"""
+    """of the kept samples among the m; their lists contain neighbors from the whole pool"""
     exact_copies: tuple[int, int]
-    """samples of the whole pool with a copy at distance 0, and kept ones with a kept one"""
+    """number of samples of the whole pool with an exact copy, and number of kept samples with a
+    kept exact copy"""
     shared_caption: tuple[int, str] | None
-    """how many of the m have the most frequent text embedding, and the first uid of them; None
-    where features hold no text"""
+    """number of the m samples that have the most frequent text embedding, and the first uid of
+    them; None if features contain no text half"""
     own: Subset
     by_score: Subset
     at_random: Subset
@@ -118,28 +122,29 @@ class Measures:
     curves: tuple[Curve, ...]
     cells: Cells
     swept: tuple[sweep.Row, ...]
-    """what `d2filter sweep` measured on this graph"""
+    """rows that `d2filter sweep` has stored for this graph"""
 
     @property
     def whole(self) -> bool:
-        """Whether the measures are of all ranked samples."""
+        """Whether all ranked samples are measured."""
         return len(self.drawn.hi) == self.ranked
 
     @property
     def raw(self) -> F32:
-        """Difficulty as the metadata had it, (m,)."""
+        """Scores as in the metadata, (m,)."""
         return self.rule.raw(self.drawn.difficulty)
 
     @property
     def share(self) -> float:
-        """Kept, of the ranked samples."""
+        """Share of the ranked samples that is kept."""
         return float(self.stats["samples"]["kept"]) / self.ranked
 
 
 def measure(folder: Folder, ends: int) -> Measures:
-    """The measures of a finished run; ends: samples of the first and the last ranks to name.
+    """Compute the measures of a finished run. ends: number of samples to list from the first ranks,
+    and from the last ones.
 
-    Raises RunStateError when it is not finished, InputError for less than FEWEST samples.
+    Raises RunStateError if the run is not finished, InputError for less than FEWEST samples.
     """
     state = RunState(folder)
     records = {stage: state.require(stage) for stage in ("catalog", "graph", "rank", "select")}
@@ -195,7 +200,7 @@ def measure(folder: Folder, ends: int) -> Measures:
             score=tuple(_mean(raw, one) for one in prefixes),
         )
 
-    # one name, one curve: a run may itself be ranked at random
+    # one curve for each name: the run's own method may be `random`
     rankings = {
         "random": at_random,
         score_label: by_score,
@@ -230,7 +235,7 @@ def measure(folder: Folder, ends: int) -> Measures:
 
 
 def score_name(score: dict[str, str]) -> str:
-    """What people call a run's difficulty."""
+    """The name of a run's score for people."""
     name = score["name"]
     is_clip = name == "clip_score" or (
         name.startswith("clip_") and name.endswith("_similarity_score")
@@ -239,7 +244,7 @@ def score_name(score: dict[str, str]) -> str:
 
 
 def _as_asked(config: RankConfig) -> RankConfig:
-    """A record names both kernel widths, also where one was given for both."""
+    """The configuration with `gamma_forward` only if it differs: a record always contains both."""
     return replace(config, gamma_forward=None) if config.gamma_forward == config.gamma else config
 
 

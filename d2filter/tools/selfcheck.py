@@ -1,7 +1,8 @@
-"""Would wrong pairs be kept? The self-check (`algorithm/measures/selfcheck.py`) of a run directory.
+"""Runs the self-check on a run directory: would the run's setting keep wrong pairs?
 
-In memory, beside the result: a pool of up to MOST samples whole, a larger one by a sample of it
-that a hash of the uid chooses, with a graph of its own.
+See `algorithm/measures/selfcheck.py`. The self-check works in memory and does not change the run. A
+pool of up to MOST samples is checked whole. Of a larger pool a hash of the uid chooses SAMPLED
+samples, which get a graph of their own.
 """
 
 from __future__ import annotations
@@ -29,32 +30,36 @@ Figures = dict[str, Any]
 I64 = npt.NDArray[np.int64]
 
 MOST = 200_000
-"""samples of a pool that is checked whole"""
+"""largest pool that is checked whole, in samples"""
 SAMPLED = 50_000
-"""samples of a larger one"""
+"""samples that are checked of a larger pool"""
 CHEAP = ("d2", "score", "random")
-"""methods that rank a pool a second time for a report"""
+"""methods that are fast enough to rank a pool a second time for a report"""
 FRACTIONS = tuple(Decimal(f) for f in ("0.1", "0.2", "0.3", "0.5", "0.7"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A pool with swapped captions, ready to be ranked by any setting."""
+    """A copy of a pool with swapped captions, which any setting can rank."""
 
     known: rank_in_memory.LoadedPool
     swapped: I64
-    """(m,) rows"""
+    """(m,) rows with swapped captions"""
     correlation: float
+    """of cosine and difficulty"""
     ranked: int
-    """samples of the whole pool"""
+    """number of ranked samples in the whole pool"""
 
     @property
     def whole(self) -> bool:
-        """Whether it is all of the pool."""
+        """Whether the whole pool is checked."""
         return len(self.known.part.hi) == self.ranked
 
     def rates(self, config: RankConfig, fractions: Iterable[Decimal]) -> dict[str, Figures]:
-        """By budget: the rates at which a setting, and the score alone, keep swapped captions."""
+        """For each budget, the rates at which a setting and the score alone keep swapped captions.
+
+        Keys: kept, low and high (rate with its 95% interval), by_score, share_kept.
+        """
         part = self.known.part
         rank = ranks(self.known, config)
         by_score = selfcheck.rank_by_score(part.difficulty, part.hi, part.lo)
@@ -73,8 +78,8 @@ class Prepared:
 
 
 def load(folder: Folder, say: Say = lambda line: None) -> rank_in_memory.LoadedPool:
-    """A pool with its graph and features, ascending by uid: whole up to MOST samples, else SAMPLED
-    of them with a graph of their own, which is said. Classes are not known of a sample.
+    """Load a pool with graph and features, ascending by uid: all samples up to MOST, else SAMPLED
+    of them with a graph of their own, without classes. say: called with a line in that case.
     """
     state = RunState(folder)
     k = int(state.require("graph")["stats"]["k"])
@@ -89,7 +94,7 @@ def load(folder: Folder, say: Say = lambda line: None) -> rank_in_memory.LoadedP
 
 
 def prepare(folder: Folder, known: rank_in_memory.LoadedPool) -> Prepared | str:
-    """A loaded pool with captions swapped, or why it cannot be made."""
+    """A copy of a loaded pool with swapped captions, or the reason why the check is impossible."""
     record = RunState(folder).require("catalog")
     options, ranked = record["options"], int(record["stats"]["samples"]["ranked"])
     part = known.part
@@ -122,7 +127,7 @@ def prepare(folder: Folder, known: rank_in_memory.LoadedPool) -> Prepared | str:
 
 
 def ranks(known: rank_in_memory.LoadedPool, config: RankConfig) -> I64:
-    """Ranks of a loaded pool by a setting, with as many neighbors as it asks for, (n,)."""
+    """Ranks of a loaded pool by a setting, (n,) int64, with the setting's number of neighbors."""
     k = config.n_neighbors
     if k and k < known.part.neighbors.shape[1]:
         known = known.narrowed(k)
@@ -130,7 +135,7 @@ def ranks(known: rank_in_memory.LoadedPool, config: RankConfig) -> I64:
 
 
 def of_run(folder: Folder) -> Figures:
-    """The self-check of the setting of a finished run, as report.json holds it."""
+    """The self-check of the setting of a finished run, in the form of report.json."""
     method = RunState(folder).require("rank")["options"]["method"]
     if method not in CHEAP:
         return {"why_not": f"{method} would have to rank the pool again"}
@@ -142,7 +147,7 @@ def of_run(folder: Folder) -> Figures:
     own = Decimal(samples["kept"]) / Decimal(samples["kept"] + samples["pruned"])
     config = RankConfig.from_options(state.require("rank")["options"])
     size = len(prepared.known.part.hi)
-    # a budget that keeps nothing of a sample cannot be measured
+    # of a sample of the pool a small budget may keep nothing
     requested = [f for f in {*FRACTIONS, own} if f and budget.floor_of(f, size)]
     rates = prepared.rates(config, sorted(requested))
     found: Figures = {
@@ -171,7 +176,7 @@ def _whole(folder: Folder, k: int) -> rank_in_memory.LoadedPool:
 def _sampled(
     folder: Folder, k: int, ranked: int, facts: auto_settings.PoolFacts
 ) -> rank_in_memory.LoadedPool:
-    """SAMPLED of them, ascending by uid, with a graph of their own."""
+    """SAMPLED of the samples, ascending by uid, with a graph of their own."""
     home = folder.sub("catalog")
     layout = catalog.layout(home)
     bound = np.uint64(min(2**64 - 1, int(1.2 * SAMPLED / ranked * 2**64)))

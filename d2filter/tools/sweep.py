@@ -1,7 +1,7 @@
-"""`d2filter sweep OUT`: many rankings of one graph, measured side by side, none searched again.
+"""`d2filter sweep OUT`: ranks one graph with many settings and compares their measures.
 
-sweep/settings/NAME.json   the measures of one setting at each fraction, with the graph they are of
-sweep/table.csv            all that was asked for last, a line a setting and fraction
+sweep/settings/NAME.json   measures of one setting at each fraction, and the graph's fingerprint
+sweep/table.csv            results of the latest sweep, a line per setting and fraction
 sweep/plot.png             the same as curves
 
 Memory: the graph, the features and one ranking of the whole pool.
@@ -34,12 +34,12 @@ Say = Callable[[str], None]
 Row = dict[str, Any]
 I64 = npt.NDArray[np.int64]
 
-_CURVES = 30  # that a plot can still tell apart
-_LABELLED = 8  # curves whose dots can still be named
+_CURVES = 30  # largest number of curves that a plot shows
+_LABELLED = 8  # largest number of curves whose dots have labels
 
 WATCHED = 2000
-"""groups at most whose way to the nearest kept sample is measured"""
-_CELLS, _CELL = 1000, 20  # regions at most, and samples in one at least
+"""largest number of groups whose distance to the nearest kept sample is measured"""
+_CELLS, _CELL = 1000, 20  # largest number of regions, and average samples of one at least
 
 MEASURES = {
     "coverage": "how near a kept sample is to each distinct group, copies counted once, 1 where a "
@@ -56,14 +56,14 @@ MEASURES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """What is tried: every combination."""
+    """The settings and fractions to measure: every combination."""
 
     configs: tuple[RankConfig, ...]
     fractions: tuple[Decimal, ...]
 
 
 def grid(fractions: Sequence[str], **values: Sequence[Any]) -> Grid:
-    """All combinations of options of RankConfig; what a method does not look at is not varied.
+    """All combinations of options of RankConfig. Options that a method does not use are not varied.
     Raises UsageError for values out of range.
     """
     configs: dict[str, RankConfig] = {}
@@ -72,7 +72,7 @@ def grid(fractions: Sequence[str], **values: Sequence[Any]) -> Grid:
         read = selectors.options(options.get("method", "d2"))
         for name in selectors.OPTIONS - read:
             options.pop(name, None)
-        asked = RankConfig(**options)  # all must be in range, also what is not looked at
+        asked = RankConfig(**options)  # refuses values out of range, also those that are not used
         if not asked.is_tuned:
             options.pop("tuned_for", None)
         if options.get("method", "d2") != "d2":
@@ -90,7 +90,7 @@ def grid(fractions: Sequence[str], **values: Sequence[Any]) -> Grid:
 
 
 def label(config: RankConfig) -> str:
-    """A setting in few words: what is not the default."""
+    """A short name of a setting: its method and the options that are not the default."""
     default = options_of(RankConfig())
     own = options_of(config)
     words = [config.method]
@@ -102,15 +102,16 @@ def label(config: RankConfig) -> str:
 
 
 def cell_count(samples: int) -> int:
-    """Regions that a pool is looked at in."""
+    """Number of regions into which a pool is divided for the report."""
     return min(_CELLS, max(1, samples // _CELL))
 
 
 def sweep(folder: Folder, wanted: Grid, say: Say) -> list[Row]:
-    """Rank and measure what is not there yet; writes the table and the plot, returns its rows.
+    """Measure the settings that were not measured before; writes the table and the plot, returns
+    the rows of the table.
 
-    Raises RunStateError without a graph, UsageError for more neighbors than it has, or for a pool
-    that is too large for a method.
+    Raises RunStateError without a graph, UsageError for more neighbors than the graph has, or for a
+    pool that is too large for a method.
     """
     made = RunState(folder).require("graph")
     k = int(made["stats"]["k"])
@@ -145,7 +146,7 @@ def sweep(folder: Folder, wanted: Grid, say: Say) -> list[Row]:
 
 
 def measured(folder: Folder) -> list[Row]:
-    """All measures that `sweep` has made on the graph that is there, by setting and fraction."""
+    """All measures that sweeps have stored for the current graph, by setting and fraction."""
     graph = RunState(folder).require("graph")["fingerprint"]
     home = folder.sub("sweep/settings")
     rows = []
@@ -153,7 +154,7 @@ def measured(folder: Folder) -> list[Row]:
         if found["graph"] == graph:
             name = label(RankConfig.from_options(found["options"]))
             mine = found["measures"].values()
-            # another version measured otherwise
+            # another version may have stored other measures
             rows += [{"setting": name, **row} for row in mine if row.keys() >= MEASURES.keys()]
     return sorted(rows, key=lambda r: (r["setting"], Decimal(r["fraction"])))
 
@@ -171,7 +172,7 @@ def table(rows: list[Row]) -> list[str]:
 
 
 class _Pool:
-    """A pool with what all measures share."""
+    """A loaded pool, and the values that all measures use."""
 
     def __init__(self, folder: Folder, k: int, say: Say) -> None:
         say("reading the graph and its features")
@@ -179,7 +180,7 @@ class _Pool:
         self._k = k
         self._lists = {k: rank_in_memory.read_pool(folder, k, with_features=True)}
         whole = self._lists[k]
-        # measures are over rows by uid, as the features lie
+        # measures are over rows in order of uid, like the features
         self._order = whole.order
         self._pool = whole.by_uid(RankConfig())
         p = self._pool
@@ -208,7 +209,7 @@ class _Pool:
         if isinstance(checked, str) or config.method not in selfcheck.CHEAP:
             return {}
         size = len(checked.known.part.hi)
-        # a budget that keeps nothing of a sample of the pool cannot be measured
+        # the self-check may use a sample of the pool, of which a small budget keeps nothing
         rates = checked.rates(config, [f for f in fractions if budget.floor_of(f, size)])
         return {fraction: row["kept"] for fraction, row in rates.items()}
 
@@ -237,7 +238,7 @@ class _Pool:
 
 
 def _known(folder: Folder, config: RankConfig, fingerprint: str) -> dict[str, Row]:
-    """What was measured on this graph before."""
+    """Measures of a setting on this graph from an earlier sweep, by fraction."""
     found = folder.read_json(_file(config))
     if found is None or found["graph"] != fingerprint:
         return {}
@@ -259,7 +260,7 @@ def _write_table(folder: Folder, rows: list[Row]) -> None:
 
 
 def _plot(folder: Folder, rows: list[Row]) -> None:
-    """A panel a measure, and score against coverage; a curve a setting."""
+    """Plot a panel for each measure and one of score against coverage; a curve for each setting."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(r["setting"] for r in rows))

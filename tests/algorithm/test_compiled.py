@@ -1,4 +1,4 @@
-"""Compiled loops: no numba until one is called, no place needed to cache them, any processor."""
+"""Compiled loops: numba is imported at the first call, no cache folder is needed, any processor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory of rows, and the partitions that it makes."""
+"""Memory of rows, and the number of partitions that follows from it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What images and manifests are compared with: project file, pins, and the parsers of what they
-start.
+"""Fixtures to check images and manifests: project file, version pins, and parsers of the commands
+that they start.
 """
 
 from __future__ import annotations

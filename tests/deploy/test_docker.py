@@ -1,4 +1,4 @@
-"""The images, as far as they can be checked without an engine that builds them."""
+"""Checks of the Docker images that need no Docker."""
 
 from __future__ import annotations
 

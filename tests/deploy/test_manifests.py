@@ -1,4 +1,4 @@
-"""The manifests for KubeRay, read as the operator, Ray's autoscaler and d2filter read them."""
+"""The manifests for KubeRay, as the operator, Ray's autoscaler and d2filter read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Slurm script, run here: `srun` and `scontrol` are stand-ins that act on this machine."""
+"""The Slurm script, with stand-ins for `srun` and `scontrol` that act on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each kind of unusable input: one line, the right exit code, nothing under the final names."""
+"""Each kind of unusable input: one line, the right exit code, and no files with final names."""
 
 from __future__ import annotations
 

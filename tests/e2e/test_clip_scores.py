@@ -1,4 +1,4 @@
-"""Sentinel scores: an alert, an error where all become one number, and the clip that helps."""
+"""Sentinel scores such as −9999: the alert, the error if scores become equal, and the clipping."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Jobs on a real cluster: `ray start`, `ray job submit`, code that was shipped, a node that dies.
+"""Jobs on a real cluster: `ray start`, `ray job submit`, submitted code, a node that dies.
 
-The tests go on with one cluster, in this order.
+The tests share one cluster and run in this order.
 """
 
 from __future__ import annotations

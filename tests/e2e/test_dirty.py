@@ -1,8 +1,8 @@
-"""One run over shards, and one over metadata, that hold nearly every fault there is.
+"""A run on shards and a run on metadata that contain nearly every kind of fault.
 
-Each fault has its own test here or beside its reader; these show that together they cost nothing
-but themselves: every sample read is ranked, bad or a duplicate, and every file that cannot be read
-is named.
+Each fault has a test of its own, here or in the tests of its reader. These tests show that faults
+together affect no other samples: every sample read is ranked, bad or a duplicate, and every
+unreadable file is named.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How commands end that cannot start Ray, are told to stop, or print where nobody reads."""
+"""How commands end if Ray cannot start, a signal arrives, or stdout has no reader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs on a cluster whose processes are killed: the bits of a run that nobody disturbed."""
+"""Runs on a cluster whose processes are killed give the same bits as an undisturbed run."""
 
 from __future__ import annotations
 

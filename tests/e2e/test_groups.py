@@ -1,4 +1,4 @@
-"""Classes: edges inside, budgets for each, through the command line."""
+"""Classes through the command line: edges inside of classes, and the share of each in a budget."""
 
 from __future__ import annotations
 

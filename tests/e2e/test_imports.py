@@ -1,4 +1,4 @@
-"""Where a run's code comes from: never from the folder that it happens to be started in."""
+"""Runs never import code from the folder in which they are started."""
 
 from __future__ import annotations
 

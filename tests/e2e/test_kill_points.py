@@ -1,7 +1,7 @@
-"""Commands that are killed at each kind of publication and removal: no trace is left.
+"""Commands that are killed at each kind of publication and removal give the undisturbed result.
 
-A point of the run is drawn by seed from all points that the undisturbed commands pass, in the
-driver and in workers; whoever comes to it is killed. The same command is given again until it ends.
+A seed draws a point from all points that undisturbed commands pass, in the driver and in workers.
+The process that reaches the point is killed. The same command is run again until it ends.
 """
 
 from __future__ import annotations

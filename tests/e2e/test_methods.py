@@ -1,4 +1,4 @@
-"""Other methods beside D2, and sweeps, through the command line."""
+"""Methods other than D2, and sweeps, through the command line."""
 
 from __future__ import annotations
 

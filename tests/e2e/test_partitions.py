@@ -1,4 +1,4 @@
-"""The graph in partitions: the same bits, bounded memory, and what degenerate pools do."""
+"""The graph in partitions: the same bits, bounded memory, and degenerate pools."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""New shards on an object store: what is asked of it, and that failures change nothing.
+"""New shards on an object store: the requests that are sent, and failures, which change nothing.
 
-The tasks run in this process, for it is the server that counts.
+The tasks run in this process, because the tests are about the server.
 """
 
 from __future__ import annotations

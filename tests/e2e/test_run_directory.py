@@ -1,4 +1,4 @@
-"""What a command does to a run directory that is there: nothing is lost, stale or shared."""
+"""Commands in an existing run directory: nothing is lost or stale, and no two runs share it."""
 
 from __future__ import annotations
 

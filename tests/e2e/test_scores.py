@@ -1,4 +1,4 @@
-"""Scores by name, through the command line: their values, their direction, what they need."""
+"""Scores by name through the command line: their values, direction and requirements."""
 
 from __future__ import annotations
 

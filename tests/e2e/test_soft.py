@@ -1,4 +1,4 @@
-"""Soft selections: what they hold, and what the rest makes of their repeats."""
+"""Soft selections: their content, and how the other commands handle repeated samples."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Runs on storage that fails: a server that breaks off, one that is gone, a disk that is full.
+"""Runs on storage that fails: broken connections, a server that is gone, a full disk.
 
-S3 is spoken to a real server over HTTP, through a proxy that breaks connections when told to.
+An S3 server runs on loopback, behind a proxy that breaks connections on request.
 """
 
 from __future__ import annotations

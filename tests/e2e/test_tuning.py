@@ -1,4 +1,4 @@
-"""A run that chooses its own setting: the same bits whatever the layout, proven and explained."""
+"""Runs with automatic settings: the same bits for any layout; `verify` and `explain` agree."""
 
 from __future__ import annotations
 

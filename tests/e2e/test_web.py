@@ -1,4 +1,4 @@
-"""Runs on web servers give what they give on local files; passwords of URLs are nowhere."""
+"""Runs on web servers give the same results as on local files, and store no passwords of URLs."""
 
 from __future__ import annotations
 

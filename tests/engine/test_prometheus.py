@@ -1,4 +1,4 @@
-"""Figures of a run where Prometheus would ask for them."""
+"""Figures of a run at the endpoint that Prometheus reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where tasks run: a GPU that a process keeps, CPUs beside it, memory, a folder for all nodes."""
+"""Resources of tasks (GPUs, CPUs beside a GPU, memory), and the check of the shared folder."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Readers on hostile bytes: our own errors only, no hang, little memory, nothing half-read.
+"""Readers of damaged bytes: only errors of d2filter, no hang, little memory, nothing half-read.
 
-The nightly set does the same with fifty times as many examples.
+The nightly tests run fifty times as many examples.
 """
 
 from __future__ import annotations

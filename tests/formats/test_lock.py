@@ -1,4 +1,4 @@
-"""The lock of a run directory: one living owner, locally and on an object store."""
+"""The lock of a run directory: at most one living owner, locally and on an object store."""
 
 from __future__ import annotations
 

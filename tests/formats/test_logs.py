@@ -1,4 +1,4 @@
-"""What logs tell of arguments and figures."""
+"""How logs represent arguments and figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a metadata folder may hold that others made, and what is not believed."""
+"""Metadata folders from other programs: what is accepted, and what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records of a run directory when a process dies between two of their changes."""
+"""Records of a run directory if a process dies between two changes of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards of a run by the names that trainers give them."""
+"""Shards of a run, named as training programs name them."""
 
 from __future__ import annotations
 

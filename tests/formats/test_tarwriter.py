@@ -1,4 +1,4 @@
-"""New shards against the archives that tarfile makes of the same members."""
+"""New shards compared with archives of the same members from tarfile."""
 
 from __future__ import annotations
 

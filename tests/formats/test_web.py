@@ -1,4 +1,4 @@
-"""Files behind web servers: those that tell everything of a file, and those that tell nothing."""
+"""Files on web servers that send all facts about a file, and on servers that send none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pool of photographs, its truth, and how rankings and models of it are judged."""
+"""The pool of photographs: its known truth, and the measures of rankings and models."""
 
 from __future__ import annotations
 

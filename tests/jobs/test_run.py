@@ -1,4 +1,4 @@
-"""Named runs: what they are, what `--set` changes, and how they refuse."""
+"""Named runs: their configurations, `--set`, and refusals."""
 
 from __future__ import annotations
 

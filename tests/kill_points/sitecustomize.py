@@ -1,5 +1,5 @@
-"""Kills its process at chosen file operations below a folder; every Python process that has this
-folder on PYTHONPATH loads it at its start.
+"""Kills its process at chosen file operations below a folder. Every Python process that has this
+folder in PYTHONPATH loads it when it starts.
 
 A point is the moment before a file is renamed to its final name, or before a file or folder is
 removed. The points of all processes are counted together. See `tests/points.py`.

@@ -1,4 +1,4 @@
-"""Weights that are given as a file: what may be in it, and what it may do."""
+"""Weights from a file: which contents are accepted, and that loading runs no code from the file."""
 
 from __future__ import annotations
 

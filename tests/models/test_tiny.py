@@ -1,4 +1,4 @@
-"""The bundled model loads through open_clip's own factory and does what its card says."""
+"""The bundled model loads through open_clip's factory and reaches the figures of its model card."""
 
 from __future__ import annotations
 

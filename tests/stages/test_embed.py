@@ -1,4 +1,4 @@
-"""How pictures are decoded beside the model: ahead, but not without bounds."""
+"""Pictures are decoded in advance while the model runs, up to a limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Advice for a pool: what is recommended holds what it promises, and the page opens anywhere."""
+"""`advise`: the recommended setting has the reported measures, and the page opens anywhere."""
 
 from __future__ import annotations
 

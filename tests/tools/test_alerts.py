@@ -1,4 +1,4 @@
-"""Alerts: each fires where it should, and only there."""
+"""Each alert appears if and only if its condition holds."""
 
 from __future__ import annotations
 

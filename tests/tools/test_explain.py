@@ -1,4 +1,4 @@
-"""`explain` against what the whole files say."""
+"""`explain`, compared with the content of the whole files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report in a real browser: tabs, plots, hostile captions, narrow screens, the dark."""
+"""The report in a real browser: tabs, plots, hostile captions, narrow screens, dark mode."""
 
 from __future__ import annotations
 

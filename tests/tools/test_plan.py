@@ -1,4 +1,4 @@
-"""`plan`: its counts against a real run, its arithmetic, and what it refuses."""
+"""`plan`: its counts compared with a real run, its arithmetic, and its refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report: its figures against the whole files, its pictures, and what its page lets in."""
+"""The report: its figures compared with the whole files, its pictures, and hostile content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drawn scenes: same in, same out; what the caption says is what the picture shows."""
+"""Drawn scenes: the same seed gives the same scene, and caption and picture agree."""
 
 from __future__ import annotations
 

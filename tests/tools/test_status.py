@@ -1,4 +1,4 @@
-"""What `status` tells of runs that go on, have failed, or are done."""
+"""The output of `status` for runs that are running, have failed, or are finished."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every check of `verify` fires: one breach of each kind, planted in a finished run."""
+"""Every check of `verify` finds its fault, which a test plants in a finished run."""
 
 from __future__ import annotations
 

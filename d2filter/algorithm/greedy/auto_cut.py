@@ -1,7 +1,7 @@
 """Computes the share of the hardest samples to cut (`--cut-hardest auto`).
 
-The smaller the budget, the larger the share that must go: wrong labels, and samples that a network
-with so little data cannot learn (Zheng et al. 2022 tune the share by hand). Here it follows from
+A small budget needs a large cut: the hardest samples are wrong labels, and samples that a network
+with so little data cannot learn. Zheng et al. 2022 tune the share by hand. Here it is computed from
 the budget and a histogram of the difficulties. Histograms of parts add up and the arithmetic is
 decimal, so the partitions, order and split of the samples cannot change it.
 
@@ -21,8 +21,8 @@ from d2filter.algorithm import quantile
 I64 = npt.NDArray[np.int64]
 
 MIDDLE = {"margin": 0.0, "el2n": math.sqrt(0.5)}
-"""Difficulty from which on a sample counts as not learned, by score: there the label's probability
-and that of the best other class are equal. A score that is not listed has none of its own."""
+"""For each score, the difficulty from which on a sample counts as not learned: the label and the
+best other class are equally probable there. Other scores define no such difficulty."""
 
 _EXACT = Context(prec=28)
 _STEP = Decimal("0.000001")  # of a share
@@ -46,7 +46,7 @@ def auto(counts: I64, kept: Decimal, *, middle: float | None = None) -> Decimal:
     needs typical ones first: (1 − √β)²/2 is 0.23 at β = 0.1, 0.15 at 0.2, 0.10 at 0.3 and 0.04 at
     0.5. The form was found by measurement, not derived (jobs/results/bench_cifar.md;
     bench_cifar_cuda.md and bench_supervised.md were measured later). At most 1 − kept is cut,
-    because the budget would have to take the rest back.
+    because a larger cut would put demoted samples into the budget.
 
     Returns a decimal of 6 digits, 0 to below 1, rounded down; 0 if all difficulties are equal. The
     middle is compared with the bins of the histogram, which are 2⁻⁷ of a value wide or less. Raises
@@ -74,10 +74,10 @@ def auto(counts: I64, kept: Decimal, *, middle: float | None = None) -> Decimal:
 
 
 def _halfway(low: int, high: int) -> float:
-    """Between the lowest values of two bins."""
+    """The middle between the lowest values of two bins."""
     return (quantile.value_of(low, 0) + quantile.value_of(high, 0)) / 2
 
 
 def _bin_of(value: float) -> int:
-    """The bin that a float32 lies in."""
+    """The bin that contains a float32."""
     return int(np.flatnonzero(quantile.upper_counts(np.array([value], np.float32)))[0])

@@ -1,8 +1,8 @@
-"""What a ranking has to know of the whole pool before it begins, for a pool in one piece.
+"""Computes the settings of a ranking that depend on the whole pool, for a pool in memory.
 
-In order: which difficulties are cut, how far neighbors lie, up to which distance samples are
-copies, which samples rank last, and gamma. `stages/rank/auto_settings.py` finds the same on
-partitions.
+These are the difficulty above which samples are demoted, the median distance to the last neighbor,
+the distance up to which samples are near-copies, the demoted samples, and gamma.
+`stages/rank/auto_settings.py` computes the same values on partitions.
 """
 
 from __future__ import annotations
@@ -26,37 +26,38 @@ Bools = demoted.Bools
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolFacts:
-    """What is known of a pool beside its graph."""
+    """Facts of a pool that its graph does not contain."""
 
     wrong: Fraction | None = None
-    """share of pairs that match no better than random ones; None: it is not known"""
+    """share of pairs that match no better than random pairs; None: unknown"""
     learned_below: float | None = None
-    """difficulty from which on a sample counts as not learned, see `hardest`; None: the score has
-    none of its own"""
+    """samples of this difficulty or more count as not learned, see `auto_cut.MIDDLE`; None: the
+    score defines no such value"""
 
     @classmethod
     def from_catalog(cls, figures: Mapping[str, Any]) -> PoolFacts:
-        """From the figures of a catalog, as a run's record holds them."""
+        """The facts in the figures of a catalog, as the record of its stage contains them."""
         score = figures.get("score", {}).get("name", "")
         return cls(wrong=mismatched.wrong_share(figures), learned_below=auto_cut.MIDDLE.get(score))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requested:
-    """What a configuration asks for."""
+    """The settings of a configuration, before they are fitted to a pool."""
 
     kernel: str
     gamma: float | None
     """None: auto"""
     median: bool
-    """gamma is in units of the median squared distance between neighbors"""
+    """whether gamma is in units of the median squared distance between neighbors"""
     cut_hardest: Decimal | None
     """None: auto"""
     copies: float | Literal["auto"] | None
+    """squared distance up to which neighbors are near-copies; None: no near-copies are demoted"""
     tuned_for: Decimal
-    """kept share that auto settings are for"""
+    """kept share that automatic settings are fitted to"""
     d2: bool
-    """other methods weigh no edges"""
+    """whether the method is D2; other methods use no edge weights"""
 
     @property
     def reaches(self) -> bool:
@@ -65,37 +66,39 @@ class Requested:
 
     @property
     def tunes(self) -> bool:
-        """Whether gamma is looked for."""
+        """Whether gamma is computed from the pool."""
         return self.d2 and self.gamma is None
 
     def auto_cut(self, counts: I64, facts: PoolFacts) -> Decimal:
-        """The share of the hardest to take away, where it is auto. counts: `quantile.upper_counts`
-        of the difficulties of all samples.
+        """The share of the hardest samples to demote, for `--cut-hardest auto`.
+
+        counts: `quantile.upper_counts` of the difficulties of all samples.
         """
         return auto_cut.auto(counts, self.tuned_for, middle=facts.learned_below)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """What was found."""
+    """The settings, fitted to a pool."""
 
     k: int
-    """neighbors of each list that count"""
+    """number of neighbors in each list that count"""
     gamma: float = 0.0
     unit: float = 1.0
-    """squared distance that gamma is in units of"""
+    """squared distance that is the unit of gamma"""
     floor: float = 1.0
-    """smallest σ² of the kernel local"""
+    """smallest σ² of the kernel `local`"""
     cut: str = "0"
-    """share of the hardest that may be cut, a decimal"""
+    """largest share of the hardest samples that is demoted, a decimal"""
     above: float | None = None
-    """samples of higher difficulty rank last"""
+    """samples of higher difficulty are demoted; None: no sample is demoted for its difficulty"""
     copies_sqdist: float | None = None
-    """neighbors up to this squared distance are copies; None: nothing is"""
+    """neighbors up to this squared distance are near-copies; None: no near-copies are demoted"""
     copies: int = 0
-    """samples that rank last because a better copy stands for them"""
+    """number of samples that are demoted as near-copies of a better sample"""
     tuned: dict[str, Any] = field(default_factory=dict)
-    """of a gamma that was looked for: `tuning.Tuned`, and what it was looked for with"""
+    """if gamma was computed from the pool: the fields of `auto_gamma.Tuned`, `tuned_for` and
+    `wrong_share`"""
 
 
 def resolve(
@@ -107,7 +110,7 @@ def resolve(
     sqdist: F32,
     facts: PoolFacts,
 ) -> tuple[Resolved, Bools]:
-    """Find all that is wanted. Returns it, and which samples (n,) rank after everything else.
+    """Fit the requested settings to a pool. Returns them, and which samples are demoted, (n,) bool.
 
     difficulty, hi, lo: (n,); neighbors: (n, k) rows, −1 pads; sqdist: (n, k), inf where padded.
     """
@@ -145,16 +148,16 @@ def resolve(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lists:
-    """The lists that gamma is found on; in any order."""
+    """The neighbor lists from which gamma is computed, in any order."""
 
     sqdist: F32
     """(m, k)"""
     reach: F32
-    """(m,) of their owners, which rank in earnest"""
+    """(m,) squared distance of each list's owner, which is not demoted, to its last neighbor"""
     reach_of: F32
-    """(m, k) of the neighbors"""
+    """(m, k) the same for the neighbors in the lists"""
     through: Bools
-    """(m, k) whether the neighbor is there and ranks in earnest"""
+    """(m, k) whether the entry is a neighbor that is not demoted"""
 
 
 def tune(
@@ -166,7 +169,10 @@ def tune(
     unit: float,
     facts: PoolFacts,
 ) -> dict[str, Any]:
-    """Gamma and the figures that it was found with. total: samples; last: of them rank last."""
+    """Compute gamma. Returns it with the figures that determine it.
+
+    total: samples of the pool; last: number of demoted samples.
+    """
     near = auto_gamma.local_lists(lists.sqdist, lists.reach, lists.reach_of, lists.through, floor)
     if requested.kernel == "local":
         exponents = near

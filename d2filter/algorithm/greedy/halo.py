@@ -201,7 +201,7 @@ def without(edges: Edges, late: Bool) -> Edges:
 
 
 def made_relative(edges: Edges, reach: F32, floor: float) -> Edges:
-    """The same with `local.relative` in place of squared distances. reach: (m,) by node."""
+    """The same with `local_kernel.relative` in place of squared distances. reach: (m,) by node."""
     made = np.empty_like(edges.sqdist)
 
     def scale(some: slice) -> None:

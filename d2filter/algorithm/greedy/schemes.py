@@ -44,7 +44,8 @@ class Scheme:
     def forward_weights(self, sqdist: F32) -> F32:
         """Weights of the forward pass, same shape as `sqdist`; 0 where it is inf.
 
-        For the kernel local, here and in the reverse pass, `sqdist` is what `local.relative` gives.
+        For the kernel local, here and in the reverse pass, `sqdist` is what `local_kernel.relative`
+        gives.
         """
         return messages.edge_weights(sqdist, self.gamma_forward, KERNELS[self.kernel])
 
@@ -97,7 +98,7 @@ def _exp(sqdist: F64) -> F64:
 
 
 def _local(relative: F64) -> F64:
-    """exp(−gamma·(d²/(σ_i·σ_j))²), of what `local.relative` has made of d²."""
+    """exp(−gamma·(d²/(σ_i·σ_j))²), of what `local_kernel.relative` has made of d²."""
     return relative
 
 

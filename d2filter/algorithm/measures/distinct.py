@@ -1,20 +1,20 @@
-"""What a subset covers of a pool when copies count once, and how its samples crowd each other.
+"""Measures how well a subset covers a pool if copies count once, and how close its samples are.
 
-A *group* is a connected component of near-copies, its *representative* the member of the highest
-difficulty (ties to the smaller uid). Coverage asks each representative how far the nearest kept
-sample is, where a kept member of its own group is no way at all:
+A *group* is a connected component of near-copies. Its *representative* is the member of the highest
+difficulty (ties go to the smaller uid). Coverage uses the distance d from each representative to
+the nearest kept sample; d is 0 if any member of its group is kept:
 
-    coverage = mean over groups of exp(−d²/unit),  d = 0 where a member is kept
+    coverage = mean over groups of exp(−d²/unit)
 
-unit: the pool's median squared distance between neighbors. 1 is a kept member in every group, 1/e a
-nearest kept sample as far away as neighbors usually are.
+unit is the pool's median squared distance between neighbors. Coverage is 1 if every group has a
+kept member, and 1/e if the nearest kept samples are as far away as neighbors usually are.
 
-Why so: the mean distance of held-out *samples* to the nearest other kept one (AUCpr) asks a group
-of a thousand copies a thousand times, so that keeping copies, at random or all of them, looks like
-covering the pool; and a sample that is kept does not count as covering itself, so that one sample
-of each kind looks like none. With copies counted once a kept copy gains nothing, and what is spent
-on it is missing elsewhere. Coverage alone says nothing of quality (wrong pairs lie alone, and are
-groups, too): look at it beside the mean score.
+The usual measure is the mean distance of held-out *samples* to the nearest other kept sample
+(AUCpr). It counts a group of a thousand copies a thousand times, so that subsets with many copies
+seem to cover the pool. A kept sample does not cover itself, so that a subset with one sample of
+each kind seems to cover nothing. If copies count once, a second kept copy gains nothing and takes a
+place in the budget. Coverage does not measure quality, because wrong pairs are often alone and form
+groups too: compare it together with the mean score.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Groups:
-    """The distinct groups of n samples."""
+    """The groups of near-copies of n samples; a sample without near-copies is a group."""
 
     group: I64
     """(n,) number of each sample's group"""
@@ -46,12 +46,12 @@ class Groups:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crowding:
-    """How the kept samples of a subset lie to each other."""
+    """How close the kept samples of a subset are to each other."""
 
     copies: float
-    """share of them with a kept near-copy in their list; 0 when nothing is kept"""
+    """share of them with a kept near-copy in their list; 0 if nothing is kept"""
     effective: float
-    """effective share, see `effective_share`; NaN when nothing is kept"""
+    """effective share, see `effective_share`; NaN if nothing is kept"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,14 +67,14 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watched:
-    """q groups whose way to the nearest kept sample is measured."""
+    """q groups whose distance to the nearest kept sample is measured."""
 
     rows: I64
     """(q,) their representatives, ascending by uid"""
     neighbors: I64
-    """(q, m) the samples nearest to each, itself too, nearest first"""
+    """(q, m) the samples nearest to each representative, itself included, nearest first"""
     distance: F32
-    """(q, m) Euclidean"""
+    """(q, m) Euclidean distances"""
 
 
 def groups(
@@ -111,8 +111,8 @@ def watch(rows: features.F16, hi: uids.U64, lo: uids.U64, found: Groups, size: i
 
 
 def distances(rows: features.F16, found: Groups, watched: Watched, kept: Bools) -> F64:
-    """Distance of each watched group to the nearest kept sample, (q,): 0 where a member is kept,
-    inf when nothing is. rows: (n, d). kept: (n,) bool.
+    """Distance of each watched group to the nearest kept sample, (q,): 0 if a member is kept, inf
+    if no sample is kept. rows: (n, d). kept: (n,) bool.
     """
     far = coverage.to_kept(rows, watched.rows, watched.neighbors, watched.distance, kept)
     far[_covered(found, kept)[found.group[watched.rows]]] = 0.0
@@ -122,19 +122,25 @@ def distances(rows: features.F16, found: Groups, watched: Watched, kept: Bools) 
 def closeness(distance: F64, unit: float) -> float:
     """Coverage: mean of exp(−d²/unit) over the watched groups, in [0, 1]; high is good.
 
-    distance: (q,), see `distances`. unit: the pool's, see `late.unit`.
+    distance: (q,), see `distances`. unit: of the whole pool, see `demoted.unit`.
     """
     return float(np.exp(-np.square(distance) / unit).mean())
 
 
 def crowding(neighbors: I64, sqdist: F32, kept: Bools, near: float, unit: float) -> Crowding:
-    """How the kept samples lie to each other. neighbors, sqdist: (n, k) lists. kept: (n,) bool."""
+    """How close the kept samples are to each other.
+
+    neighbors, sqdist: (n, k) lists. kept: (n,) bool. near: squared distance up to which samples are
+    near-copies. unit: of the whole pool, see `demoted.unit`.
+    """
     among = (neighbors >= 0) & kept[neighbors]
     return crowding_of(among[kept], sqdist[kept], near, unit)
 
 
 def crowding_of(among: Bools, sqdist: F32, near: float, unit: float) -> Crowding:
-    """The same for m kept samples: among, (m, k), says which entries of their lists are kept."""
+    """`crowding` for m kept samples. among, sqdist: (m, k) which entries of their lists are kept,
+    and the squared distances of the entries.
+    """
     if not len(among):
         return Crowding(copies=0.0, effective=float("nan"))
     close = (among & (sqdist <= np.float32(near))).any(axis=1)
@@ -144,10 +150,10 @@ def crowding_of(among: Bools, sqdist: F32, near: float, unit: float) -> Crowding
 
 
 def effective_share(among: Bools, sqdist: F32, unit: float) -> F64:
-    """1/(1 + Σ_j w_ij) of each of m kept samples, over the kept ones in its list, (m,).
+    """1/(1 + Σ_j w_ij) for each of m kept samples, over the kept samples in its list, (m,).
 
-    w = exp(−d²/unit): the same for all settings, so that they can be compared. 1: nobody kept is
-    near; 1/2: somebody equal is.
+    w = exp(−d²/unit), for all settings, so that they can be compared. The value is 1 if no kept
+    sample is near, and 1/2 if one kept sample is equal and no other is near.
     """
     weights = messages.edge_weights(sqdist, 1.0 / unit).astype(np.float64)
     share: F64 = 1.0 / (1.0 + np.where(among, weights, 0.0).sum(axis=1))
@@ -161,30 +167,30 @@ def _covered(found: Groups, kept: Bools) -> Bools:
 
 
 class Yardstick:
-    """Measures subsets of one pool, all alike."""
+    """Measures subsets of one pool, all in the same way."""
 
     def __init__(
         self, rows: features.F16, hi: uids.U64, lo: uids.U64, difficulty: F32, neighbors: I64,
         sqdist: F32, *, watched: int,
     ) -> None:  # fmt: skip
         """rows: (n, d) features. neighbors, sqdist: (n, k) lists; entries of −1 do not count.
-        watched: groups at most whose distances are measured.
+        watched: largest number of groups whose distances are measured.
         """
         self.unit = demoted.unit(sqdist)
         """median squared distance between neighbors"""
         self.near = near_copies.near(sqdist)
-        """squared distance up to which samples are near-copies: what `--collapse-copies auto` finds
-        with lists of this length"""
+        """squared distance up to which samples are near-copies: that of `--collapse-copies auto`
+        for lists of this length"""
         self.groups = groups(hi, lo, difficulty, neighbors, sqdist, self.near)
         self._rows, self._neighbors, self._sqdist = rows, neighbors, sqdist
         self._watched = watch(rows, hi, lo, self.groups, watched)
 
     def distances(self, kept: Bools) -> F64:
-        """Of the watched groups to the nearest kept sample, (q,)."""
+        """Distances of the watched groups to the nearest kept sample, (q,). kept: (n,) bool."""
         return distances(self._rows, self.groups, self._watched, kept)
 
     def measure(self, kept: Bools, distance: F64 | None = None) -> Measured:
-        """All measures of a subset, (n,) bool. distance: of `distances`, where they are known."""
+        """All measures of a subset. kept: (n,) bool. distance: result of `distances`, if known."""
         crowd = crowding(self._neighbors, self._sqdist, kept, self.near, self.unit)
         far = self.distances(kept) if distance is None else distance
         return Measured(

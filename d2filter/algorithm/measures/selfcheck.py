@@ -1,12 +1,12 @@
-"""Would wrong pairs be kept? Captions of a few samples are swapped in a copy of the pool.
+"""Self-check: swaps captions in a copy of the pool and measures how many of these pairs are kept.
 
-A hash of the uid chooses samples; each gets the text half of another chosen one, the score that its
-new halves deserve, and its true nearest neighbors. Ranking the pool with these in the place of
-their originals tells at what rate a setting keeps pairs that are wrong for certain: noise measured
-on the pool itself. The pool and its ranking are not touched.
+A hash of the uid chooses samples. Each gets the text half of another chosen sample, the score that
+follows from its new halves, and its exact nearest neighbors. These samples replace their originals
+and the copy is ranked. The share of them that a budget keeps is the rate at which a setting keeps
+pairs that are certainly wrong. The pool and its ranking do not change.
 
-Needed are features of two halves, image and text, and a difficulty that is a linear function of
-their cosine; whether it is one is measured.
+The self-check needs features with an image and a text half, and a difficulty that is a linear
+function of their cosine. `fit` measures whether it is.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-SHARE = 100  # one sample in so many is swapped
-FEWEST, MOST = 300, 3000
-LEAST = 20  # swapped pairs that can be measured
-CORRELATION = 0.98  # of cosine and difficulty, either sign, at least
+SHARE = 100  # one of this many samples is swapped
+FEWEST, MOST = 300, 3000  # swapped samples
+LEAST = 20  # fewest swapped pairs on which a rate is measured
+CORRELATION = 0.98  # least correlation of cosine and difficulty, of either sign
 _BLOCK = 65536
 
 
@@ -46,7 +46,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spliced:
-    """A pool with some captions swapped, rows ascending by uid."""
+    """A copy of a pool with some captions swapped; rows ascend by uid."""
 
     rows: features.F16
     """(n, d)"""
@@ -56,12 +56,12 @@ class Spliced:
     sqdist: F32
     """(n, k)"""
     swapped: I64
-    """(m,) rows whose caption is another's"""
+    """(m,) rows that have the caption of another sample"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rate:
-    """How many of some samples are kept, with its 95% interval (Wilson)."""
+    """The share of some samples that is kept, with its 95% interval (Wilson)."""
 
     kept: float
     low: float
@@ -79,7 +79,7 @@ def cosines(rows: features.F16) -> F32:
 
 
 def fit(cosine: F32, difficulty: F32) -> Line:
-    """The line of least squares, and how well it fits; a correlation of 0 where either is constant.
+    """The least-squares line and its correlation, which is 0 if either array is constant.
 
     cosine, difficulty: (n,), finite.
     """
@@ -99,10 +99,11 @@ def fit(cosine: F32, difficulty: F32) -> Line:
 def choose(rows: features.F16, hi: uids.U64, lo: uids.U64, near: float) -> tuple[I64, I64]:
     """Rows to swap, and for each the row whose text it gets, (m,) both.
 
-    One in SHARE, at least FEWEST, at most MOST and a tenth of the pool, which is to stay what it
-    is. They form a ring in the order of a hash; those whose image or text is nearly that of the
-    next one (squared distance of at most `near`) are left alone: their caption would still be
-    right. rows: (n, d), ascending by uid.
+    One sample in SHARE is swapped, at least FEWEST and at most MOST; never more than a tenth of the
+    pool, so that the copy stays similar to the pool. The chosen samples form a ring in the order of
+    a hash, and each gets the text of the next one. A sample is left out if its image or its text is
+    nearly that of the next one (squared distance of at most `near`), because its new caption would
+    be right. rows: (n, d), ascending by uid.
     """
     n, half = len(hi), rows.shape[1] // 2
     size = min(MOST, max(FEWEST, n // SHARE), n // 10)
@@ -120,12 +121,13 @@ def splice(
     rows: features.F16, difficulty: F32, neighbors: I64, sqdist: F32, swapped: I64, partner: I64,
     line: Line,
 ) -> Spliced:  # fmt: skip
-    """The pool with the text halves of `partner` in `swapped`. Nothing is modified.
+    """A copy of the pool in which rows `swapped` have the text halves of rows `partner`. The
+    arguments are not modified.
 
-    Their difficulty is what `line` makes of their cosine, within the range of the pool, so that
-    other scores keep their scale. Their lists are exact. Lists of others lose the originals and get
-    those of the swapped ones that are nearer than what they hold; a list that lost one may be one
-    short. neighbors, sqdist: (n, k).
+    `line` maps the cosine of a swapped row to its difficulty, which is clipped to the range of the
+    pool so that other scores keep their scale. Lists of swapped rows are exact. From the lists of
+    other rows the originals are removed, and swapped rows that are near enough are added; a list
+    that lost an entry may stay shorter. neighbors, sqdist: (n, k).
     """
     n, k = neighbors.shape
     half = rows.shape[1] // 2
@@ -137,7 +139,7 @@ def splice(
     moved = np.zeros(n, np.bool_)
     moved[swapped] = True
     gone = (neighbors < 0) | moved[neighbors]
-    # what stays, in its order, and padding behind it
+    # entries that stay keep their order, padding follows
     order = np.argsort(gone, axis=1, kind="stable")
     held = exact_lists.Lists(
         numbers=np.take_along_axis(np.where(gone, -1, neighbors), order, axis=1),
@@ -156,7 +158,7 @@ def splice(
 
 
 def rate(rank: I64, swapped: I64, size: int) -> Rate:
-    """How many of the swapped rows are among the first `size` of a ranking. rank: (n,)."""
+    """The share of the swapped rows among the first `size` ranks. rank: (n,)."""
     hits = int((rank[swapped] < size).sum())
     low, high = wilson(hits, swapped.size)
     return Rate(kept=hits / swapped.size, low=low, high=high)
@@ -168,5 +170,5 @@ def rank_by_score(difficulty: F32, hi: uids.U64, lo: uids.U64) -> I64:
 
 
 def wilson(hits: int, of: int) -> tuple[float, float]:
-    """The 95% interval of a share; of ≥ 1."""
+    """The 95% interval of the share hits/of; of ≥ 1."""
     return intervals.wilson(hits / of, of)

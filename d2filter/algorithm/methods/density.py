@@ -1,7 +1,7 @@
-"""Density-based pruning (Abbas et al. 2024, arXiv 2401.04578) as one nested ranking.
+"""Ranks samples by density-based pruning (Abbas et al. 2024, arXiv 2401.04578).
 
-Clusters that are wide and far from others hold many unlike samples and get a large share of every
-budget; dense ones are thinned.
+Clusters that are wide and far from others contain diverse samples and get a large share of every
+budget; dense clusters are thinned. One ranking serves all budgets.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ I64 = npt.NDArray[np.int64]
 Rows = npt.NDArray[Any]
 
 _MOST_CLUSTERS = 500  # as published
-_ROWS_A_CLUSTER = 64  # at least; more of them train it than it needs
-_NEAREST = 20  # centers that a center's distance is averaged over
+_ROWS_A_CLUSTER = 64  # rows of the pool for each cluster, at least
+_NEAREST = 20  # number of nearest centers over which a center's distance is averaged
 _BLOCK = 8192
 
 
 def density(pool: Pool, *, temperature: float = 0.1, rows_a_cluster: int = _ROWS_A_CLUSTER) -> I64:
-    """Rows of a pool, (n,) int64, so that in every prefix clusters hold counts in proportion to
-    their complexity, as long as they last.
+    """Rows of a pool in order, (n,) int64, best first. In every prefix, each cluster has its share
+    until it is exhausted.
 
-    k-means makes about n/rows_a_cluster clusters, 500 at most. Complexity of cluster j:
-    C_j = d_inter·d_intra, the mean distance of its center to the 20 nearest other centers
-    times the mean distance of its samples to its center. Its share of a budget is P_j =
+    k-means finds about n/rows_a_cluster clusters, 500 at most. The complexity of cluster j is
+    C_j = d_inter·d_intra: the mean distance of its center to the 20 nearest other centers, times
+    the mean distance of its samples to its center. Its share of a budget is P_j =
     softmax(C_j/temperature). Within a cluster the highest difficulty goes first.
 
-    The m-th of a cluster (from 0) comes at the time (m + ½)/P_j, so that exhausted clusters leave
-    their share to the others in proportion; as published, a quadratic program shares it out for one
-    budget. Ties go to the smaller row. Raises UsageError for a temperature that is not positive and
-    for less than one row a cluster.
+    The m-th sample of a cluster (from 0) comes at the time (m + ½)/P_j, so the others take over the
+    share of an exhausted cluster in proportion. The published method distributes it with a
+    quadratic program, for one budget. Ties go to the smaller row. Raises UsageError for a
+    temperature that is not positive and for less than one row per cluster.
     """
     if not 0 < temperature < math.inf:
         raise UsageError(f"temperature is {temperature}, allowed is a number above 0: 0.1")
@@ -59,7 +59,7 @@ def density(pool: Pool, *, temperature: float = 0.1, rows_a_cluster: int = _ROWS
 
 
 def _centers(pool: Pool, rows: Rows, rows_a_cluster: int) -> Rows:
-    """Trained on 256 rows a cluster, chosen by a hash; in exact steps (`cells`)."""
+    """Cluster centers, trained in exact steps (`cells`) on 256 rows per cluster, chosen by hash."""
     count = max(1, min(_MOST_CLUSTERS, len(rows) // rows_a_cluster))
     chosen = uids.hash_sample(pool.hi, pool.lo, 256 * count, salt=uids.SALT_DENSITY, seed=pool.seed)
     return cells.train(np.ascontiguousarray(rows[chosen]), count).centroids
@@ -83,18 +83,18 @@ def nearest(rows: Rows, centers: Rows) -> tuple[I64, F64]:
 def shares(cell: I64, distance: F64, centers: Rows, temperature: float) -> F64:
     """Share of each cluster in a budget, (c,) float64 above 0, in sum 1: softmax of its complexity.
 
-    cell, distance: (n,) of `nearest`. A cluster without samples has a spread of 0, and the only
-    cluster a distance to others of 0.
+    cell, distance: (n,) of `nearest`. A cluster without samples has spread 0. A single cluster has
+    distance 0 to others.
     """
     wide = np.asarray(centers, np.float64, order="C")
     count = len(wide)
     sizes = np.bincount(cell, minlength=count)
-    # in the order of rows, which is that of uids: the same sum for any layout
+    # summed in the order of rows, which is that of uids: the same sum for any layout
     spread = np.bincount(cell, weights=distance, minlength=count) / np.maximum(1, sizes)
     apart = np.sort(np.sqrt(scores.pairwise(wide, wide, True)), axis=1)[:, 1 : 1 + _NEAREST]
     between = apart.mean(axis=1) if count > 1 else np.zeros(1)
     complexity = spread * between / temperature
-    # no share of 0: every sample has its time
+    # no share may be 0: the time of a sample would be infinite
     raised = np.exp(np.maximum(complexity - complexity.max(), -700.0))
     share: F64 = raised / raised.sum()
     return share

@@ -1,4 +1,4 @@
-"""The input of a ranking method, and the description of a method for the table in `selectors`."""
+"""`Pool`, the input of a ranking method, and `Selector`, a row of the table of methods."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ I64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:
-    """What a selector may look at: n ≥ 1 rows in ascending order of uid."""
+    """The arrays that a ranking method may use: n ≥ 1 rows in ascending order of uid."""
 
     hi: uids.U64
     """(n,) first halves of the uids"""
@@ -28,19 +28,19 @@ class Pool:
     difficulty: F32
     """(n,) finite, higher is kept first"""
     features: Array
-    """(n, d) float16 or float32, finite; d = 0 where a pool has none"""
+    """(n, d) float16 or float32, finite; d = 0 if the pool has no features"""
     neighbors: I64
-    """(n, k) rows, −1 pads, no row its own neighbor"""
+    """(n, k) rows, −1 pads, no row is its own neighbor"""
     sqdist: F32
     """(n, k) squared distances"""
     group: I64 | None = None
-    """(n,) class of each sample, ≥ 0; without it the pool is one class"""
+    """(n,) class of each sample, ≥ 0; None: all samples are one class"""
     seed: int = 0
-    """of the hashes"""
+    """seed of the hashes"""
     redundancy: float = 1.0
-    """what likeness to a kept sample costs, in units of the scores' range"""
+    """for `infomax`: cost of similarity to a kept sample, in units of the scores' range"""
     temperature: float = 0.1
-    """of the softmax that makes shares of a budget from how wide clusters are"""
+    """for `density`: temperature of the softmax over the complexity of clusters"""
 
     def __post_init__(self) -> None:
         n = len(self.hi)
@@ -63,22 +63,22 @@ class Pool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selector:
-    """One method, as `SELECTORS` lists it."""
+    """A ranking method: one row of `SELECTORS`."""
 
     name: str
     summary: str
     """one line for --help, with the source"""
     rank: Callable[[Pool], I64]
     most: int
-    """samples up to which it is practical"""
+    """number of samples up to which it is practical"""
     instead: str
-    """what to use beyond"""
+    """alternative for larger pools"""
     wants: frozenset[str]
-    """what it reads besides difficulty: a subset of {"features", "neighbors"}"""
+    """arrays it uses besides difficulty: a subset of {"features", "neighbors"}"""
     options: frozenset[str] = frozenset()
-    """fields of `Pool` that a user sets for this method alone"""
+    """fields of `Pool` that are options of this method alone"""
 
 
 def ascending(values: Array) -> I64:
-    """Positions by value; equal values stay in the order of rows, which is that of uids."""
+    """Positions in ascending order of value; equal values stay in the order of rows, so of uids."""
     return np.argsort(values, kind="stable").astype(np.int64, copy=False)

@@ -1,8 +1,8 @@
-"""The table of ranking methods that D2 is compared with.
+"""The table of ranking methods with which D2 is compared.
 
 A method is a function of a `Pool` that returns all its rows in order, (n,) int64, best first: every
-budget is a prefix. Ties go to the smaller row, which has the smaller uid, and random choices are
-hashes of the uid. `SELECTORS` lists the methods; `order` runs one by name.
+budget is a prefix. Ties go to the smaller row, which has the smaller uid; random choices are hashes
+of the uid. `SELECTORS` lists the methods; `order` runs one by name.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ __all__ = ["OPTIONS", "SELECTORS", "Pool", "Selector", "ccs", "check_size", "opt
 
 
 def order(name: str, pool: Pool) -> I64:
-    """The whole pool in the order of a selector: row numbers, shape (n,) int64, best first.
+    """Rank a pool by a method: row numbers, shape (n,) int64, best first.
 
-    Raises UsageError for a name that is not in `SELECTORS`, for a pool beyond the selector's
-    `most`, and for one without the features that it wants.
+    Raises UsageError for a name that is not in `SELECTORS`, for a pool larger than the method's
+    `most`, and for a pool without features if the method needs them.
     """
     if name not in SELECTORS:
         raise UsageError(f"selector is {name!r}, allowed are {', '.join(SELECTORS)}")
@@ -38,7 +38,7 @@ def order(name: str, pool: Pool) -> I64:
 
 
 def check_size(name: str, n: int) -> None:
-    """Raise UsageError, with what to use instead, for a pool that is too large for a selector."""
+    """Raise UsageError, which names an alternative, if a pool is too large for a method."""
     chosen = SELECTORS[name]
     if n > chosen.most:
         raise UsageError(
@@ -50,15 +50,15 @@ def check_size(name: str, n: int) -> None:
 def ccs(pool: Pool, *, cut: float = 0.0, strata: int = 50) -> I64:
     """Coverage-centric selection (Zheng et al. 2022) as one nested ranking.
 
-    The floor(cut·n) samples of highest difficulty are set aside. The others fall into `strata`
-    intervals of difficulty of equal width. A sample's place is its position among those of its
-    stratum in the order of a hash; the ranking is by (place, hash), and those set aside follow,
+    The floor(cut·n) samples of highest difficulty are set aside. The others are divided into
+    `strata` intervals of difficulty of equal width. A sample's place is its position in its
+    stratum, in the order of a hash. The ranking is by (place, hash); the samples set aside follow,
     least difficult first.
 
     The published allocation of a budget B goes through the strata from the smallest to the largest;
-    each takes min(size, ⌊left / strata left⌋) at random. In every prefix of B of this ranking each
-    stratum has min(size, q) or min(size, q + 1) samples with the same integer q as there, so its
-    count differs from the published one by at most 1.
+    each takes min(size, ⌊left / strata left⌋) samples at random. In the prefix of length B of this
+    ranking each stratum has min(size, q) or min(size, q + 1) samples, with the same integer q, so
+    its count differs from the published one by at most 1.
 
     Raises UsageError for a cut outside [0, 1) and for less than one stratum.
     """
@@ -83,8 +83,9 @@ def ccs(pool: Pool, *, cut: float = 0.0, strata: int = 50) -> I64:
     )
 
 
-# Operations are multiplications and additions of features of d columns, n samples, k neighbors.
-# `most` is what one machine does at d = 1,536 and k = 5: two cores within about an hour, or 40 GB.
+# The comments count multiplications and additions for n samples, k neighbors and features of d
+# columns. `most` is the pool that one machine ranks at d = 1,536 and k = 5, with two cores in about
+# an hour, or in 40 GB.
 _LISTED = (
     Selector(
         name="random",
@@ -187,9 +188,9 @@ _LISTED = (
 SELECTORS: dict[str, Selector] = {selector.name: selector for selector in _LISTED}
 
 OPTIONS: frozenset[str] = frozenset().union(*(selector.options for selector in _LISTED))
-"""fields of `Pool` that only some methods read"""
+"""fields of `Pool` that only some methods use"""
 
 
 def options(method: str) -> frozenset[str]:
-    """Those of `OPTIONS` that a method reads; D2 reads none."""
+    """Those of `OPTIONS` that a method uses; D2 uses none."""
     return SELECTORS[method].options if method in SELECTORS else frozenset()

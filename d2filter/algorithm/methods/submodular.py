@@ -1,11 +1,11 @@
-"""Greedy maximization of submodular functions over the sparse neighbor graph.
+"""Ranks samples by greedy maximization of submodular functions on the neighbor graph.
 
-Similarities are fixed point, int64 in units of 2⁻³² (`ONE` is 1.0), so that sums do not depend on
-the order of their terms and equal gains are equal. Pairs that no list names have similarity 0.
+Similarities are fixed-point numbers, int64 in units of 2⁻³² (`ONE` is 1.0), so that sums do not
+depend on the order of their terms, and ties are exact. Pairs in no neighbor list have similarity 0.
 
-All are maximized lazily (Minoux 1978): gains only fall as the selection grows, so an old
-gain is an upper bound, and only the best bound has to be brought up to date. The result is that of
-the plain greedy, ties to the smaller row.
+The greedy is lazy (Minoux 1978): gains only fall as the selection grows, so an old gain is an upper
+bound, and only the largest bound must be updated. The result is that of the plain greedy; ties go
+to the smaller row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 
 ONE = 2**32
-MOST_RELEVANCE = 16  # times a sum of 2²⁶ similarities: within int64
+MOST_RELEVANCE = 16  # this factor times a sum of 2²⁶ similarities fits into int64
 
 
 def facility_location(difficulty: F32, neighbors: npt.NDArray[np.integer], sqdist: F32) -> I64:
@@ -31,8 +31,8 @@ def facility_location(difficulty: F32, neighbors: npt.NDArray[np.integer], sqdis
     in a list or in its own; n up to 2²⁶. sqdist: (n, k) float32. w_ij = rint(2³²·exp(−d_ij²)) for
     pairs where i or j lists the other (the larger w should the two differ), and w_ii = 2³².
 
-    A sample that adds nothing to f once the others are selected (a copy) comes after all that do,
-    by descending difficulty. Ties go to the smaller row.
+    Samples that add nothing to f once the others are selected (copies) come last, by descending
+    difficulty. Ties go to the smaller row.
     """
     taken: I64 = _cover(*_edges(neighbors, sqdist))
     left = np.ones(len(neighbors), np.bool_)
@@ -47,9 +47,9 @@ def graph_cut(neighbors: npt.NDArray[np.integer], sqdist: F32, *, relevance: int
     2021; their λ is the inverse of this one).
 
     Arrays and w as in `facility_location`; λ is `relevance`. The gain of j is
-    λ·Σ_{i∈V} w_ij − 2·Σ_{i∈S} w_ij − w_jj: dense regions first, but not twice. Below λ = 2 it may
-    be negative; all samples are ranked all the same. Ties go to the smaller row. Raises UsageError
-    for a relevance outside 1 … 16.
+    λ·Σ_{i∈V} w_ij − 2·Σ_{i∈S} w_ij − w_jj: it is high in dense regions from which nothing is
+    selected yet. Below λ = 2 gains may be negative; all samples are ranked nevertheless. Ties go to
+    the smaller row. Raises UsageError for a relevance outside 1 … 16.
     """
     if not 1 <= relevance <= MOST_RELEVANCE:
         raise UsageError(
@@ -71,10 +71,10 @@ def infomax(
     al. 2025, who count each pair twice and solve a relaxation; this is the greedy).
 
     s' is the difficulty scaled to 0 … 1 (`messages.normalized`), in units of 2⁻³²; arrays and w as
-    in `facility_location`; λ is `redundancy`. The gain of j is s'_j − λ·Σ_{i∈S} w_ij, and may be
-    negative; all samples are ranked all the same. Ties go to the smaller row. Unlike in D2, what is
-    taken lowers its neighbors by their likeness alone, not by its own score. Raises UsageError for
-    a redundancy outside 0 … 16.
+    in `facility_location`; λ is `redundancy`. The gain of j is s'_j − λ·Σ_{i∈S} w_ij. It may be
+    negative; all samples are ranked nevertheless. Ties go to the smaller row. Unlike in D2, a
+    selected sample lowers its neighbors by their similarity alone, not by its own score. Raises
+    UsageError for a redundancy outside 0 … 16.
     """
     if not 0 <= redundancy <= MOST_RELEVANCE:
         raise UsageError(
@@ -99,7 +99,7 @@ def _edges(
 
 @compiled.njit()
 def _place(row, j):  # type: ignore[no-untyped-def]  # compiled by numba
-    """Where j stands in a list, −1 if it does not."""
+    """The position of j in a list; −1 if it is not in the list."""
     for c in range(row.size):
         if row[c] == j:
             return c
@@ -130,7 +130,7 @@ def _union(neighbors, weights):  # type: ignore[no-untyped-def]  # compiled by n
             w = weights[i, c]
             back = _place(neighbors[j], i)
             if back >= 0:
-                # i enters the list of j when the loop comes to j
+                # the loop adds i to the list of j when it reaches j
                 w = max(w, weights[j, back])
             else:
                 target[free[j]] = i
@@ -150,7 +150,7 @@ def _fixed(weight):  # type: ignore[no-untyped-def]  # compiled by numba
 
 @compiled.njit()
 def _sink(key, node, size, at):  # type: ignore[no-untyped-def]  # compiled by numba
-    """Let the entry at `at` down to where it belongs in a heap of (key, node), best first."""
+    """Move the entry at `at` down to its place in a heap of (key, node), best first."""
     k, i = key[at], node[at]
     while True:
         child = 2 * at + 1
@@ -170,7 +170,7 @@ def _sink(key, node, size, at):  # type: ignore[no-untyped-def]  # compiled by n
 
 @compiled.njit()
 def _heap(key):  # type: ignore[no-untyped-def]  # compiled by numba
-    """Make a heap of the keys of nodes 0 … n − 1 in place; the nodes in its order."""
+    """Turn the keys of nodes 0 … n − 1 into a heap, in place; returns the nodes in heap order."""
     node = np.arange(key.size).astype(np.int32)
     for at in range(key.size // 2 - 1, -1, -1):
         _sink(key, node, key.size, at)
@@ -179,7 +179,7 @@ def _heap(key):  # type: ignore[no-untyped-def]  # compiled by numba
 
 @compiled.njit()
 def _drop_root(key, node, size):  # type: ignore[no-untyped-def]  # compiled by numba
-    """Take the root off a heap; returns the size that is left."""
+    """Remove the root of a heap; returns the new size."""
     size -= 1
     if size > 0:
         key[0], node[0] = key[size], node[size]
@@ -189,7 +189,7 @@ def _drop_root(key, node, size):  # type: ignore[no-untyped-def]  # compiled by 
 
 @compiled.njit()
 def _covers(j, start, target, weight, best):  # type: ignore[no-untyped-def]  # compiled by numba
-    """What j would add to Σ_i best_i."""
+    """The gain of j: how much it would add to Σ_i best_i."""
     gain = np.int64(ONE) - best[j]
     for e in range(start[j], start[j + 1]):
         gain += max(np.int64(0), _fixed(weight[e]) - best[target[e]])
@@ -198,7 +198,7 @@ def _covers(j, start, target, weight, best):  # type: ignore[no-untyped-def]  # 
 
 @compiled.njit()
 def _cover(start, target, weight):  # type: ignore[no-untyped-def]  # compiled by numba
-    """Facility location until nothing adds anything."""
+    """Facility location: samples in greedy order, until no gain is left."""
     n = start.size - 1
     best = np.zeros(n, np.int64)
     key = np.empty(n, np.int64)
@@ -228,7 +228,7 @@ def _cover(start, target, weight):  # type: ignore[no-untyped-def]  # compiled b
 
 @compiled.njit()
 def _cut(start, target, weight, relevance):  # type: ignore[no-untyped-def]  # compiled by numba
-    """Graph cut to the end."""
+    """Graph cut: all samples in greedy order."""
     n = start.size - 1
     gain = np.empty(n, np.int64)
     taken = np.empty(weight.size, np.int64)
@@ -237,15 +237,17 @@ def _cut(start, target, weight, relevance):  # type: ignore[no-untyped-def]  # c
         for e in range(start[j], start[j + 1]):
             total += _fixed(weight[e])
             taken[e] = 2 * _fixed(weight[e])
-        # less w_jj, which is the same for all
+        # w_jj is left out: it is the same for all j
         gain[j] = relevance * total
     return _fall(start, target, taken, gain)
 
 
 @compiled.njit()
 def _fall(start, target, taken, gain):  # type: ignore[no-untyped-def]  # compiled by numba
-    """All nodes, the largest gain first; whoever goes takes `taken` from the gains of its edges.
-    Gains are kept up to date and only the heap is lazy.
+    """All nodes, largest gain first.
+
+    A selected node lowers the gains of its neighbors by `taken` of its edges. Gains are always up
+    to date; only the heap is lazy.
     """
     n = gain.size
     key = gain.copy()

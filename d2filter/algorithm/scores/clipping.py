@@ -1,4 +1,4 @@
-"""Detects scores that min–max scaling makes (nearly) equal, and finds where to clip them.
+"""Detects scores that are (nearly) equal after min–max scaling, and finds where to clip them.
 
 One extreme value (−9999 for "unknown") can make the range so wide that all other scores are equal
 after scaling. Everything here is computed from order statistics of the whole pool, through
@@ -20,16 +20,16 @@ from d2filter.algorithm.greedy import messages
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 Ends = tuple[float, float]
-"""the values with a share of all samples below the one and above the other"""
+"""the two scores that bound all but a share of the samples at each end"""
 
 MIDDLE_98, MIDDLE_80 = Decimal("0.01"), Decimal("0.1")
 TAILS = (Decimal("0.001"), MIDDLE_98, MIDDLE_80)
-"""shares that are left out at each end"""
+"""shares of the samples that are left out at each end"""
 
-_LEAST_SAMPLES = 20  # fewer have no middle
-_LEAST_SPAN = 0.01  # of the range: a narrower middle is worth an alert
-_ENOUGH_UNITS = 1 << 16  # of the middle: with as many, scores that share one differ by nothing
-_MOST_SHARED = 0.01  # of the samples of the middle may share a unit with another score
+_LEAST_SAMPLES = 20  # smaller pools are not judged
+_LEAST_SPAN = 0.01  # share of the range: a narrower middle causes an alert
+_ENOUGH_UNITS = 1 << 16  # in a middle with so many units, scores that share a unit hardly differ
+_MOST_SHARED = 0.01  # largest share of the middle's samples that may share a unit with other scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,29 +37,29 @@ class Squeezed:
     """A pool whose scores lie in a small part of their range."""
 
     share: Decimal
-    """of the samples, at each end, that the middle leaves out"""
+    """share of the samples at each end that are outside of the middle"""
     middle: Ends
     at_low_end: bool
-    """whether the smallest score stretches the range more than the largest"""
+    """whether the smallest score widens the range more than the largest"""
     clip: Decimal
-    """smallest of TAILS that cures it"""
+    """smallest of TAILS that solves the problem as `--clip-scores`"""
 
 
 def left_out(n: int, share: Decimal) -> int:
-    """ceil(share · n) of n samples: how many lie outside at each end, short of the median."""
+    """ceil(share · n): how many of n samples are left out at each end; never the median."""
     return min(-budget.floor_of(-share, n), (n - 1) // 2)
 
 
 def places(n: int, share: Decimal) -> tuple[int, int]:
-    """Places, 0 = smallest, of the values that bound all but a share of n samples at each end."""
+    """Positions, 0 = smallest, of the two scores that bound all but a share of n at each end."""
     outside = left_out(n, share)
     return outside, n - 1 - outside
 
 
 def surely_wide(counts: I64, low: float, high: float) -> bool:
-    """Whether the upper halves of the keys alone, (65536,) counts, show that the scores are apart.
+    """Whether a coarse histogram is enough to show that the scores are far enough apart.
 
-    low, high: the extremes.
+    counts: (65536,), `quantile.upper_counts` of the scores. low, high: the extremes.
     """
     n = int(counts.sum())
     if n < _LEAST_SAMPLES or low == high:
@@ -72,8 +72,10 @@ def surely_wide(counts: I64, low: float, high: float) -> bool:
 
 
 def judge(n: int, low: float, high: float, tails: dict[Decimal, Ends]) -> Squeezed | None:
-    """Whether n scores from `low` to `high` lie in less than 1% of that range, but for 1% of them
-    at each end, or 10% if those in between differ at all. tails: `Ends` of each of TAILS.
+    """Judge n scores from `low` to `high`; None if they are far enough apart.
+
+    They are not if all but 1% of them at each end are in less than 1% of the range, or all but 10%
+    at each end, provided that those differ at all. tails: `Ends` for each of TAILS.
     """
     if n < _LEAST_SAMPLES or low == high:
         return None
@@ -97,27 +99,27 @@ def judge(n: int, low: float, high: float, tails: dict[Decimal, Ends]) -> Squeez
 
 
 def units(scores: F32, low: float, high: float) -> I64:
-    """Scaled scores in units of 2⁻⁴⁰, as the ranking sees them, (n,) int64."""
+    """Normalized scores in units of 2⁻⁴⁰, as the ranking uses them, (n,) int64."""
     whole: I64 = np.rint(messages.normalized(scores, low, high) * messages.ONE).astype(np.int64)
     return whole
 
 
 def few_units(middle: Ends, low: float, high: float) -> bool:
-    """Whether distinct scores of the middle must share units: it differs, and has few of them."""
+    """Whether distinct scores of the middle may share a unit: they differ, in few units."""
     first, last = units(np.array(middle, np.float32), low, high).tolist()
     return middle[0] < middle[1] and last - first < _ENOUGH_UNITS
 
 
 def shared_units(scores: F32, middle: Ends, low: float, high: float) -> tuple[I64, I64, F32, F32]:
-    """Units of the scores of the middle: which, (u,) ascending; samples, and the smallest and the
-    largest score of each. Parts join by `joined`.
+    """The units that scores of the middle have, (u,) ascending, and for each unit the number of
+    samples, the smallest and the largest score. `joined` combines the results of parts.
     """
     inside = scores[(scores >= np.float32(middle[0])) & (scores <= np.float32(middle[1]))]
     return joined([(units(inside, low, high), np.ones(inside.size, np.int64), inside, inside)])
 
 
 def joined(parts: Sequence[tuple[I64, I64, F32, F32]]) -> tuple[I64, I64, F32, F32]:
-    """Of several parts what `shared_units` finds of all in one piece."""
+    """Combine the results of `shared_units` for parts of a pool into that for the whole pool."""
     unit, samples, least, most = (np.concatenate(column) for column in zip(*parts, strict=True))
     which, at = np.unique(unit, return_inverse=True)
     counts = np.zeros(which.size, np.int64)
@@ -129,8 +131,8 @@ def joined(parts: Sequence[tuple[I64, I64, F32, F32]]) -> tuple[I64, I64, F32, F
 
 
 def collapsed(found: tuple[I64, I64, F32, F32]) -> tuple[int, int, bool]:
-    """Of the samples of the middle those that share a unit with another score, all of them, and
-    whether those are too many to rank by.
+    """Number of samples in the middle that share a unit with another score, number of all samples
+    in the middle, and whether the former is too large for a ranking. found: see `shared_units`.
     """
     _, samples, least, most = found
     shared, total = int(samples[least < most].sum()), int(samples.sum())

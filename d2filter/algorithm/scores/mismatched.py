@@ -1,7 +1,9 @@
 """Estimates the share of image-text pairs that match no better than random pairs.
 
-rows = features[pairs.sampled(hi, lo)]
-share = pairs.wrong_share({"pairs": pairs.judged(rows)})
+For a pool with the arrays `hi`, `lo` and `features`:
+
+    rows = features[mismatched.sampled(hi, lo)]
+    share = mismatched.wrong_share({"pairs": mismatched.judged(rows)})
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from d2filter.algorithm import uids
 F64 = npt.NDArray[np.float64]
 
 SAMPLE = 1 << 14
-"""pairs that are looked at; the standard error of the share is below 0.01 then"""
+"""number of pairs on which the share is estimated; its standard error is then below 0.01"""
 LEAST = 100
-"""with fewer, nothing is said"""
+"""fewest pairs for an estimate"""
 
 
 def sampled(hi: uids.U64, lo: uids.U64) -> npt.NDArray[np.int64]:
@@ -29,8 +31,8 @@ def sampled(hi: uids.U64, lo: uids.U64) -> npt.NDArray[np.int64]:
 
 
 def judged(rows: npt.NDArray[np.floating]) -> dict[str, int]:
-    """How many of m pairs were compared, and how many are like random ones; empty for fewer than
-    LEAST.
+    """Number of compared pairs, and how many of them match no better than random pairs; empty for
+    fewer than LEAST pairs.
 
     rows: (m, d), an image and a text embedding of d/2 each.
     """
@@ -42,12 +44,13 @@ def judged(rows: npt.NDArray[np.floating]) -> dict[str, int]:
 
 
 def like_random(image: npt.NDArray[np.floating], text: npt.NDArray[np.floating]) -> int:
-    """How many of m pairs match no better than random ones: twice the number whose cosine is at
-    most the median cosine of random pairs, at most m.
+    """How many of m pairs match no better than random pairs: twice the number of pairs whose cosine
+    is at most the median cosine of random pairs, at most m.
 
-    image, text: (m, d), m ≥ 2, row i of both is one pair, in an order that is independent of their
-    content. A wrong pair is below that median with probability 1/2. A right pair that the model
-    cannot recognize is below it too and counts: no filter that uses this model can do better.
+    image, text: (m, d), m ≥ 2; row i of both is one pair; the order must not depend on the content.
+    The cosine of a wrong pair is below that median with probability 1/2. A right pair that the
+    model cannot recognize counts too, because a filter that uses this model cannot recognize it
+    either.
     """
     own = _cosines(image, text)
     made = np.sort(_cosines(image, np.roll(text, 1, axis=0)))
@@ -56,7 +59,9 @@ def like_random(image: npt.NDArray[np.floating], text: npt.NDArray[np.floating])
 
 
 def wrong_share(figures: Mapping[str, Any]) -> Fraction | None:
-    """The share of such pairs, from the figures of a catalog; None if it was not measured."""
+    """Share of pairs that match no better than random pairs, from the figures of a catalog; None if
+    it was not measured.
+    """
     looked_at = figures.get("pairs", {}).get("looked_at", 0)
     return Fraction(figures["pairs"]["like_random"], looked_at) if looked_at else None
 

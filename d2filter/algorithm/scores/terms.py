@@ -1,4 +1,4 @@
-"""Scores that are sums of other scores: `0.7*clip_score+0.3*column`, `rank(el2n)-rank(column)`.
+"""Parses and computes sums of scores: `0.7*clip_score+0.3*column`, `rank(el2n)-rank(column)`.
 
     score = [sign] term {sign term}      term = [weight *] (name | rank(name))
 
@@ -41,10 +41,10 @@ class Term:
     """One summand."""
 
     name: str
-    """of a computed score or a column"""
+    """name of a computed score or a column"""
     weight: float = 1.0
     ranked: bool = False
-    """whether its percentile rank is meant"""
+    """whether the term uses percentile ranks instead of values"""
 
     def __str__(self) -> str:
         name = self.name if _PLAIN.fullmatch(self.name) else f'"{self.name}"'
@@ -54,7 +54,7 @@ class Term:
 
 
 def parse(text: str) -> tuple[Term, ...]:
-    """The terms of a score, in their order. Raises UsageError, naming the place, for other text."""
+    """The terms of a score, in their order. Raises UsageError with the position of an error."""
     terms: list[Term] = []
     at = 0
     while at < len(text) or not terms:
@@ -80,16 +80,17 @@ def _unreadable(text: str, at: int) -> UsageError:
 
 
 def canonical(terms: Sequence[Term]) -> str:
-    """The terms as text that `parse` takes, the same for the same terms."""
+    """The terms as text that `parse` accepts; equal terms give equal text."""
     signs = ["-" if math.copysign(1, term.weight) < 0 else "+" for term in terms]
     return "".join(map("".join, zip(signs, map(str, terms), strict=True))).removeprefix("+")
 
 
 def combined(terms: Sequence[Term], values: Sequence[npt.NDArray[Any]]) -> F32:
-    """Σ_t weight_t · value_t, (n,) float32: float64 in the order of the terms, rounded once.
+    """Σ_t weight_t · value_t, (n,) float32: summed in float64 in the order of the terms, rounded
+    once.
 
-    values: (n,) floats of each term, ranks where a term is ranked. Not finite where a value is not,
-    or where the sum overflows float32.
+    values: (n,) floats of each term, percentile ranks where a term is ranked. The sum is not finite
+    where a value is not finite or the sum overflows float32.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         total = terms[0].weight * values[0].astype(np.float64)
@@ -100,8 +101,8 @@ def combined(terms: Sequence[Term], values: Sequence[npt.NDArray[Any]]) -> F32:
 
 
 def merged(parts: Iterable[Keys]) -> Keys:
-    """Distinct keys of several parts, whose counts add up. Like sizes are merged first, so that no
-    key is sorted more than log2(parts) times.
+    """Distinct keys of several parts; counts of equal keys are added. Parts of similar size are
+    merged first, so that no key is sorted more than log2(parts) times.
     """
     stack: list[Keys] = []
     for part in parts:
@@ -121,11 +122,11 @@ def _joined(a: Keys, b: Keys) -> Keys:
 
 
 def percentile(keys: I64, pool: Keys, below: I64, n: int) -> F64:
-    """Percentile ranks (b + e/2)/n of values by their keys, (m,) float64 in (0, 1): b of the n
-    values of the pool are lower, e the same.
+    """Percentile ranks (b + e/2)/n of values, (m,) float64 in (0, 1): of the n values of the pool,
+    b are lower and e are equal.
 
-    pool: keys of the pool, or a range of them that has those of all values; below: (k,) values of
-    the pool below each.
+    keys: (m,) keys of the values. pool: keys of the pool, or a range of them that contains all
+    `keys`. below: (k,) number of values of the pool below each key of `pool`.
     """
     at = np.searchsorted(pool[0], keys)
     ranks: F64 = (2 * below[at] + pool[1][at]) / np.float64(2 * n)

@@ -1,11 +1,11 @@
-"""Are the scores of the catalog's parts far enough apart for min–max scaling? And their clipping.
+"""Clips the scores of a catalog, and checks that min–max scaling keeps them apart.
 
-One extreme score makes all others equal after scaling. That is an alert, or an error where distinct
-scores become the same number; `--clip-scores` is the way out: it raises the lowest scores and
-lowers the highest in catalog/part-*.parquet.
+One extreme score can make all others equal after scaling. This causes an alert, or an error if too
+many distinct scores become the same number. `--clip-scores` solves it: it raises the lowest scores
+and lowers the highest ones in catalog/part-*.parquet.
 
-catalog/spread/LABEL-00000.*   counts of a part, where the histograms of `part_figures` leave open
-                               which value stands at a place
+catalog/spread/LABEL-00000.*   counts of a part, where the histograms of `part_figures` are too
+                               coarse to find the score at a position
 """
 
 from __future__ import annotations
@@ -38,30 +38,31 @@ _BINS = 1 << 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placed:
-    """The score at a place of the pool."""
+    """The score at a position in the order of all scores."""
 
     value: float
     below: int
-    """samples of lower scores"""
+    """number of samples with lower scores"""
     above: int
+    """number of samples with higher scores"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClippedScores:
-    """What came of it."""
+    """The result of `clip`."""
 
     parts: list[Figures]
-    """`part_figures` of each, as they are now"""
+    """`part_figures` of each part after clipping"""
     figures: Figures
-    """of the stage: difficulty, and clipped where it is"""
+    """figures of the stage: difficulty, and clipped if scores were clipped"""
     alerts: list[str]
     peak: int
-    """memory of a task"""
+    """peak memory of a task in bytes"""
 
 
 def part_figures(hi: uids.U64, lo: uids.U64, difficulty: npt.NDArray[np.float32]) -> Figures:
-    """Figures of a part whose rows ascend by uid: how many, the extremes and their smallest uids,
-    and how many scores there are of each upper half of a key, as [halves, counts].
+    """Figures of a part whose rows ascend by uid: the number of samples, the extremes of difficulty
+    with their smallest uids, and a histogram of the upper halves of keys, as [halves, counts].
     """
     if not difficulty.size:
         return {"ranked": 0, "min": None, "max": None, "ends": None, "upper": [[], []]}
@@ -86,10 +87,11 @@ def clip(
     parts: list[Figures],
     name: str,
 ) -> ClippedScores:
-    """Clip the scores if that is asked for, and judge them. parts: `part_figures` of each, at least
-    one sample in all; name: of the score.
+    """Clip the scores if `--clip-scores` is given, and judge them. parts: `part_figures` of each
+    part, with at least one sample in all; name: name of the score; memory: bytes of a task.
 
-    Raises InputError where so many distinct scores are one after scaling that they rank by uid.
+    Raises InputError if too many distinct scores become equal by scaling, so that only their uids
+    would rank them.
     """
     peaks = [0]
 
@@ -125,7 +127,7 @@ def clip(
 
 
 def tidy(out: Folder) -> None:
-    """Remove what only settling needs. After the stage is recorded as done: a rerun reads it."""
+    """Remove the intermediate files. Call it after the stage is recorded: a rerun reads them."""
     out.sub("catalog").remove(FOLDER)
 
 
@@ -181,7 +183,7 @@ def _upper(parts: Iterable[Figures]) -> I64:
 def _values(
     each: Each, out: Folder, label: str, parts: list[Figures], places: list[tuple[int, int]]
 ) -> list[tuple[Placed, Placed]]:
-    """The scores at pairs of places of the whole pool."""
+    """The scores at pairs of positions in the order of all scores of the pool."""
     upper = _upper(parts)
     located = [[quantile.locate(upper, place) for place in pair] for pair in places]
     halves = sorted({half for pair in located for half, _ in pair})
@@ -210,7 +212,7 @@ def _columns(out: Folder, label: str, parts: int) -> Iterable[dict[str, Any]]:
 def count_lower(
     *, report: Report, out: Folder, number: int, label: str, halves: list[int]
 ) -> Figures:
-    """Task: how many scores of a part have each key whose upper half is one of these."""
+    """Task: count the scores of a part for each key whose upper half is in `halves`."""
     _, _, difficulty = catalog.read_ids(out.sub("catalog"), number)
     key, count = quantile.keys_counted(difficulty, halves)
     write_columns(out.sub("catalog"), f"{FOLDER}/{label}-{number:05d}", key=key, count=count)
@@ -222,7 +224,7 @@ def count_units(
     *, report: Report, out: Folder, number: int, label: str, middle: clipping.Ends, low: float,
     high: float,
 ) -> Figures:  # fmt: skip
-    """Task: which units of scaled scores the middle of a part has, and with which scores."""
+    """Task: write `clipping.shared_units` of a part."""
     _, _, difficulty = catalog.read_ids(out.sub("catalog"), number)
     unit, samples, least, most = clipping.shared_units(difficulty, middle, low, high)
     write_columns(
@@ -236,7 +238,7 @@ def count_units(
 def clip_part(
     *, report: Report, out: Folder, number: int, label: str, low: float, high: float
 ) -> Figures:
-    """Task: write a part again with its scores from `low` to `high`. Once more changes nothing."""
+    """Task: rewrite a part with its scores clipped to [low, high]. Repeating it changes nothing."""
     folder = out.sub("catalog")
     samples = catalog.read_part(folder, number)
     difficulty = np.clip(samples.difficulty, np.float32(low), np.float32(high))

@@ -1,10 +1,10 @@
-"""How to search a pool: the calibration, with a task for each catalog part.
+"""Calibrates the neighbor search: chooses how many cells to probe, with a task per catalog part.
 
-The driver asks, and every part answers for its own rows; their lists merge to those of the pool.
-The driver makes no products.
+The driver writes queries to files. One task per catalog part searches them among the rows of the
+part, and the driver merges the lists of all parts. All matrix products run in tasks.
 
-index/asked-KIND-TURN-00.*       queries of one request: numbers, features, cells to search
-index/answer-KIND-TURN-00-00000.*   what a part has found for it
+index/asked-KIND-TURN-00.*          queries of one request: numbers, features, cells to search
+index/answer-KIND-TURN-00-00000.*   lists of one part for these queries
 
 See docs/method.md#calibration.
 """
@@ -35,15 +35,15 @@ F16 = npt.NDArray[np.float16]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 Figures = dict[str, Any]
-_READERS = 16  # of answers, which may lie on an object store
+_READERS = 16  # threads that read the lists of parts, which may be on an object store
 Each = Callable[[str, Callable[..., Figures], Figures], object]
-"""(name of the turn, task, arguments): runs the task for every catalog part"""
+"""(name of the turn, task, arguments): function that runs the task for every catalog part"""
 
 
 def choose(
     *, report: Report, out: Folder, config: GraphConfig, parts: int, kind: str, each: Each
 ) -> Figures:
-    """Task of the driver: how many cells to probe, and whether to refine. kind: of the cells."""
+    """Task of the driver: choose how many cells to probe, and whether to refine. kind: of cells."""
     pool = PartedSearcher(out, parts, read_trained(out), kind, each)
     sample = read_columns(out.sub("index"), CALIBRATE, "number", "rows", "probed")
     choice = calibrate.choose(
@@ -54,7 +54,7 @@ def choose(
 
 
 class PartedSearcher:
-    """The whole catalog, searched by tasks (calibrate.Searcher)."""
+    """Searches the whole catalog with tasks (a `calibrate.Searcher`)."""
 
     def __init__(
         self, out: Folder, parts: int, trained: knn.Trained, kind: str, each: Each
@@ -72,7 +72,7 @@ class PartedSearcher:
         self._turns = 0
 
     def truth(self, queries: F16, numbers: I64, k: int) -> Lists:
-        """Exact lists over the whole pool."""
+        """Exact lists (m, k) over the whole pool. queries: (m, d); numbers: (m,) catalog rows."""
         stem = self._ask([(queries, numbers, np.zeros((len(numbers), 0), np.int32))])
         self._each(stem, exact_lists, {"stem": stem, "k": k})
         found = Lists.empty(len(queries), k)
@@ -82,7 +82,7 @@ class PartedSearcher:
         return found
 
     def find(self, requests: Sequence[calibrate.Request]) -> list[Lists]:
-        """Lists as the search of these cells finds them."""
+        """Lists that the search of the requested cells finds, one `Lists` per request."""
         stem = self._ask([(r.queries, r.numbers, r.probed) for r in requests])
         places = [self.sketch.places(r.k) for r in requests]
         self._each(stem, short_lists, {"stem": stem, "places": places})
@@ -96,15 +96,17 @@ class PartedSearcher:
         return out
 
     def rows(self, numbers: I64) -> F16:
-        """Their features."""
+        """The features of catalog rows."""
         return self._layout.gather(numbers)
 
     def probed(self, numbers: I64) -> I32:
-        """The cells that they probe."""
+        """The cells that catalog rows probe."""
         return self._assigned.gather(numbers)
 
     def _answers(self, read: Callable[[Folder, str], Any], stem: str, number: int) -> Iterator[Any]:
-        """What the parts have found for a request, in their order; some are read ahead."""
+        """The lists that the parts have found for a request, in the order of parts, with
+        read-ahead.
+        """
         stems = deque(_answer(stem, number, part) for part in range(self._parts))
         index = self._out.sub("index")
         with ThreadPoolExecutor(_READERS) as pool:
@@ -126,7 +128,7 @@ class PartedSearcher:
 
 
 def exact_lists(*, report: Report, out: Folder, part: int, stem: str, k: int) -> Figures:
-    """Task: exact lists of the queries over one catalog part. Memory: the part."""
+    """Task: write exact lists of the queries over one catalog part. Memory: the part."""
     list_exactly(out, part, _asked(stem, 0), _answer(stem, 0, part), k)
     return {}
 
@@ -134,7 +136,7 @@ def exact_lists(*, report: Report, out: Folder, part: int, stem: str, k: int) ->
 def short_lists(
     *, report: Report, out: Folder, part: int, stem: str, places: Sequence[int]
 ) -> Figures:
-    """Task: shortlists of each request over the cells of one catalog part. Memory: the part."""
+    """Task: write shortlists of each request over one catalog part. Memory: the part."""
     products.use_threads(assigned_cpus())
     index = out.sub("index")
     trained = read_trained(out)

@@ -1,9 +1,9 @@
-"""The supersteps of a ranking: partitions in Ray actors that exchange states.
+"""Runs the supersteps of a ranking: Ray actors hold the partitions and exchange states.
 
-The driver holds counters and references only; states travel from actor to actor. Snapshots of all
-partitions are published at intervals. If an actor dies, a new one restores the snapshots of its
-partitions, and the others send it all their states again. If the driver dies, the next run starts
-from the last snapshots.
+The driver holds only counters and references; states travel from actor to actor. At intervals the
+actors publish snapshots of all partitions. If an actor dies, a new one restores the snapshots of
+its partitions, and the others send it all their states again. If the driver dies, the next run
+starts from the last snapshots.
 
 See docs/method.md#ranking-in-partitions.
 """
@@ -37,12 +37,12 @@ from d2filter.stages.rank.auto_settings import WORK, Resolved, late_rows
 
 Figures = dict[str, Any]
 
-SAMPLED = 1024  # keys of a partition that choose the splitters
+SAMPLED = 1024  # keys of a partition from which splitters are chosen
 
 _SAVE_SECONDS = 120.0  # between snapshots
-_RESTARTS = 10  # of one actor
-_LOOK_SECONDS = 5.0  # between looks at the cluster
-_PLACE_SECONDS = 600.0  # that a cluster has to start all of them
+_RESTARTS = 10  # largest number of restarts of one actor
+_LOOK_SECONDS = 5.0  # between checks of the cluster
+_PLACE_SECONDS = 600.0  # time limit for the cluster to start all actors
 
 
 def run(
@@ -51,8 +51,9 @@ def run(
     """Task of the driver: rank all partitions. Figures: supersteps, rounds, bytes, restarts, peak
     memory of an actor.
 
-    made: settled, scheme, both_ways, and low and high, the extremes of difficulty in the whole
-    pool. Raises StageError when a partition fails for good, or when nothing moves any more.
+    made: resolved, scheme, both_ways, budgets, fingerprint, memory (bytes of an actor, 0 if
+    unknown), and low and high, the extremes of difficulty in the whole pool. Raises StageError if a
+    partition fails too often, or if no score can become final any more.
     """
     ray = runner.ray()
     crews = runner.processes(parts, made["memory"])
@@ -87,7 +88,7 @@ def rank_single_partition(*, report: Report, out: Folder, made: Figures) -> Figu
 
 
 class _Driver:
-    """Calls the actors, passes references between them, replaces actors that died."""
+    """Calls the actors, passes references between them, and replaces actors that died."""
 
     def __init__(
         self,
@@ -125,7 +126,7 @@ class _Driver:
             for ping in there:
                 del waiting[ping]
             if late and places() < len(self._actors):
-                # a node was lost since they were counted: go on without a CPU, as `_replace` does
+                # a node was lost after the CPUs were counted: start without a CPU, like `_replace`
                 for ping in late:
                     a = waiting[ping]
                     if a not in moved:
@@ -142,7 +143,9 @@ class _Driver:
                 )
 
     def run(self, report: Callable[[int], None]) -> Figures:
-        """Until all scores are final and written."""
+        """Run supersteps until all scores are final and written. report: called with the number of
+        samples that are not final.
+        """
         supersteps = 0
         written: set[int] = set()
         while len(written) < len(self._actors):
@@ -164,14 +167,16 @@ class _Driver:
     def close(self) -> None:
         """End all actors."""
         for actor in self._actors:
-            # the error that led here must not be hidden by another
+            # another error must not hide the one that led here
             with contextlib.suppress(self._ray.exceptions.RayError):
                 self._ray.kill(actor)
 
     def _superstep(self) -> bool:
-        """States in, all that can be final, states out. Returns whether anything changed."""
+        """One superstep of all actors that have live samples: they receive states, advance, and
+        send states. Returns whether anything changed.
+        """
         inbox, self._inbox = self._inbox, [[] for _ in self._actors]
-        # those that are done only had to be told while they were not
+        # actors without live samples need no more states
         running = {
             a: (actor, actor.step.remote(inbox[a]))
             for a, actor in enumerate(self._actors)
@@ -180,7 +185,7 @@ class _Driver:
         news = False
         for a, (actor, reference) in running.items():
             if self._actors[a] is not actor:
-                # replaced meanwhile: what the old one answered is not what the new one knows
+                # replaced meanwhile: the new actor has not done the step of the old one
                 news = True
                 continue
             step = self._result(a, reference)
@@ -200,7 +205,7 @@ class _Driver:
             self._saved = time.monotonic()
 
     def _call(self, crews: Sequence[int], method: str) -> dict[int, Any]:
-        """What a method of some actors returns; None for those that had to be replaced."""
+        """Call a method of some actors; returns the results, None for actors that were replaced."""
         running = {a: getattr(self._actors[a], method).remote() for a in crews}
         return {a: self._result(a, reference) for a, reference in running.items()}
 
@@ -216,13 +221,14 @@ class _Driver:
                 raise StageError(f"rank: {self._partitions_of(a)}: {reason}") from error
             self._replace(a, error)
         except errors.RayError as error:
-            # the actor is gone, or what it was sent by another that is gone
+            # the actor is gone, or another one that had sent states to it
             self._replace(a, error)
         return None
 
     def _replace(self, a: int, error: BaseException) -> None:
-        """Replace this actor and all others that died by new ones, from the last snapshots. All
-        states are sent to them again, and those of this actor are sent again to the others.
+        """Replace all actors that died by new ones, which restore the last snapshots. The others
+        send them, and this actor, all states again. If this actor lives, it sends all its states
+        again too.
         """
         gone = [b for b in range(len(self._actors)) if not self._alive(b)]
         for b in {a, *gone}:
@@ -241,7 +247,7 @@ class _Driver:
                 reason=reason,
             )  # fmt: skip
         for b in gone:
-            # without a CPU of its own: where its node was lost there may be none
+            # without a CPU of its own: if a node was lost, there may be none
             self._actors[b] = self._new(self._numbers[b], {"num_cpus": 0})
             self._live[b] = 1
         for b in {a, *gone}:
@@ -275,10 +281,10 @@ class _Driver:
 
 
 class _Actor:
-    """Some partitions in a process of their own.
+    """A process that holds some partitions.
 
-    Where they are several, edges lie in files that the process maps: of a partition that is not
-    advanced just now, the system may need the memory for others.
+    If it holds several, it maps their edges from files, so that the system can take the memory of a
+    partition that does not advance at the moment.
     """
 
     def __init__(
@@ -293,7 +299,7 @@ class _Actor:
         self._rounds = 0
 
     def ping(self) -> None:
-        """Answers while the process lives."""
+        """Return while the process lives."""
 
     def step(self, heard: list[Any]) -> Figures:
         """One superstep. heard: references to states of other processes. They are fetched one by
@@ -309,7 +315,7 @@ class _Actor:
             partitions[number].receive_states(states)
             del states
         news = first
-        # before anything is known of the others, all that have edges with them would wait in vain
+        # without states of the others, samples with edges to them could only wait
         if not first or self._parts == 1:
             self._rounds += 1
             for one in partitions.values():
@@ -337,11 +343,11 @@ class _Actor:
         }
 
     def size(self) -> int:
-        """Samples of these partitions."""
+        """Number of samples in these partitions."""
         return sum(one.size for one in self._loaded().values())
 
     def everything_for(self, peer: int) -> tuple[int, ranker.States]:
-        """All states that a partition needs, after it has lost them."""
+        """All states that partition `peer` needs from this actor, after it was restarted."""
         partitions = self._loaded().values()
         return peer, ranker.joined([one.states_for(peer, everything=True) for one in partitions])
 
@@ -382,9 +388,9 @@ class _Actor:
         return True
 
     def _turns(self, number: int, order: Any, outcome: ranker.Outcome) -> Any:
-        """Of a graph with classes, which lie whole in a partition: when each row's turn comes."""
+        """Sort keys of a graph with classes (`by_class.turns`); a partition has whole classes."""
         group = graph.read_columns(self._out.sub("graph"), number, "group")["group"]
-        # nothing else begins as low
+        # only demoted samples have this forward score
         late = outcome.forward == messages.FLOOR
         phase = by_class.phases(graph_by_class.class_sizes(self._out))
         return by_class.turns(order, group, late, self._made["budgets"], phase)
@@ -393,7 +399,7 @@ class _Actor:
         if not self._shares:
             same_code.require_same(self._driver)
             products.use_threads(assigned_cpus())
-            # all or none: an error while loading must not leave a part of them
+            # all partitions or none: after an error while loading, the next call loads them again
             self._shares = {number: self._load(number) for number in self._numbers}
         return self._shares
 
@@ -416,11 +422,13 @@ class _Actor:
         return one
 
     def _state(self, number: int) -> str:
-        """A name that no other plan has: an actor of a run that was given up may still write."""
+        """The file of a snapshot. Its name contains the fingerprint, because an actor of an
+        abandoned run may still write.
+        """
         return f"state-{self._made['fingerprint'][:16]}-{number:05d}.npz"
 
     def _known(self, one: ranker.RankingPartition, number: int) -> ranker.HaloSamples:
-        """The data of halo samples, by graph id: partition after partition."""
+        """The data of halo samples in order of graph id, that is partition after partition."""
         work = self._out.sub(WORK)
         parts = [one.halo_data(np.empty(0, np.int64))]
         for peer in range(self._parts):
@@ -442,8 +450,8 @@ class _Actor:
 def read_partition(
     out: Folder, number: int, resolved: Resolved, *, lists: bool = True
 ) -> ranker.RankingPartition:
-    """One partition, before it has data of the others. lists: with its neighbors; without them, the
-    task `cut` must have run before.
+    """One partition, without data of other partitions. lists: whether to read its neighbors; if
+    not, the task `cut` must have run before.
     """
     part = graph.read_part(out.sub("graph"), number, lists=lists)
     columns = {field.name: getattr(part, field.name) for field in fields(ranker.PartitionRows)}
@@ -457,7 +465,7 @@ def read_partition(
 
 
 def read_cut(work: Folder, source: int, target: int, *names: str) -> dict[str, Any]:
-    """Columns of the edges that lead from one partition into another."""
+    """Columns of the cut edges from one partition to another."""
     start = read_array(work, f"cut-{source:05d}.start.npy")
     some = slice(int(start[target]), int(start[target + 1]))
     return read_columns(work, f"cut-{source:05d}", *names, rows=some)

@@ -1,14 +1,17 @@
-"""Settings that depend on the whole pool, found on the parts of a graph: the difficulties that are
-cut, the distance of near-copies, gamma. Gives what `algorithm/greedy/auto_settings.py` gives in one
-piece. Only counts, edges between copies and some lists leave a part.
+"""Computes the settings of a ranking that depend on the whole pool, on the parts of a graph.
 
-ranking-work/upper-00000.*       counts of distances and of difficulty, see `quantile`; and
-                                 lower-00000.*
-ranking-work/near-00000.*        edges between copies that begin in a part
-ranking-work/copies.ids.npy      graph ids, ascending, of those that a better copy stands for
-ranking-work/lists-00000.*       of a part, lists that gamma is found on: neighbors, sqdist, reach
-ranking-work/asked.ids.npy       graph ids, ascending, of the samples that these name
-ranking-work/answers-00000.*     of those in a part: reach, and whether they rank last
+The settings are the hardest cut, the distance of near-copies, and gamma; they are equal to those of
+`algorithm/greedy/auto_settings.py`, which needs the pool in memory. Tasks exchange only counts,
+edges between near-copies, and some neighbor lists.
+
+ranking-work/upper-00000.*       counts of distances and difficulties in a part, upper halves of
+                                 their keys (see `quantile`); lower-00000.*: lower halves
+ranking-work/near-00000.*        edges between near-copies whose source is in a part
+ranking-work/copies.ids.npy      graph ids, ascending, of near-copies to demote
+ranking-work/lists-00000.*       lists of a part from which gamma is computed: neighbors, sqdist,
+                                 reach
+ranking-work/asked.ids.npy       graph ids, ascending, of the neighbors in these lists
+ranking-work/answers-00000.*     for those of them that are in a part: reach, last (demoted)
 """
 
 from __future__ import annotations
@@ -45,9 +48,11 @@ def resolve(
     total: int,
     facts: auto_settings.PoolFacts,
 ) -> Resolved:
-    """Find what is wanted, as `algorithm.greedy.auto_settings.settle` does in one piece. k:
-    neighbors of each list that count. each(label, task, **arguments) runs a task on every part,
-    run(label, task, **arguments) runs one for the whole pool; both return figures.
+    """Fit the requested settings to the pool, like `algorithm.greedy.auto_settings.resolve`.
+
+    each(label, task, **arguments) runs a task for every part, run(label, task, **arguments) one
+    task for the whole pool; both return figures. k: number of neighbors in each list that count.
+    total: samples of the pool.
     """
     if total * k <= sizes.SETTLED_WHOLE:
         return Resolved(
@@ -96,7 +101,9 @@ def resolve_whole(
     k: int,
     facts: auto_settings.PoolFacts,
 ) -> Figures:
-    """Task: all of it for a graph that is held at once: a task less for each part and step."""
+    """Task: compute all settings at once, for a graph that fits into memory. This replaces a task
+    for each part and step.
+    """
     whole = graph.read(out.sub("graph"))
     found, last = auto_settings.resolve(
         requested, whole.difficulty, whole.hi, whole.lo, whole.neighbors[:, :k],
@@ -117,7 +124,7 @@ def _places(
     total: int,
     facts: auto_settings.PoolFacts,
 ) -> tuple[dict[str, float], Decimal]:
-    """Quantiles of the whole pool by name, and the share of the hardest to take away."""
+    """Quantiles of the whole pool by name, and the share of the hardest samples to demote."""
     share = requested.cut_hardest
     kinds = [
         name
@@ -154,7 +161,7 @@ def _places(
 def late_rows(
     out: Folder, number: int, difficulty: npt.NDArray[np.float32], resolved: Resolved
 ) -> Any:
-    """Which rows of a part rank last, (n,) bool."""
+    """Which rows of a part are demoted, (n,) bool."""
     rows = np.zeros(difficulty.size, np.bool_)
     if resolved.above is not None:
         rows = difficulty > np.float32(resolved.above)
@@ -167,7 +174,7 @@ def late_rows(
 
 
 def count_upper(*, report: Report, out: Folder, number: int, k: int, kinds: list[str]) -> Figures:
-    """Task: upper halves of the keys of a part."""
+    """Task: count the upper halves of the keys of a part."""
     values = _values(out, number, k, kinds)
     counts = {name: quantile.upper_counts(some) for name, some in values.items()}
     write_columns(out.sub(WORK), f"upper-{number:05d}", **counts)
@@ -178,7 +185,7 @@ def count_upper(*, report: Report, out: Folder, number: int, k: int, kinds: list
 def count_lower(
     *, report: Report, out: Folder, number: int, k: int, bins: dict[str, int]
 ) -> Figures:
-    """Task: lower halves of those that share the upper half of what is looked for."""
+    """Task: count the lower halves of those keys of a part whose upper half is in `bins`."""
     values = _values(out, number, k, list(bins))
     counts = {name: quantile.lower_counts(some, bins[name]) for name, some in values.items()}
     write_columns(out.sub(WORK), f"lower-{number:05d}", **counts)
@@ -189,7 +196,9 @@ def count_lower(
 def near(
     *, report: Report, out: Folder, number: int, k: int, most: float, above: float | None
 ) -> Figures:
-    """Task: edges of a part between copies."""
+    """Task: write the edges of a part between near-copies. most: largest squared distance. above:
+    samples of higher difficulty are demoted already and have no such edges.
+    """
     held = graph.read_columns(out.sub("graph"), number, "difficulty", "neighbors", "sqdist")
     row, target = demoted.near(held["neighbors"][:, :k], held["sqdist"][:, :k], most)
     if above is not None:
@@ -202,8 +211,8 @@ def near(
 
 
 def join_copies(*, report: Report, out: Folder, above: float | None) -> Figures:
-    """Task: which copies a better one stands for. Holds the edges between copies of the pool, and
-    about 50 bytes for each of their ends.
+    """Task: find the near-copies to demote. Memory: all edges between near-copies of the pool, and
+    about 50 bytes for each sample at their ends.
     """
     starts = graph.starts(out.sub("graph"))
     parts = len(starts) - 1
@@ -237,7 +246,7 @@ def join_copies(*, report: Report, out: Folder, above: float | None) -> Figures:
 
 
 def write_lists(*, report: Report, out: Folder, number: int, k: int, resolved: Resolved) -> Figures:
-    """Task: the lists of a part that gamma is found on, and the samples that they name."""
+    """Task: write the lists of a part from which gamma is computed."""
     held = graph.read_columns(out.sub("graph"), number, "uid_hi", "uid_lo", "difficulty")
     starts = graph.starts(out.sub("graph"))
     chosen = auto_gamma.chosen_rows(held["uid_hi"], held["uid_lo"], int(starts[-1]))
@@ -254,7 +263,7 @@ def write_lists(*, report: Report, out: Folder, number: int, k: int, resolved: R
 
 
 def gather_asked(*, report: Report, out: Folder) -> Figures:
-    """Task: graph ids, ascending, of all samples that the chosen lists name."""
+    """Task: write the graph ids, ascending, of all neighbors in the chosen lists."""
     work = out.sub(WORK)
     starts = graph.starts(out.sub("graph"))
     named = [
@@ -267,7 +276,9 @@ def gather_asked(*, report: Report, out: Folder) -> Figures:
 
 
 def answer(*, report: Report, out: Folder, number: int, k: int, resolved: Resolved) -> Figures:
-    """Task: reach of the samples of a part that were asked about, and whether they rank last."""
+    """Task: write reach of the neighbors of chosen lists that are in a part, and whether they are
+    demoted.
+    """
     starts = graph.starts(out.sub("graph"))
     ids = read_array(out.sub(WORK), "asked.ids.npy")
     mine = ids[np.searchsorted(ids, starts[number]) : np.searchsorted(ids, starts[number + 1])]
@@ -292,7 +303,9 @@ def find_gamma(
     facts: auto_settings.PoolFacts,
     last: int,
 ) -> Figures:
-    """Task: gamma, from the chosen lists and the answers. last: samples that rank last."""
+    """Task: compute gamma from the chosen lists and the data of their neighbors. last: number of
+    demoted samples.
+    """
     work = out.sub(WORK)
     parts = len(graph.starts(out.sub("graph"))) - 1
     ids = read_array(work, "asked.ids.npy")
@@ -322,7 +335,7 @@ def find_gamma(
 def _values(
     out: Folder, number: int, k: int, kinds: list[str]
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """What is counted of a part, by name."""
+    """The values of a part that are counted, by name."""
     folder = out.sub("graph")
     found: dict[str, npt.NDArray[np.float32]] = {}
     if "difficulty" in kinds:

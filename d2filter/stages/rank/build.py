@@ -1,20 +1,20 @@
-"""Stage rank: graph → ranking/. One partition per graph part, then one order over all of them.
+"""Stage rank: graph → ranking/. This module runs the steps in order.
 
-The steps are settle (see `late`), cut, describe, supersteps (in actors, see `supersteps`), ranges,
-merge, finish.
+Each graph part is a partition. The steps are: settings (`auto_settings`), cut, describe, supersteps
+(`actors`); then the partitions are merged into one order: ranges, merge, finish.
 
-ranking-work/cut-00000.*      edges that leave a partition: source, target, sqdist; start (P + 1,)
+ranking-work/cut-00000.*      cut edges of a partition: source, target, sqdist; start (P + 1,)
 ranking-work/reach-00000.npy  squared distances of its rows to their last neighbors
-ranking-work/known-00000.*    for the halos of the others: ids, hi, lo, difficulty, late, reach of
-                              the samples that they have edges with; start (P + 1,)
+ranking-work/known-00000.*    its samples in the halos of other partitions: ids, hi, lo, difficulty,
+                              late, reach; start (P + 1,)
 ranking-work/state-*.npz      the last snapshot of each partition
 ranking-work/scores-00000.*   forward, final, suppressed_by of its rows; order: best key first
 ranking-work/best-00000.*     its keys in that order; sampled-00000.*: some of them, for splitters
-ranking-work/ranges-00000.*   where these keys are cut into ranges
+ranking-work/ranges-00000.*   where the splitters cut these keys into ranges
 ranking-work/ranks-00000.*    ranks of one range of keys, by partition; start (P + 1,)
 ranking/part-00000.parquet    the ranking
 
-ranking-work/ is removed when the ranking is done.
+`tidy` removes ranking-work/ after the stage is recorded.
 
 See docs/method.md#global-order.
 """
@@ -50,7 +50,7 @@ def build(
     k: int,
     facts: auto_settings.PoolFacts,
 ) -> Figures:
-    """Run all tasks; returns the stage's figures. k: neighbors of each list that count."""
+    """Run all tasks; returns the stage's figures. k: number of neighbors per list that count."""
     if config.rank.method != "d2":
         return rank_in_memory.build(runner, out, config, fingerprint, k)
     starts = graph.starts(out.sub("graph"))
@@ -144,7 +144,7 @@ def _supersteps(
 
 
 def found_settings(resolved: settings_on_parts.Resolved) -> Figures:
-    """The settings that were found on the pool, for the record of the stage."""
+    """The settings that were fitted to the pool, for the record of the stage."""
     tuned = {name: value for name, value in resolved.tuned.items() if name != "gamma"}
     return {
         "gamma": resolved.gamma,
@@ -157,16 +157,14 @@ def found_settings(resolved: settings_on_parts.Resolved) -> Figures:
 
 
 def tidy(out: Folder) -> None:
-    """Remove files that are needed only while a ranking is made. Call it after the stage is
-    recorded.
-    """
+    """Remove the intermediate files. Call it after the stage is recorded."""
     out.remove(WORK)
 
 
 def cut(
     *, report: Report, out: Folder, number: int, resolved: settings_on_parts.Resolved
 ) -> Figures:
-    """Task: the edges that leave a partition. Figures: their number, the extremes of difficulty,
+    """Task: write the cut edges of a partition. Figures: their number, the extremes of difficulty,
     and the number of demoted samples.
     """
     one = read_partition(out, number, resolved)
@@ -184,7 +182,7 @@ def cut(
 def halo_data(
     *, report: Report, out: Folder, number: int, parts: int, resolved: settings_on_parts.Resolved
 ) -> Figures:
-    """Task: the data of own samples that other partitions need for their halos."""
+    """Task: write the data of a partition's samples that other partitions need for their halos."""
     work = out.sub(WORK)
     one = read_partition(out, number, resolved, lists=False)
     own = read_columns(work, f"cut-{number:05d}", "start", "source")
@@ -205,12 +203,12 @@ def halo_data(
 
 
 def cut_keys(*, report: Report, out: Folder, number: int, parts: int) -> Figures:
-    """Task: where the keys of a partition, best first, are cut into ranges."""
+    """Task: cut the keys of a partition, best first, into ranges."""
     work = out.sub(WORK)
     samples = [_keys(read_columns(work, f"sampled-{p:05d}", "x", "hi", "lo")) for p in range(parts)]
     best = _keys(read_columns(work, f"best-{number:05d}", "x", "hi", "lo"))
     cuts = merge.split_at(best, merge.splitters(samples, parts))
-    # fewer keys than ranges: the last ones are empty
+    # with fewer keys than ranges, the last ranges are empty
     cuts = np.append(cuts, np.full(parts + 1 - cuts.size, best.x.size))
     write_columns(work, f"ranges-{number:05d}", start=cuts)
     report(best.x.size)
@@ -218,7 +216,7 @@ def cut_keys(*, report: Report, out: Folder, number: int, parts: int) -> Figures
 
 
 def merge_range(*, report: Report, out: Folder, number: int, parts: int) -> Figures:
-    """Task: ranks of one range of keys, over all partitions."""
+    """Task: compute the ranks of one range of keys, over all partitions."""
     work = out.sub(WORK)
     pieces, first = [], 0
     for p in range(parts):

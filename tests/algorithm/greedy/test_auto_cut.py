@@ -1,4 +1,4 @@
-"""The automatic cut of the hardest: what it must hold for any difficulties and budgets."""
+"""Properties of the automatic cut of the hardest samples, for any difficulties and budgets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gamma from the budget and the pool, relative distances, wrong pairs, copies."""
+"""Automatic gamma, the local kernel, the share of wrong pairs, and near-copies."""
 
 from __future__ import annotations
 

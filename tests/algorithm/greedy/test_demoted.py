@@ -1,4 +1,4 @@
-"""Which samples rank last, the unit of distances, and budgets of classes."""
+"""Demoted samples, the unit of distances, and budgets of classes."""
 
 from __future__ import annotations
 

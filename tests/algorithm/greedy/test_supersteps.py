@@ -1,4 +1,4 @@
-"""The greedy in partitions: whatever happens to the states on their way, the result is the same."""
+"""The greedy in partitions gives the same result for late, repeated or reordered states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures of a subset, each against its definition."""
+"""Measures of a subset, each compared with its definition."""
 
 from __future__ import annotations
 

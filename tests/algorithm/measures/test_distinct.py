@@ -1,4 +1,4 @@
-"""Measures of distinct groups, each against its definition."""
+"""Measures of distinct groups, each compared with its definition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The self-check: which captions are swapped, and what becomes of the graph."""
+"""The self-check: which captions are swapped, and how the graph changes."""
 
 from __future__ import annotations
 

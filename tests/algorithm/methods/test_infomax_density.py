@@ -1,4 +1,4 @@
-"""Two selectors against naive transcriptions: InfoMax as a greedy, and density-based pruning."""
+"""The methods infomax and density, compared with naive transcriptions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether scaling leaves scores apart: against sorted lists, in one piece and in parts."""
+"""Detection of scores that scaling makes equal, compared with sorted lists, whole and in parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that the graph of classes asks for."""
+"""Memory that tasks of the graph of classes request."""
 
 from __future__ import annotations
 

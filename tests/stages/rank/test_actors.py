@@ -1,4 +1,4 @@
-"""The driver of the supersteps, with actors whose answers and deaths are planned."""
+"""The driver of the supersteps, with fake actors whose results and deaths are planned."""
 
 from __future__ import annotations
 

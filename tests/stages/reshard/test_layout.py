@@ -1,4 +1,4 @@
-"""Where the samples of new shards come, against a loop over all of them."""
+"""Positions of samples in new shards, compared with a loop over all samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which samples `reshard` takes, against what was drawn to be kept."""
+"""Samples that `reshard` copies, compared with the drawn truth."""
 
 from __future__ import annotations
 
