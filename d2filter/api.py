@@ -171,7 +171,7 @@ def rank(
         graph.sqdist,
         scheme=rank_config.scheme(resolved),
         undirected=rank_config.undirected,
-        late=last,
+        is_demoted=last,
     )
     places = ranked.rank
     if groups is not None:

@@ -200,7 +200,7 @@ def _in_partitions(given: list[ranker.PartitionRows], *, parts: int, threads: in
         ids = one.halo()
         known = ranker.HaloSamples(
             ids=ids, hi=hi[ids], lo=lo[ids], difficulty=difficulty[ids],
-            late=np.zeros(ids.size, np.bool_), reach=np.zeros(ids.size, np.float32),
+            is_demoted=np.zeros(ids.size, np.bool_), reach=np.zeros(ids.size, np.float32),
         )  # fmt: skip
         one.start_ranking(schemes.Scheme(), low, high, known)
 

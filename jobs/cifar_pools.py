@@ -128,7 +128,12 @@ class Pool:
             difficulty, *ids, some.neighbors, some.sqdist, auto_settings.PoolFacts()
         )
         ranked = in_memory.rank_graph(
-            *ids, difficulty, some.neighbors, some.sqdist, scheme=config.scheme(resolved), late=last
+            *ids,
+            difficulty,
+            some.neighbors,
+            some.sqdist,
+            scheme=config.scheme(resolved),
+            is_demoted=last,
         )
         return np.argsort(by_class.interleaved(ranked.rank, group, last, "proportional"))
 

@@ -204,7 +204,7 @@ def power(kernel: str, exponent: float, k: int = 10) -> Rule:
 
 def _ranked(pool: Pool, neighbors: I64, sqdist: F32, scheme: Scheme, last: Bools) -> I64:
     return in_memory.rank_graph(
-        pool.hi, pool.lo, pool.score, neighbors, sqdist, scheme=scheme, late=last
+        pool.hi, pool.lo, pool.score, neighbors, sqdist, scheme=scheme, is_demoted=last
     ).rank
 
 

@@ -61,11 +61,11 @@ def phases(sizes: I64) -> F64:
     return out
 
 
-def turns(order: I64, group: I64, late: Bools, budgets: str, phase: F64) -> I64:
+def turns(order: I64, group: I64, is_demoted: Bools, budgets: str, phase: F64) -> I64:
     """Sort keys that mix the classes, (n,) int64: larger goes sooner, equal keys by ascending uid.
 
-    order: (n,) int64, rows of whole classes, best first. group: (n,) int64 class of each row. late:
-    (n,) bool, demoted rows, which go after all others. phase: (classes,), see `phases`.
+    order: (n,) int64, rows of whole classes, best first. group: (n,) int64 class of each row.
+    is_demoted: (n,) bool, rows that go after all others. phase: (classes,), see `phases`.
 
     budgets: `proportional` takes the r-th of n_g samples of a class when the share (r + φ_g)/n_g of
     the pool is taken; φ_g is the phase of the class. At every share t, the number taken from a
@@ -76,10 +76,12 @@ def turns(order: I64, group: I64, late: Bools, budgets: str, phase: F64) -> I64:
     if budgets not in BUDGETS:
         raise ValueError(f"budgets is {budgets!r}, allowed are {', '.join(BUDGETS)}")
     # stable: the order inside a class stays
-    sorted_by = np.lexsort((group[order], late[order]))
+    sorted_by = np.lexsort((group[order], is_demoted[order]))
     rows = order[sorted_by]
     new = np.ones(rows.size, np.bool_)
-    new[1:] = (group[rows[1:]] != group[rows[:-1]]) | (late[rows[1:]] != late[rows[:-1]])
+    new[1:] = (group[rows[1:]] != group[rows[:-1]]) | (
+        is_demoted[rows[1:]] != is_demoted[rows[:-1]]
+    )
     begins = np.flatnonzero(new)
     sizes = np.diff(np.append(begins, rows.size))
     place = features.inside_runs(sizes)
@@ -88,11 +90,11 @@ def turns(order: I64, group: I64, late: Bools, budgets: str, phase: F64) -> I64:
         place = ((place + phase[group[rows]]) / np.repeat(sizes, sizes)).view(np.int64)
     out = np.empty(rows.size, np.int64)
     out[rows] = -place
-    out[late] -= _BEHIND
+    out[is_demoted] -= _BEHIND
     return out
 
 
-def interleaved(rank: I64, group: I64, late: Bools, budgets: str) -> I64:
+def interleaved(rank: I64, group: I64, is_demoted: Bools, budgets: str) -> I64:
     """Ranks, (n,) int64, in which every prefix contains the share of each class, see `turns`.
 
     rank: (n,) int64, a permutation, 0 = first, of rows in ascending order of uid. group: (n,) class
@@ -100,7 +102,7 @@ def interleaved(rank: I64, group: I64, late: Bools, budgets: str) -> I64:
     """
     order = np.argsort(rank)
     out = np.empty(rank.size, np.int64)
-    sooner = turns(order, group, late, budgets, phases(np.bincount(group)))
+    sooner = turns(order, group, is_demoted, budgets, phases(np.bincount(group)))
     # ~x is in the reverse order of x, without overflow
     out[np.argsort(~sooner, kind="stable")] = np.arange(rank.size)
     return out

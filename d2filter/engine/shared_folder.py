@@ -68,9 +68,9 @@ def check_nodes(ray: Any, folder: Folder, token: str) -> None:
             asked[look.remote(folder, token)] = node["NodeManagerAddress"]
     if not asked:
         return
-    answered, late = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)
+    answered, unanswered = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)
     blind = [asked[reference] for reference in answered if _sees_not(ray, reference)]
-    for reference in late:
+    for reference in unanswered:
         ray.cancel(reference)
     if blind:
         raise _refusal(folder, blind)

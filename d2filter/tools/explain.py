@@ -179,7 +179,7 @@ class _Run:
         hexes = uid_format.to_hex(others["uid_hi"], others["uid_lo"])
         kept = self._kept(others)
         d2 = self._options.method == "d2"
-        late = own["forward"] == messages.FLOOR
+        is_demoted = own["forward"] == messages.FLOOR
         gave = (
             self._given(others, neighbors.size, exponents[row]) if d2 else np.zeros(neighbors.size)
         )
@@ -193,12 +193,12 @@ class _Run:
             key=key,
             difficulty=float(own["difficulty"][0]),
             normalized=float(self._normalized(own["difficulty"])[0]),
-            forward=None if late[0] or not d2 else _unit(own["forward"][0]),
-            final=None if late[0] or not d2 else _unit(own["final"][0]),
+            forward=None if is_demoted[0] or not d2 else _unit(own["forward"][0]),
+            final=None if is_demoted[0] or not d2 else _unit(own["final"][0]),
             rank=int(own["rank"][0]),
             ranked=self.ranking.total,
             kept=own_kept,
-            because=self._because(own, own_kept, bool(late[0])),
+            because=self._because(own, own_kept, bool(is_demoted[0])),
             suppressed_by=hexes[-1] if suppressor >= 0 else "",
             strongest=strongest,
             suppressor_rank=int(others["rank"][-1]) if suppressor >= 0 else None,
@@ -288,10 +288,10 @@ class _Run:
         chosen = subset.read(self._folder)
         return np.ascontiguousarray(chosen["f0"]), np.ascontiguousarray(chosen["f1"])
 
-    def _because(self, own: Columns, kept: bool | None, late: bool) -> str:
+    def _because(self, own: Columns, kept: bool | None, is_demoted: bool) -> str:
         rank, total = int(own["rank"][0]) + 1, self.ranking.total
         place = f"rank {rank:,} of {total:,} (top {rank / total:.1%})"
-        if late:
+        if is_demoted:
             place += ", after everything else: among the hardest, or a copy of a better one"
         if self._select is None or kept is None:
             return f"{place}; nothing is selected yet"

@@ -151,7 +151,7 @@ def read(
         key = uids.hashed(rows["uid_hi"], rows["uid_lo"], salt=uids.SALT_REPORT)
         chosen = np.flatnonzero(key <= below)
         some = {name: values[chosen] for name, values in rows.items()}
-        late = some["forward"] == messages.FLOOR
+        is_demoted = some["forward"] == messages.FLOOR
         lost = (some["forward"] - some["final"]).astype(np.float64) / messages.ONE
         parts.append(
             {
@@ -160,7 +160,7 @@ def read(
                 "lo": some["uid_lo"],
                 "difficulty": some["difficulty"],
                 "rank": some["rank"],
-                "lost": np.where(late | (some["suppressed_by"] < 0), 0.0, lost),
+                "lost": np.where(is_demoted | (some["suppressed_by"] < 0), 0.0, lost),
                 "suppressed_by": some["suppressed_by"],
                 "spacing": coverage.spacing(some["sqdist"]),
                 "kept": kept[start + chosen],

@@ -85,14 +85,14 @@ def mask(
     highest difficulty first. collapse_copies: neighbors up to this squared distance are
     near-copies; None: no near-copies are demoted.
     """
-    late = hardest(difficulty, cut_hardest)
+    is_demoted = hardest(difficulty, cut_hardest)
     if collapse_copies is not None:
         source, target = near(neighbors, sqdist, collapse_copies)
-        both = ~late[source] & ~late[target]
+        both = ~is_demoted[source] & ~is_demoted[target]
         source, target = source[both], target[both]
         members = np.unique(np.concatenate([source, target]))
-        late[copies(source, target, difficulty[members], hi[members], lo[members])] = True
-    return late
+        is_demoted[copies(source, target, difficulty[members], hi[members], lo[members])] = True
+    return is_demoted
 
 
 def near(neighbors: I64, sqdist: F32, most: float) -> tuple[I64, I64]:

@@ -191,11 +191,11 @@ def as_csr(neighbors: Nodes, values: F32, first: int = 0) -> tuple[Nodes, Nodes,
     return start, target, value
 
 
-def without(edges: Edges, late: Bool) -> Edges:
-    """The same without the edges that have an end in `late`, (m,) by node."""
+def without(edges: Edges, is_demoted: Bool) -> Edges:
+    """The same without the edges that have an end in `is_demoted`, (m,) by node."""
     start = np.zeros_like(edges.start)
     target, sqdist = np.empty_like(edges.target), np.empty_like(edges.sqdist)
-    left = _keep_others(edges.start, edges.target, edges.sqdist, late, start, target, sqdist)
+    left = _keep_others(edges.start, edges.target, edges.sqdist, is_demoted, start, target, sqdist)
     # copies: views would hold the memory of those that are gone
     return replace(edges, start=start, target=target[:left].copy(), sqdist=sqdist[:left].copy())
 
@@ -328,12 +328,12 @@ def _fill(  # type: ignore[no-untyped-def]  # compiled by numba
 
 
 @compiled.njit()
-def _keep_others(start, target, sqdist, late, out_start, out_target, out_sqdist):  # type: ignore[no-untyped-def]
+def _keep_others(start, target, sqdist, is_demoted, out_start, out_target, out_sqdist):  # type: ignore[no-untyped-def]
     left = 0
-    for node in range(late.size):
-        if not late[node]:
+    for node in range(is_demoted.size):
+        if not is_demoted[node]:
             for e in range(start[node], start[node + 1]):
-                if not late[target[e]]:
+                if not is_demoted[target[e]]:
                     out_target[left] = target[e]
                     out_sqdist[left] = sqdist[e]
                     left += 1

@@ -40,14 +40,14 @@ def rank_graph(
     *,
     scheme: Scheme,
     undirected: bool = False,
-    late: Bools | None = None,
+    is_demoted: Bools | None = None,
 ) -> RankedGraph:
     """Rank all samples of a graph (docs/method.md#d2-pruning). Nothing is modified.
 
     hi, lo: (n,) uint64, distinct uids in any order. difficulty: (n,) float32, finite. neighbors:
     (n, k) int64 rows, −1 pads. sqdist: (n, k) float32. undirected: an edge counts in both
-    directions, each pair once. late: (n,) bool, samples that rank after everything else. The result
-    does not depend on the order of the rows.
+    directions, each pair once. is_demoted: (n,) bool, samples that rank after everything else. The
+    result does not depend on the order of the rows.
     """
     n = len(neighbors)
     order = uids.ascending(hi, lo)
@@ -57,11 +57,11 @@ def rank_graph(
     if not (order == np.arange(n)).all():
         neighbors = np.where(neighbors >= 0, position[neighbors], -1)[order]
         sqdist, difficulty, hi, lo = sqdist[order], difficulty[order], hi[order], lo[order]
-        late = None if late is None else late[order]
+        is_demoted = None if is_demoted is None else is_demoted[order]
     rows = ranker.PartitionRows(
         hi=hi, lo=lo, difficulty=difficulty, neighbors=neighbors, sqdist=sqdist
     )
-    whole = ranker.RankingPartition(rows, np.array([0, n], np.int64), 0, late)
+    whole = ranker.RankingPartition(rows, np.array([0, n], np.int64), 0, is_demoted)
     whole.start_ranking(scheme, *whole.range(), whole.halo_data(whole.halo()), both_ways=undirected)
     whole.advance()
     found = whole.outcome()
@@ -81,19 +81,19 @@ def rank_by(
     method: str,
     pool: selectors.Pool,
     *,
-    late: Bools | None = None,
+    is_demoted: Bools | None = None,
 ) -> I64:
     """Ranks, (n,) int64, of another method than D2 (`selectors.SELECTORS`), 0 = first.
 
-    late: (n,) bool, samples that the method does not see and that follow by uid. Raises UsageError
-    for an unknown method, or a pool that is too large for it.
+    is_demoted: (n,) bool, samples that the method does not see and that follow by uid. Raises
+    UsageError for an unknown method, or a pool that is too large for it.
     """
     n = len(pool.hi)
     rank = np.empty(n, np.int64)
-    if late is None or not late.any():
+    if is_demoted is None or not is_demoted.any():
         rank[selectors.order(method, pool)] = np.arange(n)
         return rank
-    seen = np.flatnonzero(~late)
+    seen = np.flatnonzero(~is_demoted)
     last = np.setdiff1d(np.arange(n), seen)
     place = np.full(n, -1, np.int64)
     place[seen] = np.arange(seen.size)

@@ -78,7 +78,7 @@ class HaloSamples:
     hi: uids.U64
     lo: uids.U64
     difficulty: F32
-    late: Bool
+    is_demoted: Bool
     """which are demoted"""
     reach: F32
     """squared distances to their last neighbors"""
@@ -103,16 +103,16 @@ class RankingPartition:
         rows: PartitionRows,
         starts: I64,
         number: int,
-        late: Bool | None = None,
+        is_demoted: Bool | None = None,
         reach: F32 | None = None,
     ) -> None:
-        """starts: (P + 1,) first graph id of each partition. late: (n,) which of the rows are
+        """starts: (P + 1,) first graph id of each partition. is_demoted: (n,) which of the rows are
         demoted, see `demoted.py`. reach: (n,) squared distances to the last neighbors, needed if
         `rows` have no lists. `start_ranking` frees the rows.
         """
         self.size = len(rows.hi)
         self.reach = local_kernel.reach(rows.sqdist) if reach is None else reach
-        self._late = np.zeros(self.size, np.bool_) if late is None else late
+        self._is_demoted = np.zeros(self.size, np.bool_) if is_demoted is None else is_demoted
         self._rows: PartitionRows | None = rows
         self._starts = starts
         self._first = int(starts[number])
@@ -125,14 +125,14 @@ class RankingPartition:
         """Smallest and largest difficulty of the rows that are not demoted; (inf, −inf) if there
         are none.
         """
-        difficulty = self._held().difficulty[~self._late]
+        difficulty = self._held().difficulty[~self._is_demoted]
         if not difficulty.size:
             return np.inf, -np.inf
         return float(difficulty.min()), float(difficulty.max())
 
-    def late(self) -> int:
+    def demoted_count(self) -> int:
         """How many of the rows are demoted."""
-        return int(self._late.sum())
+        return int(self._is_demoted.sum())
 
     def leaving_edges(self) -> halo.CutEdges:
         """The edges that leave this partition."""
@@ -157,7 +157,7 @@ class RankingPartition:
         rows = self._held()
         return HaloSamples(
             ids=ids, hi=rows.hi[at], lo=rows.lo[at], difficulty=rows.difficulty[at],
-            late=self._late[at], reach=self.reach[at],
+            is_demoted=self._is_demoted[at], reach=self.reach[at],
         )  # fmt: skip
 
     def start_ranking(
@@ -183,9 +183,9 @@ class RankingPartition:
             known.ids, (known.hi, known.lo), both_ways=both_ways,
         )  # fmt: skip
         difficulty = edges.spread(rows.difficulty, known.difficulty)
-        late = edges.spread(self._late, known.late)
-        if late.any():
-            edges = halo.without(edges, late)
+        is_demoted = edges.spread(self._is_demoted, known.is_demoted)
+        if is_demoted.any():
+            edges = halo.without(edges, is_demoted)
         if scheme.is_local:
             reach = edges.spread(self.reach, known.reach)
             edges = halo.made_relative(edges, reach, scheme.floor)
@@ -199,7 +199,7 @@ class RankingPartition:
         x = scheme.forward_scores(
             scores, messages.gather(scores, edges.start, edges.target, weights)
         )
-        x[late] = messages.FLOOR
+        x[is_demoted] = messages.FLOOR
         # of the halo only some of the edges are known here
         x[edges.halo_node] = supersteps.UNKNOWN
         if not scheme.one_weight:

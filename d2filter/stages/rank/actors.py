@@ -33,7 +33,7 @@ from d2filter.formats.paths import Folder
 from d2filter.formats.rows import mapped, read_array, read_columns, write_columns
 from d2filter.formats.tables import first_line
 from d2filter.stages.graph import by_class as graph_by_class
-from d2filter.stages.rank.auto_settings import WORK, Resolved, late_rows
+from d2filter.stages.rank.auto_settings import WORK, Resolved, demoted_rows
 
 Figures = dict[str, Any]
 
@@ -120,14 +120,14 @@ class _Driver:
         moved: set[int] = set()
         until = time.monotonic() + _PLACE_SECONDS
         while waiting:
-            there, late = self._ray.wait(
+            there, unanswered = self._ray.wait(
                 list(waiting), num_returns=len(waiting), timeout=_LOOK_SECONDS
             )
             for ping in there:
                 del waiting[ping]
-            if late and places() < len(self._actors):
+            if unanswered and places() < len(self._actors):
                 # a node was lost after the CPUs were counted: start without a CPU, like `_replace`
-                for ping in late:
+                for ping in unanswered:
                     a = waiting[ping]
                     if a not in moved:
                         del waiting[ping]
@@ -135,11 +135,11 @@ class _Driver:
                         self._ray.kill(self._actors[a])
                         self._actors[a] = self._new(self._numbers[a], {"num_cpus": 0})
                         waiting[self._actors[a].ping.remote()] = a
-            elif late and time.monotonic() > until:
+            elif unanswered and time.monotonic() > until:
                 raise StageError(
                     f"rank: {len(self._actors)} processes are needed at once, the cluster started "
-                    f"{len(self._actors) - len(late)} in {_PLACE_SECONDS:.0f} s: free its CPUs and "
-                    "run again"
+                    f"{len(self._actors) - len(unanswered)} in {_PLACE_SECONDS:.0f} s: free its "
+                    "CPUs and run again"
                 )
 
     def run(self, report: Callable[[int], None]) -> Figures:
@@ -391,9 +391,9 @@ class _Actor:
         """Sort keys of a graph with classes (`by_class.turns`); a partition has whole classes."""
         group = graph.read_columns(self._out.sub("graph"), number, "group")["group"]
         # only demoted samples have this forward score
-        late = outcome.forward == messages.FLOOR
+        is_demoted = outcome.forward == messages.FLOOR
         phase = by_class.phases(graph_by_class.class_sizes(self._out))
-        return by_class.turns(order, group, late, self._made["budgets"], phase)
+        return by_class.turns(order, group, is_demoted, self._made["budgets"], phase)
 
     def _loaded(self) -> dict[int, ranker.RankingPartition]:
         if not self._shares:
@@ -458,10 +458,12 @@ def read_partition(
     if part.neighbors.shape[1] > resolved.k:
         columns["neighbors"] = np.ascontiguousarray(part.neighbors[:, : resolved.k])
         columns["sqdist"] = np.ascontiguousarray(part.sqdist[:, : resolved.k])
-    late = late_rows(out, number, part.difficulty, resolved)
+    is_demoted = demoted_rows(out, number, part.difficulty, resolved)
     reach = None if lists else read_array(out.sub(WORK), f"reach-{number:05d}.npy")
     starts = graph.starts(out.sub("graph"))
-    return ranker.RankingPartition(ranker.PartitionRows(**columns), starts, number, late, reach)
+    return ranker.RankingPartition(
+        ranker.PartitionRows(**columns), starts, number, is_demoted, reach
+    )
 
 
 def read_cut(work: Folder, source: int, target: int, *names: str) -> dict[str, Any]:

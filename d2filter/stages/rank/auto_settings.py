@@ -158,7 +158,7 @@ def _places(
     }, share
 
 
-def late_rows(
+def demoted_rows(
     out: Folder, number: int, difficulty: npt.NDArray[np.float32], resolved: Resolved
 ) -> Any:
     """Which rows of a part are demoted, (n,) bool."""
@@ -250,7 +250,7 @@ def write_lists(*, report: Report, out: Folder, number: int, k: int, resolved: R
     held = graph.read_columns(out.sub("graph"), number, "uid_hi", "uid_lo", "difficulty")
     starts = graph.starts(out.sub("graph"))
     chosen = auto_gamma.chosen_rows(held["uid_hi"], held["uid_lo"], int(starts[-1]))
-    rows = np.flatnonzero(chosen & ~late_rows(out, number, held["difficulty"], resolved))
+    rows = np.flatnonzero(chosen & ~demoted_rows(out, number, held["difficulty"], resolved))
     lists = graph.read_columns(out.sub("graph"), number, "neighbors", "sqdist")
     neighbors, sqdist = lists["neighbors"][:, :k], lists["sqdist"][:, :k]
     reach = local_kernel.reach(sqdist)
@@ -284,7 +284,7 @@ def answer(*, report: Report, out: Folder, number: int, k: int, resolved: Resolv
     mine = ids[np.searchsorted(ids, starts[number]) : np.searchsorted(ids, starts[number + 1])]
     held = graph.read_columns(out.sub("graph"), number, "difficulty", "sqdist")
     rows = mine - starts[number]
-    last = late_rows(out, number, held["difficulty"], resolved)
+    last = demoted_rows(out, number, held["difficulty"], resolved)
     write_columns(
         out.sub(WORK), f"answers-{number:05d}", reach=local_kernel.reach(held["sqdist"][rows, :k]),
         last=last[rows],
@@ -318,14 +318,14 @@ def find_gamma(
     neighbors = column("lists", "neighbors")
     there = neighbors >= 0
     at = np.searchsorted(ids, np.where(there, neighbors, ids[0] if ids.size else 0))
-    reach, late_ones = column("answers", "reach"), column("answers", "last")
+    reach, are_demoted = column("answers", "reach"), column("answers", "last")
     if not ids.size:
-        reach, late_ones = np.zeros(1, np.float32), np.zeros(1, np.bool_)
+        reach, are_demoted = np.zeros(1, np.float32), np.zeros(1, np.bool_)
     lists = auto_settings.Lists(
         sqdist=column("lists", "sqdist"),
         reach=column("lists", "reach"),
         reach_of=reach[at],
-        through=there & ~late_ones[at],
+        through=there & ~are_demoted[at],
     )
     tuned = auto_settings.tune(requested, lists, total, last, resolved.floor, resolved.unit, facts)
     report(total)

@@ -6,7 +6,7 @@ Each graph part is a partition. The steps are: settings (`auto_settings`), cut, 
 ranking-work/cut-00000.*      cut edges of a partition: source, target, sqdist; start (P + 1,)
 ranking-work/reach-00000.npy  squared distances of its rows to their last neighbors
 ranking-work/known-00000.*    its samples in the halos of other partitions: ids, hi, lo, difficulty,
-                              late, reach; start (P + 1,)
+                              is_demoted, reach; start (P + 1,)
 ranking-work/state-*.npz      the last snapshot of each partition
 ranking-work/scores-00000.*   forward, final, suppressed_by of its rows; order: best key first
 ranking-work/best-00000.*     its keys in that order; sampled-00000.*: some of them, for splitters
@@ -176,7 +176,12 @@ def cut(
     write_array(out.sub(WORK), f"reach-{number:05d}.npy", one.reach)
     low, high = one.range()
     report(one.size)
-    return {"edges": int(leaving.source.size), "low": low, "high": high, "late": one.late()}
+    return {
+        "edges": int(leaving.source.size),
+        "low": low,
+        "high": high,
+        "late": one.demoted_count(),
+    }
 
 
 def halo_data(

@@ -78,9 +78,9 @@ def rank_all(*, report: Report, out: Folder, config: RankConfig, k: int) -> Figu
         )
         sums.update(ranking.publish_part(out.sub("ranking"), number, part))
         report(behind.size)
-    late_ones = {"hardest": int(last.sum()) - resolved.copies, "copies": resolved.copies}
+    demoted_counts = {"hardest": int(last.sum()) - resolved.copies, "copies": resolved.copies}
     return {
-        "late": late_ones,
+        "late": demoted_counts,
         "copies_sqdist": resolved.copies_sqdist,
         "cut_hardest": resolved.cut,
         "checksums": sums,
@@ -163,12 +163,14 @@ def ranks_of(
         part.difficulty, part.hi, part.lo, part.neighbors, part.sqdist, known.facts
     )
     if config.method != "d2":
-        rank = greedy_in_memory.rank_by(config.method, known.by_uid(config), late=last[known.order])
+        rank = greedy_in_memory.rank_by(
+            config.method, known.by_uid(config), is_demoted=last[known.order]
+        )
         return interleaved(known, rank[known.position], last, config), last, resolved
     found = greedy_in_memory.rank_graph(
         part.hi, part.lo, part.difficulty, part.neighbors, part.sqdist,
         scheme=config.scheme(resolved),
-        undirected=config.undirected, late=last,
+        undirected=config.undirected, is_demoted=last,
     )  # fmt: skip
     return interleaved(known, found.rank, last, config), last, resolved
 

@@ -119,7 +119,7 @@ def test_the_order_of_rows_cannot_be_seen_in_a_tuned_ranking(
         resolved, last = config.resolve_on(*arrays, auto_settings.PoolFacts(wrong=wrong))
         found = in_memory.rank_graph(
             arrays[1], arrays[2], arrays[0], *arrays[3:], scheme=config.scheme(resolved),
-            undirected=undirected, late=last,
+            undirected=undirected, is_demoted=last,
         )  # fmt: skip
         return found.rank[place].tolist(), resolved.gamma
 

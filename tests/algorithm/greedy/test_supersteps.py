@@ -47,22 +47,22 @@ def naive(
     difficulty: np.ndarray,
     scheme: schemes.Scheme,
     both_ways: bool,
-    late: np.ndarray | None = None,
+    is_demoted: np.ndarray | None = None,
 ) -> tuple[list[int], list[int], list[int], list[int]]:
     """forward, final, order and suppressed_by, one sample after the other. late: samples without
     edges, that come last.
     """
     n, k = case.neighbors.shape
-    late = np.zeros(n, bool) if late is None else late
+    is_demoted = np.zeros(n, bool) if is_demoted is None else is_demoted
     lists: list[dict[int, float]] = [{} for _ in range(n)]
     for i in range(n):
         for c in range(k):
             j = int(case.neighbors[i, c])
-            if j >= 0 and not late[i] and not late[j]:
+            if j >= 0 and not is_demoted[i] and not is_demoted[j]:
                 lists[i][j] = float(case.sqdist[i, c])
                 if both_ways:
                     lists[j][i] = float(case.sqdist[i, c])
-    earnest = difficulty[~late]
+    earnest = difficulty[~is_demoted]
     low, high = (float(earnest.min()), float(earnest.max())) if earnest.size else (0.0, 0.0)
     score = [1.0 if low == high else (float(d) - low) / (high - low) for d in difficulty]
 
@@ -105,7 +105,7 @@ def naive(
         + [0.0] * (width - len(row))
         for i, row in enumerate(lists)
     ]
-    forward = [-(2**62) if late[i] else x for i, x in enumerate(forward)]
+    forward = [-(2**62) if is_demoted[i] else x for i, x in enumerate(forward)]
     order, final, by = oracle.greedy(forward, case.uid, neighbors, weights)
     return forward, final, order, by
 
@@ -119,7 +119,7 @@ class Pool:
         difficulty: np.ndarray,
         home: np.ndarray,
         parts: int,
-        late: np.ndarray | None = None,
+        is_demoted: np.ndarray | None = None,
     ) -> None:
         self.row = np.argsort(home, kind="stable")
         graph_id = np.argsort(self.row)
@@ -137,8 +137,8 @@ class Pool:
                 sqdist=case.sqdist[some],
             )
             self.rows.append(rows)
-            some_late = None if late is None else late[some]
-            self.partitions.append(ranker.RankingPartition(rows, self.starts, p, some_late))
+            some_demoted = None if is_demoted is None else is_demoted[some]
+            self.partitions.append(ranker.RankingPartition(rows, self.starts, p, some_demoted))
 
     def start_ranking(self, scheme: schemes.Scheme, both_ways: bool) -> None:
         for p, one in enumerate(self.partitions):
@@ -161,7 +161,7 @@ class Pool:
                     hi=np.concatenate([k.hi for k in known]),
                     lo=np.concatenate([k.lo for k in known]),
                     difficulty=np.concatenate([k.difficulty for k in known]),
-                    late=np.concatenate([k.late for k in known]),
+                    is_demoted=np.concatenate([k.is_demoted for k in known]),
                     reach=np.concatenate([k.reach for k in known]),
                 )
             )
@@ -229,7 +229,7 @@ def homes(n: int, parts: int, rng: np.random.Generator, locality: bool) -> np.nd
     scheme=st.sampled_from(SCHEMES),
     both_ways=st.booleans(),
     locality=st.booleans(),
-    share_late=st.sampled_from([0.0, 0.3, 0.9]),
+    share_demoted=st.sampled_from([0.0, 0.3, 0.9]),
     seed=st.integers(0, 2**32),
 )
 def test_any_partitions_and_any_scheme_equal_the_sequential_definition(
@@ -238,19 +238,19 @@ def test_any_partitions_and_any_scheme_equal_the_sequential_definition(
     scheme: schemes.Scheme,
     both_ways: bool,
     locality: bool,
-    share_late: float,
+    share_demoted: float,
     seed: int,
 ) -> None:
     rng = np.random.default_rng(seed)
     case = symmetric(case)
     n = len(case.uid)
     difficulty = rng.integers(0, 5, n).astype(np.float32) / np.float32(rng.integers(1, 4))
-    late = rng.random(n) < share_late
-    late[rng.integers(n)] = False  # the share that is cut is always below 1
-    pool = Pool(case, difficulty, homes(n, parts, rng, locality), parts, late)
+    is_demoted = rng.random(n) < share_demoted
+    is_demoted[rng.integers(n)] = False  # the share that is cut is always below 1
+    pool = Pool(case, difficulty, homes(n, parts, rng, locality), parts, is_demoted)
     pool.start_ranking(scheme, both_ways)
     supersteps(pool.partitions)
-    assert pool.result() == naive(case, difficulty, scheme, both_ways, late)
+    assert pool.result() == naive(case, difficulty, scheme, both_ways, is_demoted)
 
 
 @settings(max_examples=200, deadline=None)
