@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 from d2filter import config
 from d2filter.cli import options
-from d2filter.cli.main import parse
+from d2filter.cli.parser import parse
 from d2filter.errors import UsageError
 
 _LISTS = ("shards", "feature-keys")  # options that take several values, parted by spaces

@@ -9,7 +9,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from d2filter.cli import main as cli
+from d2filter.cli import commands
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Ray ends workers that are idle for a second if there are more of them than CPUs; the next command
@@ -68,18 +68,18 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-_write_report = cli._write_report
+_write_report = commands._write_report
 
 
 @pytest.fixture(scope="session", autouse=True)
 def few_reports() -> Iterator[None]:
     """Runs write no report, because a few hundred reports take minutes. `reports` turns them on."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "_write_report", lambda work: None)
+        patch.setattr(commands, "_write_report", lambda work: None)
         yield
 
 
 @pytest.fixture
 def reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of this test write a report."""
-    monkeypatch.setattr(cli, "_write_report", _write_report)
+    monkeypatch.setattr(commands, "_write_report", _write_report)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from d2filter.cli import main as cli
-from d2filter.cli import options
+from d2filter.cli import options, printing
 from d2filter.formats import logs
 from d2filter.formats.paths import Folder
 from d2filter.tools import explain
@@ -61,9 +61,9 @@ def test_what_is_said_of_a_sample_is_printed_without_escapes_and_secrets(
     }
     one = explain.NotRanked(uid="0" * 32, entries=(entry,))
     for line in explain.lines(one):
-        cli._say(line)
+        printing.say(line)
     assert len(clean(capsys.readouterr().out).splitlines()) == 2
-    cli._say_json(explain.as_json([one]))
+    printing.say_json(explain.as_json([one]))
     (found,) = json.loads(clean(capsys.readouterr().out))
     assert found["entries"][0]["key"] == HOSTILE
     assert found["entries"][0]["shard"] == "https://host.invalid/a/0.tar"
