@@ -20,6 +20,7 @@ import pytest
 import shards
 
 from d2filter.cli import main as cli
+from d2filter.cli import options
 from d2filter.cli.main import main
 from d2filter.errors import D2FilterError
 from d2filter.formats import content_hash, lock
@@ -250,7 +251,7 @@ def test_metadata_that_changes_while_it_is_read_is_refused(
             build_catalog.read_group(
                 report=lambda done: None, out=Folder(str(tmp_path / "o")),
                 source=Folder(str(folder)), names=["00000", "00001"], run_name="00000",
-                config=cli.options.run_config(
+                config=options.run_config(
                     cli.parse([str(word) for word in words])
                 ).catalog,
             )  # fmt: skip

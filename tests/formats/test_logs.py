@@ -12,16 +12,16 @@ def test_addresses_are_told_alone_and_in_lists_and_large_things_are_not() -> Non
     shards = [
         webdataset.Shard(f"/x/{i}.tar", FileInfo(f"{i}.tar", 1, ""), str(i)) for i in range(3)
     ]
-    assert logs.told({"out": Folder("/o"), "shards": shards, "k": 5, "rows": object()}) == {
+    assert logs.plain({"out": Folder("/o"), "shards": shards, "k": 5, "rows": object()}) == {
         "out": "/o",
         "shards": ["/x/0.tar", "/x/1.tar", "/x/2.tar"],
         "k": 5,
     }
-    (many,) = logs.told({"names": [f"n{i}" for i in range(1000)]}).values()
+    (many,) = logs.plain({"names": [f"n{i}" for i in range(1000)]}).values()
     assert many[0] == "n0"
     assert many[-1].startswith("and ")
     assert len(many) < 100
-    assert logs.told({"mixed": [object(), 1]}) == {}
+    assert logs.plain({"mixed": [object(), 1]}) == {}
 
 
 SECRETS = "https://me:s3cret@host/a/0.tar?X-Amz-Signature=s3cret&file=s3cret"
@@ -52,7 +52,7 @@ def test_lines_of_an_older_log_that_holds_other_separators_are_read(tmp_path: Pa
 def test_passwords_of_urls_are_in_no_log(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     shard = webdataset.Shard(SECRETS, FileInfo("0.tar", 1, ""), "0")
-    told = logs.told(
+    told = logs.plain(
         {"shard": shard, "shards": [shard] * 9, "out": Folder(SECRETS), "url": SECRETS}
     )
     logs.append(folder, "a.jsonl", "started", arguments=told, error=f"no file ('{SECRETS}')")
