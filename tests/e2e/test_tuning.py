@@ -168,7 +168,7 @@ def test_what_counts_as_not_learned_is_known_of_a_margin(
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "says"),
+    ("option", "value", "summary"),
     [
         ("--gamma", "wide", "allowed are a number and auto"),
         ("--cut-hardest", "some", "allowed are auto and a number"),

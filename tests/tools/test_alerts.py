@@ -50,7 +50,7 @@ def of_arch(arch: str) -> alerts.Facts:
 
 
 @pytest.mark.parametrize(
-    ("alert", "fires", "says", "quiet"),
+    ("alert", "fires", "summary", "quiet"),
     [
         (
             alerts.bundled_model,
