@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 Kind = Literal[
     "text", "texts", "repeated", "whole number", "number", "flag", "yes or no", "share",
-    "auto or share",
-    "auto or number", "copies", "bytes", "partitions",
+    "auto or share", "auto or number", "copies", "bytes", "partitions",
 ]  # fmt: skip
 """how the text of a value is converted; `cli/options.py` has a function for each kind"""
 

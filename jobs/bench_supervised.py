@@ -266,7 +266,7 @@ def _chooser(task: Task, drawn: data.Drawn, seed: int) -> tuple[Callable[[Candid
     def difficulty(name: str) -> F32:
         if name == "easiest":
             return -difficulty("margin")
-        values = scores.compute(name, log, drawn.label)
+        values = scores.function_of(name)(log, drawn.label)
         return scores.difficulty(values, scores.SCORES[name].kept_first)
 
     @cache

@@ -85,7 +85,7 @@ class Pool:
         """A score of the log, or `prototypicality`; higher goes first."""
         if score == "prototypicality":
             return scores.difficulty(_to_centroids(self._rows, self._seed), "high")
-        values = scores.compute(score, self._log, self._label)
+        values = scores.function_of(score)(self._log, self._label)
         return scores.difficulty(values, scores.SCORES[score].kept_first)
 
     def auto_cut(self, kept: Decimal, score: str = "margin") -> Decimal:

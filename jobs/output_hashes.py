@@ -17,7 +17,6 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +24,7 @@ import pyarrow.parquet as pq
 
 from d2filter.cli import main as cli
 from d2filter.tools import scenes
+from jobs.bench_run import PoolConfig, make
 
 SAMPLES, DIM = 3000, 24
 HASHED = ("subset.npy", "subsets", "kept", "ranking", "graph", "index", "bad_samples.parquet")
@@ -114,31 +114,15 @@ def _hashed(name: str, out: Path, places: tuple[str, ...]) -> dict[str, str]:
 
 
 def _draw(folder: Path) -> None:
-    """Clustered pairs, a tenth of them exact copies, in two files with classes and bad rows."""
-    folder.mkdir()
-    rng = np.random.default_rng(11)
-    centers = rng.normal(size=(SAMPLES // 60, DIM))
-    image = centers[rng.integers(0, len(centers), SAMPLES)] + 0.4 * rng.normal(size=(SAMPLES, DIM))
-    text = image + rng.normal(size=(SAMPLES, DIM))
-    copied, source = rng.random(SAMPLES) < 0.1, rng.integers(0, SAMPLES, SAMPLES)
-    image[copied], text[copied] = image[source[copied]], text[source[copied]]
-    text[5] = 0
-    uid = [rng.bytes(16).hex() for _ in range(SAMPLES)]
-    uid[9] = uid[8]
-    label = [f"class {row % 7}" for row in range(SAMPLES)]
-    hardness = rng.random(SAMPLES).astype(np.float32)
-    for number, rows in enumerate(np.array_split(np.arange(SAMPLES), 2)):
-        table = pa.table(
-            {
-                "uid": [uid[r] for r in rows],
-                "label": [label[r] for r in rows],
-                "hardness": hardness[rows],
-            }
-        )
-        pq.write_table(table, folder / f"{number:05d}.parquet")
-        halves = {"l14_img": image[rows], "l14_txt": text[rows]}
-        stored: dict[str, Any] = {n: half.astype(np.float16) for n, half in halves.items()}
-        np.savez(folder / f"{number:05d}.npz", **stored)
+    """The dirty pool of `jobs.bench_run` in two files, with classes and a score."""
+    make(folder, PoolConfig(samples=SAMPLES, dimension=DIM, files=2))
+    for path in sorted(folder.glob("*.parquet")):
+        table = pq.read_table(path)
+        rng = np.random.default_rng([11, table.num_rows])
+        label = [f"class {row % 7}" for row in range(table.num_rows)]
+        hardness = rng.random(table.num_rows).astype(np.float32)
+        table = table.append_column("label", pa.array(label))
+        pq.write_table(table.append_column("hardness", pa.array(hardness)), path)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from d2filter.algorithm.scores import registry as scores
 from d2filter.cli import commands as commands_of
 from d2filter.cli import main as cli
 from d2filter.cli import options
-from d2filter.cli.parser import Parser
 from jobs import run as named_runs
 
 ROOT = Path(__file__).parents[1]
@@ -161,7 +160,7 @@ def test_benchmarks_link_all_results() -> None:
 
 @functools.cache
 def commands() -> dict[str, argparse.ArgumentParser]:
-    return commands_of.build_parser(Parser)[1]
+    return commands_of.build_parser()[1]
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The commands: the options of each, and what it calls.
+"""Defines the commands: their options, and the function that each one runs.
 
 Each command imports the heavy packages that it needs, so that `select` takes about a second.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from d2filter import __version__, config
 from d2filter.cli import options
@@ -18,18 +18,43 @@ if TYPE_CHECKING:
     from d2filter.stages.pipeline import Pipeline
 
 
-def build_parser(
-    kind: type[argparse.ArgumentParser],
-) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser of the command line and those of its commands by name. kind: their class."""
-    parser = kind(
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to the help of an option, unless it is empty or the help contains it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        described = "(default:" in (action.help or "")
+        if described or action.default in (None, "", [], ()) or isinstance(action.default, bool):
+            return action.help
+        return super()._get_help_string(action)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Keep the line breaks of help texts, so that lists stay lists."""
+        out: list[str] = []
+        for part in text.splitlines():
+            out += super()._split_lines(part, width)
+        return out
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that raises UsageError, and that refuses abbreviated options."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=Help, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see `{self.prog} --help`)")
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the command line, and the parsers of its commands by name."""
+    parser = Parser(
         prog="d2filter",
         description="Filter an image-text pool with D2 Pruning: one exact ranking, every budget "
         "a prefix of it.",
     )
     parser.add_argument("--version", action="version", version=f"d2filter {__version__}")
     sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands: dict[str, argparse.ArgumentParser] = {}
+    commands: dict[str, Parser] = {}
 
     def command(name: str, text: str, handler: Callable[[argparse.Namespace], None]) -> Any:
         added = sub.add_parser(name, help=text, description=text)

@@ -11,20 +11,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from d2filter import signals
 from d2filter.cli.parser import parse
 from d2filter.cli.printing import print_error
 from d2filter.errors import D2FilterError
 
-if TYPE_CHECKING:
-    pass
-
-_NOT_IN_A_FILE = ("help", "config", "recipe")
 _BROKEN_PIPE = 128 + signal.SIGPIPE
-
-# each command imports the heavy packages that it needs, so that `select` takes about a second
 
 
 def entry() -> NoReturn:

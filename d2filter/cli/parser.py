@@ -7,39 +7,13 @@ import difflib
 import itertools
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-from d2filter.cli import commands, options
+from d2filter.cli import options
+from d2filter.cli.commands import Parser, build_parser
 from d2filter.errors import UsageError
 
 _NOT_IN_A_FILE = ("help", "config", "recipe")
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to the help of an option, unless it is empty or the help contains it."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        described = "(default:" in (action.help or "")
-        if described or action.default in (None, "", [], ()) or isinstance(action.default, bool):
-            return action.help
-        return super()._get_help_string(action)
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        """Keep the line breaks of help texts, so that lists stay lists."""
-        out: list[str] = []
-        for part in text.splitlines():
-            out += super()._split_lines(part, width)
-        return out
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser that raises UsageError, and that refuses abbreviated options."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=Help, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see `{self.prog} --help`)")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -48,7 +22,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises UsageError.
     """
     words = [_dashed(word) for word in argv]
-    parser, parser_of = commands.build_parser(Parser)
+    parser, parser_of = build_parser()
     early = Parser(add_help=False)
     early.add_argument("command", nargs="?")
     early.add_argument("--config", default="")

@@ -110,8 +110,7 @@ def computed(
     file, for messages. Raises InputError for embeddings of two models, ValueError for a score
     that nothing computes.
     """
-    if score.compute is None:
-        raise ValueError(f"nothing here computes the score {score.name!r}")
+    compute = scores.function_of(score.name)
     image, text = f"{config.arch}_img", f"{config.arch}_txt"
     npz = f"{where.removesuffix('.parquet')}.npz"
     other = outside.target if score.needs == "target" else arrays[text]
@@ -127,7 +126,7 @@ def computed(
             f"{npz}: {image} has dimension {widths[0]} and {text} {widths[1]}: a score needs both "
             "in one space, or name a --score-column"
         )
-    return np.asarray(score.compute(arrays[image], other), np.float32)
+    return np.asarray(compute(arrays[image], other), np.float32)
 
 
 def missing_column(where: str, name: str, there: Sequence[str]) -> InputError:

@@ -81,9 +81,10 @@ def score(url: str, name: str) -> Scored:
     outside = (label[:, 0] < 0) | (label[:, 0] >= p.shape[1])
     _refuse(url, hi, lo, begins, outside, f"has a label outside 0 to {p.shape[1] - 1}")
     order = order.reshape(-1, epochs.size)
+    compute = scores.function_of(name)
     value = np.concatenate(
         [
-            scores.compute(name, p[order[at : at + _BLOCK]], label[at : at + _BLOCK, 0])
+            compute(p[order[at : at + _BLOCK]], label[at : at + _BLOCK, 0])
             for at in range(0, begins.size, _BLOCK)
         ]
     )

@@ -1,4 +1,4 @@
-"""The stages of a run, each an object: how it is planned, what it does, and its line for people.
+"""Defines the stages of a run as objects: plan, check, build, one line for people.
 
 `STAGES` lists them in order. `pipeline.py` runs them; `formats/runstate.py` lists their files.
 
@@ -88,7 +88,7 @@ class Stage:
         raise NotImplementedError
 
     def tidy(self, out: Folder) -> None:
-        """Remove files that only the making needed. After the stage is recorded as done."""
+        """Remove temporary files, after the stage is recorded as done."""
 
 
 class Embed(Stage):
@@ -104,12 +104,14 @@ class Embed(Stage):
         found = webdataset.find_shards([absolute(pattern) for pattern in config.shards])
         shards = found.shards
         options = options_of(config)
-        # where the shards lie is told by `inputs`, file by file
+        # `inputs` lists the shards one by one
         options.update(shards=None, arch=config.resolved_arch)
         options["weights"] = _weights(config.pretrained)
         inputs = [FileInfo(s.name, s.info.size, s.info.version) for s in shards]
         return Planned(
-            plan=Plan(stage="embed", options=options, upstream="", inputs=inputs, independent=True),
+            plan=Plan(
+                stage=self.name, options=options, upstream="", inputs=inputs, independent=True
+            ),
             summary=f"{len(shards):,} shards, {_size(inputs)}"
             + (
                 f"; beside them {shardlist.counted_by_kind(found.left_out)}"
@@ -183,7 +185,7 @@ class Catalog(Stage):
 
         return Planned(
             plan=Plan(
-                stage="catalog",
+                stage=self.name,
                 options=_catalog_options(config),
                 upstream=before,
                 inputs=[*(() if before else files), *beside],
@@ -239,7 +241,7 @@ class Graph(Stage):
         """Neighbors of every sample."""
         _check_method(run)
         options = options_of(run.config.graph)
-        return Planned(plan=Plan(stage="graph", options=options, upstream=upstream))
+        return Planned(plan=Plan(stage=self.name, options=options, upstream=upstream))
 
     def build(self, run: Run, planned: Planned) -> Figures:
         """Search the neighbors, inside classes where there are any."""
@@ -291,7 +293,7 @@ class Rank(Stage):
         if rank.method == "d2":
             options["seed"] = 0  # it needs none
         options["tuned_for"] = _tuned_for(run, options)
-        return Planned(plan=Plan(stage="rank", options=options, upstream=upstream))
+        return Planned(plan=Plan(stage=self.name, options=options, upstream=upstream))
 
     def build(self, run: Run, planned: Planned) -> Figures:
         """Rank by D2 or another method."""
@@ -327,7 +329,7 @@ class Select(Stage):
     def plan(self, run: Run, upstream: str) -> Planned | None:
         """One budget of it."""
         options = options_of(run.config.select)
-        return Planned(plan=Plan(stage="select", options=options, upstream=upstream))
+        return Planned(plan=Plan(stage=self.name, options=options, upstream=upstream))
 
     def check(self, run: Run) -> None:
         """Raise UsageError for a budget that keeps nothing, or more than there is."""

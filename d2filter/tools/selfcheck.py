@@ -77,16 +77,31 @@ class Prepared:
         return found
 
 
-def load(folder: Folder, say: Say = lambda line: None) -> rank_in_memory.LoadedPool:
+def of_pool(folder: Folder, pool: rank_in_memory.LoadedPool | None = None) -> Prepared | str:
+    """A copy of a run's pool with swapped captions, or the reason why the check is impossible.
+
+    pool: the whole pool with features, if it is in memory already.
+    """
+    return _impossible(folder) or prepare(folder, load(folder, pool=pool))
+
+
+def load(
+    folder: Folder,
+    say: Say = lambda line: None,
+    *,
+    pool: rank_in_memory.LoadedPool | None = None,
+) -> rank_in_memory.LoadedPool:
     """Load a pool with graph and features, ascending by uid: all samples up to MOST, else SAMPLED
     of them with a graph of their own, without classes. say: called with a line in that case.
+    pool: the whole pool with features, if it is in memory already.
     """
     state = RunState(folder)
     k = int(state.require("graph")["stats"]["k"])
     stats = state.require("catalog")["stats"]
     ranked = int(stats["samples"]["ranked"])
     if ranked <= MOST:
-        return _whole(folder, k)
+        whole = pool or rank_in_memory.read_pool(folder, k, with_features=True)
+        return _ascending(whole)
     say(
         f"on {SAMPLED:,} of {ranked:,} samples, chosen by a hash of the uid, with a graph of theirs"
     )
@@ -95,15 +110,11 @@ def load(folder: Folder, say: Say = lambda line: None) -> rank_in_memory.LoadedP
 
 def prepare(folder: Folder, known: rank_in_memory.LoadedPool) -> Prepared | str:
     """A copy of a loaded pool with swapped captions, or the reason why the check is impossible."""
-    record = RunState(folder).require("catalog")
-    options, ranked = record["options"], int(record["stats"]["samples"]["ranked"])
+    reason = _impossible(folder)
+    if reason:
+        return reason
+    ranked = int(RunState(folder).require("catalog")["stats"]["samples"]["ranked"])
     part = known.part
-    if options["feature_type"] != "image|text" or options["feature_keys"]:
-        return "the features are not an image and a text half"
-    if ranked < 10 * selfcheck.LEAST:
-        return f"{ranked} samples are too few"
-    if len(part.hi) < ranked and graph.has_groups(folder.sub("graph")):
-        return f"{ranked:,} samples with classes are too many"
     line = selfcheck.fit(selfcheck.cosines(known.rows), part.difficulty)
     if abs(line.correlation) < selfcheck.CORRELATION:
         return (
@@ -126,6 +137,19 @@ def prepare(folder: Folder, known: rank_in_memory.LoadedPool) -> Prepared | str:
     )  # fmt: skip
 
 
+def _impossible(folder: Folder) -> str:
+    """Why a pool cannot be checked, from its records alone; empty: nothing speaks against it."""
+    record = RunState(folder).require("catalog")
+    options, ranked = record["options"], int(record["stats"]["samples"]["ranked"])
+    if options["feature_type"] != "image|text" or options["feature_keys"]:
+        return "the features are not an image and a text half"
+    if ranked < 10 * selfcheck.LEAST:
+        return f"{ranked} samples are too few"
+    if ranked > MOST and graph.has_groups(folder.sub("graph")):
+        return f"{ranked:,} samples with classes are too many"
+    return ""
+
+
 def ranks(known: rank_in_memory.LoadedPool, config: RankConfig) -> I64:
     """Ranks of a loaded pool by a setting, (n,) int64, with the setting's number of neighbors."""
     k = config.n_neighbors
@@ -139,7 +163,7 @@ def of_run(folder: Folder) -> Figures:
     method = RunState(folder).require("rank")["options"]["method"]
     if method not in CHEAP:
         return {"why_not": f"{method} would have to rank the pool again"}
-    prepared = prepare(folder, load(folder))
+    prepared = of_pool(folder)
     if isinstance(prepared, str):
         return {"why_not": prepared}
     state = RunState(folder)
@@ -162,9 +186,8 @@ def of_run(folder: Folder) -> Figures:
     return found
 
 
-def _whole(folder: Folder, k: int) -> rank_in_memory.LoadedPool:
-    """All samples, ascending by uid."""
-    known = rank_in_memory.read_pool(folder, k, with_features=True)
+def _ascending(known: rank_in_memory.LoadedPool) -> rank_in_memory.LoadedPool:
+    """The same pool with rows that ascend by uid."""
     pool = known.by_uid(RankConfig())
     part = graph.GraphPart(
         hi=pool.hi, lo=pool.lo, difficulty=pool.difficulty, neighbors=pool.neighbors,

@@ -15,6 +15,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -191,9 +192,7 @@ class _Pool:
         catalog = RunState(folder).require("catalog")["stats"]
         score = catalog.get("score", {})
         self._raw = budget.raw_scores(p.difficulty, score.get("kept_first", "high"))
-        self._checked = selfcheck.prepare(folder, selfcheck.load(folder))
-        if isinstance(self._checked, str):
-            say(f"no self-check: {self._checked}")
+        self._say = say
 
     def measured(self, config: RankConfig, fractions: Sequence[Decimal]) -> dict[str, Row]:
         """Measures of one setting, by fraction."""
@@ -203,10 +202,20 @@ class _Pool:
         wrong = self._wrong(config, fractions)
         return {str(f): {**self._row(rank, f), "wrong": wrong.get(str(f))} for f in fractions}
 
+    @cached_property
+    def _checked(self) -> selfcheck.Prepared | str:
+        """The pool with swapped captions, or why it cannot be checked."""
+        checked = selfcheck.of_pool(self._folder, self._lists[self._k])
+        if isinstance(checked, str):
+            self._say(f"no self-check: {checked}")
+        return checked
+
     def _wrong(self, config: RankConfig, fractions: Sequence[Decimal]) -> dict[str, float]:
         """The rates at which swapped captions would be kept, by fraction."""
+        if config.method not in selfcheck.CHEAP:
+            return {}
         checked = self._checked
-        if isinstance(checked, str) or config.method not in selfcheck.CHEAP:
+        if isinstance(checked, str):
             return {}
         size = len(checked.known.part.hi)
         # the self-check may use a sample of the pool, of which a small budget keeps nothing

@@ -172,7 +172,7 @@ def test_scores_of_a_training_log(
     write_log(folder / "b.parquet", made, list(range(1, N, 2)))
     found = traininglog.score(str(folder), name)
     p = training_dynamics.softmax(made["p"]) if logits else made["p"]
-    expected = scores.compute(name, p.astype(np.float32), made["label"])
+    expected = scores.function_of(name)(p.astype(np.float32), made["label"])
     by_uid = expected[in_order()]
     assert np.allclose(found.value, by_uid, rtol=1e-5, atol=1e-7)
     assert (np.diff(found.hi.astype(object)) > 0).all()

@@ -327,11 +327,12 @@ _ALL = (
 SCORES: dict[str, Score] = {score.name: score for score in _ALL}
 
 
-def compute(name: str, first: Any, second: Any) -> npt.NDArray[Any]:
-    """Values (n,) of a score from the two arrays that it needs, see `Score.compute`. Raises
-    ValueError for a score that nothing, or only the whole pool, computes.
+def function_of(name: str) -> Callable[[Any, Any], npt.NDArray[Any]]:
+    """The function that computes a score from two arrays, see `Score.compute`.
+
+    Raises ValueError for a score that nothing, or only the whole pool, computes.
     """
     function = SCORES[name].compute
     if function is None:
         raise ValueError(f"nothing here computes the score {name!r}")
-    return function(first, second)
+    return function

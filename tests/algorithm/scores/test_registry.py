@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -286,7 +285,7 @@ def naive(name: str, p: list[list[float]], y: int) -> float:
 def test_a_score_of_a_log_is_the_formula(name: str, log: tuple[np.ndarray, np.ndarray]) -> None:
     p, y = log
     before = p.copy()
-    got = scores.compute(name, p, y)
+    got = scores.function_of(name)(p, y)
     assert got.dtype == np.float32
     want = [naive(name, p[i].tolist(), int(y[i])) for i in range(len(y))]
     np.testing.assert_allclose(got, np.array(want), rtol=1e-6, atol=1e-12)
@@ -311,7 +310,7 @@ def test_a_sample_of_a_log_has_the_same_bits_alone(name: str, epochs: int, class
         np.float32
     )
     y = rng.integers(0, classes, 501)
-    f = functools.partial(scores.compute, name)
+    f = scores.function_of(name)
     whole = bits(f(p, y))
     for size in (1, 7, 100):
         parts = [f(p[i : i + size], y[i : i + size]) for i in range(0, 501, size)]
@@ -331,7 +330,7 @@ def test_a_bad_sample_of_a_log_is_nan_alone(name: str, bad: float) -> None:
     y = np.array([0, 1, 2, 0, 1])
     p[1, 0, 2] = bad
     p[3, 3, 0] = bad
-    got = scores.compute(name, p, y)
+    got = scores.function_of(name)(p, y)
     assert np.isnan(got).tolist() == [False, True, False, True, False]
 
 
@@ -386,7 +385,7 @@ def test_the_hard_sample_goes_first(name: str) -> None:
     easy = [[0.9, 0.1, 0.0], [0.95, 0.05, 0.0], [0.99, 0.01, 0.0]]
     hard = [[0.6, 0.2, 0.2], [0.1, 0.5, 0.4], [0.4, 0.45, 0.15]]
     p = np.array([easy, hard, easy])
-    assert first_of(name, scores.compute(name, p, np.zeros(3, np.int64))) == 1
+    assert first_of(name, scores.function_of(name)(p, np.zeros(3, np.int64))) == 1
 
 
 def test_the_better_pair_goes_first() -> None:
