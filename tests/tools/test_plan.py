@@ -12,7 +12,7 @@ import numpy as np
 import pools
 import pytest
 
-from d2filter.cli import options
+from d2filter.cli import values
 from d2filter.cli.main import main
 from d2filter.config import CatalogConfig
 from d2filter.errors import UsageError
@@ -235,7 +235,7 @@ def test_what_cannot_work_is_refused_and_says_what_would(
     ],
 )  # fmt: skip
 def test_samples_are_counted_as_people_write_them(text: str, count: int) -> None:
-    assert options._count(text) == count
+    assert values.count(text) == count
 
 
 def test_what_a_refusal_asks_for_is_enough() -> None:
