@@ -12,7 +12,7 @@ from d2filter.cli import options
 from d2filter.cli.recipes import RECIPES, RUNS
 from d2filter.config import RunConfig, parse_bytes
 from d2filter.errors import UsageError
-from d2filter.tools import cost_model, plan
+from d2filter.tools import cost_model, plan, plan_steps
 from jobs import run
 
 GIVEN = {
@@ -65,7 +65,7 @@ def test_shards_are_embedded_before_they_are_filtered() -> None:
 def test_workers_of_a_named_run_hold_its_partitions(name: str, samples: int, nodes: int) -> None:
     """On the clusters of docs/cluster.md, at the longest sketch."""
     found = configuration(name)
-    pool = cost_model.Pool(samples=samples, dimension=1536, k=found.graph.n_neighbors)
+    pool = plan_steps.Pool(samples=samples, dimension=1536, k=found.graph.n_neighbors)
     cluster = cost_model.Cluster(
         nodes=nodes, cpus=32, memory=256 * 10**9, memory_per_worker=found.memory_per_worker,
         partitions=found.partitions,
