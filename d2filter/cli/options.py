@@ -269,7 +269,10 @@ def plan(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cpus", type=int, default=os.cpu_count() or 1, help="CPUs of a node")
     group.add_argument("--gpus", type=int, default=0, help="GPUs of a node")
     group.add_argument(
-        "--memory", type=values.size, default=16_000_000_000, metavar="SIZE",
+        "--memory",
+        type=values.size,
+        default=16_000_000_000,
+        metavar="SIZE",
         help="memory that Ray may use of a node, such as 512GB; `ray status` shows it",
     )
     group.add_argument(
