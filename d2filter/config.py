@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Literal, cast
 
-from d2filter.algorithm import by_class, uids
+from d2filter.algorithm import by_class, sizes, uids
 from d2filter.algorithm.budget import parse_fraction
 from d2filter.algorithm.greedy import auto_settings, demoted, schemes
-from d2filter.algorithm.methods import selectors, submodular
+from d2filter.algorithm.methods import density, selectors, submodular
 from d2filter.checks import at_least, finite, whole
 from d2filter.errors import UsageError
 from d2filter.formats.reading import DEFAULT_ARCH as DEFAULT_ARCH
@@ -31,7 +31,7 @@ TUNED_FOR = Decimal("0.3")  # kept share for automatic settings if no budget is 
 DEVICES = ("auto", "cpu", "cuda")
 ALPHAS = ("drop", "white", "black")
 PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16", "amp", "amp_bf16")
-LEAST_MEMORY = 700_000_000  # bytes of a worker: half of it is used before it holds a sample
+BATCH_SIZE = 64
 MAX_PIXELS = 89_478_485  # Pillow's own limit
 
 # short names of open_clip's models in DataComp's metadata
@@ -60,7 +60,9 @@ class EmbedConfig:
     )
     precision: str = option("fp32", "precision of the model: " + ", ".join(PRECISIONS))
     # part of the fingerprint, because a batch size can change the last bits of embeddings
-    batch_size: int = option(64, "images in a forward pass; fewer need less memory", "whole number")
+    batch_size: int = option(
+        BATCH_SIZE, "images in a forward pass; fewer need less memory", "whole number"
+    )
     fast_decode: bool = option(
         False,
         "decode large JPEGs at a reduced size, at least twice the model's input; faster, and "
@@ -299,16 +301,8 @@ class RankConfig:
                     f"{name} is {value} and the method {self.method} does not read it: leave it "
                     f"out, or take --method {' or '.join(readers)}"
                 )
-        if not (finite(self.redundancy) and 0 <= self.redundancy <= submodular.MOST_RELEVANCE):
-            raise UsageError(
-                f"redundancy is {self.redundancy}, allowed is 0 (score alone) to "
-                f"{submodular.MOST_RELEVANCE}: --redundancy 1"
-            )
-        if not (finite(self.temperature) and self.temperature > 0):
-            raise UsageError(
-                f"temperature is {self.temperature}, allowed is a finite number above 0: "
-                "--temperature 0.1"
-            )
+        submodular.check_redundancy(self.redundancy)
+        density.check_temperature(self.temperature)
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> RankConfig:
@@ -495,11 +489,16 @@ class RunConfig:
             raise UsageError(f"device is {self.device!r}, allowed are {', '.join(DEVICES)}")
         if self.partitions:
             at_least("partitions", self.partitions, 1)
-        if self.memory_per_worker and self.memory_per_worker < LEAST_MEMORY:
-            raise UsageError(
-                f"memory-per-worker is {self.memory_per_worker} bytes, allowed is at least "
-                f"{LEAST_MEMORY}: --memory-per-worker 1GB"
-            )
+        check_memory(self.memory_per_worker)
+
+
+def check_memory(memory_per_worker: int) -> None:
+    """Raise UsageError for fewer bytes than a task needs; 0 stands for the node's share."""
+    if 0 < memory_per_worker < sizes.LEAST_WORKER:
+        raise UsageError(
+            f"memory-per-worker is {memory_per_worker} bytes, allowed is at least "
+            f"{sizes.LEAST_WORKER}: --memory-per-worker 1GB"
+        )
 
 
 def parse_bytes(text: str) -> int:

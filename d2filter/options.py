@@ -13,7 +13,7 @@ Kind = Literal[
     "text", "texts", "repeated", "whole number", "number", "flag", "yes or no", "share",
     "auto or share", "auto or number", "copies", "bytes", "partitions",
 ]  # fmt: skip
-"""how the text of a value is converted; `cli/options.py` has a function for each kind"""
+"""how the text of a value is converted; `cli/values.py` has a function for each kind"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from typing import Any
 
 from d2filter import config
 from d2filter.formats.paths import Folder
-from d2filter.tools import cost_model, plan
+from d2filter.tools import cost_model, plan, plan_steps
 from jobs import bench_memory
 from jobs.bench import made_by
 from jobs.knn_methods import DIM
@@ -63,7 +63,7 @@ def _predict(folder: Path, memory: str) -> tuple[cost_model.Estimate, cost_model
     samples, dimension, names = plan.look_at(source, catalog)
     rows = plan.real_rows(source, names, catalog, plan.PILOTS[1])
     rates = plan.calibrate(rows, K, print, growth=plan.THIN)
-    pool = cost_model.Pool(samples=samples, dimension=dimension, k=K)
+    pool = plan_steps.Pool(samples=samples, dimension=dimension, k=K)
     cluster = cost_model.Cluster(
         nodes=1, cpus=os.cpu_count() or 1, memory=config.parse_bytes(memory)
     )

@@ -11,21 +11,17 @@ RAY_ADDRESS.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
 
 from d2filter import __version__
 from d2filter.cli import main as cli
+from d2filter.cli.commands import Parser
+from d2filter.cli.recipes import RUNS
 from d2filter.errors import D2FilterError, UsageError
-from jobs.runs import RUNS
 
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see `python -m jobs.run --help`)")
+_LISTS = ("shards", "feature-keys")  # options that take several values, separated by spaces
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,11 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command_line(argv: Sequence[str] | None = None) -> list[str]:
-    """The words for d2filter, which are told; none when the runs are listed.
+    """The words of the d2filter command, which are printed; none if the runs are listed.
 
-    Raises UsageError for an unknown name, for what is not key=value, and for what is missing.
+    Raises UsageError for an unknown name, for an option that is not key=value, and for missing
+    options.
     """
-    parser = _Parser(prog="jobs.run", description="Start a run by its name.", allow_abbrev=False)
+    parser = Parser(prog="python -m jobs.run", description="Start a run by its name.")
     parser.add_argument("name", nargs="?", metavar="NAME", help=", ".join(RUNS))
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="given",
@@ -53,14 +50,36 @@ def command_line(argv: Sequence[str] | None = None) -> list[str]:
     arguments = parser.parse_args(argv)
     if arguments.list:
         for name, run in RUNS.items():
-            print(f"{name:<17} {(run.__doc__ or '').strip()}")
+            print(f"{name:<17} {run.summary}")
         return []
     if not arguments.name:
         raise UsageError(f"name a run: {', '.join(RUNS)} (`--list` explains them)")
     if arguments.name not in RUNS:
         raise UsageError(f"{arguments.name!r} is no run, allowed are {', '.join(RUNS)}")
-    words = RUNS[arguments.name]().words(arguments.name, _pairs(arguments.given))
+    words = _words(arguments.name, _pairs(arguments.given))
     print(f"{arguments.name}: d2filter {__version__} {shlex.join(words)}", flush=True)
+    return words
+
+
+def _words(name: str, given: Mapping[str, str]) -> list[str]:
+    """The command line of a named run. given: values by option, in place of those of the run."""
+    run = RUNS[name]
+    recipe = {"recipe": run.recipe} if run.recipe else {}
+    chosen = {**recipe, **run.values, **given}
+    missing = [need for need in run.needs if not chosen.get(need)]
+    if missing:
+        raise UsageError(
+            f"{name} needs {' and '.join(missing)}: add --set "
+            + " ".join(f"{need}=…" for need in missing)
+        )
+    words = [run.command]
+    for option, value in chosen.items():
+        if value in ("true", "false"):
+            words.append(f"--{option}" if value == "true" else f"--no-{option}")
+        elif option in _LISTS:
+            words += [f"--{option}", *value.split()]
+        else:
+            words.append(f"--{option}={value}")
     return words
 
 

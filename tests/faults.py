@@ -26,9 +26,9 @@ KINDS = ("worker", "raylet", "writer", "actor", "driver", "publisher")
 
 # many small tasks, and a snapshot after every superstep, from which what was lost goes on
 SMALL_TASKS = """
-from d2filter.stages.catalog import build
+from d2filter.algorithm import sizes
 from d2filter.stages.rank import actors
-build._GROUP_BYTES, build._PART_BYTES, actors._SAVE_SECONDS = 1, 150_000, 0.0
+sizes.CATALOG_GROUP, sizes.CATALOG_PART, actors._SAVE_SECONDS = 1, 150_000, 0.0
 """
 _ENTER = "\nfrom d2filter.cli.main import entry\nentry()\n"
 

@@ -18,7 +18,7 @@ from d2filter.algorithm.methods import selectors
 from d2filter.algorithm.scores import registry as scores
 from d2filter.cli import commands as commands_of
 from d2filter.cli import main as cli
-from d2filter.cli import options
+from d2filter.cli import options, recipes
 from jobs import run as named_runs
 
 ROOT = Path(__file__).parents[1]
@@ -273,23 +273,19 @@ def test_settings_has_every_option() -> None:
 def test_settings_has_every_command_recipe_score_and_method() -> None:
     code = set(spans_of(ROOT / "docs/settings.md"))
     assert not [n for n in commands() if n not in code and f"d2filter {n}" not in code]
-    assert not {f"--recipe {name}" for name in options.RECIPES} - code
+    assert not {f"--recipe {name}" for name in recipes.RECIPES} - code
     assert not (set(scores.SCORES) | set(selectors.SELECTORS)) - code
 
 
-@pytest.mark.parametrize("name", list(options.RECIPES))
+@pytest.mark.parametrize("name", list(recipes.RECIPES))
 def test_settings_has_the_values_of_a_recipe(name: str) -> None:
     lines = text_of(ROOT / "docs/settings.md").splitlines()
     line = next(line for line in lines if f"`--recipe {name}`" in line and line.startswith("|"))
     words = SPAN.findall(line)[-1][1].split()
-    parser = commands()["run"]
-    shown = vars(parser.parse_args(["--out-dir", "out", *words]))
-    plain = vars(parser.parse_args(["--out-dir", "out"]))
-    values = options.RECIPES[name].values
-    for key, value in values.items():
-        # image|text is the default, and not shown
-        assert str(shown[key]) == str(value), key
-    assert {key for key in shown if shown[key] != plain[key]} <= set(values)
+    given = ["run", "--out-dir", "out"]
+    shown, set_by_recipe = cli.parse([*given, *words]), cli.parse([*given, "--recipe", name])
+    # image|text is the default, and not shown
+    assert {**vars(shown), "recipe": name} == vars(set_by_recipe)
 
 
 # python

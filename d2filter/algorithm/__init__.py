@@ -10,7 +10,7 @@ features.py   the float16 vectors of samples, exact distances, groups of exact c
 by_class.py   classes: neighbors inside each, and a share of every budget for each
 budget.py     budgets as prefixes of a ranking
 soft.py       repeats of samples by score
-sizes.py      memory per sample, and the number of partitions that follows from it
+sizes.py      bytes of samples in each stage; partitions and memory that follow from them
 quantile.py   exact quantiles of values that lie in several parts
 uids.py       order and hashes of uids
 threads.py    threads of a process; compiled.py: functions compiled by numba

@@ -9,74 +9,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from collections.abc import Sequence
 from typing import Any
 
 from d2filter import config
 from d2filter.algorithm.budget import parse_fraction
+from d2filter.cli import values
+from d2filter.cli.recipes import RECIPES
 from d2filter.errors import UsageError
 from d2filter.options import options_in
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """Named values of options for one situation (`--recipe`)."""
-
-    summary: str
-    """the situation, for the help"""
-    values: dict[str, Any]
-
-
-RECIPES = {
-    "datacomp": Recipe(
-        summary="as published for DataComp",
-        values={
-            "feature_type": "image|text",
-            "n_neighbors": 1,
-            "gamma": 1.0,
-            "kernel": "rbf",
-            "collapse_copies": None,
-            "fraction": "0.3",
-        },
-    ),
-    # the best setting of jobs/results/gamma_rules.md
-    "web": Recipe(
-        summary="image-text pairs from the web, with settings fitted to the pool and the budget",
-        values={
-            "feature_type": "image|text",
-            "n_neighbors": 10,
-            "gamma": config.AUTO,
-            "kernel": "local",
-            "collapse_copies": config.AUTO,
-            "fraction": "0.3",
-        },
-    ),
-    # the best setting of jobs/results/bench_cifar_cuda.md and bench_supervised.md
-    "labels": Recipe(
-        summary="samples with classes, with or without wrong labels, and a score that puts hard "
-        "samples first",
-        values={
-            "n_neighbors": 10,
-            "gamma": config.AUTO,
-            "kernel": "rbf",
-            "collapse_copies": None,
-            "cut_hardest": config.AUTO,
-        },
-    ),
-    "text": Recipe(
-        summary="texts with classes, if few are kept",
-        values={
-            "n_neighbors": 10,
-            "gamma": 0.1,
-            "kernel": "rbf",
-            "gamma_scale": "median",
-            "collapse_copies": None,
-            "cut_hardest": Decimal("0.2"),
-        },
-    ),
-}
 
 
 def common(parser: argparse.ArgumentParser) -> None:
@@ -156,7 +97,7 @@ def add(group: Any, part: Any, *names: str) -> None:
         elif one.kind == "repeated":
             words |= {"action": "append", "default": list(default), "metavar": one.metavar}
         else:
-            words |= {"type": _CONVERTERS[one.kind], "metavar": one.metavar}
+            words |= {"type": values.CONVERTERS[one.kind], "metavar": one.metavar}
             words |= {"choices": one.choices} if one.choices else {}
             words |= {"nargs": "+"} if one.kind == "texts" else {}
             if one.without_value is not None:
@@ -173,40 +114,11 @@ def recipe(parser: argparse.ArgumentParser) -> None:
         help="values of several options for one situation; options that you give take precedence:\n"
         + "\n".join(
             f"{name}: {one.summary} ("
-            + ", ".join(
-                f"{option.replace('_', '-')} {'none' if value is None else value}"
-                for option, value in one.values.items()
-            )
+            + ", ".join(f"{option} {value}" for option, value in one.values.items())
             + ")"
             for name, one in RECIPES.items()
         ),
     )
-
-
-def _share(text: str, allowed: str = "allowed is") -> Decimal:
-    try:
-        return Decimal(text)
-    except InvalidOperation:
-        raise argparse.ArgumentTypeError(f"{text!r}, {allowed} a number such as 0.4") from None
-
-
-def _hardest(text: str) -> Any:
-    return text if text == config.AUTO else _share(text, "allowed are auto and")
-
-
-def _partitions(text: str) -> int:
-    if text == "auto":
-        return 0
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, allowed are auto and whole numbers from 1")
-    return int(text)
-
-
-def _bytes(text: str) -> int:
-    try:
-        return config.parse_bytes(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}, allowed is a size: 1GB, 800MiB, 2e9") from None
 
 
 _SWEPT = (
@@ -225,7 +137,7 @@ def sweep(parser: argparse.ArgumentParser) -> None:
             default = config.TUNED_FOR
         parser.add_argument(
             f"--{name.replace('_', '-')}",
-            type=_comma_separated(_CONVERTERS[one.kind]),
+            type=values.comma_separated(values.CONVERTERS[one.kind]),
             default=str(default),
             metavar="LIST",
             help=f"some of {', '.join(one.choices)}"
@@ -233,7 +145,7 @@ def sweep(parser: argparse.ArgumentParser) -> None:
             else one.help.partition(" (default:")[0],
         )
     parser.add_argument(
-        "--fraction", type=_comma_separated(str), default="0.1,0.3,0.5", metavar="LIST",
+        "--fraction", type=values.comma_separated(str), default="0.1,0.3,0.5", metavar="LIST",
         help="shares to keep, separated by commas like all lists of this command",
     )  # fmt: skip
 
@@ -316,7 +228,7 @@ def plan(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pool")
     group.add_argument(
         "--samples",
-        type=_count,
+        type=values.count,
         default=0,
         metavar="N",
         help="number of samples: 12800000, 12.8e6 or 12.8M",
@@ -357,18 +269,25 @@ def plan(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cpus", type=int, default=os.cpu_count() or 1, help="CPUs of a node")
     group.add_argument("--gpus", type=int, default=0, help="GPUs of a node")
     group.add_argument(
-        "--memory", type=_bytes, default=16_000_000_000, help="memory of a node, such as 512GB"
+        "--memory",
+        type=values.size,
+        default=16_000_000_000,
+        metavar="SIZE",
+        help="memory that Ray may use of a node, such as 512GB; `ray status` shows it",
     )
     group.add_argument(
-        "--disk", type=_bytes, default=0, help="space for the run directory, such as 40TB"
+        "--disk", type=values.size, default=0, help="space for the run directory, such as 40TB"
     )
     group.add_argument(
-        "--storage-rate", type=_bytes, default=0, metavar="SIZE",
+        "--storage-rate", type=values.size, default=0, metavar="SIZE",
         help="bytes that a node reads and writes in a second, such as 2GB (default: storage is no "
         "limit)",
     )  # fmt: skip
     group.add_argument(
-        "--partitions", type=_partitions, default=0, help="number of parts of the graph, or auto"
+        "--partitions",
+        type=values.partitions,
+        default=0,
+        help="number of parts of the graph, or auto",
     )
     memory(parser)
     group = parser.add_argument_group("rates")
@@ -384,68 +303,6 @@ def plan(parser: argparse.ArgumentParser) -> None:
         "them to that file",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
-
-
-def _count(text: str) -> int:
-    word = text.strip().replace(",", "").replace("_", "")
-    times = {"k": 10**3, "m": 10**6, "b": 10**9}.get(word[-1:].lower(), 1)
-    try:
-        value = Decimal(word if times == 1 else word[:-1]) * times
-        whole = value.is_finite() and 1 <= value <= 10**15 and value == int(value)
-    except InvalidOperation:
-        whole = False
-    if not whole:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}, allowed is a whole number: 12800000, 12.8e6 or 12.8M (K, M, B)"
-        )
-    return int(value)
-
-
-def _comma_separated(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    def values(text: str) -> list[Any]:
-        try:
-            return [convert(word.strip()) for word in text.split(",")]
-        except (ValueError, InvalidOperation, argparse.ArgumentTypeError):
-            raise argparse.ArgumentTypeError(
-                f"{text!r}, allowed are values separated by commas"
-            ) from None
-
-    return values
-
-
-def _copies(text: str) -> float | str | None:
-    if text in ("none", "auto"):
-        return None if text == "none" else text
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}, allowed are auto, none and a squared distance such as 0.01"
-        ) from None
-
-
-def _gamma(text: str) -> float | str:
-    if text == config.AUTO:
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}, allowed are a number and auto") from None
-
-
-_CONVERTERS: dict[str, Callable[[str], Any]] = {
-    "text": str,
-    "texts": str,
-    "whole number": int,
-    "number": float,
-    "share": _share,
-    "auto or share": _hardest,
-    "auto or number": _gamma,
-    "copies": _copies,
-    "bytes": _bytes,
-    "partitions": _partitions,
-}
-"""function that converts the text of a value, by `options.Kind`"""
 
 
 def run_config(arguments: argparse.Namespace) -> config.RunConfig:

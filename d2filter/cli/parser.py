@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from d2filter.cli import options
 from d2filter.cli.commands import Parser, build_parser
+from d2filter.cli.recipes import RECIPES
 from d2filter.errors import UsageError
 
 _NOT_IN_A_FILE = ("help", "config", "recipe")
@@ -68,12 +68,12 @@ def _apply_recipe(command: argparse.ArgumentParser, name: str, with_budget: bool
     """Make the values of a recipe the defaults of a command's options. with_budget: whether
     --budget is given, which replaces the recipe's fraction.
     """
-    if name not in options.RECIPES:
-        raise UsageError(f"recipe is {name!r}, allowed are {', '.join(options.RECIPES)}")
-    for option, value in options.RECIPES[name].values.items():
+    if name not in RECIPES:
+        raise UsageError(f"recipe is {name!r}, allowed are {', '.join(RECIPES)}")
+    for option, value in RECIPES[name].values.items():
         replaced = with_budget and option == "fraction"
-        if not replaced and any(action.dest == option for action in command._actions):
-            command.set_defaults(**{option: value})
+        if not replaced and f"--{option}" in command._option_string_actions:
+            command.set_defaults(**{option.replace("-", "_"): value})  # argparse converts texts
 
 
 def _apply_config(command: argparse.ArgumentParser, path: str) -> None:

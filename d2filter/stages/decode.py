@@ -19,18 +19,16 @@ from typing import Any
 
 import numpy as np
 
+from d2filter.algorithm import sizes
 from d2filter.config import EmbedConfig
 from d2filter.formats import filetype, webdataset
 from d2filter.models import clip
 
 _LONGEST_RATIO = 1000  # the transform scales the short side up: 1 × 60,000 would take gigabytes
 _DRAFT_TIMES = 2  # cosines to plain embeddings of 0.9999 on average (jobs/bench_embed.py)
-_AHEAD_BYTES = 512 << 20  # of encoded pictures that wait for a thread
-_PICTURE_BYTES = 1 << 20  # of a file, more than most
 # bytes a pixel that decoders take at most, with what is made of the pixels before they are scaled;
-# measured at 42 megapixels with Pillow 13
+# measured at 42 megapixels with Pillow 13; other formats: sizes.PIXEL
 _BYTES_A_PIXEL = {"JPEG": 9, "MPO": 9, "PNG": 10, "BMP": 9, "GIF": 9, "WEBP": 18}
-_MOST_BYTES_A_PIXEL = 20  # of AVIF and TIFF
 _PROGRESSIVE = 6  # more, for the coefficients of the whole picture
 _ROWS = 1 << 20  # pixels of 16-bit gray that are scaled at once
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF's tags
@@ -76,20 +74,6 @@ class Memory:
                 self._changed.notify_all()
 
 
-def bytes_at_once(config: EmbedConfig) -> int:
-    """Bytes of the images that a task decodes at the same time: one of the largest, or many small
-    ones.
-
-    Waiting files are not included.
-    """
-    return config.max_pixels * _MOST_BYTES_A_PIXEL
-
-
-def bytes_ahead(batch_size: int) -> int:
-    """Bytes of the files that wait for a thread, two batches of them."""
-    return min(2 * batch_size * _PICTURE_BYTES, _AHEAD_BYTES)
-
-
 def decoded(
     pool: ThreadPoolExecutor,
     samples: Iterator[webdataset.Sample],
@@ -102,7 +86,7 @@ def decoded(
     """
     waiting: deque[tuple[int, Future[Ready | webdataset.Sample]]] = deque()
     ahead = 0
-    memory = Memory(bytes_at_once(config))
+    memory = Memory(sizes.decoded_pictures(config.max_pixels))
     lost: webdataset.LostTail | None = None
     with _own_limits(config.max_pixels):
         try:
@@ -110,7 +94,7 @@ def decoded(
                 size = len(sample.image)
                 waiting.append((size, pool.submit(_decode, sample, model, memory, config)))
                 ahead += size
-                while len(waiting) > 2 * config.batch_size or ahead > _AHEAD_BYTES:
+                while len(waiting) > 2 * config.batch_size or ahead > sizes.PICTURES_AHEAD:
                     size, future = waiting.popleft()
                     ahead -= size
                     yield future.result()
@@ -199,7 +183,7 @@ def _pixels_of(picture: Any) -> int:
 
 def _bytes_of(picture: Any) -> int:
     """What its decoding may take."""
-    each = _BYTES_A_PIXEL.get(picture.format, _MOST_BYTES_A_PIXEL)
+    each = _BYTES_A_PIXEL.get(picture.format, sizes.PIXEL)
     if picture.info.get("progressive"):
         each += _PROGRESSIVE
     return _pixels_of(picture) * each

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from d2filter.algorithm import sizes
 from d2filter.config import EmbedConfig
 from d2filter.engine.runner import Runner
 from d2filter.engine.task import Report, Task, assigned_cpus, assigned_gpu, checksums_of
@@ -23,7 +24,6 @@ from d2filter.models import clip
 from d2filter.stages import decode
 from d2filter.stages.decode import Ready
 
-_TENSOR_BYTES = 3 * 336 * 336 * 4  # of the largest common input
 # a context is some 77 tokens, and the time of tokenizers is quadratic in the length of a word
 _LONGEST_CAPTION = 4096
 # counts of samples that are embedded, and may not be what they seem
@@ -57,7 +57,8 @@ def build(
     done = runner.map(
         "embed", tasks, fingerprint=fingerprint, label="embed", share_node=True,
         on_gpu=rehearsed["device"] == "cuda",
-        memory=rehearsed["peak_rss_bytes"] + _beside_the_model(config),
+        memory=rehearsed["peak_rss_bytes"]
+        + sizes.beside_model(config.batch_size, config.max_pixels),
     )  # fmt: skip
     reasons = sum((Counter(figures["reasons"]) for figures in done), Counter())
     read = sum(figures["read"] for figures in done)
@@ -111,14 +112,6 @@ def check_model(*, report: Report, config: EmbedConfig) -> dict[str, Any]:
     clip.use_threads(assigned_cpus())
     clip.rehearse(model, config.batch_size)
     return {"device": model.device}
-
-
-def _beside_the_model(config: EmbedConfig) -> int:
-    """Bytes of pictures: files that wait, those that are being decoded, and tensors of two batches
-    that are made ready and of three that the model has or is to have.
-    """
-    tensors = 5 * config.batch_size * _TENSOR_BYTES
-    return decode.bytes_ahead(config.batch_size) + decode.bytes_at_once(config) + tensors
 
 
 def _load(config: EmbedConfig) -> clip.Clip:

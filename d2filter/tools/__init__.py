@@ -2,7 +2,7 @@
 
 Before a run
 pack.py     a folder of images with captions → shards
-plan.py     what a run would take; cost_model.py: its cost model
+plan.py     what a run would take; plan_steps.py: the work of each step; cost_model.py: its cost
 demo.py     draws pairs with known truth and filters them; scenes.py, scene_words.py: the drawing
 
 During a run

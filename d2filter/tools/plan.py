@@ -28,8 +28,9 @@ from d2filter.algorithm.greedy.schemes import Scheme
 from d2filter.errors import InputError, UsageError
 from d2filter.formats import metadata, tables
 from d2filter.formats.paths import Folder, absolute, place_of
-from d2filter.tools import cost_model
-from d2filter.tools.cost_model import Cluster, Estimate, Habits, Pool, Rate, Rates
+from d2filter.tools import cost_model, plan_steps
+from d2filter.tools.cost_model import Cluster, Estimate, Rate, Rates
+from d2filter.tools.plan_steps import Habits, Pool
 
 Say = Callable[[str], None]
 MetadataRows = tuple[npt.NDArray[np.float16], npt.NDArray[np.float32]]
@@ -53,6 +54,7 @@ def asked(arguments: argparse.Namespace, say: Say) -> tuple[Pool, Cluster, Rates
             raise UsageError(
                 f"{option} is {getattr(arguments, name)}, allowed is a whole number of at least 1"
             )
+    config.check_memory(arguments.memory_per_worker)
     catalog = config.CatalogConfig(arch=arguments.arch, feature_type=arguments.feature_type)
     samples = arguments.samples
     dimension = arguments.dim * (2 if catalog.feature_type == "image|text" else 1)
@@ -230,7 +232,7 @@ def _rates(rows: MetadataRows, k: int, measured: Sequence[dict[str, Any]], start
             evaluations=graph["evaluations_per_sample"],
         )
         pool = Pool(samples=habits.samples, dimension=dimension, k=k, exact_below=0)
-        steps = cost_model.count(pool, habits, graph["partitions"])
+        steps = plan_steps.count(pool, habits, graph["partitions"])
         taken = {
             **stats["seconds_detail"],
             "catalog": stats["seconds"]["catalog"],
@@ -246,7 +248,7 @@ def _rates(rows: MetadataRows, k: int, measured: Sequence[dict[str, Any]], start
         rates[f"{stage}_rest"] = Rate(fixed=rest, unit=0.0)
     return Rates(
         machine=f"{cpus} CPUs, {platform.machine()}, Python {platform.python_version()}",
-        dimension=dimension, steps=rates, habits=habits,
+        dimension=dimension, steps=rates, habits=habits, k=k,
     )  # fmt: skip
 
 
@@ -317,6 +319,11 @@ def lines(found: Estimate, pool: Pool, cluster: Cluster, rates: Rates) -> list[s
         f"{rates.habits.probes} of {rates.habits.cells:,} "
         f"cells probed for {rates.habits.samples:,} samples"
     )
+    if rates.k != pool.k:
+        out.append(
+            f"those were measured with k={rates.k}: with k={pool.k} the graph may need more or "
+            "less; --calibrate measures with yours"
+        )
     if rates.recall < config.GraphConfig().target_recall:
         out.append(
             f"those find a recall of {rates.recall} only, for the sample was thin: the graph may "

@@ -16,7 +16,7 @@ import pytest
 from d2filter.algorithm.methods import selectors
 from d2filter.algorithm.scores import registry as scores
 from d2filter.cli import main as cli
-from d2filter.cli import options
+from d2filter.cli import options, recipes
 from d2filter.config import METHODS
 from d2filter.tools import sweep as sweeping
 
@@ -262,7 +262,7 @@ def test_help_names_every_score_method_and_recipe_on_a_line(
     with pytest.raises(SystemExit):
         run("run", "--help")
     begins = [line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines()]
-    for name in (*selectors.SELECTORS, *scores.SCORES, *options.RECIPES):
+    for name in (*selectors.SELECTORS, *scores.SCORES, *recipes.RECIPES):
         assert name in begins
 
 
@@ -290,12 +290,12 @@ def test_a_recipe_stands_in_for_what_is_not_given(tmp_path: Path) -> None:
         "prototypicality",
         "--recipe",
     ]
-    for name, recipe in options.RECIPES.items():
-        given = vars(cli.parse([*words, name]))
-        for option, value in recipe.values.items():
-            assert given[option] == value, (name, option)
+    for name, recipe in recipes.RECIPES.items():
+        typed = [f"--{option}={value}" for option, value in recipe.values.items()]
+        by_name, by_option = cli.parse([*words, name]), cli.parse([*words[:-1], *typed])
+        assert {**vars(by_option), "recipe": name} == vars(by_name)
         # all of them are good options
-        options.run_config(cli.parse([*words, name]))
+        options.run_config(by_name)
     assert cli.parse([*words, "datacomp", "--gamma", "7"]).gamma == 7
     (tmp_path / "budget.yaml").write_text("budget: 100\n")
     for more in (["--budget", "100"], ["--config", str(tmp_path / "budget.yaml")]):

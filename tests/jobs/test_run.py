@@ -2,48 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from d2filter.algorithm import sizes
-from d2filter.algorithm.knn import in_memory as knn
-from d2filter.algorithm.knn import sketch
 from d2filter.cli import main as cli
 from d2filter.cli import options
+from d2filter.cli.recipes import RECIPES, RUNS
 from d2filter.config import RunConfig, parse_bytes
 from d2filter.errors import UsageError
-from jobs import run, runs
+from d2filter.tools import cost_model, plan, plan_steps
+from jobs import run
 
 GIVEN = {
     "out-dir": "/shared/run",
     "metadata-dir": "/shared/pool",
     "shards": "/shared/{000..127}.tar /shared/more",
 }
-PIPELINES = [name for name, made in runs.RUNS.items() if made().command == "run"]
+PIPELINES = [name for name, one in RUNS.items() if one.command == "run"]
 
 
-def configuration(name: str, **given: str) -> RunConfig:
-    made = runs.RUNS[name]()
-    needed = {need: GIVEN[need] for need in made.needs}
-    return made.configuration(
-        name, {**needed, **{k.replace("_", "-"): v for k, v in given.items()}}
-    )
+def configuration(name: str) -> RunConfig:
+    given = [f"{need}={GIVEN[need]}" for need in RUNS[name].needs]
+    return options.run_config(cli.parse(run.command_line([name, "--set", *given])))
 
 
 def test_every_run_is_listed_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(runs.RUNS)
+    assert [line.split()[0] for line in lines] == list(RUNS)
     assert all(40 < len(line) < 110 and line.endswith((".", "?")) for line in lines)
 
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_run_is_a_whole_configuration_of_the_published_recipe(name: str) -> None:
     found = configuration(name)
-    recipe = options.RECIPES["datacomp"].values
-    assert found.catalog.feature_type == recipe["feature_type"]
-    assert (found.graph.n_neighbors, found.rank.gamma) == (recipe["n_neighbors"], recipe["gamma"])
+    recipe = RECIPES["datacomp"].values
+    assert found.catalog.feature_type == recipe["feature-type"]
+    assert found.graph.n_neighbors == int(recipe["n-neighbors"])
+    assert found.rank.gamma == float(recipe["gamma"])
     assert str(found.select.fraction) == recipe["fraction"]
     assert found.catalog.arch == "l14"
     assert found.out_dir == GIVEN["out-dir"]
@@ -57,22 +55,26 @@ def test_shards_are_embedded_before_they_are_filtered() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "samples"),
-    [("datacomp_small", 12.8e6), ("datacomp_medium", 128e6), ("datacomp_large", 1.28e9)],
+    ("name", "samples", "nodes"),
+    [
+        ("datacomp_small", 12_800_000, 1),
+        ("datacomp_medium", 128_000_000, 4),
+        ("datacomp_large", 1_280_000_000, 32),
+    ],
 )
-def test_partitions_fit_their_workers_at_the_longest_sketch(name: str, samples: float) -> None:
-    """As many as the graph itself would choose for that memory, or more."""
+def test_workers_of_a_named_run_hold_its_partitions(name: str, samples: int, nodes: int) -> None:
+    """On the clusters of docs/cluster.md, at the longest sketch."""
     found = configuration(name)
-
-    row_bytes = 2 * 1536
-    # with a refinement pass lists are longer
-    for passes in (0, 1):
-        places = sketch.places(knn.list_width(1, passes), identity=row_bytes == 2 * 768)
-        cut = sizes.plan_partitions(
-            int(samples), sizes.graph_row(row_bytes, 768, places), nodes=4, cpus=64,
-            node_bytes=10**12, memory=found.memory_per_worker,
-        )  # fmt: skip
-        assert cut.partitions <= found.partitions <= 1.1 * cut.partitions
+    pool = plan_steps.Pool(samples=samples, dimension=1536, k=found.graph.n_neighbors)
+    cluster = cost_model.Cluster(
+        nodes=nodes, cpus=32, memory=256 * 10**9, memory_per_worker=found.memory_per_worker,
+        partitions=found.partitions,
+    )  # fmt: skip
+    rates = plan.read_rates()
+    longest = replace(rates, habits=replace(rates.habits, sketch_dim=rates.dimension // 2))
+    estimate = cost_model.estimate(pool, cluster, longest)
+    assert not estimate.refusals
+    assert max(stage.memory for stage in estimate.stages) <= found.memory_per_worker
 
 
 def test_set_stands_for_what_the_run_has_and_may_come_several_times(
@@ -145,4 +147,4 @@ def test_a_run_that_fails_has_the_code_of_the_command_line(
 
 def test_a_missing_option_is_named_before_anything_is_parsed() -> None:
     with pytest.raises(UsageError, match="shards_to_subset needs shards and out-dir"):
-        runs.shards_to_subset().words("shards_to_subset", {"model": "no such"})
+        run.command_line(["shards_to_subset", "--set", "precision=no such"])

@@ -24,6 +24,7 @@ import pytest
 import shards as made
 from PIL import Image
 
+from d2filter.algorithm import sizes as memory_of
 from d2filter.config import EmbedConfig
 from d2filter.errors import UsageError
 from d2filter.formats.paths import Folder
@@ -61,7 +62,7 @@ def saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
 def test_encoded_pictures_wait_within_bounds(
     monkeypatch: pytest.MonkeyPatch, bound: int, ahead: int
 ) -> None:
-    monkeypatch.setattr(decode, "_AHEAD_BYTES", bound)
+    monkeypatch.setattr(memory_of, "PICTURES_AHEAD", bound)
     picture = made.picture(1).ljust(1250, b"\0")[:1250]
     begun = 0
     most = 0
@@ -191,7 +192,7 @@ def test_a_model_that_fails_ends_the_shard(tmp_path: Path, monkeypatch: pytest.M
 def test_pictures_in_memory_at_once_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Together they take no more than the largest that is allowed; that one comes alone."""
     config = EmbedConfig(shards=("s",), max_pixels=40 * 40)
-    most = decode.bytes_at_once(config)
+    most = memory_of.decoded_pictures(config.max_pixels)
     assert most == 40 * 40 * 20
     inside: dict[int, int] = {}
     sums, counts = [], []
@@ -220,6 +221,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 import torchvision.transforms as T
 from PIL import Image
+from d2filter.algorithm import sizes as memory_of
 from d2filter.config import EmbedConfig
 from d2filter.formats.webdataset import Sample
 from d2filter.models.clip import Clip
@@ -276,7 +278,7 @@ def test_decoding_takes_no_more_memory_than_is_asked_for(tmp_path: Path) -> None
         words, capture_output=True, text=True, timeout=200, env=setting, check=False
     )
     assert done.returncode == 0, done.stderr
-    asked = decode.bytes_at_once(EmbedConfig(shards=("s",), max_pixels=wide * high))
+    asked = memory_of.decoded_pictures(wide * high)
     peaks = dict(zip(list(kinds)[1:], map(int, done.stdout.split()), strict=True))
     assert all(wide * high < peak <= asked for peak in peaks.values()), (peaks, asked)
 
@@ -452,6 +454,7 @@ def test_pictures_of_one_color_are_counted() -> None:
 REPEAT = """
 import sys
 from pathlib import Path
+from d2filter.algorithm import sizes as memory_of
 from d2filter.config import EmbedConfig
 from d2filter.formats.paths import Folder
 from d2filter.formats.webdataset import shard_at

@@ -11,30 +11,38 @@ from typing import Any
 import numpy as np
 import pools
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from d2filter.cli import options
+from d2filter.algorithm import sizes
+from d2filter.algorithm.knn import in_memory as knn
+from d2filter.cli import values
 from d2filter.cli.main import main
-from d2filter.config import CatalogConfig
+from d2filter.config import CatalogConfig, EmbedConfig, GraphConfig, parse_bytes
 from d2filter.errors import UsageError
+from d2filter.formats import metadata
 from d2filter.formats.paths import Folder
-from d2filter.tools import cost_model, plan
-from d2filter.tools.cost_model import Cluster, Habits, Pool, Rate
+from d2filter.stages.catalog import build as build_catalog
+from d2filter.stages.graph import build as graph_stage
+from d2filter.tools import cost_model, plan, plan_steps
+from d2filter.tools.cost_model import Cluster, Rate
+from d2filter.tools.plan_steps import Habits, Pool
 
 HABITS = Habits(samples=50_000, cells=890, probes=4, passes=1, sketch_dim=64, evaluations=100.0)
 POOL = Pool(samples=10_000_000, dimension=512, k=5)
 
 
 def rates(**steps: Rate) -> cost_model.Rates:
-    return cost_model.Rates(machine="test", dimension=512, steps=steps, habits=HABITS)
+    return cost_model.Rates(machine="test", dimension=512, steps=steps, habits=HABITS, k=5)
 
 
 def every_rate() -> cost_model.Rates:
-    names = [step.name for step in cost_model.count(POOL, HABITS, 4)]
+    names = [step.name for step in plan_steps.count(POOL, HABITS, 4)]
     return rates(**{name: Rate(fixed=0.1, unit=1e-9) for name in names})
 
 
 def test_work_of_a_step_is_shared_by_its_tasks_and_the_cpus() -> None:
-    one = cost_model.Step(stage="graph", name="x", units=1000.0, tasks=1, threads=False)
+    one = plan_steps.Step(stage="graph", name="x", units=1000.0, tasks=1, threads=False)
     known = rates(x=Rate(fixed=2.0, unit=0.01))
     eight = Cluster(nodes=2, cpus=4)
     assert cost_model.seconds(one, eight, known) == pytest.approx(2 + 10)
@@ -48,15 +56,15 @@ def test_work_of_a_step_is_shared_by_its_tasks_and_the_cpus() -> None:
 
 
 def test_a_row_costs_more_in_a_larger_pool_by_the_growth_that_was_told() -> None:
-    root = cost_model.habits_at(HABITS, 5_000_000, 5)
-    third = cost_model.habits_at(replace(HABITS, growth=1 / 3), 5_000_000, 5)
+    root = plan_steps.habits_at(HABITS, 5_000_000, 5)
+    third = plan_steps.habits_at(replace(HABITS, growth=1 / 3), 5_000_000, 5)
     assert root.evaluations / HABITS.evaluations == pytest.approx(10, rel=0.05)
     assert third.evaluations / HABITS.evaluations == pytest.approx(10 ** (2 / 3), rel=0.05)
     assert (root.cells, root.probes) == (third.cells, third.probes)
 
 
 def test_a_step_takes_as_long_as_storage_needs_where_that_is_slower() -> None:
-    step = cost_model.Step(
+    step = plan_steps.Step(
         stage="graph", name="x", units=1000.0, tasks=3, threads=False, read=6e9, written=2e9
     )
     known = rates(x=Rate(fixed=0.0, unit=0.003))
@@ -87,7 +95,7 @@ def test_rates_come_back_from_what_two_runs_took() -> None:
     halves = []
     for samples in (6_000, 48_000):
         h = replace(HABITS, samples=samples, cells=samples // 50)
-        steps = cost_model.count(Pool(samples=samples, dimension=512, exact_below=0), h, 1)
+        steps = plan_steps.count(Pool(samples=samples, dimension=512, exact_below=0), h, 1)
         mine = [step for step in steps if step.name in true]
         halves.append([(s, cost_model.seconds(s, cluster, rates(**true))) for s in mine])
     found = cost_model.fit(halves[0], halves[1], cpus=2)
@@ -104,7 +112,7 @@ def test_a_first_run_that_compared_all_with_all_does_not_spoil_the_rates() -> No
     cells = replace(HABITS, samples=48_000, cells=960)
     halves = []
     for h in (exact, cells):
-        steps = cost_model.count(Pool(samples=h.samples, dimension=512, exact_below=0), h, 1)
+        steps = plan_steps.count(Pool(samples=h.samples, dimension=512, exact_below=0), h, 1)
         halves.append([(s, cost_model.seconds(s, cluster, every_rate())) for s in steps if s.units])
     small = [(s, t) for s, t in halves[0] if s.name != "refine"]
     found = cost_model.fit(small, halves[1], cpus=2)
@@ -147,12 +155,12 @@ def test_the_counts_are_those_of_a_real_run(tmp_path: Path) -> None:
         evaluations=graph["evaluations_per_sample"],
     )
     pool = Pool(samples=3000, dimension=32, k=3, exact_below=0)
-    steps = {step.name: step for step in cost_model.count(pool, h, 4)}
+    steps = {step.name: step for step in plan_steps.count(pool, h, 4)}
     # every step of the run is planned, and no other
     planned = {name for name, step in steps.items() if step.units}
     assert planned - {"catalog", "select"} >= set(stats["seconds_detail"])
-    assert cost_model.parts_of(pool) == stats["catalog"]["parts"]
-    assert cost_model.habits_at(h, 3000, 3).cells == pytest.approx(graph["nlist"], rel=0.1)
+    assert plan_steps.parts_of(pool) == stats["catalog"]["parts"]
+    assert plan_steps.habits_at(h, 3000, 3).cells == pytest.approx(graph["nlist"], rel=0.1)
     marks = tmp_path / "o/completions/graph"
     names = ("route", "find", "merge", "finish", "measure")
     tasks = {name: len(list(marks.glob(f"{name}-0*.json"))) for name in names}
@@ -235,7 +243,7 @@ def test_what_cannot_work_is_refused_and_says_what_would(
     ],
 )  # fmt: skip
 def test_samples_are_counted_as_people_write_them(text: str, count: int) -> None:
-    assert options._count(text) == count
+    assert values.count(text) == count
 
 
 def test_what_a_refusal_asks_for_is_enough() -> None:
@@ -260,7 +268,7 @@ def test_embedding_has_no_time_unless_a_rate_is_given(capsys: pytest.CaptureFixt
 
 def test_the_bundled_rates_plan_every_step() -> None:
     known = plan.read_rates()
-    steps = cost_model.count(POOL, cost_model.habits_at(known.habits, POOL.samples, POOL.k), 10)
+    steps = plan_steps.count(POOL, plan_steps.habits_at(known.habits, POOL.samples, POOL.k), 10)
     assert {step.name for step in steps if step.units} <= set(known.steps)
 
 
@@ -271,7 +279,9 @@ TABLE = re.compile(r"^\| (small|medium|large|xlarge) \|.*$", re.MULTILINE)
 def predicted_row(name: str, samples: int, nodes: int) -> str:
     """A line of the table in docs/cluster.md."""
     cluster = Cluster(nodes=nodes, cpus=32, memory=256 * 10**9, storage=2 * 10**9)
-    found = cost_model.estimate(Pool(samples=samples, dimension=1536), cluster, plan.read_rates())
+    found = cost_model.estimate(
+        Pool(samples=samples, dimension=1536, k=1), cluster, plan.read_rates()
+    )
     assert not found.refusals
     graph = next(stage for stage in found.stages if stage.name == "graph")
     largest = max(stage.memory for stage in found.stages)
@@ -289,3 +299,98 @@ def test_the_table_of_datacomps_pools_is_what_plan_predicts() -> None:
         predicted_row(n, 12_800_000 * 10**i, nodes) for i, (n, nodes) in enumerate(pools_.items())
     ]
     assert [line[0] for line in TABLE.finditer(CLUSTER.read_text("utf-8"))] == rows
+
+
+class Nodes:
+    """The part of a Runner that plans need."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    def resources(self) -> tuple[int, int, int]:
+        return self._cluster.cpus, self._cluster.nodes, self._cluster.memory
+
+
+POOLS = st.builds(
+    Pool, samples=st.integers(20_000, 10**10), dimension=st.sampled_from([16, 512, 1536]),
+    k=st.sampled_from([1, 10, 40]),
+)  # fmt: skip
+CLUSTERS = st.builds(
+    Cluster, nodes=st.integers(1, 64), cpus=st.integers(1, 64),
+    memory=st.integers(2 * 10**9, 10**12), partitions=st.sampled_from([0, 0, 1, 7]),
+    memory_per_worker=st.sampled_from([0, 0, 700_000_000, 8 * 10**9]),
+)  # fmt: skip
+
+
+@given(POOLS, CLUSTERS, st.sampled_from([0, 1]), st.floats(0.02, 1))
+def test_the_stage_makes_the_partitions_that_are_planned(
+    pool: Pool, cluster: Cluster, passes: int, share: float
+) -> None:
+    h = replace(HABITS, passes=passes, sketch_dim=max(1, round(share * pool.dimension)))
+    planned, memory = cost_model.partitions_of(pool, cluster, h)
+    made = graph_stage.partition_plan(
+        Nodes(cluster), pool.samples, 2 * pool.dimension, h.sketch_dim,
+        knn.list_width(pool.k, passes), memory=cluster.memory_per_worker,
+        partitions=cluster.partitions,
+    )  # fmt: skip
+    assert (made.partitions, made.memory or cluster.memory) == (planned, memory)
+
+
+@given(st.integers(1, 3000), st.integers(1, 40_000_000), st.sampled_from([0, 10**9, 8 * 10**9]))
+def test_the_catalog_has_the_parts_and_about_the_tasks_that_are_planned(
+    files: int, rows: int, memory: int
+) -> None:
+    pool = Pool(samples=files * rows, dimension=512)
+    pairs = [metadata.Pair(str(i), pool.metadata_bytes // files) for i in range(files)]
+    assert sum(pair.size for pair in pairs) == pool.metadata_bytes
+    groups = len(build_catalog.grouped(pairs, sizes.catalog_group(memory)))
+    planned = plan_steps.groups_of(pool, memory)
+    # files are read whole: one task each if they are large, else tasks are at least half full
+    if pairs[0].size > sizes.catalog_group(memory):
+        assert groups == files
+    else:
+        assert planned <= groups <= 2 * planned
+    split = sizes.catalog_parts(sum(pair.size for pair in pairs), memory)
+    assert plan_steps.parts_of(pool, memory) == split
+
+
+@given(POOLS, CLUSTERS)
+@settings(max_examples=300)
+def test_partitions_that_a_refusal_asks_for_are_enough(pool: Pool, cluster: Cluster) -> None:
+    known = every_rate()
+    for refusal in cost_model.estimate(pool, cluster, known).refusals:
+        option, _, value = refusal.rpartition("--")[2].partition(" ")
+        if option == "partitions":
+            more = replace(cluster, partitions=int(value))
+        elif option == "memory-per-worker":
+            more = replace(cluster, memory_per_worker=parse_bytes(value.split(",")[0]))
+        else:
+            continue
+        again = cost_model.estimate(pool, more, known).refusals
+        assert not [text for text in again if text.startswith("a task may use")]
+        if option == "partitions":
+            assert not [text for text in again if "--partitions" in text]
+
+
+def test_a_worker_that_the_stages_refuse_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["plan", "--samples", "1e6"], ["run", "--metadata-dir", "m", "--out-dir", "o"]):
+        assert main([*words, "--memory-per-worker", "699MB"]) == 2
+        assert "memory-per-worker is 699000000 bytes, allowed is" in capsys.readouterr().err
+
+
+def test_embedding_is_planned_with_what_its_tasks_request() -> None:
+    embed = EmbedConfig(shards=("s",))
+    pool = replace(POOL, images=True)
+    found = cost_model.estimate(pool, Cluster(memory=10**12), every_rate()).stages[0]
+    pictures = sizes.beside_model(embed.batch_size, embed.max_pixels)
+    assert (found.name, found.memory) == ("embed", sizes.MODEL + pictures)
+
+
+def test_a_plan_says_for_which_k_its_rates_were_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["plan", "--samples", "1e6", "--memory", "64GB"]
+    for k in (1, 10):
+        assert main([*words, "--n-neighbors", str(k)]) == 0
+        assert ("measured with k=1: with k=10" in capsys.readouterr().out) == (k == 10)
+    assert Pool(samples=1, dimension=1).k == GraphConfig().n_neighbors

@@ -32,7 +32,7 @@ REFINED_LISTS = 11  # places beyond k of the lists that are refined
 # measured costs: a distance by product has those of so many dimensions besides its own, and one to
 # a row fetched from anywhere, with the search for it, costs about as much as so many of a product
 _HARDER = 4  # times as much, at every further try
-_OVERHEAD = 256
+OVERHEAD = 256
 _FETCHED = 4
 _Z = 1.96
 
@@ -141,7 +141,7 @@ def choose(
     where = _positions(pool, truth, probed)
     held = [(where < p).mean(axis=1) for p in range(1, most + 1)]
     dim = queries.shape[1]
-    scanned = (pool.sketch.share * dim + _OVERHEAD) / (dim + _OVERHEAD)
+    scanned = (pool.sketch.share * dim + OVERHEAD) / (dim + OVERHEAD)
     cost = scanned * (pool.sizes[probed] * (probed >= 0)).cumsum(axis=1).mean(axis=0)
     bound = next((p for p in range(1, most + 1) if _lower(held[p - 1]) >= target), most)
     reaches = _lower(held[bound - 1]) >= target

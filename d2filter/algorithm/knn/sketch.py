@@ -32,8 +32,8 @@ _AXIS = 1024  # that of an axis
 _SCALE = 2.0**-12  # of the projection: a typical row comes out at 2048
 _EXACT = 2**24  # sums of products up to it are exact in float32
 _STEP = 32  # axes are a multiple of it
-_LOOKED_AT = 32768  # rows of the sample
-_JUDGED = 400  # of which the sketches must find the neighbors
+LOOKED_AT = 32768  # rows of the sample
+JUDGED = 400  # of which the sketches must find the neighbors
 _ENOUGH = 0.98  # share of them, with shortlists of half the length: the pool is denser
 _NEIGHBORS = 5
 _BLOCK = 2048  # what one block holds stays in the cache
@@ -106,7 +106,7 @@ def train(sample: F16, least: int = 0) -> Sketch:
     The identity where half the dimensions do not suffice, or there are too few rows or dimensions
     for a projection to pay.
     """
-    sample = np.ascontiguousarray(sample[:: max(1, -(-len(sample) // _LOOKED_AT))])
+    sample = np.ascontiguousarray(sample[:: max(1, -(-len(sample) // LOOKED_AT))])
     m, dim = sample.shape
     most = dim // 2 // _STEP * _STEP
     typical = float(np.sqrt(np.median(features.squared_norms(sample)))) if m else 0.0
@@ -138,7 +138,7 @@ def train(sample: F16, least: int = 0) -> Sketch:
 def _fewest_axes(sample: F16, sketches: F16, least: int) -> int:
     """Columns of the sketches that are enough, 0 when all of them are not."""
     numbers = np.arange(len(sample), dtype=np.int64)
-    judged = numbers[:: -(-numbers.size // _JUDGED)]
+    judged = numbers[:: -(-numbers.size // JUDGED)]
     total = numbers.size
     truth = search.search_all(sample, numbers, sample[judged], judged, _NEIGHBORS, total)
 

@@ -6,7 +6,6 @@ budget; dense clusters are thinned. One ranking serves all budgets.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from d2filter.algorithm import features, uids
 from d2filter.algorithm.knn import cells
 from d2filter.algorithm.methods.pool import Pool
 from d2filter.algorithm.scores import registry as scores
+from d2filter.checks import finite
 from d2filter.errors import UsageError
 
 F64 = npt.NDArray[np.float64]
@@ -26,6 +26,12 @@ _MOST_CLUSTERS = 500  # as published
 _ROWS_A_CLUSTER = 64  # rows of the pool for each cluster, at least
 _NEAREST = 20  # number of nearest centers over which a center's distance is averaged
 _BLOCK = 8192
+
+
+def check_temperature(value: Any) -> None:
+    """Raise UsageError for a temperature that `density` cannot use, of any type."""
+    if not (finite(value) and value > 0):
+        raise UsageError(f"temperature is {value}, allowed is a finite number above 0, such as 0.1")
 
 
 def density(pool: Pool, *, temperature: float = 0.1, rows_a_cluster: int = _ROWS_A_CLUSTER) -> I64:
@@ -42,8 +48,7 @@ def density(pool: Pool, *, temperature: float = 0.1, rows_a_cluster: int = _ROWS
     quadratic program, for one budget. Ties go to the smaller row. Raises UsageError for a
     temperature that is not positive and for less than one row per cluster.
     """
-    if not 0 < temperature < math.inf:
-        raise UsageError(f"temperature is {temperature}, allowed is a number above 0: 0.1")
+    check_temperature(temperature)
     if rows_a_cluster < 1:
         raise UsageError(f"rows_a_cluster is {rows_a_cluster}, allowed is 1 or more")
     rows = np.asarray(pool.features, np.float16)

@@ -10,11 +10,14 @@ to the smaller row.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 from d2filter.algorithm import compiled
 from d2filter.algorithm.greedy import messages
+from d2filter.checks import finite
 from d2filter.errors import UsageError
 
 F32 = npt.NDArray[np.float32]
@@ -76,15 +79,20 @@ def infomax(
     selected sample lowers its neighbors by their similarity alone, not by its own score. Raises
     UsageError for a redundancy outside 0 … 16.
     """
-    if not 0 <= redundancy <= MOST_RELEVANCE:
-        raise UsageError(
-            f"redundancy is {redundancy}, allowed is 0 (score alone) to {MOST_RELEVANCE}"
-        )
+    check_redundancy(redundancy)
     gain = np.rint(messages.normalized(difficulty) * ONE).astype(np.int64)
     start, target, weight = _edges(neighbors, sqdist)
     taken = np.rint(redundancy * weight.astype(np.float64) * ONE).astype(np.int64)
     order: I64 = _fall(start, target, taken, gain)
     return order
+
+
+def check_redundancy(value: Any) -> None:
+    """Raise UsageError for a redundancy that `infomax` cannot use, of any type."""
+    if not (finite(value) and 0 <= value <= MOST_RELEVANCE):
+        raise UsageError(
+            f"redundancy is {value}, allowed is 0 (score alone) to {MOST_RELEVANCE}, such as 1"
+        )
 
 
 def _edges(

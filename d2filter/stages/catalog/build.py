@@ -36,9 +36,6 @@ from d2filter.stages.catalog import clip_scores, pool_scores
 from d2filter.stages.catalog import side_inputs as prepare_side_inputs
 from d2filter.stages.graph.train import sample_by_hash
 
-_GROUP_BYTES = sizes.CATALOG_GROUP
-_PART_BYTES = sizes.CATALOG_PART
-
 
 def build(
     runner: Runner,
@@ -53,12 +50,9 @@ def build(
 
     memory: bytes that a task may use, which bounds groups and parts; 0 for the usual sizes.
     """
-    # a part is held about three times while it is merged, a group while it is read
-    part_bytes = min(_PART_BYTES, memory // 10) if memory else _PART_BYTES
-    group_bytes = min(_GROUP_BYTES, memory // 20) if memory else _GROUP_BYTES
     folder = out.sub("catalog")
-    groups = _grouped(pairs, group_bytes)
-    parts = 1 + sum(pair.size for pair in pairs) // part_bytes
+    groups = grouped(pairs, sizes.catalog_group(memory))
+    parts = sizes.catalog_parts(sum(pair.size for pair in pairs), memory)
     split = {"groups": [len(g) for g in groups], "parts": parts}
     cut = prepare_side_inputs.cuts(config, memory)
     split.update({"tables": cut} if cut else {})
@@ -382,7 +376,7 @@ def _mixed_scores(source: Folder, config: CatalogConfig, having: str, lacking: s
     )
 
 
-def _grouped(pairs: Sequence[metadata.Pair], most: int) -> list[list[metadata.Pair]]:
+def grouped(pairs: Sequence[metadata.Pair], most: int) -> list[list[metadata.Pair]]:
     """Consecutive pairs in groups of about `most` bytes, at least one a group."""
     groups: list[list[metadata.Pair]] = []
     held = 0

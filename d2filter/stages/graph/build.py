@@ -15,7 +15,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from d2filter.algorithm import sizes
-from d2filter.algorithm.knn import calibrate, cells, products, sketch
+from d2filter.algorithm.knn import calibrate, cells, products
 from d2filter.algorithm.knn import in_memory as knn
 from d2filter.algorithm.knn.calibrate import Effort
 from d2filter.config import RunConfig
@@ -87,6 +87,18 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
         "seconds_detail": steps.seconds,
         "peak_rss": steps.peak,
     }
+
+
+def partition_plan(
+    runner: Runner, rows: int, row_bytes: int, sketch_dim: int, width: int, *, memory: int,
+    partitions: int,
+) -> sizes.PartitionPlan:  # fmt: skip
+    """Partitions of a graph on the runner's cluster, see `sizes.plan_partitions`."""
+    cpus, nodes, node_bytes = runner.resources()
+    return sizes.plan_partitions(
+        rows, sizes.graph_row(row_bytes, sketch_dim, width), nodes=nodes, cpus=cpus,
+        node_bytes=node_bytes, memory=memory, partitions=partitions,
+    )  # fmt: skip
 
 
 def tidy(out: Folder) -> None:
@@ -268,11 +280,8 @@ class _Steps:
         """The number of partitions, as requested or as memory requires; sets the memory of their
         tasks.
         """
-        places = sketch.places(width, identity=2 * sketch_dim == self._row_bytes)
-        row = sizes.graph_row(self._row_bytes, sketch_dim, places)
-        cpus, nodes, node_bytes = self._runner.resources()
-        found = sizes.plan_partitions(
-            self.total, row, nodes=nodes, cpus=cpus, node_bytes=node_bytes,
+        found = partition_plan(
+            self._runner, self.total, self._row_bytes, sketch_dim, width,
             memory=self._config.memory_per_worker, partitions=partitions,
         )  # fmt: skip
         self._memory = found.memory

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2filter.algorithm import features
+from d2filter.algorithm import sizes as memory_of
 from d2filter.algorithm.knn import in_memory as knn
 from d2filter.algorithm.knn import products, refine, search, shortlist
 from d2filter.algorithm.knn.exact_lists import Lists, merge_inplace
@@ -43,7 +44,6 @@ from d2filter.stages.graph.train import MEASURE, assigned_rows, read_sketch
 I64 = npt.NDArray[np.int64]
 
 _REFINED_ROWS = 8192  # whose candidates are held at a time
-_FETCHED_ROWS = 65536  # features from anywhere that are held at a time
 
 
 def find(
@@ -145,7 +145,7 @@ def improve(
             numbers[some], probed[some], block.numbers, theirs, homes, neighbor_row
         )
         fetched, where = np.unique(found, return_inverse=True)
-        if fetched.size > _FETCHED_ROWS and some.size > 1:
+        if fetched.size > memory_of.BLOCK_ROWS and some.size > 1:
             waiting += [some[some.size // 2 :], some[: some.size // 2]]
             continue
         better = refine.improved(

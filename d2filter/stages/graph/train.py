@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from d2filter.algorithm import sizes as memory_of
 from d2filter.algorithm import uids
 from d2filter.algorithm.knn import calibrate, cells, products
 from d2filter.algorithm.knn import in_memory as knn
@@ -37,7 +38,6 @@ I64 = npt.NDArray[np.int64]
 
 CENTROIDS = "centroids.npy"
 CALIBRATE, MEASURE = "calibrate", "measure"
-_BLOCK = 65536
 
 
 def train(
@@ -89,8 +89,9 @@ def assign(*, report: Report, out: Folder, part: int, probes: int) -> dict[str, 
     trained = read_trained(out)
     rows = catalog.layout(out.sub("catalog")).part(part)
     found = np.zeros((len(rows), min(probes, trained.cells.count)), np.int32)
-    for begin in range(0, len(rows), _BLOCK):
-        sketches = trained.sketch.apply(np.array(rows[begin : begin + _BLOCK]))
+    for begin in range(0, len(rows), memory_of.BLOCK_ROWS):
+        block = np.array(rows[begin : begin + memory_of.BLOCK_ROWS])
+        sketches = trained.sketch.apply(block)
         found[begin : begin + len(sketches)] = cells.assign(sketches, trained.cells, probes)
         report(len(sketches))
     index = out.sub("index")

@@ -202,7 +202,7 @@ def test_a_sample_that_is_thinner_than_its_pool_does_not_cost_the_recall(
     Thirty-two axes were taken here, and half the neighbors lost.
     """
     pool = groups_without_shape(300, 128, scatter=0.8, seed=0)
-    monkeypatch.setattr(sketch, "_LOOKED_AT", 4000)
+    monkeypatch.setattr(sketch, "LOOKED_AT", 4000)
     assert knn.train(pool, 5).sketch.axes.shape[1] == 32
     graph, index = knn.build(pool, 5, target_recall=0.95)
     assert index.choice.reached
