@@ -268,7 +268,7 @@ def _run_sweep(arguments: argparse.Namespace) -> None:
     for line in ("", *sweep.table(rows)):
         say(line)
     say("")
-    say(f"all measures: {folder.where('sweep/table.csv')}  plot: {folder.where('sweep/plot.png')}")
+    say(f"all measures: {folder.where(sweep.TABLE)}  plots: {folder.where(sweep.PAGE)}")
     say(f"`d2filter report {folder.url}` shows them beside the rest")
 
 

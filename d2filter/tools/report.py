@@ -20,7 +20,17 @@ from d2filter.errors import RunStateError, UsageError
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import REPORT, REPORT_DATA, RunState
 from d2filter.text import redacted
-from d2filter.tools import album, alerts, gallery, measures, pages, plots, selfcheck, sweep
+from d2filter.tools import (
+    album,
+    alerts,
+    gallery,
+    measures,
+    pages,
+    plots,
+    selfcheck,
+    sweep,
+    sweep_plots,
+)
 
 GALLERY = 12
 MOST_BYTES = 20_000_000
@@ -190,6 +200,8 @@ def _page(
         subsets=[(s, coverage.jaccard(m.own.kept, s.kept)) for s in subsets.values()],
         regions=_regions(m.cells),
         measures=sweep.MEASURES,
+        styles=sweep_plots.styles(m.swept),
+        settings_swept=len({row["setting"] for row in m.swept}),
         galleries=galleries,
         album=pictures,
         settings=_settings(m),
