@@ -335,9 +335,9 @@ def estimate(pool: Pool, cluster: Cluster, rates: Rates) -> Estimate:
         )
     by_name = {step.name: step for step in steps}
     kept = by_name["catalog"].written / 2 + by_name["finish"].written
-    made = sum(by_name[n].written for n in ("assign", "route", "find", "merge", "refine"))
+    passing = sum(by_name[n].written for n in ("assign", "route", "find", "merge", "refine"))
     ranked = by_name["rank_finish"].written + by_name["supersteps"].written
-    disk = kept + max(made, ranked, by_name["catalog"].written / 2)
+    disk = kept + max(passing, ranked, by_name["catalog"].written / 2)
     disk += pool.samples * (2 * pool.dimension + _META) if pool.images else 0.0
     routed = pool.samples * (fan_out(partitions) - 1) * (2.0 * pool.dimension + 80)
     found = Estimate(
@@ -439,7 +439,7 @@ def _judged(found: Estimate, pool: Pool, cluster: Cluster, h: Habits) -> Estimat
     graph = next(stage for stage in found.stages if stage.name == "graph")
     if found.task_memory < 2 * sizes.SEARCHING:
         refusals.append(
-            f"a task may use {_gb(found.task_memory)}, needed are {_gb(2 * sizes.SEARCHING)}: give "
+            f"a task may use {_gb(found.task_memory)} and needs {_gb(2 * sizes.SEARCHING)}: give "
             f"nodes of {_gb(2 * sizes.SEARCHING * cluster.cpus)} for {cluster.cpus} CPUs, or "
             "--memory-per-worker with fewer tasks at once"
         )

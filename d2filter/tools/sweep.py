@@ -72,8 +72,8 @@ def grid(fractions: Sequence[str], **values: Sequence[Any]) -> Grid:
         read = selectors.options(options.get("method", "d2"))
         for name in selectors.OPTIONS - read:
             options.pop(name, None)
-        asked = RankConfig(**options)  # refuses values out of range, also those that are not used
-        if not asked.is_tuned:
+        given = RankConfig(**options)  # refuses values out of range, also those that are not used
+        if not given.is_tuned:
             options.pop("tuned_for", None)
         if options.get("method", "d2") != "d2":
             mine = {"method", "n_neighbors", "cut_hardest", "collapse_copies", "seed", "tuned_for"}
@@ -113,8 +113,8 @@ def sweep(folder: Folder, wanted: Grid, say: Say) -> list[Row]:
     Raises RunStateError without a graph, UsageError for more neighbors than the graph has, or for a
     pool that is too large for a method.
     """
-    made = RunState(folder).require("graph")
-    k = int(made["stats"]["k"])
+    graph = RunState(folder).require("graph")
+    k = int(graph["stats"]["k"])
     resolved = (
         replace(c, n_neighbors=k) if c.method == "d2" and not c.n_neighbors else c
         for c in wanted.configs
@@ -124,21 +124,23 @@ def sweep(folder: Folder, wanted: Grid, say: Say) -> list[Row]:
         if config.n_neighbors > k:
             raise UsageError(
                 f"n-neighbors is {config.n_neighbors}, the graph of {folder.url} has {k}: sweep "
-                "at most that many, or make the graph anew"
+                "at most that many, or build the graph again"
             )
     rows: list[Row] = []
     pool: _Pool | None = None
     for number, config in enumerate(configs, 1):
-        known = _known(folder, config, made["fingerprint"])
+        known = _known(folder, config, graph["fingerprint"])
         missing = [f for f in wanted.fractions if str(f) not in known]
         if missing:
             pool = pool or _Pool(folder, k, say)
             known.update(pool.measured(config, missing))
             folder.publish_json(
-                _file(config), {"graph": made["fingerprint"], "options": options_of(config),
+                _file(config), {"graph": graph["fingerprint"], "options": options_of(config),
                                 "measures": known},
             )  # fmt: skip
-        say(f"[{number}/{len(configs)}] {label(config)}" + ("" if missing else " (there)"))
+        say(
+            f"[{number}/{len(configs)}] {label(config)}" + ("" if missing else " (measured before)")
+        )
         rows += [{"setting": label(config), **known[str(f)]} for f in wanted.fractions]
     _write_table(folder, rows)
     _write_page(folder, rows)

@@ -200,7 +200,7 @@ def test_a_stage_made_from_another_is_found(
     config = json.loads((out / "config.json").read_text())
     config["stages"]["graph"]["fingerprint"] = "1" * 32
     (out / "config.json").write_text(json.dumps(config))
-    assert "config.json tells other fingerprints" in breaches(capsys, str(out))[1]
+    assert "config.json has other fingerprints" in breaches(capsys, str(out))[1]
 
 
 def change_one_value(folder: Path, name: str) -> None:
@@ -221,7 +221,7 @@ def test_an_input_that_changed_is_found(tmp_path: Path, capsys: pytest.CaptureFi
     assert breaches(capsys, out, "--deep") == [], "another time is no change"
     change_one_value(folder, "00001.npz")
     _, said = breaches(capsys, out)
-    assert "input file 00001.npz is changed since the catalog was made" in said
+    assert "input file 00001.npz has changed since the catalog was made" in said
     record = Path(out, "completions/catalog.json")
     held = json.loads(record.read_text())
     now = next(f for f in Folder(str(folder)).files() if f.name == "00001.npz")
