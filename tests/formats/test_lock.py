@@ -162,7 +162,7 @@ def test_a_living_owner_elsewhere_is_seen_by_its_heartbeat(folder: Folder) -> No
         ended.set()
         heart.join()
     assert len(said) == 1
-    assert "watching" in said[0]
+    assert "checking" in said[0]
 
 
 def test_a_silent_owner_elsewhere_is_replaced(folder: Folder) -> None:

@@ -193,7 +193,7 @@ BOMB = npy(f"(6, {1 << 16})", bytes(6 * (1 << 17)))
         ),
         (lambda f: lying(f, npy("(6, 4)", ZEROS), file_size=70), "two sizes"),
         (lambda f: lying(f, npy("(6, 4)", ZEROS), flag_bits=1), "password"),
-        (lambda f: lying(f, npy("(6, 4)", ZEROS), compress_type=99), "no readable npz"),
+        (lambda f: lying(f, npy("(6, 4)", ZEROS), compress_type=99), "not a readable npz"),
         (lambda f: lying(f, npy("(6, 4)", ZEROS), CRC=1), "Bad CRC-32"),
         (
             lambda f: lying(f, BOMB + bytes(80 << 20), zipfile.ZIP_DEFLATED),
