@@ -287,7 +287,7 @@ def _check(modalities: list[npt.NDArray[Any]], n: int, normalize: bool) -> None:
     for array in modalities:
         if array.ndim != 2 or len(array) != n or array.shape[1] == 0:
             raise InputError(
-                f"embeddings has shape {array.shape}, needed is ({n}, dimension), as scores has "
+                f"embeddings has shape {array.shape}, expected ({n}, dimension), as scores has "
                 f"{n} entries"
             )
         arrays.refuse(~np.isfinite(array).all(axis=1), "embedding is not finite")

@@ -43,7 +43,7 @@ def difficulty(given: Any) -> F32:
     """
     scores = array(given, "scores")
     if scores.ndim != 1 or not scores.size:
-        raise InputError(f"scores has shape {scores.shape}, needed is (n,) with n of at least 1")
+        raise InputError(f"scores has shape {scores.shape}, expected (n,) with n of at least 1")
     with np.errstate(over="ignore"):
         narrow: F32 = scores.astype(np.float32)
     refuse(np.isinf(narrow) & np.isfinite(scores), "score is beyond ±3.4e38, the end of float32,")
@@ -74,11 +74,11 @@ def array(given: Any, name: str) -> Array:
     except (TypeError, ValueError, OverflowError, RuntimeError, NotImplementedError) as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{name} is a {type(given).__name__} that makes no array of numbers ({text}): pass a "
-            "NumPy array"
+            f"{name} is a {type(given).__name__} and cannot become an array of numbers ({text}): "
+            "pass a NumPy array"
         ) from error
     if found.dtype.kind not in _NUMBERS:
-        raise InputError(f"{name} has dtype {found.dtype}, needed are real numbers")
+        raise InputError(f"{name} has dtype {found.dtype}, expected real numbers")
     return found
 
 
@@ -193,6 +193,6 @@ def _refuse_merged(scores: Array, narrow: F32) -> None:
     if whole and span > _EXACT:
         cure = "divide them, or pass floats, which round them"
     raise InputError(
-        f"scores {scores[one]} and {scores[other]} in rows {one} and {other} are one value in "
-        f"float32, in which a ranking holds them: {cure}"
+        f"scores {scores[one]} and {scores[other]} in rows {one} and {other} become the same "
+        f"float32 value: {cure}"
     )

@@ -287,8 +287,8 @@ class RankConfig:
         self._check_options_of_methods()
         if self.kernel == "local" and self.gamma_scale != "none":
             raise UsageError(
-                f"gamma-scale is {self.gamma_scale} and the kernel local has units of its own, the "
-                "distances to the k-th neighbors: leave it out, or take --kernel rbf"
+                f"gamma-scale is {self.gamma_scale}, but the kernel local has its own unit, the "
+                "distance to the k-th neighbor: leave it out, or use --kernel rbf"
             )
 
     def _check_options_of_methods(self) -> None:
@@ -298,8 +298,8 @@ class RankConfig:
             readers = [one for one in selectors.SELECTORS if name in selectors.options(one)]
             if value != default[name] and self.method not in readers:
                 raise UsageError(
-                    f"{name} is {value} and the method {self.method} does not read it: leave it "
-                    f"out, or take --method {' or '.join(readers)}"
+                    f"{name} is {value}, but the method {self.method} does not use it: leave it "
+                    f"out, or use --method {' or '.join(readers)}"
                 )
         submodular.check_redundancy(self.redundancy)
         density.check_temperature(self.temperature)
@@ -413,7 +413,7 @@ class SelectConfig:
         for share in self.also:
             parse_fraction(share)
         if self.fraction is not None and self.budget is not None:
-            raise UsageError("fraction and budget are both given: name one of them")
+            raise UsageError("fraction and budget are both given: give one of them")
         if self.fraction is not None:
             parse_fraction(self.fraction)
         if self.budget is not None:

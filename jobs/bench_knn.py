@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from jobs.bench import made_by
+from jobs.bench_extra import pyplot
 from jobs.knn_methods import CHECKED, DIM, K, Row, draw, prepare
 
 _LIMIT = 420  # seconds that one measurement may take
@@ -239,11 +240,7 @@ def _exponent(rows: list[Row], name: str) -> float:
 
 
 def _plot(measured: dict[int, list[Row]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(measured), figsize=(11, 4.2), sharey=True)
     for axis, (n, rows) in zip(axes, measured.items(), strict=True):
         for method in dict.fromkeys(r["method"] for r in rows):

@@ -39,6 +39,7 @@ from d2filter.stages.rank import in_memory as rank_in_memory
 from d2filter.tools import demo, scenes
 from d2filter.tools.scene_words import COLORS, SHAPE_WORDS
 from jobs.bench import made_by
+from jobs.bench_extra import pyplot
 
 Row = dict[str, Any]
 F64 = np.ndarray[Any, np.dtype[np.float64]]
@@ -514,11 +515,7 @@ def _signed(figures: Figures, a: Candidate, b: Candidate, fraction: float) -> st
 
 def plot(figures: Figures, path: Path) -> None:
     """Useful share against the fraction kept, mean and standard deviation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     best = figures.chosen(D2)
     notes = {best: ", chosen", PUBLISHED: ", published"}
     drawn = [best, PUBLISHED, *(Candidate(method="score", copies=c) for c in COPIES_OTHERS[1:])]

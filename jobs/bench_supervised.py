@@ -38,6 +38,7 @@ from d2filter.algorithm.scores import registry as scores
 from d2filter.algorithm.scores import training_dynamics
 from jobs import supervised_data as data
 from jobs.bench import commit, made_by
+from jobs.bench_extra import pyplot
 from jobs.supervised_data import F32, I64, Task
 
 KEPT = ("0.7", "0.5", "0.3", "0.2", "0.1")
@@ -559,9 +560,7 @@ def _tried(tasks: list[Task], rows: list[Row]) -> list[str]:
 
 
 def _plot(reported: dict[Task, Accuracies], path: Path) -> None:
-    matplotlib = data.needed("matplotlib", "matplotlib")
-    matplotlib.use("Agg")
-    plt = data.needed("matplotlib.pyplot", "matplotlib")
+    plt = pyplot()
     figure, axes = plt.subplots(2, 3, figsize=(13, 7.6))
     panels = axes.ravel()
     places = 100 * np.array([float(kept) for kept in KEPT])

@@ -37,6 +37,7 @@ from d2filter.tools import scenes
 from d2filter.tools.scene_words import BACKGROUNDS, COLORS, SHAPE_WORDS
 from jobs import bench_planted as planted
 from jobs.bench import made_by
+from jobs.bench_extra import pyplot
 from jobs.bench_planted import Candidate
 
 Row = dict[str, Any]
@@ -506,11 +507,7 @@ def _said(figures: Figures) -> list[str]:
 
 def plot(figures: Figures, path: Path) -> None:
     """R@1 of each subset, mean and standard error."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     groups = ((0.3, 1.0), (0.5,))
     heights = [sum(f in group for _, f in RUNS) for group in groups]
     figure, axes = plt.subplots(

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from jobs.bench import made_by
-from jobs.supervised_data import needed, pruned
+from jobs.bench_extra import pyplot
+from jobs.supervised_data import pruned
 
 F64 = npt.NDArray[np.float64]
 Row = dict[str, Any]
@@ -193,8 +194,7 @@ def _says(found: dict[str, Found]) -> list[str]:
 
 
 def _plot(found: dict[str, Found], path: Path) -> None:
-    needed("matplotlib", "matplotlib").use("Agg")
-    plt = needed("matplotlib.pyplot", "matplotlib")
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(found), figsize=(5 * len(found), 4.6), squeeze=False)
     for panel, (which, one) in zip(axes[0], found.items(), strict=True):
         places = [100 - 100 * float(kept) for kept in one.kept]

@@ -10,6 +10,7 @@ import numpy as np
 from jobs import bench_flickr as flickr
 from jobs import flickr_pool, two_tower
 from jobs.bench import made_by
+from jobs.bench_extra import pyplot
 from jobs.bench_flickr import DRAWS, F64, GAMMAS, GRID_K, KEPT, MAIN, SHARES, Figures
 from jobs.bench_planted import BEST, PUBLISHED, publish
 
@@ -203,11 +204,7 @@ def _grid(figures: Figures) -> list[str]:
 
 def plot(figures: Figures, path: Path) -> None:
     """Useful share, noise, and retrieval of models trained on what is kept."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(15, 5.2))
     names = _names(figures, MAIN)
     bold = {

@@ -14,18 +14,17 @@ axis of every parameter is the network.
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from d2filter.errors import DependencyError, InputError
+from d2filter.errors import InputError
+from jobs.bench_extra import needed
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
@@ -189,16 +188,6 @@ def embed(texts: Sequence[str]) -> F32:
         list(texts), batch_size=32, normalize_embeddings=True, show_progress_bar=False
     )
     return np.asarray(found, np.float32)
-
-
-def needed(module: str, package: str) -> Any:
-    """A module of the `bench` extra. Raises DependencyError that names its package."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise DependencyError(
-            f"{package} is not installed and this benchmark needs it: pip install 'd2filter[bench]'"
-        ) from error
 
 
 def _split(

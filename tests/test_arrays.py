@@ -143,11 +143,11 @@ def test_what_are_no_rows_is_one_line(rows: Any, said: str) -> None:
 @pytest.mark.parametrize(
     ("scores", "said"),
     [
-        ([2**24, 2**24 + 1], r"rows 0 and 1 are one value.*pass scores - scores.min\(\)"),
-        ([0, 2**30, 2**30 + 1], "rows 1 and 2 are one value.*pass floats"),
-        ([2**63 + 2, 2**63 + 1], "one value"),
-        ([1.7e9, 1.7e9 + 5], "one value"),
-        ([1e-60, 2e-60], "one value"),
+        ([2**24, 2**24 + 1], r"rows 0 and 1 become the same.*pass scores - scores.min\(\)"),
+        ([0, 2**30, 2**30 + 1], "rows 1 and 2 become the same.*pass floats"),
+        ([2**63 + 2, 2**63 + 1], "the same float32 value"),
+        ([1.7e9, 1.7e9 + 5], "the same float32 value"),
+        ([1e-60, 2e-60], "the same float32 value"),
         ([0.0, 1e39], "score is beyond .* first in row 1"),
         ([0.0, math.nan], "score is not finite in 1 rows, first in row 1"),
         ([0, None], "score is not finite in 1 rows, first in row 1"),

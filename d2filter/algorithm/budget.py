@@ -35,7 +35,7 @@ def budget_of(ranked: int, *, fraction: Decimal | None = None, budget: int | Non
     if budget is not None:
         return min(budget, ranked)
     if fraction is None:
-        raise UsageError("neither fraction nor budget is given: name one of them")
+        raise UsageError("neither fraction nor budget is given: give one of them")
     size = floor_of(fraction, ranked)
     if size == 0:
         raise UsageError(

@@ -49,7 +49,7 @@ def expected(scores: F64, size: int, temperature: float) -> I64:
             "range of scores is worth one more copy"
         )
     if not 1 <= size <= MOST:
-        raise UsageError(f"a soft selection has 1 to {MOST:,} samples, asked for are {size:,}")
+        raise UsageError(f"a soft selection keeps 1 to {MOST:,} samples, the budget is {size:,}")
     odds = np.exp((scores - 1) / temperature)
 
     def copies(u: float, some: slice) -> I64:

@@ -268,8 +268,8 @@ def _run_sweep(arguments: argparse.Namespace) -> None:
     for line in ("", *sweep.table(rows)):
         say(line)
     say("")
-    say(f"all measures: {folder.where('sweep/table.csv')}  plot: {folder.where('sweep/plot.png')}")
-    say(f"`d2filter report {folder.url}` shows them beside the rest")
+    say(f"all measures: {folder.where(sweep.TABLE)}  plots: {folder.where(sweep.PAGE)}")
+    say(f"`d2filter report {folder.url}` adds them to the report")
 
 
 def _run_advise(arguments: argparse.Namespace) -> None:
@@ -308,7 +308,7 @@ def _run_reshard(arguments: argparse.Namespace) -> None:
         provenance.shards(Folder(absolute(arguments.subset))).values()
     )
     if not patterns:
-        raise UsageError(f"no shards: {arguments.subset} names none, give --shards")
+        raise UsageError(f"{arguments.subset} does not name its shards: give --shards")
     shards = webdataset.list_shards([absolute(pattern) for pattern in patterns])
     out = Folder(absolute(arguments.out_dir))
     runner = Runner(out.sub(build_shards.STATE), arguments.address)
@@ -325,7 +325,7 @@ def _run_reshard(arguments: argparse.Namespace) -> None:
 def _run_plan(arguments: argparse.Namespace) -> None:
     from d2filter.tools import cost_model, plan
 
-    pool, cluster, rates = plan.asked(arguments, say if not arguments.json else print_error)
+    pool, cluster, rates = plan.inputs(arguments, say if not arguments.json else print_error)
     found = cost_model.estimate(pool, cluster, rates)
     if arguments.json:
         say_json(plan.as_json(found))

@@ -38,7 +38,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if known.command is not None and chosen is None:
         nearest = _nearest(known.command, parser_of)
         raise UsageError(
-            f"{known.command!r} is no command{nearest}, allowed are {', '.join(parser_of)}"
+            f"{known.command!r} is not a command{nearest}, allowed are {', '.join(parser_of)}"
         )
     # a misspelled option is named here, because argparse would first name required options
     options_of = chosen or parser
@@ -88,7 +88,7 @@ def _apply_config(command: argparse.ArgumentParser, path: str) -> None:
         raise UsageError(f"--config {path} does not exist") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         text = " ".join(str(error).split())
-        raise UsageError(f"--config {path} is no valid YAML: {text}") from error
+        raise UsageError(f"--config {path} is not valid YAML: {text}") from error
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} must hold `option: value` lines")
     known = {action.dest: action for action in command._actions if action.option_strings}

@@ -91,8 +91,8 @@ class FanOut:
                 self._look()
         except self._ray.exceptions.RayError as error:
             raise StageError(
-                f"{self._stage}: the Ray cluster does not answer any more ({first_line(error)}): "
-                "run the same command again when it does, what is done stays"
+                f"{self._stage}: the Ray cluster stopped answering ({first_line(error)}): "
+                "run the same command again when it answers; finished tasks are kept"
             ) from error
         finally:
             self._gpu_workers.close()

@@ -87,8 +87,8 @@ class GpuWorkers:
             self._stillborn += 1
             if self._stillborn >= _MAX_FAILED_STARTS:
                 raise StageError(
-                    f"processes for GPUs end as soon as they begin ({first_line(error)}): see "
-                    "Ray's logs on the nodes with GPUs"
+                    f"GPU processes end right after their start ({first_line(error)}): see "
+                    "Ray's logs on the GPU nodes"
                 ) from error
             return
         self._stillborn = 0

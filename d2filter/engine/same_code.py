@@ -63,7 +63,7 @@ def require_same(driver: Sources) -> None:
 def different(found: str, driver: Sources) -> DependencyError:
     """The error for a worker whose d2filter is `found`."""
     return DependencyError(
-        f"a worker runs another d2filter than this process: {found}; here it is {driver}: install "
+        f"a worker has another d2filter than this process: {found}; this one is {driver}: install "
         "one version on all nodes, or submit with --working-dir"
     )
 

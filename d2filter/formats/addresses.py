@@ -59,7 +59,7 @@ def filesystem(url: str) -> tuple[Any, str]:
         remedy = f" (pip install 'd2filter[{extra}]')" if extra else ""
         raise DependencyError(f"{url} needs a package that is missing{remedy}: {error}") from error
     except ValueError as error:
-        raise UsageError(f"{url} is no usable location: {error}") from error
+        raise UsageError(f"{url} is not a usable location: {error}") from error
     if not isinstance(fs, LocalFileSystem):
         fs = Remote(fs)
     head, query = without_query(str(path))

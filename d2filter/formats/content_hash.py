@@ -26,6 +26,7 @@ def of(folder: Folder, name: str) -> str:
                 members = sorted((i.filename, i.file_size, i.CRC) for i in archive.infolist())
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise InputError(
-                f"{folder.where(name)} is no readable npz file, fetch it again: {first_line(error)}"
+                f"{folder.where(name)} is not a readable npz file, fetch it again: "
+                f"{first_line(error)}"
             ) from error
     return hashlib.blake2b(repr(members).encode(), digest_size=16).hexdigest()

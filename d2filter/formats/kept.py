@@ -127,14 +127,14 @@ def read(folder: Folder, subset: npt.NDArray[np.void]) -> Kept | None:
             keys.append(pa.concat_arrays(table.column("key").cast(pa.large_string()).chunks))
             hi, lo, valid = uid_format.parse(table.column("uid"))
             if not valid.all():
-                raise ValueError("column uid holds what is no uid")
+                raise ValueError("column uid holds a value that is not a uid")
         found_hi.append(hi)
         found_lo.append(lo)
     sizes: dict[str, int] | None = folder.read_json(f"{FOLDER}/sizes.json")
     if not keys and sizes is None:
         return None
     if len(set(names)) < len(names):
-        raise InputError(f"{home.url} is not sorted by shard: `d2filter select` makes it anew")
+        raise InputError(f"{home.url} is not sorted by shard: run `d2filter select` again")
     key = pa.concat_arrays([pa.array([], pa.large_string()), *keys])
     known = key.is_valid().to_numpy(zero_copy_only=False)
     number = np.repeat(np.arange(len(names)), np.array(counts, np.int64))[known]
@@ -210,7 +210,8 @@ def _loose(
     if len(own) + len(loose) != len(pairs):
         raise InputError(
             f"{folder.where(FOLDER)} and {folder.where(subset_format.SUBSET)} list different "
-            "samples: make both with `d2filter select`, or give the .npy file, to go by uid alone"
+            "samples: write both with `d2filter select`, or give the .npy file to match by "
+            "uid alone"
         )
     return loose
 

@@ -113,7 +113,7 @@ def _content_uid(sample: Sample, image: Any, caption: Any) -> str:
     if not isinstance(image, _BYTES) or not isinstance(caption, str):
         raise InputError(
             f"sample {sample.get('__key__')!r} has no uid in its json, and its picture or caption "
-            "is decoded already, so that none can be made from them: put keep() before decode()"
+            "is already decoded, so its uid cannot be computed: put keep() before decode()"
         )
     return uid_format.content_uid(bytes(image), caption)
 

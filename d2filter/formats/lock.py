@@ -66,8 +66,8 @@ def read(folder: Folder) -> Holder | None:
         return None if found is None else Holder(**found)
     except TypeError as error:
         raise InputError(
-            f"{folder.where(LOCK)} is no lock of this version of d2filter: remove it if no command "
-            "writes to this run directory"
+            f"{folder.where(LOCK)} is not a lock of this version of d2filter: remove it if no "
+            "command writes to this run directory"
         ) from error
 
 
@@ -144,15 +144,15 @@ def _take(folder: Folder, mine: Holder, say: Callable[[str], None], stale: float
         if watched is None:
             watched, since = other, time.monotonic()
             say(
-                f"{folder.url} was last used by {other}; watching for up to {stale:.0f} s whether "
-                "it is alive"
+                f"{folder.url} was last used by {other}; checking for up to {stale:.0f} s whether "
+                "that command is still running"
             )
         time.sleep(min(_LOOK_SECONDS, stale / 4))
     if folder.local is None:
         time.sleep(_SETTLE_SECONDS)
         if not _is(folder, mine):
             raise LockedError(
-                f"{folder.url} was taken at the same time by {read(folder)}: wait until it is "
+                f"{folder.url} was locked at the same moment by {read(folder)}: wait until it is "
                 "done, or use another --out-dir"
             )
 

@@ -23,7 +23,7 @@ from d2filter.formats.paths import Folder
 from d2filter.text import printable, redacted, scrubbed_in
 
 DRIVER = "logs/driver.jsonl"
-_LONGEST = 8  # of lists: what is longer is told by its first ones
+_LONGEST = 8  # entries of a list; longer lists are cut
 
 
 def now() -> str:

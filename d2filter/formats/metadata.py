@@ -138,9 +138,9 @@ def left_out(folder: Folder) -> str:
         for name in folder.names()
         if not name.endswith((".parquet", ".npz")) and name[0] != "_"
     ]
-    said = []
+    skipped = []
     if others:
-        said.append(f"{len(others):,} files that are no pairs ({_some(others)})")
+        skipped.append(f"{len(others):,} files that are no pairs ({_some(others)})")
     within = []
     pairs = looked = 0
     waiting = folder.folders()
@@ -154,13 +154,13 @@ def left_out(folder: Folder) -> str:
             pairs += len(found)
         waiting += [f"{name}/{deeper}" for deeper in inner.folders()]
     if within:
-        said.append(f"{pairs:,} pairs in {len(within):,} folders inside it ({_some(within)})")
-    if not said:
+        skipped.append(f"{pairs:,} pairs in {len(within):,} folders inside it ({_some(within)})")
+    if not skipped:
         return ""
     upper = any(name.lower().endswith((".parquet", ".npz")) for name in others)
     return (
-        f"not read of {redacted(folder.url)}: {' and '.join(said)}; only pairs right inside it are"
-        + (", with their suffixes in lower case" if upper else "")
+        f"not read of {redacted(folder.url)}: {' and '.join(skipped)}; only pairs right inside "
+        "it are" + (", with their suffixes in lower case" if upper else "")
     )
 
 
@@ -198,7 +198,7 @@ def read_pair(
     except (pa.ArrowException, ValueError, KeyError, MemoryError) as error:
         # arrow and numpy have many ways to say that a file is not what its name promises
         raise InputError(
-            f"{folder.where(name)}.parquet and .npz are no usable pair, fetch them again: "
+            f"{folder.where(name)}.parquet and .npz are not a usable pair, fetch them again: "
             f"{tables.first_line(error)}"
         ) from error
 
@@ -226,7 +226,7 @@ def _read_pair(folder: Folder, name: str, config: CatalogConfig, outside: Outsid
     table = _read_table(folder, f"{name}.parquet", list(_kinds(config, there, score_columns)))
     where = folder.where(f"{name}.parquet")
     if table.num_rows != rows:
-        raise InputError(f"{where} has {table.num_rows} rows and its footer says {rows}")
+        raise InputError(f"{where} has {table.num_rows} rows and its footer lists {rows}")
     everyone = np.ones(table.num_rows, np.bool_)
     try:
         hi, lo, known = uid_format.parse(table.column("uid"))

@@ -82,7 +82,7 @@ def read_arrays(
                 return {key: _read_member(archive, key) for key in keys}
         except _UNREADABLE as error:
             raise InputError(
-                f"{where} is no readable npz file of plain arrays, fetch it again: "
+                f"{where} is not a readable npz file of plain arrays, fetch it again: "
                 f"{first_line(error)}"
             ) from error
 
@@ -113,7 +113,7 @@ def read_array(folder: Folder, name: str, what: str) -> Array:
                 f"{what} must hold an array (rows, dimension) of floats: {error}"
             ) from error
         except _UNREADABLE as error:
-            raise InputError(f"{what} is no array file: {first_line(error)}") from error
+            raise InputError(f"{what} is not an array file: {first_line(error)}") from error
 
 
 def _check_member(
@@ -129,7 +129,7 @@ def _check_member(
             found = _checked_header(member, info.file_size)[0]
     except _OddShape as error:
         raise InputError(
-            f"{where}: {key} has {error}, needed is (rows, dimension) of floats"
+            f"{where}: {key} has {error}, expected (rows, dimension) of floats"
         ) from error
     if rows is not None and found != rows:
         raise InputError(

@@ -73,8 +73,8 @@ class Owner:
             held = folder.read_json(LOCK)
         if not isinstance(held, dict) or held.get("token") != self.token:
             raise LockedError(
-                f"{self.url} was taken over by another command, which goes on with it: this one "
-                "stops, and what it has published stays"
+                f"{self.url} was taken over by another command: this one stops, and the files "
+                "that it has written stay"
             )
 
     @property
@@ -197,7 +197,7 @@ class Folder:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError(f"{self.where(name)} does not exist") from error
         except IsADirectoryError as error:
-            raise InputError(f"{self.where(name)} is a folder, needed is a file") from error
+            raise InputError(f"{self.where(name)} is a folder: give a file") from error
         except PermissionError as error:
             raise InputError(f"{self.where(name)} cannot be read: permission denied") from error
 

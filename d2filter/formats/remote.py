@@ -27,7 +27,7 @@ from d2filter.errors import StorageError, UsageError
 from d2filter.formats.retry import Broken, NoRangesError, patiently, words
 from d2filter.text import redacted
 
-RANGE = 16 << 20  # bytes asked for at once, and so what a broken connection costs
+RANGE = 16 << 20  # bytes of one request, and so what a broken connection costs
 _BUFFER = 4 << 20  # bytes read ahead: small reads of footers and directories make one request
 
 BEYOND_END = errno.EINVAL  # what S3's client raises for a range that begins there
@@ -65,12 +65,12 @@ class Remote:
         if not callable(found):
             return found
 
-        def asked(*args: Any, **options: Any) -> Any:
+        def retried(*args: Any, **options: Any) -> Any:
             path = next((a for a in args if isinstance(a, str)), "")
             done = _VERBS.get(name, "reached")
             return patiently(lambda: found(*args, **options), self.where(path), done)
 
-        return asked
+        return retried
 
     def where(self, path: str) -> str:
         """How messages call a path."""
@@ -162,7 +162,7 @@ class Remote:
 
     def _copy(self, path: str, target: IO[bytes], size: int | None = None) -> None:
         """Write a file to an empty local one, in one request, and go to its begin. Raises
-        StorageError when it has another size than told.
+        StorageError when it has another size than expected.
         """
 
         def ask() -> None:

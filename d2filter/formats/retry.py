@@ -72,7 +72,7 @@ def patiently(ask: Callable[[], T], where: str, done: str) -> T:
             if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
                 raise StorageError(
                     f"{where} could not be {done}, permission denied: {words(error)}; check the "
-                    "credentials and what they allow, then run the same command again"
+                    "credentials and their permissions, then run the same command again"
                 ) from error
             if isinstance(error, OSError) and error.errno in REMEDIES:
                 raise StorageError(
@@ -85,7 +85,7 @@ def patiently(ask: Callable[[], T], where: str, done: str) -> T:
             if tries == TRIES or spent + wait > PATIENCE:
                 raise StorageError(
                     f"{where} could not be {done} in {tries} tries over {spent:.0f} s: "
-                    f"{words(error)}; see to the storage or the connection and run the same "
+                    f"{words(error)}; check the storage and the connection, then run the same "
                     "command again"
                 ) from error
         time.sleep(wait)

@@ -153,7 +153,7 @@ def _reported(folder: Folder, name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, EOFError) as error:
         raise InputError(
-            f"{folder.where(name)} is no readable .npy file: {first_line(error)}"
+            f"{folder.where(name)} is not a readable .npy file: {first_line(error)}"
         ) from error
 
 

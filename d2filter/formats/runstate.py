@@ -407,7 +407,7 @@ class RunState:
         if changed:
             return changed
         if record["upstream"] != plan.upstream:
-            return "the stage before it was made anew"
+            return "the stage before it was run again"
         return differing_input(record, plan.inputs, plan.content_of)
 
 
@@ -428,7 +428,7 @@ def differing_input(
         known = record.get("contents", {}).get(name)
         same = old[name][0] == new[name][0] and known is not None and content_of is not None
         if not same or content_of is None or content_of(name) != known:
-            return f"input file {name} is changed"
+            return f"input file {name} has changed"
     return ""
 
 

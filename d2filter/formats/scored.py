@@ -119,12 +119,12 @@ def computed(
     if widths[0] != widths[1] and score.needs == "target":
         raise InputError(
             f"score-target {config.score_target} has embeddings of dimension {widths[1]}, "
-            f"{image} of {npz} of {widths[0]}: use one model"
+            f"{image} of {npz} has dimension {widths[0]}: use one model"
         )
     if widths[0] != widths[1]:
         raise InputError(
-            f"{npz}: {image} has dimension {widths[0]} and {text} {widths[1]}: a score needs both "
-            "in one space, or name a --score-column"
+            f"{npz}: {image} has dimension {widths[0]} and {text} {widths[1]}: the score needs "
+            "both from one model; or give a --score-column"
         )
     return np.asarray(compute(arrays[image], other), np.float32)
 
@@ -132,7 +132,7 @@ def computed(
 def missing_column(where: str, name: str, there: Sequence[str]) -> InputError:
     """Of a term of the score that a file of the metadata does not have."""
     return InputError(
-        f"{where} has no column {name!r}{tables.nearest(name, there)}, which the score names; it "
+        f"{where} has no column {name!r}{tables.nearest(name, there)}, which --score needs; it "
         f"has {tables.listed(there)}"
     )
 

@@ -42,8 +42,10 @@ def files(url: str) -> tuple[Folder, list[FileInfo]]:
         found = [one for suffix in _SUFFIXES if there for one in folder.files(suffix)]
     kinds = {file_name(info.name).rpartition(".")[2] for info in found}
     if len(kinds) != 1:
-        said = "has both kinds" if kinds else "is no .parquet or .csv file and no folder of them"
-        raise InputError(f"score-file {url} {said}")
+        reason = "is neither a .parquet or .csv file nor a folder of them"
+        if kinds:
+            reason = "has both kinds"
+        raise InputError(f"score-file {url} {reason}")
     return folder, found
 
 
@@ -110,7 +112,7 @@ def blocks(url: str, columns: Sequence[str]) -> Iterator[Block]:
                 at = int(np.flatnonzero(~known)[0])
                 raise InputError(
                     f"{where}: {tables.quoted(table.column('uid')[at])} in row {row + at} is no "
-                    "uid, needed are 32 hex digits"
+                    "uid, expected 32 hex digits"
                 )
             values = [
                 column_values.as_float32(table.column(name), f"{where}: column {name}")[0]
@@ -159,6 +161,6 @@ def _csv(folder: Folder, name: str, columns: Sequence[str] | None) -> Iterator[A
             yield pacsv.open_csv(stream, read_options=read, convert_options=convert)
         except (pa.ArrowException, ValueError, OSError) as error:
             raise InputError(
-                f"{folder.where(name)} is no readable csv file with a header: "
+                f"{folder.where(name)} is not a readable csv file with a header: "
                 f"{tables.first_line(error)}"
             ) from error

@@ -112,7 +112,7 @@ def find_shards(patterns: Sequence[str]) -> Found:
     urls = sorted(found)
     for url in urls:
         if not encodable(url):
-            raise InputError(f"shard {clean(url)} has a name that is no UTF-8: rename the file")
+            raise InputError(f"shard {clean(url)} has a name that is not UTF-8: rename the file")
     _require_distinct(urls)
     names = unique_names(urls)
     shards = [Shard(url, found[url], name) for url, name in zip(urls, names, strict=True)]
@@ -151,7 +151,7 @@ def unique_names(urls: Sequence[str]) -> list[str]:
             return names
         if all(marked[i] for i in clashes):
             both = " and ".join(urls[i] for i in clashes[:2])
-            raise InputError(f"shards {both} would have one name: rename one of them")
+            raise InputError(f"shards {both} would get the same name: rename one of them")
         for i in clashes:
             marked[i] = True
 
@@ -361,8 +361,8 @@ def _require_distinct(urls: Sequence[str]) -> None:
     for url in urls:
         if known.setdefault(redacted(url), url) != url:
             raise UsageError(
-                f"two shards are {redacted(url)} but for a login or query, which are not recorded: "
-                "name each shard once, or give it another path"
+                f"two shards have the URL {redacted(url)} and differ only in login or query, "
+                "which are not recorded: give each shard once, or under another path"
             )
 
 

@@ -60,8 +60,8 @@ class ShardNames:
         if len(best) > 1:
             several = " or ".join(self._names[number] for number in best[:_SHOWN])
             raise InputError(
-                f"shard {shown(url)} may be {several} of the run: name shards with the folders "
-                "that tell them apart"
+                f"shard {shown(url)} may be the shard {several} of the run: give shards with the "
+                "folders in which they differ"
             )
         return best[0]
 

@@ -96,7 +96,7 @@ def file_columns(config: CatalogConfig) -> tuple[str, ...]:
     used = tuple(name for name in names if name not in scores.SCORES and name in there)
     if not used:
         raise UsageError(
-            f"score {config.score!r} names no column of score-file {config.score_file}: it has "
+            f"score {config.score!r} is not a column of score-file {config.score_file}: it has "
             f"{tables.listed(there)}"
         )
     return used
@@ -114,8 +114,8 @@ def check_terms(config: CatalogConfig, where: str, there: list[str]) -> None:
         known = [*scores.SCORES, *held, *there]
         beside = f", nor of {config.score_file}" if config.score_file else ""
         raise UsageError(
-            f"score has the term {str(term)!r}: {term.name!r} is no computed score "
-            f"({', '.join(scores.SCORES)}) and no column of {where} ({tables.listed(there)})"
+            f"score has the term {str(term)!r}: {term.name!r} is neither a computed score "
+            f"({', '.join(scores.SCORES)}) nor a column of {where} ({tables.listed(there)})"
             f"{beside}{tables.nearest(term.name, known)}"
         )
 
@@ -160,7 +160,7 @@ def _places(config: CatalogConfig) -> dict[str, tuple[Folder, FileInfo]]:
             folder, name = place(url)
             info = folder.info(name)
             if info is None or not info.name.endswith(suffixes):
-                raise InputError(f"{kind} {url} is no {' or '.join(suffixes)} file")
+                raise InputError(f"{kind} {url} is not a {' or '.join(suffixes)} file")
             add(kind, folder, [replace(info, name=name)])
     return found
 

@@ -56,7 +56,7 @@ def read(folder: Folder, name: str = SUBSET) -> npt.NDArray[np.void]:
             subset = np.load(stream, allow_pickle=False)
         except (ValueError, EOFError, OSError, MemoryError, OverflowError) as error:
             raise InputError(
-                f"{folder.where(name)} is no readable .npy file: {tables.first_line(error)}"
+                f"{folder.where(name)} is not a readable .npy file: {tables.first_line(error)}"
             ) from error
     if not isinstance(subset, np.ndarray):
         raise InputError(f"{folder.where(name)} holds several arrays (.npz): give one .npy file")
@@ -69,7 +69,7 @@ def _require(folder: Folder, name: str, subset: npt.NDArray[Any]) -> None:
     if subset.dtype != DTYPE or subset.ndim != 1:
         raise InputError(
             f"{folder.where(name)} has dtype {subset.dtype} and shape {subset.shape}, "
-            "needed is a one-dimensional array of (u8, u8)"
+            "expected a one-dimensional array of (u8, u8)"
         )
 
 

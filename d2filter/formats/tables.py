@@ -60,7 +60,7 @@ def open_table(folder: Folder, name: str, encoded: Sequence[str] = ()) -> Iterat
             yield parquet
         except _UNREADABLE as error:
             raise InputError(
-                f"{folder.where(name)} is no readable parquet file, fetch or make it again: "
+                f"{folder.where(name)} is not a readable parquet file, fetch or make it again: "
                 f"{first_line(error)}"
             ) from error
 
@@ -104,7 +104,7 @@ def check_size(parquet: Any, where: str, columns: Sequence[str]) -> None:
         packed += sum(c.total_compressed_size for c in mine)
     if values * 8 > max(_UNPACKED_FREELY, _MOST_UNPACKED * packed):
         raise InputError(
-            f"{where} claims {values} values in {packed} bytes: write it anew, with values of its "
+            f"{where} claims {values} values in {packed} bytes: write it again, with values of its "
             "own for each row"
         )
 

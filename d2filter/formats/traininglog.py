@@ -50,7 +50,7 @@ def files(url: str) -> tuple[Folder, list[FileInfo]]:
         folder = Folder(place)
         found = folder.files(".parquet") if folder.exists() else []
     if not found:
-        raise InputError(f"training-log {url} is no .parquet file and no folder of them")
+        raise InputError(f"training-log {url} is neither a .parquet file nor a folder of them")
     return folder, found
 
 
@@ -73,7 +73,7 @@ def score(url: str, name: str) -> Scored:
     epochs = np.unique(epoch)
     _refuse(
         url, hi, lo, begins, np.diff(np.append(begins, hi.size)) != epochs.size,
-        f"has not one row for each of the {epochs.size} epochs",
+        f"does not have one row for each of the {epochs.size} epochs",
     )  # fmt: skip
     epoch, label = epoch.reshape(-1, epochs.size), label.reshape(-1, epochs.size)
     _refuse(url, hi, lo, begins, (epoch != epochs).any(axis=1), "has an epoch twice")
@@ -108,7 +108,7 @@ def _read(folder: Folder, name: str) -> tuple[Any, ...]:
         tables.check_size(parquet, where, [*_COLUMNS, outputs[0]])
         table = tables.read_checked(parquet, [*_COLUMNS, outputs[0]])
     if not table.num_rows:
-        raise InputError(f"{where} has no rows: a log has one a sample and epoch")
+        raise InputError(f"{where} has no rows: a log has one for each sample and epoch")
     for column in ("epoch", "label"):
         if table.column(column).null_count:
             raise InputError(f"{where}: {column} is null in {table.column(column).null_count} rows")
@@ -127,8 +127,8 @@ def _read(folder: Folder, name: str) -> tuple[Any, ...]:
     if not known.all():
         row = int(np.flatnonzero(~known)[0])
         raise InputError(
-            f"{where}: {tables.quoted(table.column('uid')[row])} in row {row} is no uid, needed "
-            "are 32 hex digits"
+            f"{where}: {tables.quoted(table.column('uid')[row])} in row {row} is not a uid, "
+            "expected 32 hex digits"
         )
     width = flat.size // table.num_rows
     if width * table.num_rows != flat.size or width == 0 or _ragged(lists, width):

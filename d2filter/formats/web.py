@@ -47,7 +47,7 @@ class Web(HTTPFileSystem):  # type: ignore[misc]  # fsspec ships no types
         return yarl.URL(url, encoded=_AS_GIVEN.fullmatch(url) is not None)
 
     @asynccontextmanager
-    async def _asked(
+    async def _requested(
         self, method: str, url: str, **headers: str
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         session = await self.set_session()
@@ -55,21 +55,21 @@ class Web(HTTPFileSystem):  # type: ignore[misc]  # fsspec ships no types
             address = self.encode_url(url)
             asking = session.request(method, address, headers=headers, allow_redirects=True)
         except ValueError as error:
-            raise StorageError(f"{url} is no usable URL: {error}") from error
+            raise StorageError(f"{url} is not a usable URL: {error}") from error
         async with asking as answer:
             yield answer
 
     async def _info(self, url: str, **options: Any) -> dict[str, Any]:
         """size, type and what tells of a change, of those that the server tells."""
         try:
-            async with self._asked("HEAD", url) as answer:
+            async with self._requested("HEAD", url) as answer:
                 _require_success(answer, url)
                 found = _described(url, answer)
             if found["size"]:
                 return found
         except (OSError, StorageError, aiohttp.ClientError):
             pass  # many a server answers GET alone: signatures cover the method
-        async with self._asked("GET", url, Range="bytes=0-0") as answer:
+        async with self._requested("GET", url, Range="bytes=0-0") as answer:
             if answer.status == 416:  # of an empty file
                 return {**_described(url, answer), "size": _whole_size(answer)}
             _require_success(answer, url)
@@ -79,7 +79,7 @@ class Web(HTTPFileSystem):  # type: ignore[misc]  # fsspec ships no types
             return found
 
     async def _ls(self, url: str, detail: bool = True, **options: Any) -> list[Any]:
-        """What the index page of a folder links to directly inside it; sizes are not told there."""
+        """What the index page of a folder links to directly inside it; the page has no sizes."""
         head, mark, query = url.partition("?")
         folder = f"{head.rstrip('/')}/"
         try:
@@ -95,11 +95,11 @@ class Web(HTTPFileSystem):  # type: ignore[misc]  # fsspec ships no types
     ls = sync_wrapper(_ls)
 
     async def _index(self, url: str) -> tuple[str, str]:
-        async with self._asked("GET", url) as answer:
+        async with self._requested("GET", url) as answer:
             try:
                 _require_success(answer, url)
             except PermissionError as error:
-                raise PermissionError(f"{error}, so its files are not known") from error
+                raise PermissionError(f"{error}, so its files cannot be listed") from error
             if answer.content_type != "text/html":
                 raise NotADirectoryError(url)
             page = await answer.content.read(_MAX_INDEX_BYTES)
@@ -115,12 +115,12 @@ class Web(HTTPFileSystem):  # type: ignore[misc]  # fsspec ships no types
     ) -> bytes:
         """A file or a range of it. Raises NoRangesError where the server would send more."""
         if start is None and end is None:
-            async with self._asked("GET", url) as answer:
+            async with self._requested("GET", url) as answer:
                 _require_success(answer, url)
                 return bytes(await answer.read())
         begin = start or 0
         last = "" if end is None else str(end - 1)
-        async with self._asked("GET", url, Range=f"bytes={begin}-{last}") as answer:
+        async with self._requested("GET", url, Range=f"bytes={begin}-{last}") as answer:
             if answer.status == 416:
                 if begin == 0 and _whole_size(answer) == 0:
                     return b""
@@ -131,7 +131,7 @@ class Web(HTTPFileSystem):  # type: ignore[misc]  # fsspec ships no types
             if answer.status == 206:
                 content_range = answer.headers.get("Content-Range", "")
                 if content_range and re.match(rf"bytes\s+{begin}-", content_range) is None:
-                    raise Broken(f"{content_range} came, asked for was {begin}-{last}")
+                    raise Broken(f"the server sent {content_range}, requested were {begin}-{last}")
                 return bytes(await answer.read())
             if begin or end is None:
                 raise NoRangesError
@@ -139,7 +139,7 @@ class Web(HTTPFileSystem):  # type: ignore[misc]  # fsspec ships no types
 
     async def _copy_whole(self, url: str, target: IO[bytes]) -> None:
         """Write the whole file to `target`, in one request."""
-        async with self._asked("GET", url) as answer:
+        async with self._requested("GET", url) as answer:
             _require_success(answer, url)
             async for block in answer.content.iter_chunked(_BLOCK):
                 target.write(block)
@@ -193,7 +193,7 @@ def _is_encoded(answer: aiohttp.ClientResponse) -> bool:
 
 
 def _whole_size(answer: aiohttp.ClientResponse) -> int | None:
-    """The size of a file, of which a range was asked for."""
+    """The size of a file, from the answer to a request for a range."""
     size = answer.headers.get("Content-Range", "").rpartition("/")[2]
     return int(size) if size.isdigit() and not _is_encoded(answer) else None
 

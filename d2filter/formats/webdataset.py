@@ -133,7 +133,7 @@ def _local_copy(shard: Shard) -> Iterator[IO[bytes]]:
         path = folder.local / name
         if path.exists() and not stat.S_ISREG(path.stat().st_mode):
             # opening a pipe waits for ever
-            raise InputError(f"shard {clean(shard.url)} is no regular file")
+            raise InputError(f"shard {clean(shard.url)} is not a regular file")
     elif shard.compressed:
         # not worth its whole way here
         with folder.reading(name, shard.info) as stream:

@@ -97,7 +97,7 @@ def load(model: str, pretrained: str, precision: str, on_gpu: bool = False) -> C
         pretrained = pretrained or str(tiny.WEIGHTS)
     if model not in open_clip.list_models():
         raise InputError(
-            f'open_clip knows no model {model!r}: `python -c "import open_clip; '
+            f'open_clip has no model {model!r}: `python -c "import open_clip; '
             'print(open_clip.list_models())"` lists them'
         )
     _refuse_pickles(pretrained, torch.__version__)

@@ -98,8 +98,8 @@ def _rehearse(runner: Runner, config: EmbedConfig, fingerprint: str) -> dict[str
     )
     if runner.device == "cuda" and figures["device"] != "cuda":
         raise UsageError(
-            "device is cuda, and torch sees none on a node that Ray counts a GPU of: install a "
-            "torch with CUDA there, or take --device auto"
+            "device is cuda, but torch finds no GPU on a node where Ray counts one: install a "
+            "torch with CUDA there, or use --device auto"
         )
     return figures
 

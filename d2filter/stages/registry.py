@@ -401,7 +401,7 @@ def stages_of(command: str, config: RunConfig) -> tuple[str, ...]:
 _OF_PICTURES = {
     "alpha": "with transparency",
     "one_color": "of one color",
-    "uids_replaced": "with an id that is no uid",
+    "uids_replaced": "with an id that is not a uid",
 }
 
 
@@ -465,7 +465,7 @@ def _neighbors(run: Run) -> int:
     if wanted > there:
         raise UsageError(
             f"n-neighbors is {wanted}, the graph of {run.out.url} has {there}: rank with at "
-            "most that many, or make the graph anew"
+            "most that many, or build the graph again"
         )
     return wanted
 
@@ -485,9 +485,9 @@ def _check_method(run: Run) -> None:
         hard_end = {"harder": "high", "easier": "low"}.get(score["high_is"])
         if score["kept_first"] != hard_end:
             raise UsageError(
-                f"cut-hardest takes away what would go first, and by {score['name']} "
-                f"({score['kept_first']} goes first, high is {score['high_is']}) that is not "
-                "the hardest: use it with a score that puts hard samples first"
+                "cut-hardest drops the samples that would be ranked first, but with "
+                f"{score['name']} ({score['kept_first']} goes first, high is {score['high_is']}) "
+                "these are not the hardest: use a score that puts hard samples first"
             )
 
 

@@ -158,7 +158,7 @@ class _Bench:
         part = self._known.part
         self.size = len(part.hi)
         if self.size < FEWEST:
-            raise InputError(f"{folder.url} has {self.size} ranked samples: too few to advise on")
+            raise InputError(f"{folder.url} has {self.size} ranked samples, advise needs {FEWEST}")
         self.checked = selfcheck.prepare(folder, self._known)
         self.yardstick = distinct.Yardstick(
             self._known.rows, part.hi, part.lo, part.difficulty, part.neighbors, part.sqdist,
@@ -248,14 +248,14 @@ def _budget(trial: Trial, shares: Sequence[Decimal], bench: _Bench) -> tuple[str
     if isinstance(bench.checked, str):
         at = [f"{trial.rows[n]['coverage']:.2f} at {n}" for n in names]
         return names[len(names) // 2], (
-            f"yours to choose: coverage of distinct groups is {', '.join(at)}; the self-check, "
-            f"which would tell noise, was not made: {bench.checked}"
+            f"your choice: coverage of distinct groups is {', '.join(at)}; the self-check, "
+            f"which measures noise, is not possible: {bench.checked}"
         )
     clean = [n for n in names if trial.rows[n]["wrong"] <= CLEAN]
     if not clean:
         return names[0], (
             f"even {names[0]} keeps {trial.rows[names[0]]['wrong']:.1%} of the swapped captions: "
-            "the score hardly tells wrong pairs from right ones"
+            "the score hardly separates wrong pairs from right ones"
         )
     best = clean[-1]
     row = trial.rows[best]
@@ -275,7 +275,7 @@ def _why_k(chosen: Trial, settings: Sequence[Trial], at: str, limit: Callable[[R
         held = "" if limit(row) else ", too noisy"
         rivals.append(f"{row['coverage']:.3f} with k={k}{held}")
     mine = f"covers {chosen.rows[at]['coverage']:.3f} of the distinct groups at {at}"
-    return f"{mine}, best of each other k: {', '.join(rivals)}" if rivals else mine
+    return f"{mine}; the best setting with another k: {', '.join(rivals)}" if rivals else mine
 
 
 def _why_gamma(
@@ -314,8 +314,8 @@ def _notes(k: int, bench: _Bench) -> list[str]:
     found = []
     if k < NEIGHBORS[-2]:
         found.append(
-            f"the graph has lists of {k}: `d2filter graph --n-neighbors {NEIGHBORS[-2]}` makes "
-            "longer ones, which often thin better"
+            f"the graph has {k} neighbors a sample: `d2filter graph --n-neighbors {NEIGHBORS[-2]}` "
+            "finds more, which often gives a better subset"
         )
     if bench.size < bench.ranked:
         found.append(

@@ -53,12 +53,16 @@ class Album:
 
 
 def look_up(
-    folder: Folder, galleries: Sequence[Gallery], shards: Sequence[str], asked: bool, say: Say
+    folder: Folder,
+    galleries: Sequence[Gallery],
+    shards: Sequence[str],
+    is_requested: bool,
+    say: Say,
 ) -> Album:
     """Thumbnails of all samples of some galleries, from the shards that the catalog names.
 
     shards: patterns of other shards to search; those with the name of a shard of the run are
-    searched by key, others by uid. asked: whether the user requested images, wherever they are.
+    searched by key, others by uid. is_requested: the user requested images, wherever they are.
     Otherwise only shards are opened that were inputs of the run and are on this machine, because
     metadata from strangers may name any file.
     """
@@ -74,16 +78,16 @@ def look_up(
         return Album(pictures={}, troubles=(f"No pictures: {why}",))
     # shards that a run has embedded are those that it was given
     given = bool(RunState(folder).require("catalog")["upstream"])
-    closed = {} if asked or given else places
+    closed = {} if is_requested or given else places
     if closed:
         album.trouble(
             f"{_count(closed):,} pictures lie in {len(closed):,} shards that only the metadata "
-            "names, which are not opened unasked: `d2filter report OUT --shards …` shows them"
+            "names, which are opened only on request: `d2filter report OUT --shards …`"
         )
     opened = {url: keys for url, keys in places.items() if url not in closed}
     if opened:
         say(f"report    reading {_count(opened):,} pictures from {len(opened):,} shards")
-    skipped = _read_all(opened, asked, album)
+    skipped = _read_all(opened, is_requested, album)
     album.miss(wanted - skipped - {uid for keys in closed.values() for uid in keys.values()})
     return album.closed()
 
@@ -118,7 +122,7 @@ def _look_into(
         album.read(shard, wanted)
 
 
-def _read_all(places: dict[str, dict[str, str]], asked: bool, album: _Filling) -> set[str]:
+def _read_all(places: dict[str, dict[str, str]], is_requested: bool, album: _Filling) -> set[str]:
     """Images of shards by name; returns the uids of those that are elsewhere and were not
     requested. Names may be any string; they are looked up literally.
     """
@@ -133,12 +137,12 @@ def _read_all(places: dict[str, dict[str, str]], asked: bool, album: _Filling) -
             continue
         try:
             here = Folder(home or ".").local
-            if here is None and not asked:
+            if here is None and not is_requested:
                 skipped |= set(mine.values())
                 far += 1
                 continue
             if here is not None and not _is_file(here / url.rpartition("/")[2]):
-                raise InputError(f"{url} is no regular file")
+                raise InputError(f"{url} is not a regular file")
             album.read(webdataset.shard_at(url), set(mine.values()), mine)
         except Exception as error:  # whatever a file system's client raises on a name like that
             album.trouble(f"{len(mine)} pictures: {shortened(error)}")

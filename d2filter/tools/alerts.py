@@ -23,7 +23,7 @@ SHARED_CAPTION = 0.002  # of the samples looked at, and
 FEWEST_SHARED = 10
 CROWDED = 0.05  # share of the kept samples with a kept near-copy
 ONE_SIDE = 0.99  # of the scores
-FAR = 1.5  # times the share that a ranking was made for, or as much less
+FAR = 1.5  # largest ratio of the share kept and the share that the ranking was tuned for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +72,8 @@ def bundled_model(facts: Facts) -> str:
     if facts.option("embed", "model") != BUNDLED_MODEL and facts.option("catalog", "arch") != tiny:
         return ""
     return (
-        "the bundled model made the embeddings, and has seen only drawn shapes: real pictures "
-        "want --model ViT-L-14 --pretrained openai"
+        "the bundled model made the embeddings, but it was trained on drawn shapes only: for real "
+        "pictures use --model ViT-L-14 --pretrained openai"
     )
 
 
@@ -91,8 +91,8 @@ def alpha_dropped(facts: Facts) -> str:
         return ""
     return _of_pictures(
         facts, "alpha", ALPHA,
-        "have transparent pixels, and were embedded with the colors that the files hold below "
-        "them, often black: --alpha white puts them on white",
+        "have transparent pixels, which were embedded in the colors stored under the transparency, "
+        "often black: --alpha white puts them on white",
     )  # fmt: skip
 
 
@@ -102,8 +102,8 @@ def exact_copies(facts: Facts) -> str:
     if not found.get("kept"):
         return ""
     return (
-        f"{found['samples']:,} samples have a copy at distance 0, and {found['kept']:,} of the "
-        "kept ones have a kept one: --collapse-copies 0 keeps the best of each"
+        f"{found['samples']:,} samples have an exact copy, and {found['kept']:,} kept samples have "
+        "a kept exact copy: --collapse-copies 0 keeps only the best of each group"
     )
 
 
@@ -115,7 +115,7 @@ def near_copies(facts: Facts) -> str:
     return (
         f"{found['share_of_kept']:.0%} of the kept samples have a kept near-copy (squared distance "
         f"of at most {found['sqdist']:.3g}): --collapse-copies {found['sqdist']:.3g} keeps the "
-        "best of each group"
+        "best of each group only"
     )
 
 
@@ -126,8 +126,8 @@ def shared_caption(facts: Facts) -> str:
     if count < max(FEWEST_SHARED, SHARED_CAPTION * looked):
         return ""
     return (
-        f"one caption is shared by {count:,} of {looked:,} samples, that of uid {found['uid']}: "
-        "see whether it says anything of the pictures"
+        f"{count:,} of {looked:,} samples share one caption, that of uid {found['uid']}: check "
+        "whether it describes the pictures"
     )
 
 
@@ -137,7 +137,7 @@ def one_score(facts: Facts) -> str:
     if not found or found["lower_quartile"] != found["upper_quartile"]:
         return ""
     return (
-        f"at least half of the samples have one score ({found['name']} {found['median']:g}): "
+        f"at least half of the samples have the same score ({found['name']} {found['median']:g}): "
         "neighbors and uids rank them, not the score"
     )
 
@@ -149,7 +149,7 @@ def one_side(facts: Facts) -> str:
         return ""
     return (
         f"{found['not_positive']:.1%} of the CLIP scores are 0 or below, as those of wrong pairs "
-        "are: check that image and text embeddings are of one model and of the same rows"
+        "are: check that image and text embeddings come from one model and from the same rows"
     )
 
 
@@ -160,11 +160,11 @@ def swapped_captions(facts: Facts) -> str:
         return ""
     cure = "`d2filter advise OUT` looks for a better setting"
     if found["by_score"] >= found["share_kept"] / 2:
-        cure = "the score hardly tells wrong pairs from right ones"
+        cure = "the score hardly separates wrong pairs from right ones"
     return (
-        f"the self-check keeps {found['kept']:.0%} of the pairs whose captions it swaps, where "
-        f"{found['share_kept']:.0%} of all are kept, and the score alone {found['by_score']:.0%} "
-        f"of them: {cure}"
+        f"in the self-check {found['kept']:.0%} of the pairs with swapped captions are kept, while "
+        f"{found['share_kept']:.0%} of all pairs are kept; the score alone keeps "
+        f"{found['by_score']:.0%} of them: {cure}"
     )
 
 
@@ -189,8 +189,8 @@ def other_budget(facts: Facts) -> str:
     if tuned / FAR <= share <= tuned * FAR:
         return ""
     return (
-        f"{share:.3g} of the ranked samples is kept, and the ranking was tuned for {tuned:.3g}: "
-        "rank anew for this budget (--overwrite rank)"
+        f"{share:.3g} of the ranked samples are kept, but the ranking was tuned for {tuned:.3g}: "
+        "rank again for this budget (--overwrite rank)"
     )
 
 

@@ -160,9 +160,9 @@ def estimate(pool: Pool, cluster: Cluster, rates: Rates) -> Estimate:
         )
     by_name = {step.name: step for step in steps}
     kept = by_name["catalog"].written / 2 + by_name["finish"].written
-    made = sum(by_name[n].written for n in ("assign", "route", "find", "merge", "refine"))
+    passing = sum(by_name[n].written for n in ("assign", "route", "find", "merge", "refine"))
     ranked = by_name["rank_finish"].written + by_name["supersteps"].written
-    disk = kept + max(made, ranked, by_name["catalog"].written / 2)
+    disk = kept + max(passing, ranked, by_name["catalog"].written / 2)
     disk += pool.metadata_bytes if pool.images else 0.0
     away = pool.samples * (plan_steps.fan_out(partitions) - 1)
     found = Estimate(
@@ -245,7 +245,7 @@ def _refusals(found: Estimate, pool: Pool, cluster: Cluster, h: Habits) -> Itera
     if room < least:
         option = "--memory" if cluster.memory < least else "--memory-per-worker"
         yield (
-            f"a task may use {_gb(room)}, needed are {_gb(least)}: {option} {_gb(1.1 * least)}, "
+            f"a task may use {_gb(room)} and needs {_gb(least)}: {option} {_gb(1.1 * least)}, "
             "with fewer tasks at once"
         )
     elif graph.memory > room:

@@ -90,7 +90,7 @@ def explain(folder: Folder, uids_hex: Sequence[str]) -> list[Explained | NotRank
     """
     for text in uids_hex:
         if uid_format.normalized(text) is None:
-            raise UsageError(f"{text!r} is no uid: give 32 hex digits")
+            raise UsageError(f"{text!r} is not a uid: give 32 hex digits")
     uids_hex = [str(uid_format.normalized(text)) for text in uids_hex]
     run = _Run(folder)
     pairs = np.array([uid_format.from_hex(text) for text in uids_hex], np.uint64).reshape(-1, 2)
@@ -227,7 +227,8 @@ class _Run:
         if entries:
             return NotRanked(uid=text, entries=tuple(entries))
         raise InputError(
-            f"{text} is no sample of {self._folder.url}: neither ranked nor in {ledger.BAD_SAMPLES}"
+            f"{text} is not a sample of {self._folder.url}: neither ranked nor in "
+            f"{ledger.BAD_SAMPLES}"
         )
 
     def _list(self, listed: Columns, at: int) -> List:

@@ -58,7 +58,7 @@ def load_subset(subset: str | os.PathLike[str] | Subset) -> Subset:
         what = "the subset"
         if held.dtype != subset_format.DTYPE or held.ndim != 1:
             raise InputError(
-                f"a subset has dtype {held.dtype} and shape {held.shape}, needed is a "
+                f"a subset has dtype {held.dtype} and shape {held.shape}, expected a "
                 "one-dimensional array of (u8, u8)"
             )
     else:
@@ -66,7 +66,7 @@ def load_subset(subset: str | os.PathLike[str] | Subset) -> Subset:
         held, what = subset_format.read(folder, name), folder.where(name)
     hi, lo = held["f0"], held["f1"]
     if uids.falls(hi, lo).any():
-        warnings.warn(f"{what} is not sorted: it is sorted now", stacklevel=2)
+        warnings.warn(f"{what} is not sorted by uid: this process sorts a copy", stacklevel=2)
         held = held[uids.ascending(hi, lo)]
     return held
 
@@ -208,8 +208,8 @@ class Keep:
 
     def _unknown(self, url: str) -> str:
         return (
-            f"shard {shown(url)} is none of those that {redacted(self._source)} has ranked (name "
-            f"them as they were; shards that were renamed or packed anew go by uid: "
+            f"shard {shown(url)} is not one of the shards that {redacted(self._source)} ranked "
+            "(give them by their old names; match renamed or repacked shards by uid: "
             f"d2filter.keep('{redacted(self._source)}/{subset_format.SUBSET}'))"
         )
 
@@ -222,8 +222,8 @@ class Keep:
         """
         if self._kept is None:
             raise RunStateError(
-                "how many samples a shard keeps is known of run directories whose metadata names "
-                "shards: d2filter.keep('OUT'), with OUT/kept"
+                "the number of samples that a shard keeps is known only if the metadata of the run "
+                "names shards: use d2filter.keep('OUT') of a run directory with OUT/kept"
             )
         found = {}
         for url in _expanded(urls):

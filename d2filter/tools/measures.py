@@ -212,7 +212,9 @@ def measure(folder: Folder, ends: int) -> Measures:
         stats=stats,
         reasons=ledger.count_reasons(folder),
         method=name,
-        setting=sweep.label(_as_asked(RankConfig.from_options(records["rank"]["options"]))),
+        setting=sweep.label(
+            _with_user_settings(RankConfig.from_options(records["rank"]["options"]))
+        ),
         score=score_label,
         rule=rule,
         ranked=ranked,
@@ -243,7 +245,7 @@ def score_name(score: dict[str, str]) -> str:
     return CLIP_SCORE if is_clip else name
 
 
-def _as_asked(config: RankConfig) -> RankConfig:
+def _with_user_settings(config: RankConfig) -> RankConfig:
     """The configuration with `gamma_forward` only if it differs: a record always contains both."""
     return replace(config, gamma_forward=None) if config.gamma_forward == config.gamma else config
 

@@ -79,7 +79,7 @@ def pack(
     contains finished shards or files of another tool.
     """
     if not source.is_dir():
-        raise UsageError(f"{source} is no folder: pack takes a folder of images and captions")
+        raise UsageError(f"{source} is not a folder: pack takes a folder of images and captions")
     if not 1 <= shard_size <= _SHARD_SIZE:
         raise UsageError(f"shard-size is {shard_size}, allowed is 1 to {_SHARD_SIZE}")
     _begin(shards)

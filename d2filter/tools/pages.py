@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import d2filter
-from d2filter.tools import plots
+from d2filter.tools import drawing
 
 
 def render(template: str, drawn: Sequence[tuple[str, str]], **values: Any) -> str:
@@ -35,7 +35,7 @@ def render(template: str, drawn: Sequence[tuple[str, str]], **values: Any) -> st
         # what is made here, and nothing that a user's data could reach, goes in as it is
         css=Markup((home / "report.css").read_text("utf-8")),
         plots=[(name, Markup(text)) for name, text in drawn],
-        stand_ins=Markup(_script_json(plots.STAND_INS)),
+        stand_ins=Markup(_script_json(drawing.STAND_INS)),
         scripts=[Markup(text) for text in scripts],
         script_hashes=Markup(" ".join(f"'sha256-{_sha256(text)}'" for text in scripts)),
     )

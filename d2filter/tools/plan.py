@@ -44,7 +44,7 @@ _LOWER_TARGETS = (0.8, 0.5)
 PILOTS = (6_000, 48_000)  # rows of the two runs, as far as there are so many
 
 
-def asked(arguments: argparse.Namespace, say: Say) -> tuple[Pool, Cluster, Rates]:
+def inputs(arguments: argparse.Namespace, say: Say) -> tuple[Pool, Cluster, Rates]:
     """Pool, cluster and rates from the command line; runs the requested measurements. Raises
     UsageError for what cannot be planned.
     """
@@ -111,7 +111,7 @@ def read_rates(url: str = "") -> Rates:
         )
     except (TypeError, KeyError) as error:
         raise InputError(
-            f"{where} is no file of rates ({error}): make it anew with --calibrate"
+            f"{where} is not a file of rates ({error}): write it again with --calibrate"
         ) from error
 
 
@@ -189,7 +189,10 @@ def calibrate(
         for lower in _LOWER_TARGETS:
             if measured[-1]["graph"]["nlist"] > 1:
                 break
-            say(f"cells miss a recall of {target_recall} on so few rows: measuring at {lower}")
+            say(
+                f"the cell search misses recall {target_recall} on so few rows: measuring at "
+                f"{lower}"
+            )
             target_recall = lower
             measured[-1] = _run(rows, k, target_recall)
     finally:
@@ -197,8 +200,8 @@ def calibrate(
             ray.shutdown()
     if measured[-1]["graph"]["nlist"] == 1:
         raise InputError(
-            f"no cells find neighbors among {len(rows[0]):,} rows of this pool: plan without "
-            "--calibrate, and expect a graph that compares all with all"
+            f"the cell search fails on {len(rows[0]):,} rows of this pool: plan without "
+            "--calibrate, and expect a graph that compares all pairs"
         )
     found = _rates(rows, k, measured[1:], start)
     found = replace(found, recall=target_recall, habits=replace(found.habits, growth=growth))

@@ -33,17 +33,17 @@ def home(folder: Folder, stage: str) -> Folder:
 def follow(folder: Folder) -> Breaches:
     """Stages that were not made from what the stage before them has left."""
     found = records(folder)
-    made = {record["fingerprint"]: stage for stage, record in found.items()}
+    stage_of = {record["fingerprint"]: stage for stage, record in found.items()}
     out = []
     for stage, record in found.items():
         before = record["upstream"]
         expected = STAGES[max(0, STAGES.index(stage) - 1)]
-        if before and made.get(before) != expected:
+        if before and stage_of.get(before) != expected:
             out.append(f"{stage} was made from another {expected} than the one that is there")
     config = folder.read_json("config.json") or {"stages": {}}
     recorded = {stage: one["fingerprint"] for stage, one in config["stages"].items()}
     if recorded != {stage: record["fingerprint"] for stage, record in found.items()}:
-        out.append("config.json tells other fingerprints than the records of the stages")
+        out.append("config.json has other fingerprints than the records of the stages")
     return out
 
 
@@ -60,8 +60,8 @@ def sums(folder: Folder) -> Breaches:
                 continue
             if there != recorded:
                 out.append(
-                    f"{place.where(name)} is not what {stage} wrote: {there[0]} bytes with sum "
-                    f"{there[1]}, published were {recorded[0]} with {recorded[1]}"
+                    f"{place.where(name)} is not what {stage} wrote: {there[0]} bytes with "
+                    f"checksum {there[1]}, it wrote {recorded[0]} with {recorded[1]}"
                 )
     return _few(out)
 
@@ -92,9 +92,9 @@ def inputs(folder: Folder) -> Breaches:
                 continue
             now = there[url]
             if now is None:
-                out.append(f"{url} is gone since it was embedded")
+                out.append(f"{url} was removed after it was embedded")
             elif [now.size, now.version] != embed["inputs"][name]:
-                out.append(f"{url} is changed since it was embedded")
+                out.append(f"{url} has changed since it was embedded")
     return _few(out)
 
 

@@ -20,7 +20,17 @@ from d2filter.errors import RunStateError, UsageError
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import REPORT, REPORT_DATA, RunState
 from d2filter.text import redacted
-from d2filter.tools import album, alerts, gallery, measures, pages, plots, selfcheck, sweep
+from d2filter.tools import (
+    album,
+    alerts,
+    gallery,
+    measures,
+    pages,
+    plots,
+    selfcheck,
+    sweep,
+    sweep_plots,
+)
 
 GALLERY = 12
 MOST_BYTES = 20_000_000
@@ -54,14 +64,14 @@ def report(
         m = measures.measure(folder, max(1, wanted))
     except (KeyError, TypeError) as error:
         raise RunStateError(
-            f"{folder.url} was made by another d2filter, whose records this one cannot read "
-            f"({error}): make it anew, or report with that one"
+            f"{folder.url} was written by another version of d2filter, which this one cannot read "
+            f"({error}): run it again, or use that version"
         ) from error
     say(f"report    measured on {len(m.drawn.hi):,} of {m.ranked:,} ranked samples")
     galleries = gallery.choose(folder, m, wanted) if wanted else []
     pictures = album.Album(pictures={}, troubles=())
     if galleries:
-        pictures = album.look_up(folder, galleries, shards, asked=each is not None, say=say)
+        pictures = album.look_up(folder, galleries, shards, is_requested=each is not None, say=say)
     data = {**counted(m), "selfcheck": selfcheck.of_run(folder)}
     found = alerts.find(alerts.Facts(records=m.records, counted=data))
     page = render(folder, m, galleries, pictures, found, data["selfcheck"])
@@ -110,7 +120,8 @@ def _publish(folder: Folder, page: str, data: dict[str, Any]) -> None:
     now = state.done("select")
     if now is None or now["fingerprint"] != selection:
         raise RunStateError(
-            f"{folder.url} was selected anew while its report was made: `d2filter report OUT` again"
+            f"the selection in {folder.url} changed while its report was written: run "
+            "`d2filter report OUT` again"
         )
     state.note_report("")
     with folder.publish(REPORT) as path:
@@ -190,6 +201,8 @@ def _page(
         subsets=[(s, coverage.jaccard(m.own.kept, s.kept)) for s in subsets.values()],
         regions=_regions(m.cells),
         measures=sweep.MEASURES,
+        styles=sweep_plots.styles(m.swept),
+        settings_swept=len({row["setting"] for row in m.swept}),
         galleries=galleries,
         album=pictures,
         settings=_settings(m),
@@ -283,7 +296,7 @@ def _flow(m: measures.Measures) -> list[dict[str, Any]]:
             "label": label,
             "count": samples[name],
             "percent": 100 * samples[name] / read,
-            "says": f"{samples[name]:,} {label}",
+            "text": f"{samples[name]:,} {label}",
         }
         for name, label in labels.items()
     ]

@@ -70,9 +70,9 @@ def _shard(folder: Folder, shard: webdataset.Shard) -> str:
     if now_lost != lost:
         return f"{shard.url} reads otherwise: {now_lost or 'whole'}, was {lost or 'whole'}"
     if place < len(rows):
-        return f"{shard.url}: {len(rows) - place} samples are not there any more"
+        return f"{shard.url}: {len(rows) - place} samples are missing now"
     gone = sum(left.values())
-    return f"{shard.url}: {gone} samples of the ledger are not there any more" if gone else ""
+    return f"{shard.url}: {gone} samples of the ledger are missing now" if gone else ""
 
 
 def rows(folder: Folder, known: catalog.Samples) -> Breaches:
@@ -82,7 +82,7 @@ def rows(folder: Folder, known: catalog.Samples) -> Breaches:
     """
     record = RunState(folder).require("catalog")
     if "sources" not in record:
-        return ["the catalog was made by an earlier d2filter: where its input lies is not known"]
+        return ["the catalog was made by an earlier d2filter, which did not record its input"]
     source = Folder(record["sources"]["metadata"])
     if not source.exists():
         return [f"{source.url} is not there: the input cannot be read again"]

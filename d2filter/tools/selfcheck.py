@@ -103,7 +103,8 @@ def load(
         whole = pool or rank_in_memory.read_pool(folder, k, with_features=True)
         return _ascending(whole)
     say(
-        f"on {SAMPLED:,} of {ranked:,} samples, chosen by a hash of the uid, with a graph of theirs"
+        f"measuring on {SAMPLED:,} of {ranked:,} samples, chosen by a hash of the uid, with "
+        "their graph"
     )
     return _sampled(folder, k, ranked, auto_settings.PoolFacts.from_catalog(stats))
 
@@ -124,15 +125,15 @@ def prepare(folder: Folder, known: rank_in_memory.LoadedPool) -> Prepared | str:
     swapped, partner = selfcheck.choose(known.rows, part.hi, part.lo, near_copies.near(part.sqdist))
     if swapped.size < selfcheck.LEAST:
         return f"{swapped.size} distinct pairs are too few"
-    made = selfcheck.splice(
+    changed = selfcheck.splice(
         known.rows, part.difficulty, part.neighbors, part.sqdist, swapped, partner, line
     )
     spliced = graph.GraphPart(
-        hi=part.hi, lo=part.lo, difficulty=made.difficulty, neighbors=made.neighbors,
-        sqdist=made.sqdist, group=part.group,
+        hi=part.hi, lo=part.lo, difficulty=changed.difficulty, neighbors=changed.neighbors,
+        sqdist=changed.sqdist, group=part.group,
     )  # fmt: skip
     return Prepared(
-        known=rank_in_memory.LoadedPool(spliced, made.rows, known.facts), swapped=swapped,
+        known=rank_in_memory.LoadedPool(spliced, changed.rows, known.facts), swapped=swapped,
         correlation=line.correlation, ranked=ranked,
     )  # fmt: skip
 

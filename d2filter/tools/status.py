@@ -74,9 +74,9 @@ def read(folder: Folder) -> Status:
     records = {stage: state.done(stage) for stage in STAGES}
     events = logs.read(folder, logs.DRIVER)
     if not events and not any(records.values()):
-        raise RunStateError(f"{folder.url} is no run directory: nothing has begun there")
-    asked = _last_command(events)
-    shown = tuple(s for s in STAGES if records[s] is not None or s in asked)
+        raise RunStateError(f"{folder.url} is not a run directory: no command has started there")
+    planned = _last_command(events)
+    shown = tuple(s for s in STAGES if records[s] is not None or s in planned)
     stages = tuple(_stage(state, stage, records[stage], events) for stage in shown)
     left = [s for s in stages if s.state != "done"]
     stats = folder.read_json("stats.json") or {}
@@ -205,8 +205,8 @@ def _since_started(events: Sequence[Event], stage: str) -> list[Event]:
 
 
 def _last_command(events: Sequence[Event]) -> Sequence[str]:
-    asked = [e["stages"] for e in events if e["event"] == "run"]
-    return asked[-1] if asked else ()
+    commands = [e["stages"] for e in events if e["event"] == "run"]
+    return commands[-1] if commands else ()
 
 
 def _last_error(events: Sequence[Event]) -> str:

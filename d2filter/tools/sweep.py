@@ -2,7 +2,7 @@
 
 sweep/settings/NAME.json   measures of one setting at each fraction, and the graph's fingerprint
 sweep/table.csv            results of the latest sweep, a line per setting and fraction
-sweep/plot.png             the same as curves
+sweep/plot.html            a page with a plot for each measure
 
 Memory: the graph, the features and one ranking of the whole pool.
 """
@@ -29,15 +29,14 @@ from d2filter.errors import UsageError
 from d2filter.formats.paths import Folder, read_jsons
 from d2filter.formats.runstate import RunState, digest
 from d2filter.stages.rank import in_memory as rank_in_memory
-from d2filter.tools import selfcheck
+from d2filter.text import redacted
+from d2filter.tools import pages, selfcheck, sweep_plots
 
 Say = Callable[[str], None]
 Row = dict[str, Any]
 I64 = npt.NDArray[np.int64]
 
-_CURVES = 30  # largest number of curves that a plot shows
-_LABELLED = 8  # largest number of curves whose dots have labels
-
+PAGE, TABLE = "sweep/plot.html", "sweep/table.csv"
 WATCHED = 2000
 """largest number of groups whose distance to the nearest kept sample is measured"""
 _CELLS, _CELL = 1000, 20  # largest number of regions, and average samples of one at least
@@ -73,8 +72,8 @@ def grid(fractions: Sequence[str], **values: Sequence[Any]) -> Grid:
         read = selectors.options(options.get("method", "d2"))
         for name in selectors.OPTIONS - read:
             options.pop(name, None)
-        asked = RankConfig(**options)  # refuses values out of range, also those that are not used
-        if not asked.is_tuned:
+        given = RankConfig(**options)  # refuses values out of range, also those that are not used
+        if not given.is_tuned:
             options.pop("tuned_for", None)
         if options.get("method", "d2") != "d2":
             mine = {"method", "n_neighbors", "cut_hardest", "collapse_copies", "seed", "tuned_for"}
@@ -108,14 +107,14 @@ def cell_count(samples: int) -> int:
 
 
 def sweep(folder: Folder, wanted: Grid, say: Say) -> list[Row]:
-    """Measure the settings that were not measured before; writes the table and the plot, returns
-    the rows of the table.
+    """Measure the settings that were not measured before; writes the table and the page,
+    returns the rows of the table.
 
     Raises RunStateError without a graph, UsageError for more neighbors than the graph has, or for a
     pool that is too large for a method.
     """
-    made = RunState(folder).require("graph")
-    k = int(made["stats"]["k"])
+    graph = RunState(folder).require("graph")
+    k = int(graph["stats"]["k"])
     resolved = (
         replace(c, n_neighbors=k) if c.method == "d2" and not c.n_neighbors else c
         for c in wanted.configs
@@ -125,24 +124,26 @@ def sweep(folder: Folder, wanted: Grid, say: Say) -> list[Row]:
         if config.n_neighbors > k:
             raise UsageError(
                 f"n-neighbors is {config.n_neighbors}, the graph of {folder.url} has {k}: sweep "
-                "at most that many, or make the graph anew"
+                "at most that many, or build the graph again"
             )
     rows: list[Row] = []
     pool: _Pool | None = None
     for number, config in enumerate(configs, 1):
-        known = _known(folder, config, made["fingerprint"])
+        known = _known(folder, config, graph["fingerprint"])
         missing = [f for f in wanted.fractions if str(f) not in known]
         if missing:
             pool = pool or _Pool(folder, k, say)
             known.update(pool.measured(config, missing))
             folder.publish_json(
-                _file(config), {"graph": made["fingerprint"], "options": options_of(config),
+                _file(config), {"graph": graph["fingerprint"], "options": options_of(config),
                                 "measures": known},
             )  # fmt: skip
-        say(f"[{number}/{len(configs)}] {label(config)}" + ("" if missing else " (there)"))
+        say(
+            f"[{number}/{len(configs)}] {label(config)}" + ("" if missing else " (measured before)")
+        )
         rows += [{"setting": label(config), **known[str(f)]} for f in wanted.fractions]
     _write_table(folder, rows)
-    _plot(folder, rows)
+    _write_page(folder, rows)
     return rows
 
 
@@ -264,59 +265,22 @@ def _write_table(folder: Folder, rows: list[Row]) -> None:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with folder.publish("sweep/table.csv") as path:
+    with folder.publish(TABLE) as path:
         path.write_text(text.getvalue(), "utf-8")
 
 
-def _plot(folder: Folder, rows: list[Row]) -> None:
-    """Plot a panel for each measure and one of score against coverage; a curve for each setting."""
-    from matplotlib.figure import Figure
-
-    names = list(dict.fromkeys(r["setting"] for r in rows))
-    shown = names[:_CURVES]
-    figure = Figure(figsize=(16, 7.6), dpi=110)
-    *axes, pareto, corner = figure.subplots(2, 4).ravel()
-    for at, name in enumerate(shown):
-        mine = [r for r in rows if r["setting"] == name]
-        style: dict[str, Any] = {
-            "color": f"C{at % 10}", "linestyle": ("-", "--", ":")[at // 10], "marker": "o",
-            "markersize": 3, "label": name,
-        }  # fmt: skip
-        for axis, measure in zip(axes, MEASURES, strict=True):
-            there = [r for r in mine if r[measure] is not None]
-            axis.plot([float(r["fraction"]) for r in there], [r[measure] for r in there], **style)
-        scores, covered = [r["score"] for r in mine], [r["coverage"] for r in mine]
-        pareto.plot(scores, covered, **style)
-        for r in mine if len(shown) <= _LABELLED else ():
-            pareto.annotate(
-                r["fraction"], (r["score"], r["coverage"]), xytext=(3, 3), fontsize=7,
-                textcoords="offset points", color=f"C{at % 10}",
-            )  # fmt: skip
-    for axis, (measure, text) in zip(axes, MEASURES.items(), strict=True):
-        _title(axis, measure, "fraction kept", text)
-    _title(
-        pareto, "score against coverage", "mean score",
-        "one dot a budget; of two settings at one budget the one up and right is better in both",
-    )  # fmt: skip
-    corner.axis("off")
-    handles, labels = axes[0].get_legend_handles_labels()
-    more = f"{len(names) - len(shown)} more settings are in table.csv"
-    corner.legend(
-        handles, labels, loc="upper left", fontsize=9 if len(shown) <= 15 else 6.5, frameon=False,
-        title=more if len(names) > len(shown) else None,
-    )  # fmt: skip
-    figure.tight_layout()
-    with folder.publish("sweep/plot.png") as path:
-        figure.savefig(path, format="png")
-
-
-def _title(axis: Any, title: str, below: str, text: str) -> None:
-    axis.set_title(title)
-    axis.set_xlabel("\n".join([below, "", *_wrapped(text)]), fontsize=9)
-    axis.grid(alpha=0.3)
-
-
-def _wrapped(text: str) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, 52)
+def _write_page(folder: Folder, rows: list[Row]) -> None:
+    shown = [name for name in MEASURES if sweep_plots.any_of(rows, name)]
+    page = pages.render(
+        "sweep.html",
+        pages.drawn(sweep_plots.all_panels(rows, shown)),
+        out=redacted(folder.url),
+        title=f"sweep · {redacted(folder.url).rstrip('/').rpartition('/')[2]} · d2filter",
+        settings=len({row["setting"] for row in rows}),
+        styles=sweep_plots.styles(rows),
+        shown=shown,
+        rows=rows,
+        measures=MEASURES,
+    )
+    with folder.publish(PAGE) as path:
+        path.write_text(page, "utf-8")

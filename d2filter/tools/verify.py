@@ -94,15 +94,15 @@ def verify(folder: Folder, say: Callable[[str], None], *, deep: bool = False) ->
         for name, check in group.items():
             breaches = check(run)
             broken += bool(breaches)
-            say(f"{'BREACH' if breaches else 'ok':<7}{name}")
+            say(f"{'FAILED' if breaches else 'ok':<7}{name}")
             for breach in breaches:
                 say(f"       {breach}")
         if group is _STRUCTURE and broken > before:
             left = len(_MEANING) + deep * len(_INPUT)
-            say(f"       {left} more checks need sound files: not made")
+            say(f"       {left} more checks were skipped: they need intact files")
             break
     if broken:
-        raise VerificationError(f"{folder.url}: {broken} checks are broken (listed above)")
+        raise VerificationError(f"{folder.url}: {broken} checks failed (listed above)")
 
 
 def _accounting(run: _Run) -> Breaches:
@@ -399,11 +399,9 @@ def _count(what: str, broken: npt.NDArray[np.bool_]) -> Breaches:
 
 # what the third group and the last take for granted is checked by the second
 _FILES: dict[str, Callable[[_Run], Breaches]] = {
-    "each stage was made from what the one before it left": lambda run: follow(run.folder),
+    "each stage was made from the output of the stage before it": lambda run: follow(run.folder),
     "files hold the bytes that were published": lambda run: sums(run.folder),
-    "the input is what was read, as far as sizes, times and sums tell": lambda run: inputs(
-        run.folder
-    ),
+    "the input is what was read, by sizes, times and checksums": lambda run: inputs(run.folder),
 }
 _STRUCTURE: dict[str, Callable[[_Run], Breaches]] = {
     "every sample read is ranked, bad, duplicate or outside; ranked is kept or pruned": _accounting,
@@ -416,7 +414,7 @@ _STRUCTURE: dict[str, Callable[[_Run], Breaches]] = {
 _MEANING: dict[str, Callable[[_Run], Breaches]] = {
     "final scores fall with rank, ties by uid": _order,
     "the ranking is that of its method: for D2, of the sequential greedy on this graph": _scores,
-    "as many pairs match no better than random ones as gamma was found with": _pairs,
+    "gamma is based on the share of pairs that match no better than random ones": _pairs,
     "the subset is sorted, unique and the first B of the ranking": _subset,
     "the kept lists agree with the subset": _kept,
 }

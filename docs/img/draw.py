@@ -1,4 +1,5 @@
-"""Draw the picture of the README: `python docs/img/draw.py` writes docs/img/kept.svg.
+"""Draw the picture of the README: `python docs/img/draw.py` writes docs/img/kept.svg. It needs
+matplotlib, of the extra `bench`.
 
 Left and middle: a small pool of points, once filtered by the score alone and once by
 `d2filter.rank` with its defaults. Right: figures of jobs/results/bench_flickr.md.

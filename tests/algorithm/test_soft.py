@@ -98,7 +98,7 @@ def test_a_score_that_is_higher_by_the_temperature_is_worth_about_one_copy() -> 
 
 @pytest.mark.parametrize(
     ("size", "temperature", "said"),
-    [(1, 0.0, "soft is 0.0"), (1, math.nan, "soft is nan"), (0, 0.1, "has 1 to")],
+    [(1, 0.0, "soft is 0.0"), (1, math.nan, "soft is nan"), (0, 0.1, "keeps 1 to")],
 )
 def test_soft_refuses(size: int, temperature: float, said: str) -> None:
     with pytest.raises(UsageError, match=said):

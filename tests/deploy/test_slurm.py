@@ -236,7 +236,7 @@ def test_the_temporary_folder_is_new_private_and_nobody_can_take_it_before(
     job = start("good")
     output, _ = job.communicate(timeout=60)
     assert job.returncode == 1
-    assert "is not ours" in output
+    assert "is a link, or belongs to another user" in output
     assert "d2filter.sbatch: error: no temporary folder" in output
     assert len(steps(tmp_path)) == 1, "no node was started"
 

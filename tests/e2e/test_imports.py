@@ -131,7 +131,7 @@ def test_workers_with_another_d2filter_are_refused_in_one_line_with_both_places(
     done = run([sys.executable, "-c", program], pool, tmp_path, tmp_path / "o")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert "runs another d2filter than this process" in line
+    assert "has another d2filter than this process" in line
     assert str(PACKAGE) in line
     assert (str(clone / "d2filter") in line) == (kind != "no package")
     assert RAN not in line

@@ -140,7 +140,7 @@ def test_a_score_file_counts_by_its_content(
     pq.write_table(changed, path)
     for more in ((), ("--metadata-dir", metadata[0])):
         assert run(*words, *more) == 1
-        assert "input file score-file/scores.parquet is changed" in last_line(capsys)
+        assert "input file score-file/scores.parquet has changed" in last_line(capsys)
 
 
 def changed(table: Any, name: str, values: Any) -> Any:
@@ -157,7 +157,7 @@ TWICE = [POOL["uid"][0]] * 2 + POOL["uid"][2:20]
         (lambda t: t, "dfn2", 2, "has no column 'dfn2' (did you mean dfn?)"),
         (lambda t: t.drop_columns(["uid"]), "dfn", 1, "has no column uid"),
         (lambda t: t.select(["uid"]), "", 2, "has 0 columns beside uid"),
-        (lambda t: changed(t, "uid", ["cat"] * len(t)), "dfn", 1, "'cat' in row 0 is no uid"),
+        (lambda t: changed(t, "uid", ["cat"] * len(t)), "dfn", 1, "'cat' in row 0 is not a uid"),
         (lambda t: changed(t, "uid", TWICE), "dfn", 1, "in column dfn: keep one row a uid"),
         (lambda t: changed(t, "dfn", [[1.0]] * len(t)), "dfn", 1, "column dfn must hold numbers"),
     ],
@@ -179,12 +179,12 @@ def test_csv_that_is_none(
     words = ("graph", "--metadata-dir", metadata[0], "--out-dir", tmp_path / "o", "--score-file")
     (tmp_path / "a.csv").write_text("")
     assert run(*words, tmp_path / "a.csv") == 1
-    assert "is no readable csv file" in last_line(capsys)
+    assert "is not a readable csv file" in last_line(capsys)
     (tmp_path / "b.csv").write_text(f"uid,dfn\n{POOL['uid'][0]},high\n")
     assert run(*words, tmp_path / "b.csv") == 1
-    assert "is no readable csv file" in last_line(capsys)
+    assert "is not a readable csv file" in last_line(capsys)
     assert run(*words, tmp_path / "none.csv") == 1
-    assert "is no .parquet or .csv file" in last_line(capsys)
+    assert "is neither a .parquet or .csv file" in last_line(capsys)
 
 
 def test_ranking_within_another_filters_result(
@@ -226,7 +226,7 @@ def test_ranking_within_another_filters_result(
     # a run directory is its subset; another subset is another input
     words = ("--metadata-dir", made_of[0], "--out-dir", tmp_path / "o0", "--n-neighbors", 2)
     assert run("run", *words, "--within", tmp_path / "p") == 1
-    assert "input file within/subset.npy is changed" in last_line(capsys)
+    assert "input file within/subset.npy has changed" in last_line(capsys)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_ranking_within_another_filters_result(
     [
         (np.zeros(3, np.int64), "has dtype int64"),
         (np.zeros(2, "u8,u8"), "600 outside of the subset"),
-        (None, "is no .npy file"),
+        (None, "is not a .npy file"),
     ],
 )
 def test_a_subset_that_is_none(
@@ -302,14 +302,14 @@ def test_ranks_are_over_what_is_ranked(metadata: list[Path], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("--score", "0.7*clip_score+0.3*ovn"), 2, "'0.3*ovn': 'ovn' is no computed score"),
+        (("--score", "0.7*clip_score+0.3*ovn"), 2, "'0.3*ovn': 'ovn' is neither a computed score"),
         (("--score", "0.7*clip_score+0.3*own2"), 2, "(did you mean own?)"),
-        (("--score", "beauty"), 2, "and no column of"),
+        (("--score", "beauty"), 2, "nor a column of"),
         (("--score", "clip_score+"), 2, "unreadable from '+' on"),
         (("--score", "clip_score 0.3"), 2, "unreadable from '0.3'"),
         (("--score", "own", "--score-column", "own"), 2, "both given"),
         (("--score", "own+el2n"), 2, "score own+el2n needs --training-log"),
-        (("--score", "clip_score", "--score-file", "FILE"), 2, "names no column of score-file"),
+        (("--score", "clip_score", "--score-file", "FILE"), 2, "is not a column of score-file"),
         (("--score", "1e39*rank(own)"), 1, "is too large for float32"),
     ],
 )

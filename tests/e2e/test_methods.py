@@ -156,7 +156,7 @@ def test_an_option_of_one_method_is_read_by_it_and_refused_by_the_others(
         capsys.readouterr()
         again = ("--method", other, option, value, "--overwrite", "rank")
         assert run("rank", "--out-dir", made[0], *again) == 2
-        assert f"the method {other} does not read it" in capsys.readouterr().err
+        assert f"the method {other} does not use it" in capsys.readouterr().err
         for bad in (-1, "inf", "nan"):
             again = ("--method", method, option, bad)
             assert run("rank", "--out-dir", made[0], *again) == 2
@@ -211,11 +211,12 @@ def test_a_sweep_ranks_as_rank_does_and_does_nothing_twice(
     # of equal scores each counts with what is kept of all of them
     share = np.array([kept[found["difficulty"] == score].mean() for score in found["difficulty"]])
     assert float(row["score_decile_10"]) == pytest.approx(share[order[-90:]].mean())
-    assert (out / "sweep" / "plot.png").stat().st_size > 10_000
+    page = (out / "sweep" / "plot.html").read_text()
+    assert all(f'data-setting="{setting}"' in page for setting in settings)
     capsys.readouterr()
     monkeypatch.setattr(sweeping, "_Pool", None)  # would fail if anything were measured
     assert run("sweep", out, *grid, "--fraction", "0.5") == 0
-    assert capsys.readouterr().out.count("(there)") == len(settings)
+    assert capsys.readouterr().out.count("(measured before)") == len(settings)
     assert len(rows_of(out)) == len(settings)
     monkeypatch.undo()
     assert run("rank", "--out-dir", out, "--overwrite", "rank") == 0

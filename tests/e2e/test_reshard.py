@@ -267,7 +267,7 @@ def test_contradictions_are_named(
     assert run(*words, tmp_path / "s.npy", "--shard-size", 0) == 2
     assert "shard-size is 0" in capsys.readouterr().err
     assert run("reshard", "--subset", tmp_path / "s.npy", "--out-dir", tmp_path / "p") == 2
-    assert "names none, give --shards" in capsys.readouterr().err
+    assert "does not name its shards: give --shards" in capsys.readouterr().err
 
 
 def test_samples_that_no_shard_holds_are_counted_after_everything_else_is_done(

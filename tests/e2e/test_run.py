@@ -364,7 +364,7 @@ def test_changed_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert run(*words) == 0
     pools.write(folder, pools.make(80, 4), files=2)
     assert run(*words) == 1
-    assert "input file 00000.npz is changed" in capsys.readouterr().err
+    assert "input file 00000.npz has changed" in capsys.readouterr().err
 
 
 def test_dirty_rows_are_counted_with_reasons(tmp_path: Path) -> None:
@@ -483,7 +483,7 @@ def test_options_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("n_neighbors: many", "n_neighbors is 'many'"),
         ("normalize: maybe", "allowed are true and false"),
         ("- a list", "must hold `option: value` lines"),
-        ("a: {", "is no valid YAML"),
+        ("a: {", "is not valid YAML"),
     ):
         settings.write_text(text)
         assert run(*words) == 2

@@ -201,19 +201,22 @@ def test_a_log_decides_the_difficulty_and_what_it_lacks_is_bad(
     assert run(*words) == 0
     write_log(path, made_log, list(range(N - 6)))
     assert run(*words) == 1
-    assert "input file training-log/log.parquet is changed" in capsys.readouterr().err
+    assert "input file training-log/log.parquet has changed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("breaks", "said"),
     [
-        (lambda t: t.slice(0, len(t) - 1), "has not one row for each of the 4 epochs"),
+        (lambda t: t.slice(0, len(t) - 1), "does not have one row for each of the 4 epochs"),
         (lambda t: t.drop_columns(["label"]), "has no column label"),
         (lambda t: t.drop_columns(["probabilities"]), "has no column probabilities or logits"),
-        (lambda t: changed(t, "epoch", [10] * len(t)), "has not one row for each of the 1 epochs"),
+        (
+            lambda t: changed(t, "epoch", [10] * len(t)),
+            "does not have one row for each of the 1 epochs",
+        ),
         (lambda t: changed(t, "label", [7] * len(t)), "has a label outside 0 to 2"),
         (lambda t: changed(t, "label", list(range(len(t)))), "has more than one label"),
-        (lambda t: changed(t, "uid", ["cat"] * len(t)), "'cat' in row 0 is no uid"),
+        (lambda t: changed(t, "uid", ["cat"] * len(t)), "'cat' in row 0 is not a uid"),
         (
             lambda t: changed(t, "probabilities", [[0.5]] + [[0.5, 0.5]] * (len(t) - 1)),
             "one length",
@@ -250,8 +253,8 @@ def changed(table: Any, name: str, values: Any) -> Any:
         (("--score", "negclip_loss", "--feature-type", "image"), 2, "needs both embeddings"),
         (("--score", "negclip_loss", "--score-batch", 1), 2, "score-batch is 1"),
         (("--keep-first", "best"), 2, "best"),
-        (("--score", "norm_sim", "--score-target", "none.npy"), 1, "is no .npy or .npz file"),
-        (("--score", "el2n", "--training-log", "none.parquet"), 1, "is no .parquet file"),
+        (("--score", "norm_sim", "--score-target", "none.npy"), 1, "is not a .npy or .npz file"),
+        (("--score", "el2n", "--training-log", "none.parquet"), 1, "is neither a .parquet file"),
     ],
 )
 def test_a_score_that_cannot_be_computed(
@@ -338,7 +341,7 @@ def test_the_hardest_are_cut_only_where_they_go_first(
     folder = pools.write(tmp_path / "m", POOL, columns={"own": [1.0] * N})
     words = ("--metadata-dir", folder, "--out-dir", tmp_path / "o", *words)
     assert run("run", *words, "--cut-hardest", 0.1) == (2 if refused else 0)
-    assert ("cut-hardest takes away" in capsys.readouterr().err) == refused
+    assert ("cut-hardest drops" in capsys.readouterr().err) == refused
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, before: str) -> None:

@@ -213,7 +213,7 @@ def test_a_truncated_shard_is_reported_after_everything_is_done(
     ("words", "code", "said"),
     [
         (["--model", "ViT-L-14"], 2, "add --pretrained"),
-        (["--model", "no-such-model", "--pretrained", "x"], 1, "knows no model 'no-such-model'"),
+        (["--model", "no-such-model", "--pretrained", "x"], 1, "has no model 'no-such-model'"),
         (["--model", "ViT-B-32", "--pretrained", "/none.pt"], 1, "cannot be loaded"),
         (["--precision", "fp8"], 2, "precision is 'fp8', allowed are fp32"),
         (["--batch-size", "0"], 2, "batch-size is 0"),
@@ -279,7 +279,7 @@ def test_shards_that_changed_came_or_went_are_taken_up(
     made.write(tmp_path / "s/4.tar", [f for i in range(5) for f in made.members(f"{i}", 90 + i)])
     capsys.readouterr()
     assert run(*words) == 1
-    assert "input file 1 is changed" in capsys.readouterr().err
+    assert "input file 1 has changed" in capsys.readouterr().err
     assert run(*words, "--overwrite", "embed") == 0
     after = sorted(p.name for p in (out / "metadata").iterdir())
     assert after == [f"{n}.{suffix}" for n in (0, 1, 3, 4) for suffix in ("npz", "parquet")]

@@ -100,7 +100,7 @@ def test_shards_on_a_web_server_give_the_subset_of_local_ones(
         web.changed += 1
         assert len(web.files[name]) == len(files[name])
         run("run", "--shards", web.url(what), *words, code=1)
-        assert "input file 00001 is changed" in capfd.readouterr().err
+        assert "input file 00001 has changed" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -129,10 +129,10 @@ def test_metadata_replaced_behind_a_web_server_is_noticed(
         web.changed += 1
         assert len(web.files["m/00001.npz"]) == len(content["m/00001.npz"])
         run("run", *words, code=1)
-        assert "input file 00001.npz is changed" in capfd.readouterr().err
+        assert "input file 00001.npz has changed" in capfd.readouterr().err
         # logins are not recorded: the input cannot be looked at again
         run("verify", tmp_path / "out", code=0 if web.login else 1)
-        told = "" if web.login else "input file 00001.npz is changed since"
+        told = "" if web.login else "input file 00001.npz has changed since"
         assert told in capfd.readouterr().out
     nowhere(SECRET, tmp_path / "out")
 

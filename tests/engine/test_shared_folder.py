@@ -313,6 +313,6 @@ def test_processes_that_never_begin_are_not_asked_for_without_end() -> None:
     some = gpu_workers.GpuWorkers(cluster, len)
     for _ in range(5):
         assert some.free({"num_gpus": 1}, 1) == 0
-    with pytest.raises(StageError, match="end as soon as they begin"):
+    with pytest.raises(StageError, match="GPU processes end right after their start"):
         some.free({"num_gpus": 1}, 1)
     assert cluster.ended == 5

@@ -117,7 +117,7 @@ def test_a_process_that_cannot_be_seen_is_watched(
 def test_what_is_no_lock_is_refused_and_not_replaced(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     (tmp_path / LOCK).write_text('{"other": 1}')
-    with pytest.raises(InputError, match="is no lock"), lock.hold(folder, "run"):
+    with pytest.raises(InputError, match="is not a lock"), lock.hold(folder, "run"):
         pytest.fail("it was taken")
     assert (tmp_path / LOCK).read_text() == '{"other": 1}'
 
@@ -162,7 +162,7 @@ def test_a_living_owner_elsewhere_is_seen_by_its_heartbeat(folder: Folder) -> No
         ended.set()
         heart.join()
     assert len(said) == 1
-    assert "watching" in said[0]
+    assert "checking" in said[0]
 
 
 def test_a_silent_owner_elsewhere_is_replaced(folder: Folder) -> None:

@@ -149,7 +149,9 @@ def test_a_dictionary_that_points_outside_is_refused(tmp_path: Path) -> None:
     packed = b"\x01\x03\x38"
     assert content.count(packed) == 1
     path.write_bytes(content.replace(packed, b"\x08\x0c\xf0"))
-    with pytest.raises(InputError, match=r"0\.parquet is no readable parquet file.*240 points out"):
+    with pytest.raises(
+        InputError, match=r"0\.parquet is not a readable parquet file.*240 points out"
+    ):
         read(tmp_path)
 
 
@@ -180,9 +182,9 @@ BOMB = npy(f"(6, {1 << 16})", bytes(6 * (1 << 17)))
         (lambda f: lying(f, npy("(6, 1000000000000)", ZEROS)), "has shape (6, 1000000000000)"),
         (lambda f: lying(f, npy("(6, 70000)", bytes(840_000))), "has shape (6, 70000)"),
         (lambda f: lying(f, npy("(9000000000000, 4)", ZEROS)), "a header claims shape"),
-        (lambda f: lying(f, npy("(-6, -4)", ZEROS)), "dtype float16, needed is"),
+        (lambda f: lying(f, npy("(-6, -4)", ZEROS)), "dtype float16, expected"),
         (lambda f: lying(f, npy("(6, 4)", ZEROS + b"more")), "52 bytes follow"),
-        (lambda f: lying(f, npy("(6, 4)", bytes(24), "'|b1'")), "dtype bool, needed is"),
+        (lambda f: lying(f, npy("(6, 4)", bytes(24), "'|b1'")), "dtype bool, expected"),
         (lambda f: lying(f, npy("(6, 4)", ZEROS, "'|O'")), "it holds Python objects"),
         (lambda f: lying(f, npy("(6, 4)", ZEROS), file_size=1 << 50), "would inflate from 1"),
         (
@@ -191,7 +193,7 @@ BOMB = npy(f"(6, {1 << 16})", bytes(6 * (1 << 17)))
         ),
         (lambda f: lying(f, npy("(6, 4)", ZEROS), file_size=70), "two sizes"),
         (lambda f: lying(f, npy("(6, 4)", ZEROS), flag_bits=1), "password"),
-        (lambda f: lying(f, npy("(6, 4)", ZEROS), compress_type=99), "no readable npz"),
+        (lambda f: lying(f, npy("(6, 4)", ZEROS), compress_type=99), "not a readable npz"),
         (lambda f: lying(f, npy("(6, 4)", ZEROS), CRC=1), "Bad CRC-32"),
         (
             lambda f: lying(f, BOMB + bytes(80 << 20), zipfile.ZIP_DEFLATED),
@@ -234,10 +236,10 @@ def test_a_score_target_is_not_believed_either(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     path = tmp_path / "t.npy"
     for content, said in [
-        (npy("(1000000000, 512)", ZEROS), "score-target t is no array file: a header claims"),
+        (npy("(1000000000, 512)", ZEROS), "score-target t is not an array file: a header claims"),
         (npy("(6, 4)", ZEROS, "'|O'"), "it holds Python objects"),
         (npy("(24,)", ZEROS), "must hold an array"),
-        (b"", "score-target t is no array file"),
+        (b"", "score-target t is not an array file"),
     ]:
         path.write_bytes(content)
         with pytest.raises(InputError) as caught:

@@ -85,7 +85,7 @@ def test_broken_json_is_named(folder: Folder) -> None:
 
 
 def test_unknown_protocol() -> None:
-    with pytest.raises(UsageError, match="no usable location"):
+    with pytest.raises(UsageError, match="not a usable location"):
         Folder("nonsense://x/y").exists()
 
 

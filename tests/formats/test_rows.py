@@ -76,7 +76,7 @@ def test_a_broken_file_is_named(folder: Folder) -> None:
     write_array(folder, "z.npy", np.arange(4))
     with folder.publish("z.npy") as path:
         path.write_bytes(b"\x93NUMPY")
-    with pytest.raises(InputError, match=r"z\.npy is no readable \.npy file"):
+    with pytest.raises(InputError, match=r"z\.npy is not a readable \.npy file"):
         read_array(folder, "z.npy")
 
 

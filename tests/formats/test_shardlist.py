@@ -19,7 +19,7 @@ from d2filter.formats.paths import Folder
 
 def test_a_shard_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
     made.write(tmp_path / os.fsdecode(b"\xff.tar"), [])
-    with pytest.raises(InputError, match=r"dcff\.tar has a name that is no UTF-8"):
+    with pytest.raises(InputError, match=r"dcff\.tar has a name that is not UTF-8"):
         webdataset.list_shards([str(tmp_path)])
 
 
@@ -120,7 +120,7 @@ def test_names_are_unique_for_any_urls(urls: list[str]) -> None:
 def test_names_that_still_collide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A collision of hashes, which nobody can make on purpose."""
     monkeypatch.setattr(shardlist, "_marked", lambda base, url: f"{base}-0")
-    with pytest.raises(InputError, match=r"shards /a/0\.tar and /b/0\.tar would have one name"):
+    with pytest.raises(InputError, match=r"shards /a/0\.tar and /b/0\.tar would get the same name"):
         shardlist.unique_names(["/a/0.tar", "/b/0.tar"])
 
 

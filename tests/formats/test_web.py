@@ -303,7 +303,9 @@ def test_shards_named_by_a_query_and_by_a_signature() -> None:
         assert [shard.address for shard in got] == names
         assert len({shard.name for shard in got}) == 3
         assert got[2].name == "1"
-        with pytest.raises(UsageError, match=r"two shards are .*/get but for a login or query"):
+        with pytest.raises(
+            UsageError, match=r"two shards have the URL .*/get and differ only in login or query"
+        ):
             webdataset.list_shards([web.url("get?id=1"), web.url("get?id=2")])
 
 

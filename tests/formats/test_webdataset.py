@@ -163,7 +163,7 @@ def test_a_tar_is_a_tar_whatever_its_first_member_is_called(tmp_path: Path, name
 def test_a_pipe_is_no_shard(tmp_path: Path) -> None:
     """Opening it would wait for ever."""
     os.mkfifo(tmp_path / "0.tar")
-    with pytest.raises(InputError, match="is no regular file"):
+    with pytest.raises(InputError, match="is not a regular file"):
         read(tmp_path / "0.tar")
 
 

@@ -569,6 +569,6 @@ def test_what_people_should_know_of_a_pool_is_in_the_figures() -> None:
 
 def test_a_torch_without_cuda_is_told_to_those_who_must_have_it() -> None:
     runner = Rehearsed("cuda", "cpu")
-    with pytest.raises(UsageError, match="device is cuda, and torch sees none on a node"):
+    with pytest.raises(UsageError, match="device is cuda, but torch finds no GPU on a node"):
         build(runner, 64)
     assert "embed" not in runner.asked

@@ -100,7 +100,7 @@ def test_advice_is_the_same_for_any_partitions_and_files(
     said = capsys.readouterr().out
     for what in ("k ", "gamma ", "copies ", "budget "):
         assert re.search(f"^{what}", said, re.MULTILINE)
-    assert "the graph has lists of 5" in said
+    assert "the graph has 5 neighbors a sample" in said
 
 
 def test_what_is_recommended_keeps_its_promise(

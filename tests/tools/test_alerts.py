@@ -55,7 +55,7 @@ def of_arch(arch: str) -> alerts.Facts:
         (
             alerts.bundled_model,
             [embedded(options={"model": "d2filter-tiny"}), of_arch("tiny")],
-            "has seen only drawn shapes",
+            "was trained on drawn shapes only",
             [embedded(), of_arch("l14"), facts()],
         ),
         (
@@ -73,7 +73,7 @@ def of_arch(arch: str) -> alerts.Facts:
         (
             alerts.exact_copies,
             [facts(exact_copies={"samples": 7, "kept": 2})],
-            "7 samples have a copy at distance 0, and 2 of the kept",
+            "7 samples have an exact copy, and 2 kept samples have",
             [facts(exact_copies={"samples": 7, "kept": 0}), facts()],
         ),
         (
@@ -88,7 +88,7 @@ def of_arch(arch: str) -> alerts.Facts:
                 facts(shared_caption={"samples": 200, "looked_at": 100_000, "uid": "a" * 32}),
                 facts(shared_caption={"samples": 200, "looked_at": 300, "uid": "a" * 32}),
             ],
-            "one caption is shared by 200 of",
+            " samples share one caption, that of uid aaaa",
             [
                 facts(shared_caption={"samples": 199, "looked_at": 100_000, "uid": "a" * 32}),
                 facts(shared_caption={"samples": 9, "looked_at": 20, "uid": "a" * 32}),
@@ -98,7 +98,7 @@ def of_arch(arch: str) -> alerts.Facts:
         (
             alerts.one_score,
             [facts(scores={**SCORES, "lower_quartile": 0.3, "median": 0.3})],
-            "at least half of the samples have one score (CLIP score 0.3)",
+            "at least half of the samples have the same score (CLIP score 0.3)",
             [facts(scores=SCORES), facts(scores={**SCORES, "median": 0.3}), facts()],
         ),
         (
@@ -114,7 +114,7 @@ def of_arch(arch: str) -> alerts.Facts:
         (
             alerts.swapped_captions,
             [facts(selfcheck={"at_budget": {**CHECK, "kept": 0.28, "high": 0.31}})],
-            "keeps 28% of the pairs whose captions it swaps, where 30% of all are kept",
+            "28% of the pairs with swapped captions are kept, while 30% of all pairs are kept",
             [
                 facts(selfcheck={"at_budget": CHECK}),
                 facts(selfcheck={"why_not": "no halves"}),
@@ -130,7 +130,7 @@ def of_arch(arch: str) -> alerts.Facts:
         (
             alerts.other_budget,
             [ranked(0.3, 100), ranked("0.3", 100)],
-            "0.1 of the ranked samples is kept, and the ranking was tuned for 0.3",
+            "0.1 of the ranked samples are kept, but the ranking was tuned for 0.3",
             [ranked(0.3, 300), ranked(0.3, 449), ranked(0.3, 201), ranked(None, 100), facts()],
         ),
     ],
@@ -184,13 +184,13 @@ def test_alerts_are_the_last_lines_and_on_top_of_the_report(
     data = json.loads((tmp_path / "o/report.json").read_text())
     assert data["shared_caption"]["samples"] == 120
     assert data["exact_copies"]["samples"] > 0
-    for text in ("not read of", "the bundled model", "one caption is shared by 120 of 400"):
+    for text in ("not read of", "the bundled model", "120 of 400 samples share one caption"):
         assert sum(text in line for line in said) == 1, text
     page = (tmp_path / "o/report.html").read_text()
     shown = alerts.find(alerts.read(Folder(str(tmp_path / "o"))))
     assert [f"alert     {text}" for text in shown] == said
     assert page.count("<li>") >= len(said)
-    assert "has seen only drawn shapes" in page.split("<main>")[0]
+    assert "was trained on drawn shapes only" in page.split("<main>")[0]
     # of another selection, what was counted is not told
     assert main(["select", "--out-dir", str(tmp_path / "o"), "--fraction", "0.1"]) == 0
     again = json.loads((tmp_path / "o/report.json").read_text())

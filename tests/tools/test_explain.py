@@ -111,9 +111,9 @@ def test_people_and_programs_are_told_the_same(
 def test_samples_that_are_not_ranked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["explain", str(run), "f" * 32]) == 1
-    assert "is no sample of" in capsys.readouterr().err
+    assert "is not a sample of" in capsys.readouterr().err
     assert main(["explain", str(run), "UPPER"]) == 2
-    assert "'UPPER' is no uid" in capsys.readouterr().err
+    assert "'UPPER' is not a uid" in capsys.readouterr().err
     found = explain._Run(Folder(str(run))).left_out("no uid")
     assert [entry["reason"] for entry in found.entries] == ["malformed uid"]
     assert "bad: malformed uid (" in explain.lines(found)[1]

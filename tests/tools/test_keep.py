@@ -102,7 +102,7 @@ def test_a_run_directory_tells_how_many_to_expect(tmp_path: Path) -> None:
         zip(["x/0.tar", "x/1.tar", "y/none.tar"], (4, 3, 0), strict=True)
     )
     assert pickle.loads(pickle.dumps(stage)).expected(told) == told
-    with pytest.raises(InputError, match=r"shard x/2\.tar is none of those .* has ranked"):
+    with pytest.raises(InputError, match=r"shard x/2\.tar is not one of the shards .* has ranked"):
         stage.expected("x/{0..30000000}.tar")
     with pytest.raises(InputError, match="unbalanced braces"):
         stage.expected("x/{0..1.tar")
@@ -174,9 +174,9 @@ def test_a_shard_that_was_not_ranked_keeps_nothing_and_says_so_once(tmp_path: Pa
         shutil.copy(tmp_path / "s/0.tar", tmp_path / name)
     stage = d2filter.keep(out)
     urls = [str(tmp_path / name) for name in ("1.tar", "s/0.tar", "2.tar")]
-    with pytest.warns(UserWarning, match=r"1\.tar is none of those") as warned:
+    with pytest.warns(UserWarning, match=r"1\.tar is not one of the shards") as warned:
         assert [s["__url__"] for s in stream(urls, stage)] == [urls[1]]
-    assert len([w for w in warned if "none of those" in str(w.message)]) == 1
+    assert len([w for w in warned if "not one of the shards" in str(w.message)]) == 1
     by_uid = d2filter.keep(out / "subset.npy")  # as the message says
     assert len(list(stream(urls, by_uid))) == 3
 

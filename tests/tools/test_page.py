@@ -15,6 +15,7 @@ import pytest
 import shards as made
 
 from d2filter.cli.main import main
+from d2filter.tools import sweep, sweep_plots
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
@@ -30,6 +31,8 @@ EVIL = (
     "<script>window.taken = 1</script><img src='https://evil.example/x.png' "
     "onerror='window.taken = 2'></script></div><a href='javascript:window.taken = 3'>x</a>"
 )
+MANY = 42
+"""settings of the sweep whose page is looked at; its plots show the first 40"""
 TABS = ("overview", "scores", "coverage", "sweep", "pictures", "settings")
 
 
@@ -51,6 +54,8 @@ def page(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
     assert main(["sweep", out, "--gamma", "0.3,1", "--fraction", "0.1,0.3"]) == 0
     assert main(["report", out, "--shards", shard]) == 0
     assert main(["advise", out]) == 0
+    gammas = ",".join(str(number) for number in range(1, MANY + 1))
+    assert main(["sweep", out, "--gamma", gammas, "--fraction", "0.1,0.3"]) == 0
     return folder / "o/report.html"
 
 
@@ -205,6 +210,52 @@ def test_advice_opens_with_its_plot_and_nothing_overflows(
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     severe = [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
     assert severe == []
+
+
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(1440, "light"), (768, "dark"), (390, "dark"), (390, "light")]
+)
+def test_a_sweep_of_many_settings_opens_with_its_plots_and_nothing_overflows(
+    browser: Any, page: Path, width: int, scheme: str
+) -> None:
+    look(browser, page.with_name("sweep") / "plot.html", width, scheme)
+    measured = [*sweep.MEASURES, "score-coverage"]
+    assert wait_for_plots(browser) == sorted(f"plot-{name}" for name in measured)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    legend = browser.find_elements("css selector", ".legend button")
+    assert [entry.text for entry in legend] == [
+        f"d2 k=3 gamma={gamma}.0" for gamma in range(1, sweep_plots.MOST_CURVES + 1)
+    ]
+    looks = {
+        (path.get_attribute("stroke-dasharray"), svg.get_attribute("style"))
+        for svg in browser.find_elements("css selector", ".legend svg")
+        for path in svg.find_elements("css selector", "path[stroke]")
+    }
+    assert len(looks) == len(legend)
+    assert "the other 2 are in the table" in browser.page_source
+    assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
+
+
+def test_the_legend_of_a_sweep_fades_the_other_settings(browser: Any, page: Path) -> None:
+    look(browser, page.with_name("sweep") / "plot.html", 1440)
+    wait_for_plots(browser)
+    full = """return [...Bokeh.index.roots].filter((view) => view.model.type === "Figure")
+      .flatMap((view) => view.model.renderers).map(({data_source: source}) => {
+        const settings = [...source.get_column("setting")];
+        return [...new Set(source.selected.indices.map((row) => settings[row]))];
+      })"""
+    figures = len(sweep.MEASURES) + 1
+    entry = browser.find_elements("css selector", ".legend button")[7]
+    entry.click()
+    assert entry.get_attribute("aria-pressed") == "true"
+    assert browser.execute_script(full) == [["d2 k=3 gamma=8.0"]] * (2 * figures)
+    # the choice outlives a change of the colors
+    as_if(browser, "dark")
+    time.sleep(0.3)
+    wait_for_plots(browser)
+    assert browser.execute_script(full) == [["d2 k=3 gamma=8.0"]] * (2 * figures)
+    entry.click()
+    assert browser.execute_script(full) == [[]] * (2 * figures)
 
 
 def test_tabs_are_reached_by_keys(browser: Any, page: Path) -> None:

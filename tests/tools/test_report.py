@@ -360,7 +360,7 @@ def test_only_files_are_opened(
         monkeypatch.setattr(albums, "_places", lambda folder, wanted: places)
         album = albums.look_up(folder, galleries, [], True, print)
     assert not album.pictures
-    assert f"1 pictures: {place} is no regular file" in album.troubles
+    assert f"1 pictures: {place} is not a regular file" in album.troubles
 
 
 def test_shards_that_only_metadata_names_are_not_opened_unasked(
@@ -377,10 +377,10 @@ def test_shards_that_only_metadata_names_are_not_opened_unasked(
     album = albums.look_up(folder, galleries, [], False, print)
     wanted = {s.uid for g in galleries for group in g.groups for s in group}
     assert album.troubles == (
-        f"{len(wanted)} pictures lie in 2 shards that only the metadata names, which are not "
-        "opened unasked: `d2filter report OUT --shards …` shows them",
+        f"{len(wanted)} pictures lie in 2 shards that only the metadata names, which are "
+        "opened only on request: `d2filter report OUT --shards …`",
     )
-    assert "which are not opened unasked" in report.render(folder, m, galleries, album)
+    assert "which are opened only on request" in report.render(folder, m, galleries, album)
 
 
 def test_a_twin_of_a_sample_is_not_shown_for_it(run: Path, made_run: Path, tmp_path: Path) -> None:
@@ -532,7 +532,7 @@ def test_a_selection_that_changes_meanwhile_has_no_report_of_the_one_before(
         return "of both"
 
     monkeypatch.setattr(report, "render", render)
-    with pytest.raises(RunStateError, match="was selected anew while its report was made"):
+    with pytest.raises(RunStateError, match="changed while its report was written"):
         report.report(Folder(str(run)), each=0)
     assert not (run / "report.html").exists()
 
@@ -641,7 +641,7 @@ def test_a_run_of_another_version_is_one_line(
     del record["stats"]["budget"]
     path.write_text(json.dumps(record))
     assert main(["report", str(run)]) == 1
-    assert "was made by another d2filter" in capsys.readouterr().err
+    assert "was written by another version of d2filter" in capsys.readouterr().err
 
 
 def test_one_sample_has_no_report_and_the_run_is_done(

@@ -48,7 +48,7 @@ def test_a_run_from_its_first_failure_to_its_end(
     ]  # fmt: skip
     first = found["stages"][0]
     assert (first["tasks_done"], first["tasks_left"], first["samples"]) == (2, 1, 200)
-    assert "00001.npz is no readable npz" in first["failed"][0]
+    assert "00001.npz is not a readable npz" in first["failed"][0]
     assert found["next"] == "catalog"
     assert any(line.startswith("catalog failed: ") and "00001.npz" in line for line in lines)
     assert any(line.startswith("next: catalog; last line of its log") for line in lines)
@@ -89,7 +89,7 @@ def test_a_stage_under_way_counts_tasks_and_samples_a_second(tmp_path: Path) -> 
 
 def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(tmp_path / "none")]) == 1
-    assert "is no run directory: nothing has begun there" in capsys.readouterr().err
+    assert "is not a run directory: no command has started there" in capsys.readouterr().err
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
@@ -147,13 +147,13 @@ def test_a_dry_run_says_what_a_run_would_do_and_touches_nothing(
     table = pq.read_table(first)
     pq.write_table(table.take(np.arange(table.num_rows)[::-1]), first)
     assert main([*words, "--dry-run"]) == 1
-    assert "input file 00001.parquet is changed" in capsys.readouterr().err
+    assert "input file 00001.parquet has changed" in capsys.readouterr().err
     first.write_bytes(whole)
     with np.load(folder / "00000.npz") as arrays:
         held = {name: arrays[name][::-1] for name in arrays.files}
     np.savez(folder / "00000.npz", **held)
     assert main([*words, "--dry-run"]) == 1
-    assert "input file 00000.npz is changed" in capsys.readouterr().err
+    assert "input file 00000.npz has changed" in capsys.readouterr().err
 
 
 def test_a_stage_that_cannot_go_on_says_why(

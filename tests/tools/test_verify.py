@@ -120,9 +120,9 @@ BREACHES: list[tuple[Callable[[Path], None], str]] = [
     (lambda o: edit(o, "graph", "neighbors", turn_ties), "equals are not in ring order"),
     (lambda o: (o / "index/centroids.npy").unlink(), "centroids.npy"),
     (lambda o: np.save(o / "index/centroids.npy", np.zeros((3, 2))), "centroids have shape (3, 2)"),
-    (lambda o: (o / "catalog/part-00000.parquet").write_bytes(b"PAR1"), "no readable parquet"),
-    (lambda o: (o / "index/cells.parquet").write_bytes(b"PAR1"), "no readable parquet"),
-    (lambda o: (o / "bad_samples.parquet").write_bytes(b"PAR1"), "no readable parquet"),
+    (lambda o: (o / "catalog/part-00000.parquet").write_bytes(b"PAR1"), "not a readable parquet"),
+    (lambda o: (o / "index/cells.parquet").write_bytes(b"PAR1"), "not a readable parquet"),
+    (lambda o: (o / "bad_samples.parquet").write_bytes(b"PAR1"), "not a readable parquet"),
     (lambda o: (o / "stats.json").write_text("{"), "stats.json is not valid JSON"),
     (lambda o: shutil.rmtree(o / "kept"), "kept/ lists 0 samples, 90 of the subset"),
     (lambda o: kept(o, "shard", "b.tar"), "kept/ differs from the subset in column shard"),
@@ -200,7 +200,7 @@ def test_a_stage_made_from_another_is_found(
     config = json.loads((out / "config.json").read_text())
     config["stages"]["graph"]["fingerprint"] = "1" * 32
     (out / "config.json").write_text(json.dumps(config))
-    assert "config.json tells other fingerprints" in breaches(capsys, str(out))[1]
+    assert "config.json has other fingerprints" in breaches(capsys, str(out))[1]
 
 
 def change_one_value(folder: Path, name: str) -> None:
@@ -221,7 +221,7 @@ def test_an_input_that_changed_is_found(tmp_path: Path, capsys: pytest.CaptureFi
     assert breaches(capsys, out, "--deep") == [], "another time is no change"
     change_one_value(folder, "00001.npz")
     _, said = breaches(capsys, out)
-    assert "input file 00001.npz is changed since the catalog was made" in said
+    assert "input file 00001.npz has changed since the catalog was made" in said
     record = Path(out, "completions/catalog.json")
     held = json.loads(record.read_text())
     now = next(f for f in Folder(str(folder)).files() if f.name == "00001.npz")

@@ -56,7 +56,7 @@ def auto(counts: I64, kept: Decimal, *, middle: float | None = None) -> Decimal:
         raise ValueError(f"kept is {kept}: it must be above 0 and at most 1")
     total = int(counts.sum())
     if total == 0:
-        raise ValueError("there are no samples: nothing tells how hard they are")
+        raise ValueError("there are no samples: an automatic cut needs some")
     there = np.flatnonzero(counts)
     if there[0] == there[-1]:
         return Decimal(0)

@@ -176,7 +176,9 @@ class RankingPartition:
         """
         rows = self._held()
         if not np.array_equal(known.ids, self.halo()):
-            raise ValueError(f"partition {self._number} was told of other samples than it has")
+            raise ValueError(
+                f"partition {self._number} received states of samples that it does not have"
+            )
         source, target, sqdist = (np.concatenate(s) for s in zip(*self._incoming, strict=True))
         edges = halo.assemble(
             self._first, (rows.hi, rows.lo), rows.neighbors, rows.sqdist, (source, target, sqdist),

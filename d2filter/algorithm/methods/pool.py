@@ -49,7 +49,7 @@ class Pool:
         sizes += [] if self.group is None else [len(self.group)]
         if n == 0 or any(size != n for size in sizes):
             raise InputError(
-                f"the arrays of a pool have {[n, *sizes]} rows, needed is one length of at least 1"
+                f"the arrays of a pool have {[n, *sizes]} rows, expected one length of at least 1"
             )
         before = (self.hi[:-1] < self.hi[1:]) | (
             (self.hi[:-1] == self.hi[1:]) & (self.lo[:-1] < self.lo[1:])

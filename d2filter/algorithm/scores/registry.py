@@ -53,7 +53,7 @@ def negclip_loss(image: Floats, text: Floats, *, temperature: float = 0.01) -> F
     """
     if image.ndim != 2 or image.shape != text.shape:
         raise ValueError(
-            f"image has shape {image.shape} and text {text.shape}: needed is (pairs, d) for both"
+            f"image has shape {image.shape} and text {text.shape}: expected (pairs, d) for both"
         )
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}: it must be positive and finite")
@@ -182,7 +182,7 @@ def _check_reference(name: str, rows: Floats, reference: Floats) -> None:
     if reference.ndim != 2 or rows.ndim != 2 or rows.shape[1] != reference.shape[1]:
         raise ValueError(
             f"the {name}s have shape {reference.shape}, the samples {rows.shape}: "
-            "needed are two axes, and equal widths"
+            "expected two axes, and equal widths"
         )
     if len(reference) == 0:
         raise ValueError(f"there is no {name}: give one or more")

@@ -110,7 +110,7 @@ def _each_sample(
     if p.ndim != 3 or p.shape[1] == 0 or y.shape != p.shape[:1] or y.dtype.kind not in "iu":
         raise ValueError(
             f"probabilities has shape {p.shape}, label shape {y.shape} and dtype {y.dtype}: "
-            "needed are (samples, epochs, classes) with one epoch or more, and (samples,) integers"
+            "expected (samples, epochs, classes) with one epoch or more, and (samples,) integers"
         )
     n, epochs, classes = p.shape
     outside = np.flatnonzero((y < 0) | (y >= classes))

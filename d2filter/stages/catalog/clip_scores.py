@@ -162,8 +162,8 @@ def _judge(
         )
         if too_many:
             raise InputError(
-                f"{warning}: {shared:,} of those {total:,} samples have the same number as others "
-                f"of another score after scaling, and only their uids would rank them: {cure}"
+                f"{warning}: {shared:,} of those {total:,} samples get the score of another one "
+                f"after scaling although theirs differ, so that only uids would rank them: {cure}"
             )
     return [f"{warning}, so that they hardly differ after scaling: {cure}"]
 

@@ -61,7 +61,7 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
             f"recall@{k} of {target} is out of reach: {probes} of {trained['nlist']} cells find "
             f"{choice['predicted']:.4f} on the calibration sample; "
             "lower --target-recall, raise --exact-below above the size of the pool for an exact "
-            "graph, or take what can be had with --best-effort"
+            "graph, or accept this recall with --best-effort"
         )
     width = knn.list_width(k, passes)
     laid, partitions = steps.lay_out(width, trained["sketch_dim"])

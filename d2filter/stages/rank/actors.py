@@ -155,7 +155,7 @@ class _Driver:
             if any(self._live):
                 if not news:
                     raise StageError(
-                        f"rank: {sum(self._live)} samples wait for one another: a fault of "
+                        f"rank: {sum(self._live)} samples wait for one another: a bug of "
                         "d2filter, please report it with the graph"
                     )
                 self._save()
@@ -367,7 +367,7 @@ class _Actor:
         for number, one in self._loaded().items():
             if one.live():
                 raise StageError(
-                    f"rank: {one.live()} scores of partition {number} are not final: a fault of "
+                    f"rank: {one.live()} scores of partition {number} are not final: a bug of "
                     "d2filter, please report it"
                 )
             outcome = one.outcome()

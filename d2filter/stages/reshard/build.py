@@ -358,9 +358,7 @@ def finish(
     samples = sum(len(own) for own in ids)
     counted = sum(out.read_json(f"{n:08d}_stats.json")["successes"] for n in range(len(ids)))
     if counted != samples:
-        raise InputError(
-            f"{out.url}: the shards hold {counted} samples, {samples} were to be written"
-        )
+        raise InputError(f"{out.url}: the shards hold {counted} samples, expected {samples}")
     with out.publish("sample_ids.npy") as path, path.open("wb") as stream:
         np.save(stream, np.concatenate([np.empty(0, subset_format.DTYPE), *ids]))
     sizes = {tarwriter.shard_name(number): len(own) for number, own in enumerate(ids)}

@@ -165,15 +165,15 @@ def _numbers(shards: Sequence[webdataset.Shard], kept: Kept) -> list[int]:
     for number, shard in zip(numbers, shards, strict=True):
         if number >= 0 and number in first:
             raise UsageError(
-                f"shards {first[number]} and {shard.address} both go by the name of "
-                f"{kept.names[number]} of the run: give the one that was ranked"
+                f"shards {first[number]} and {shard.address} both match the shard "
+                f"{kept.names[number]} of the run: give only the one that was ranked"
             )
         first[number] = shard.address
     if len(kept.rows.key) and max(numbers, default=-1) < 0:
         raise UsageError(
             f"none of the {len(shards)} shards ({shards[0].address} first) has the name of one "
             f"that was ranked ({kept.names[0]} first): give those, or the run's subset.npy as "
-            "--subset, to go by uid alone"
+            "--subset, to match by uid alone"
         )
     return numbers
 

@@ -1,8 +1,10 @@
 "use strict";
-// Tabs, and plots that are drawn when their tab is first seen, in the colors of the page.
+// Tabs; plots, which are drawn when their tab is first seen, in the colors of the page; a legend that
+// fades the curves of other settings.
 (() => {
   const tabs = [...document.querySelectorAll('[role="tab"]')];
   const standIns = JSON.parse(document.getElementById("stand-ins").textContent);
+  const legend = [...document.querySelectorAll("[data-setting]")];
   const drawn = new Map();
 
   function colored(text) {
@@ -19,6 +21,18 @@
     const source = document.querySelector(`script[data-plot="${name}"]`);
     drawn.set(place, null);
     drawn.set(place, await Bokeh.embed.embed_item(JSON.parse(colored(source.textContent)), place.id));
+    fade();
+  }
+
+  // Bokeh draws what is not selected faintly, and everything in full if nothing is selected
+  function fade() {
+    const chosen = new Set(legend.filter((one) => one.ariaPressed === "true").map((one) => one.dataset.setting));
+    for (const view of [...drawn.values()].flatMap((views) => views ? [...views.roots] : [])) {
+      for (const { data_source: source } of view.model.renderers ?? []) {
+        const settings = [...(source.get_column("setting") ?? [])];
+        source.selected.indices = settings.flatMap((setting, row) => chosen.has(setting) ? [row] : []);
+      }
+    }
   }
 
   function show(tab) {
@@ -39,6 +53,13 @@
       const next = tabs[(number + step + tabs.length) % tabs.length];
       next.focus();
       show(next);
+    });
+  }
+
+  for (const one of legend) {
+    one.addEventListener("click", () => {
+      one.setAttribute("aria-pressed", String(one.ariaPressed !== "true"));
+      fade();
     });
   }
 

@@ -142,7 +142,7 @@ def test_shards_that_are_not_those_of_the_run_are_refused(tmp_path: Path) -> Non
 
     with pytest.raises(UsageError, match=r"none of the 2 shards \(x/5\.tar first\) has the name"):
         wanted("x/5.tar", "x/6.tar")
-    with pytest.raises(UsageError, match=r"x/0\.tar and y/0\.tar both go by the name"):
+    with pytest.raises(UsageError, match=r"x/0\.tar and y/0\.tar both match the shard"):
         wanted("x/0.tar", "y/0.tar")
     assert "1 shards of the run were not given" in wanted("x/0.tar").not_given()
     assert wanted("x/0.tar", "x/1.tar", "x/2.tar").not_given() == ""
