@@ -4,8 +4,8 @@ import doctest
 from pathlib import Path
 
 import numpy as np
-import pools
 import pytest
+from support import pools
 
 import d2filter
 from d2filter import api

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import faults
-import nodes
 import numpy as np
 import pytest
+from support import faults, ray_nodes
 
 from d2filter.formats import ranking
 from d2filter.formats.paths import Folder
@@ -26,8 +25,8 @@ PAIRS = 100
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[nodes.Cluster]:
-    found = nodes.Cluster()
+def cluster() -> Iterator[ray_nodes.Cluster]:
+    found = ray_nodes.Cluster()
     yield found
     found.close()
 
@@ -40,7 +39,7 @@ class Job:
     """whether it was still running when its first line came"""
 
 
-def demo(cluster: nodes.Cluster, out: Path, *, pairs: int = PAIRS) -> subprocess.Popen[str]:
+def demo(cluster: ray_nodes.Cluster, out: Path, *, pairs: int = PAIRS) -> subprocess.Popen[str]:
     """Submit the demo; before it begins it says where its code is."""
     words = ["demo", "--set", f"out-dir={out}", f"pairs={pairs}"]
     program = "import sys, d2filter; from jobs.run import main; print(d2filter.__file__); "
@@ -70,7 +69,7 @@ def ranked(out: Path) -> dict[str, list[Any]]:
 
 
 def test_a_job_is_refused_where_nodes_do_not_share_its_folder(
-    cluster: nodes.Cluster, tmp_path: Path
+    cluster: ray_nodes.Cluster, tmp_path: Path
 ) -> None:
     """And its line and its failure reach those who submitted it; so on any machine for another
     reason."""
@@ -87,18 +86,18 @@ def test_a_job_is_refused_where_nodes_do_not_share_its_folder(
     # its code was shipped: the tree that it was copied from is elsewhere, and hidden
     (code,) = {line for line in job.said.splitlines() if line.endswith("d2filter/__init__.py")}
     assert "working_dir_files" in code
-    assert not Path(code).is_relative_to(nodes.ROOT)
+    assert not Path(code).is_relative_to(ray_nodes.ROOT)
 
 
 @pytest.fixture(scope="module")
-def whole(cluster: nodes.Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Job]:
+def whole(cluster: ray_nodes.Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Job]:
     """The demo, undisturbed."""
     out = tmp_path_factory.mktemp("whole") / "o"
     return out, finish(demo(cluster, out))
 
 
 def test_a_job_streams_what_it_says_and_both_nodes_work_for_it(
-    cluster: nodes.Cluster, whole: tuple[Path, Job]
+    cluster: ray_nodes.Cluster, whole: tuple[Path, Job]
 ) -> None:
     out, job = whole
     assert job.code == 0, job.said
@@ -111,7 +110,7 @@ def test_a_job_streams_what_it_says_and_both_nodes_work_for_it(
     assert at == {cluster.head.name, cluster.second.name}
 
 
-def lose_second(cluster: nodes.Cluster, job: subprocess.Popen[str], marks: Path) -> None:
+def lose_second(cluster: ray_nodes.Cluster, job: subprocess.Popen[str], marks: Path) -> None:
     """Kill the second node at work, as soon as tasks have left marks."""
 
     def due() -> bool:
@@ -124,7 +123,7 @@ def lose_second(cluster: nodes.Cluster, job: subprocess.Popen[str], marks: Path)
 
 
 def test_a_job_whose_second_node_dies_gives_the_same_bits(
-    cluster: nodes.Cluster, whole: tuple[Path, Job], tmp_path: Path
+    cluster: ray_nodes.Cluster, whole: tuple[Path, Job], tmp_path: Path
 ) -> None:
     """A named run on the metadata that the demo has made, in as many partitions."""
     out, first = tmp_path / "o", whole[0] / SETTINGS[0]
@@ -144,7 +143,7 @@ def test_a_job_whose_second_node_dies_gives_the_same_bits(
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_a_demo_whose_second_node_dies_while_it_embeds_gives_the_same_bits(
-    cluster: nodes.Cluster, whole: tuple[Path, Job], tmp_path: Path
+    cluster: ray_nodes.Cluster, whole: tuple[Path, Job], tmp_path: Path
 ) -> None:
     cluster.revive()
     out = tmp_path / "o"
@@ -165,4 +164,4 @@ def test_a_demo_whose_second_node_dies_while_it_embeds_gives_the_same_bits(
 def test_this_machine_makes_namespaces_where_it_must() -> None:
     """CI says that it does, so that what is above is not weaker there unseen."""
     if os.environ.get("D2FILTER_NAMESPACES") == "1":
-        assert nodes.namespaces()
+        assert ray_nodes.namespaces()

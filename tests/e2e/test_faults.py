@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -10,10 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import faults
-import pools
 import pytest
-import shards
+from support import faults, pools, shard_files
+from support.runs import stats
 
 from d2filter.cli import main as cli
 
@@ -38,11 +36,6 @@ class Undisturbed:
     snapshots: int
 
 
-def samples(out: Path) -> dict[str, int]:
-    found: dict[str, int] = json.loads((out / "stats.json").read_text())["samples"]
-    return found
-
-
 def undisturbed(machines: faults.Machines, words: tuple[object, ...], out: Path) -> Undisturbed:
     command = faults.Command(machines, words, out)
     played = command.play()
@@ -51,7 +44,7 @@ def undisturbed(machines: faults.Machines, words: tuple[object, ...], out: Path)
     return Undisturbed(
         words=words,
         files=faults.files(out),
-        samples=samples(out),
+        samples=stats(out)["samples"],
         marks=marks,
         snapshots=snapshots,
     )
@@ -71,7 +64,7 @@ def same(out: Path, whole: Undisturbed) -> None:
     assert found.keys() == whole.files.keys()
     assert [name for name, content in found.items() if content != whole.files[name]] == []
     assert sum(name.startswith(("graph/", "ranking/")) for name in found) == 8
-    assert samples(out) == whole.samples
+    assert stats(out)["samples"] == whole.samples
     assert faults.unpublished(out) == []
     assert cli.main(["verify", str(out)]) == 0
 
@@ -117,9 +110,9 @@ def test_kills_while_shards_are_embedded_leave_no_trace(
 ) -> None:
     for number in range(4):
         content = [
-            m for i in range(80) for m in shards.members(f"{number}{i:04d}", 100 * number + i)
+            m for i in range(80) for m in shard_files.members(f"{number}{i:04d}", 100 * number + i)
         ]
-        shards.write(tmp_path / f"s/{number:05d}.tar", content)
+        shard_files.write(tmp_path / f"s/{number:05d}.tar", content)
     words = ("run", "--shards", tmp_path / "s", "--batch-size", 16, "--best-effort", *OPTIONS)
     whole = undisturbed(machines, words, tmp_path / "o")
     # all but the last within the four tasks that embed

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support import pools
+from support.runs import copy_of, run, stats
 
 import d2filter
-from d2filter.cli import main as cli
 from d2filter.formats import graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import RunState
@@ -25,10 +24,6 @@ N = 600
 POOL = pools.make(N, 8)
 SIZES = {"cat": 300, "dog": 200, "newt": 97, "olm": 3}
 LABELS = np.random.default_rng(3).permutation([name for name, n in SIZES.items() for _ in range(n)])
-
-
-def run(*words: Any) -> int:
-    return cli.main([str(word) for word in words])
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +62,9 @@ def kept_of(found: dict[str, int], size: int) -> dict[str, int]:
 
 
 def test_classes_have_edges_inside_and_their_share_of_every_budget(made: list[Path]) -> None:
-    stats = json.loads((made[1] / "stats.json").read_text())
-    assert (stats["graph"]["groups"], stats["graph"]["partitions"]) == (4, 4)
-    assert stats["rank"]["cut_edges"] == 0
+    figures = stats(made[1])
+    assert (figures["graph"]["groups"], figures["graph"]["partitions"]) == (4, 4)
+    assert figures["rank"]["cut_edges"] == 0
     for out in made:
         part = graph.read(Folder(str(out / "graph")))
         assert part.group is not None
@@ -109,7 +104,7 @@ def test_the_command_line_ranks_as_the_notebook_does(made: list[Path]) -> None:
 def test_other_budgets_and_methods_share_out_too(
     words: tuple[str, ...], made: list[Path], tmp_path: Path
 ) -> None:
-    outs = [shutil.copytree(out, tmp_path / out.name) for out in made]
+    outs = [copy_of(out, tmp_path) for out in made]
     for out in outs:
         assert run("rank", "--out-dir", out, "--overwrite", "rank", *words) == 0
         assert run("select", "--out-dir", out) == 0
@@ -145,9 +140,9 @@ def test_samples_without_a_class_are_bad_and_a_missing_column_is_said(
     metadata = pools.write(tmp_path / "m", POOL, columns={"label": labels})
     words = ("graph", "--metadata-dir", metadata, "--out-dir", tmp_path / "o")
     assert run(*words, "--group-column", "label") == 0
-    stats = json.loads((tmp_path / "o" / "stats.json").read_text())
-    assert stats["samples"]["bad"] == 2
-    assert stats["catalog"]["bad_reasons"] == {"no class": 2}
+    figures = stats(tmp_path / "o")
+    assert figures["samples"]["bad"] == 2
+    assert figures["catalog"]["bad_reasons"] == {"no class": 2}
     words = ("graph", "--metadata-dir", metadata, "--out-dir", tmp_path / "p")
     assert run(*words, "--group-column", "kind") == 1
     assert "has no column 'kind'" in capsys.readouterr().err
@@ -204,7 +199,7 @@ def test_a_class_that_is_searched_by_cells_and_both_directions(tmp_path: Path) -
         assert run("verify", out) == 0
         found.append(ranks(out))
     assert found[0] == found[1]
-    graphs = json.loads((tmp_path / "o1" / "stats.json").read_text())["graph"]
+    graphs = stats(tmp_path / "o1")["graph"]
     low, high = graphs["recall_ci"]
     assert low <= graphs["recall"] <= high
     assert graphs["worst_class_recall"] <= graphs["recall"]

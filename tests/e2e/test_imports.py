@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pools
 import pytest
+from support import pools
 
 import d2filter
 

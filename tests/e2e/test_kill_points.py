@@ -12,12 +12,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import faults
 import numpy as np
-import points
-import pools
 import pytest
-import shards
+from support import faults, kill_points, pools, shard_files
 
 from d2filter.cli import main as cli
 from d2filter.formats.paths import Folder
@@ -69,13 +66,13 @@ class Known:
 
 
 @pytest.fixture(scope="module")
-def killing() -> Iterator[points.Points]:
-    with points.points() as found:
+def killing() -> Iterator[kill_points.Points]:
+    with kill_points.points() as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def machines(killing: points.Points) -> Iterator[faults.Machines]:
+def machines(killing: kill_points.Points) -> Iterator[faults.Machines]:
     # one node: processes die here, machines in test_faults.py
     found = faults.Machines(nodes=1, cpus=2)
     yield found
@@ -93,9 +90,9 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
     for number in range(3):
         content = [
             m for i in range(40 * number, 40 * (number + 1))
-            for m in shards.members(f"{i:05d}", i, uid=uids[i])
+            for m in shard_files.members(f"{i:05d}", i, uid=uids[i])
         ]  # fmt: skip
-        shards.write(folder / f"s/{number:05d}.tar", content)
+        shard_files.write(folder / f"s/{number:05d}.tar", content)
     half = folder / "half.npy"
     np.save(half, np.array([from_hex(uid) for uid in uids[::2]], "u8,u8"))
     run = ("run", "--metadata-dir", plain, "--clip-scores", "0.01", *OPTIONS)
@@ -155,7 +152,7 @@ def play(
 @pytest.fixture(scope="module")
 def finished(
     machines: faults.Machines,
-    killing: points.Points,
+    killing: kill_points.Points,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[Scenario, Path], None]:
     """Copies what the first command of a scenario leaves; it is run once."""
@@ -178,7 +175,7 @@ def finished(
 @pytest.fixture(scope="module")
 def known(
     machines: faults.Machines,
-    killing: points.Points,
+    killing: kill_points.Points,
     scenarios: dict[str, Scenario],
     finished: Callable[[Scenario, Path], None],
     tmp_path_factory: pytest.TempPathFactory,
@@ -261,7 +258,7 @@ def test_a_kill_at_any_publication_or_removal_leaves_no_trace(
     name: str,
     seed: int,
     machines: faults.Machines,
-    killing: points.Points,
+    killing: kill_points.Points,
     known: Callable[[str], Known],
     tmp_path: Path,
 ) -> None:

@@ -6,12 +6,11 @@ import csv
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pools
-import pyarrow.parquet as pq
 import pytest
+from support import pools
+from support.runs import ranking_by_uid, run, stats
 
 from d2filter.algorithm.methods import selectors
 from d2filter.algorithm.scores import registry as scores
@@ -23,20 +22,6 @@ from d2filter.tools import sweep as sweeping
 pytestmark = pytest.mark.usefixtures("cluster")
 
 N = 900
-
-
-def run(*words: Any) -> int:
-    return cli.main([str(word) for word in words])
-
-
-def by_uid(out: Path) -> dict[str, np.ndarray]:
-    tables = [pq.read_table(p) for p in sorted((out / "ranking").glob("*.parquet"))]
-    columns = {
-        name: np.concatenate([t.column(name).to_numpy() for t in tables])
-        for name in ("uid_hi", "uid_lo", "rank", "difficulty", "final")
-    }
-    order = np.lexsort((columns["uid_lo"], columns["uid_hi"]))
-    return {name: values[order] for name, values in columns.items()}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +50,7 @@ def test_a_method_does_not_see_partitions_and_is_proven(method: str, made: list[
     found = []
     for out in made:
         assert run("rank", "--out-dir", out, *words) == 0
-        found.append(by_uid(out))
+        found.append(ranking_by_uid(out))
     for name, values in found[0].items():
         assert (values == found[1][name]).all(), name
     assert sorted(found[0]["rank"].tolist()) == list(range(N))
@@ -94,9 +79,9 @@ def test_a_ranking_of_another_method_is_no_proof_of_this_one(
 def test_the_hardest_and_copies_come_last_for_every_method(made: list[Path]) -> None:
     words = ("--method", "random", "--cut-hardest", "0.1", "--collapse-copies")
     assert run("rank", "--out-dir", made[0], "--overwrite", "rank", *words) == 0
-    counted = json.loads((made[0] / "stats.json").read_text())["rank"]["late"]
+    counted = stats(made[0])["rank"]["late"]
     late = counted["hardest"] + counted["copies"]
-    found = by_uid(made[0])
+    found = ranking_by_uid(made[0])
     stays = np.sort(found["difficulty"])[-91]  # the best of those that are not cut
     last = found["rank"] >= N - late
     assert late > 90
@@ -149,7 +134,7 @@ def test_an_option_of_one_method_is_read_by_it_and_refused_by_the_others(
         for words in ((), (option, value)):
             again = ("--method", method, *words, "--overwrite", "rank")
             assert run("rank", "--out-dir", made[0], *again) == 0
-            found.append(by_uid(made[0])["rank"])
+            found.append(ranking_by_uid(made[0])["rank"])
         assert (found[0] != found[1]).any()
         assert run("select", "--out-dir", made[0]) == 0
         assert run("verify", made[0]) == 0
@@ -164,7 +149,7 @@ def test_an_option_of_one_method_is_read_by_it_and_refused_by_the_others(
     # likeness that costs nothing leaves the score alone
     words = ("--method", "infomax", "--redundancy", 0, "--overwrite", "rank")
     assert run("rank", "--out-dir", made[0], *words) == 0
-    ranked = by_uid(made[0])
+    ranked = ranking_by_uid(made[0])
     assert (np.diff(ranked["difficulty"][np.argsort(ranked["rank"])]) <= 0).all()
     grid = sweeping.grid(["0.5"], method=["infomax", "d2", "score"], redundancy=[0.0, 2.0])
     assert [(c.method, c.redundancy) for c in grid.configs] == [
@@ -203,7 +188,7 @@ def test_a_sweep_ranks_as_rank_does_and_does_nothing_twice(
     # what the table says of a setting is true of its ranking
     one = ("--gamma", 3, "--n-neighbors", 1)
     assert run("rank", "--out-dir", out, "--overwrite", "rank", *one) == 0
-    found = by_uid(out)
+    found = ranking_by_uid(out)
     kept = found["rank"] < N // 2
     (row,) = [r for r in rows if r["setting"] == "d2 k=1 gamma=3.0" and r["fraction"] == "0.5"]
     assert float(row["score"]) == pytest.approx(found["difficulty"][kept].mean(), rel=1e-6)

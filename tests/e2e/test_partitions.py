@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
 import pyarrow as pa
 import pytest
 import ray
+from support import pools
+from support.runs import run, stats
 
 from d2filter.algorithm import features, uids
 from d2filter.algorithm.knn import calibrate
 from d2filter.algorithm.knn import in_memory as knn
-from d2filter.cli import main as cli
 from d2filter.formats import catalog, graph
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
@@ -30,15 +30,6 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 # cells although the pool is small, and refinement where it pays
 GRAPH = ("--n-neighbors", "4", "--exact-below", "100", "--target-recall", "0.9")
-
-
-def run(*words: Any) -> int:
-    return cli.main([str(word) for word in words])
-
-
-def stats(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "stats.json").read_text())
-    return found
 
 
 def lists(out: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

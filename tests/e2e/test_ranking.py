@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
 import pyarrow.parquet as pq
 import pytest
+from support import pools
+from support.runs import copy_of, ranking_by_uid, run, same_columns, stats
 
 from d2filter.algorithm.scores import registry as scores
-from d2filter.cli import main as cli
 from d2filter.engine.runner import Runner
 from d2filter.formats import graph
 from d2filter.formats.paths import Folder
@@ -21,33 +19,6 @@ from d2filter.formats.runstate import Plan, RunState
 from d2filter.stages.rank import actors
 
 pytestmark = pytest.mark.usefixtures("cluster")
-
-
-def run(*words: Any) -> int:
-    return cli.main([str(word) for word in words])
-
-
-def stats(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "stats.json").read_text())
-    return found
-
-
-def ranking(out: Path) -> dict[str, np.ndarray]:
-    """All columns in order of uid; the suppressor as its uid."""
-    tables = [pq.read_table(p) for p in sorted((out / "ranking").glob("*.parquet"))]
-    columns = {
-        name: np.concatenate([t.column(name).to_numpy() for t in tables])
-        for name in tables[0].column_names
-    }
-    by = columns.pop("suppressed_by")
-    for half in ("uid_hi", "uid_lo"):
-        columns[f"by_{half}"] = np.where(by >= 0, columns[half][by], 0)
-    order = np.lexsort((columns["uid_lo"], columns["uid_hi"]))
-    return {name: values[order] for name, values in columns.items()}
-
-
-def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    return all(np.array_equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +50,7 @@ def again(made: dict[int, Path]) -> Any:
 
 
 def test_partitions_cannot_be_seen_in_the_ranking(made: dict[int, Path]) -> None:
-    assert same(ranking(made[1]), ranking(made[4]))
+    assert same_columns(ranking_by_uid(made[1]), ranking_by_uid(made[4]))
     one, four = (stats(made[p])["rank"] for p in (1, 4))
     assert (one["partitions"], four["partitions"]) == (1, 4)
     assert one["supersteps"] == 1 < four["supersteps"]
@@ -118,13 +89,13 @@ def test_an_actor_killed_at_a_random_superstep(
     seed: int, made: dict[int, Path], again: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Odd seeds: with a snapshot after every superstep, from which the new actor goes on."""
-    before = ranking(made[1])
+    before = ranking_by_uid(made[1])
     monkeypatch.setattr(actors, "_SAVE_SECONDS", 0.0 if seed % 2 else 1e9)
     killer = Killer(monkeypatch, seed)
     out = again()
     assert killer.killed
     assert stats(out)["rank"]["restarts"] >= 1
-    assert same(ranking(out), before)
+    assert same_columns(ranking_by_uid(out), before)
 
 
 @pytest.fixture
@@ -158,7 +129,7 @@ def test_several_actors_killed_at_once(
     monkeypatch.setattr(actors._Driver, "_superstep", superstep)
     out = again()
     assert len(victims) <= stats(out)["rank"]["restarts"] <= 2 * len(victims) + 2
-    assert same(ranking(out), ranking(made[1]))
+    assert same_columns(ranking_by_uid(out), ranking_by_uid(made[1]))
 
 
 def test_an_error_in_an_actor_is_one_line_and_what_was_done_stays(
@@ -178,11 +149,13 @@ def test_an_error_in_an_actor_is_one_line_and_what_was_done_stays(
     monkeypatch.undo()
     # its marker says that the file is there: the way out that docs/reliability.md names
     assert run("rank", "--out-dir", made[4], "--overwrite", "rank") == 0
-    assert same(ranking(made[4]), ranking(made[1]))
+    assert same_columns(ranking_by_uid(made[4]), ranking_by_uid(made[1]))
 
 
 def test_memory_of_workers_leaves_no_trace(made: dict[int, Path], again: Any) -> None:
-    assert same(ranking(again("--memory-per-worker", "800MB")), ranking(made[1]))
+    assert same_columns(
+        ranking_by_uid(again("--memory-per-worker", "800MB")), ranking_by_uid(made[1])
+    )
 
 
 def test_partitions_without_edges_between_them(tmp_path: Path) -> None:
@@ -228,7 +201,7 @@ def test_an_actor_that_dies_again_and_again_is_given_up(
     assert len(said.strip().splitlines()[-1]) < 300
     monkeypatch.undo()
     assert run("rank", "--out-dir", made[4]) == 0
-    assert same(ranking(made[4]), ranking(made[1]))
+    assert same_columns(ranking_by_uid(made[4]), ranking_by_uid(made[1]))
 
 
 def test_a_driver_that_dies_goes_on_from_the_last_snapshots(
@@ -265,7 +238,7 @@ def test_a_driver_that_dies_goes_on_from_the_last_snapshots(
 
     monkeypatch.setattr(actors._Driver, "_superstep", count)
     assert run("rank", "--out-dir", made[4]) == 0
-    assert same(ranking(made[4]), ranking(made[1]))
+    assert same_columns(ranking_by_uid(made[4]), ranking_by_uid(made[1]))
     # three supersteps lie in the snapshots
     assert 0 < taken < whole_run
 
@@ -286,13 +259,13 @@ def test_a_driver_that_dies_goes_on_from_the_last_snapshots(
 def test_every_scheme_is_the_same_in_partitions_and_proven(
     scheme: tuple[str, ...], made: dict[int, Path], tmp_path: Path
 ) -> None:
-    published = ranking(made[1])
-    outs = [shutil.copytree(out, tmp_path / out.name) for out in made.values()]
+    published = ranking_by_uid(made[1])
+    outs = [copy_of(out, tmp_path) for out in made.values()]
     for out in outs:
         assert run("rank", "--out-dir", out, "--overwrite", "rank", *scheme) == 0
-    one, four = (ranking(out) for out in outs)
-    assert same(one, four)
-    assert not same(published, four)
+    one, four = (ranking_by_uid(out) for out in outs)
+    assert same_columns(one, four)
+    assert not same_columns(published, four)
     assert run("select", "--out-dir", outs[1]) == 0
     assert run("verify", outs[1]) == 0
 
@@ -300,7 +273,7 @@ def test_every_scheme_is_the_same_in_partitions_and_proven(
 def test_what_ranks_last_is_counted_and_comes_last(made: dict[int, Path], again: Any) -> None:
     # a tenth of the pool are exact copies, and those of 0.3 of the hardest are gone before
     out = again("--collapse-copies", "--cut-hardest", "0.3")
-    found = ranking(out)
+    found = ranking_by_uid(out)
     last = found["forward"] == -(2**62)
     late = stats(out)["rank"]["late"]
     assert late["hardest"] + late["copies"] == last.sum()
@@ -329,7 +302,7 @@ def test_fewer_neighbors_are_a_prefix_of_each_list(
     # a gamma that is fitted looks at the pairs too, and this catalog knows of none
     told = ("--gamma", 1)
     assert run("rank", "--out-dir", tmp_path, *told) == 0
-    assert same(ranking(tmp_path), ranking(again("--n-neighbors", 1, *told)))
+    assert same_columns(ranking_by_uid(tmp_path), ranking_by_uid(again("--n-neighbors", 1, *told)))
     again()
     assert run("rank", "--out-dir", made[4], "--n-neighbors", 4) == 2
     assert "n-neighbors is 4, the graph of" in capsys.readouterr().err
@@ -363,7 +336,7 @@ def test_more_partitions_than_processors_and_empty_ones(tmp_path: Path) -> None:
         assert run(*words, "--best-effort", "--out-dir", out, "--partitions", partitions) == 0
         assert run("verify", out) == 0
     assert 0 in stats(tmp_path / "o24")["graph"]["partition_rows"]
-    assert same(ranking(tmp_path / "o1"), ranking(tmp_path / "o24"))
+    assert same_columns(ranking_by_uid(tmp_path / "o1"), ranking_by_uid(tmp_path / "o24"))
 
 
 def test_a_scheme_that_does_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import shards as made
-from flaky_proxy import FlakyProxy
+from support import shard_files
+from support.flaky_proxy import FlakyProxy
 
 from d2filter.formats import remote, retry, webdataset
 from d2filter.formats.paths import Folder
@@ -28,10 +28,6 @@ moto = pytest.importorskip("moto.server")
 SHARDS = 4
 SAMPLES = 30  # a shard
 PICTURE = 40_000  # bytes
-
-
-def nothing(done: int) -> None:
-    """Progress that nobody looks at."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +57,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(SAMPLES):
             told = json.dumps({"uid": f"{number:016x}{i:016x}"}).encode()
             files += [(f"{i}.jpg", rng.bytes(PICTURE)), (f"{i}.txt", b"x"), (f"{i}.json", told)]
-        made.write(folder / f"{number}.tar", files)
+        shard_files.write(folder / f"{number}.tar", files)
     return folder
 
 
@@ -75,7 +71,9 @@ def prepared(shards: list[webdataset.Shard], out: Folder) -> list[PlacedSamples]
     state.publish_json("work/shards.json", listed)
     placing = Placing(subset, shard_size=25, shuffle=3)
     for number, shard in enumerate(shards):
-        stage.find(report=nothing, state=state, shards=[shard], first=number, number=number)
+        stage.find(
+            report=lambda done: None, state=state, shards=[shard], first=number, number=number
+        )
         own = np.array([pair for pair in pairs if pair[0] == number], np.uint64)
         placing.add(own[:, 0], own[:, 1])
     return placing.close()
@@ -83,7 +81,7 @@ def prepared(shards: list[webdataset.Shard], out: Folder) -> list[PlacedSamples]
 
 def written(out: Folder, new: list[PlacedSamples]) -> list[bytes]:
     for number, rows in enumerate(new):
-        stage.write(report=nothing, out=out, number=number, rows=rows, private={})
+        stage.write(report=lambda done: None, out=out, number=number, rows=rows, private={})
     contents = []
     for number in range(len(new)):
         with out.reading(f"{number:08d}.tar") as stream:
@@ -116,7 +114,7 @@ def test_only_what_is_kept_is_asked_for_and_a_failing_server_changes_nothing(
     monkeypatch.setattr(remote.RangeReader, "_fetch", counted)
     monkeypatch.setattr("d2filter.formats.tarwriter._APART_ELSEWHERE", 1100)
     for number, rows in enumerate(new):
-        stage.write(report=nothing, out=out, number=number, rows=rows, private={})
+        stage.write(report=lambda done: None, out=out, number=number, rows=rows, private={})
     ranges = [size for path, size in asked if path.startswith("pool/in/")]
     # at one go a picture, its caption and its json, with the headers between them
     most = PICTURE + 2048 + 1024

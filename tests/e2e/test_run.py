@@ -12,22 +12,17 @@ import time
 from pathlib import Path
 
 import numpy as np
-import oracle
-import pools
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support import oracle, pools
+from support.runs import copy_of, run, stats
 
 import d2filter
-from d2filter.cli.main import main
 from d2filter.formats import uid as uid_format
 from d2filter.stages.catalog import build as catalog_stage
 
 pytestmark = pytest.mark.usefixtures("cluster")
-
-
-def run(*words: object) -> int:
-    return main([str(word) for word in words])
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +33,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
     words = ("--metadata-dir", folder / "metadata", "--n-neighbors", 5)
     assert run("run", *words, "--out-dir", folder / "out") == 0
     return folder
-
-
-def copy_of(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished / "out", tmp_path / "out"))
-
-
-def stats(out: Path) -> dict:
-    return json.loads((out / "stats.json").read_text())
 
 
 def table(out: Path, name: str) -> dict[str, np.ndarray]:
@@ -86,7 +73,7 @@ def test_the_run_directory_is_complete(finished: Path) -> None:
 
 def test_recall_and_ranking_against_independent_code(finished: Path, tmp_path: Path) -> None:
     """Done means: recall@5 ≥ 0.95, and the ranking of the written graph is the sequential one."""
-    out = copy_of(finished, tmp_path)
+    out = copy_of(finished / "out", tmp_path)
     published = ("--kernel", "rbf", "--gamma", 1, "--collapse-copies", "none")
     assert run("rank", "--out-dir", out, *published, "--overwrite", "rank") == 0
     graph, ranking = table(out, "graph"), table(out, "ranking")
@@ -186,7 +173,7 @@ def test_stages_run_alone(finished: Path, tmp_path: Path) -> None:
 
 
 def test_select_other_budgets_from_one_ranking(finished: Path, tmp_path: Path) -> None:
-    out = copy_of(finished, tmp_path)
+    out = copy_of(finished / "out", tmp_path)
     kept = {}
     for words in (("--fraction", "0.5"), ("--budget", "123"), ("--fraction", "1")):
         started = time.monotonic()
@@ -206,7 +193,7 @@ def test_select_other_budgets_from_one_ranking(finished: Path, tmp_path: Path) -
 
 
 def test_several_budgets_of_one_ranking_are_nested_files(finished: Path, tmp_path: Path) -> None:
-    out = copy_of(finished, tmp_path)
+    out = copy_of(finished / "out", tmp_path)
     assert run("select", "--out-dir", out, "--fraction", "0.3,0.1,0.125") == 0
     assert sorted(p.name for p in (out / "subsets").iterdir()) == [
         "d2_l14_10_percent.npy", "d2_l14_12.5_percent.npy", "d2_l14_30_percent.npy"
@@ -231,7 +218,7 @@ def test_several_budgets_of_one_ranking_are_nested_files(finished: Path, tmp_pat
 def test_the_same_command_again_does_nothing(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = copy_of(finished, tmp_path)
+    out = copy_of(finished / "out", tmp_path)
     outputs = [out / "graph/part-00000.parquet", out / "subset.npy"]
     before = [path.stat().st_mtime_ns for path in outputs]
     words = ("--metadata-dir", finished / "metadata", "--n-neighbors", 5, "--out-dir", out)
@@ -245,7 +232,7 @@ def test_the_same_command_again_does_nothing(
 def test_a_contradiction_names_what_differs(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = copy_of(finished, tmp_path)
+    out = copy_of(finished / "out", tmp_path)
     words = ("run", "--metadata-dir", finished / "metadata", "--out-dir", out)
     assert run(*words, "--n-neighbors", 4) == 1
     assert "n_neighbors was 5 and is 4" in capsys.readouterr().err
@@ -262,7 +249,7 @@ def test_a_contradiction_names_what_differs(
 def test_a_mistake_beside_overwrite_costs_nothing(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = copy_of(finished, tmp_path)
+    out = copy_of(finished / "out", tmp_path)
     before = sorted(p for p in out.rglob("*") if p.is_file() and "logs" not in p.parts)
     words = ("--overwrite", "catalog", "--out-dir", out)
     assert run("run", "--metadata-dir", tmp_path / "typo", *words) == 1
@@ -275,7 +262,7 @@ def test_a_mistake_beside_overwrite_costs_nothing(
 def test_options_of_a_catalog_made_before_are_not_ignored(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = copy_of(finished, tmp_path)
+    out = copy_of(finished / "out", tmp_path)
     assert run("run", "--out-dir", out, "--n-neighbors", 5) == 0
     assert run("run", "--out-dir", out, "--n-neighbors", 5, "--feature-type", "image") == 1
     assert "feature_type was 'image|text' and is 'image'" in capsys.readouterr().err
@@ -314,7 +301,7 @@ def test_nothing_of_an_earlier_attempt_is_left(
 
 
 def test_lost_figures_are_written_again(finished: Path, tmp_path: Path) -> None:
-    out = copy_of(finished, tmp_path)
+    out = copy_of(finished / "out", tmp_path)
     for name in ("stats.json", "config.json", "subset.npy"):
         (out / name).unlink()
     assert run("select", "--out-dir", out) == 0

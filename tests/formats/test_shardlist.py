@@ -8,9 +8,9 @@ from pathlib import Path
 
 import braceexpand
 import pytest
-import shards as made
 from hypothesis import given
 from hypothesis import strategies as st
+from support import shard_files
 
 from d2filter.errors import InputError, UsageError
 from d2filter.formats import braces, shardlist, webdataset
@@ -18,21 +18,21 @@ from d2filter.formats.paths import Folder
 
 
 def test_a_shard_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
-    made.write(tmp_path / os.fsdecode(b"\xff.tar"), [])
+    shard_files.write(tmp_path / os.fsdecode(b"\xff.tar"), [])
     with pytest.raises(InputError, match=r"dcff\.tar has a name that is no UTF-8"):
         webdataset.list_shards([str(tmp_path)])
 
 
 def test_names_with_brackets_are_taken_literally_where_they_exist(tmp_path: Path) -> None:
     for folder in ("my [sh] 1", "plain {x}"):
-        made.write(tmp_path / folder / "0.tar", [])
+        shard_files.write(tmp_path / folder / "0.tar", [])
         assert len(webdataset.list_shards([str(tmp_path / folder)])) == 1
         assert len(webdataset.list_shards([str(tmp_path / folder / "0.tar")])) == 1
 
 
 def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(30):
-        made.write(tmp_path / f"{i:02d}.tar", [])
+        shard_files.write(tmp_path / f"{i:02d}.tar", [])
     listed = []
     plain = Folder.files
 
@@ -48,7 +48,7 @@ def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_patterns(tmp_path: Path) -> None:
     for name in ("00", "01", "02", "10"):
-        made.write(tmp_path / f"{name}.tar", [])
+        shard_files.write(tmp_path / f"{name}.tar", [])
     (tmp_path / "01_stats.json").write_text("{}")
 
     def names(*patterns: str) -> list[str]:
@@ -68,13 +68,13 @@ def test_patterns(tmp_path: Path) -> None:
 
 def test_shards_of_one_name_in_two_folders_stay_apart(tmp_path: Path) -> None:
     for folder in ("x", "y"):
-        made.write(tmp_path / folder / "0.tar", [])
+        shard_files.write(tmp_path / folder / "0.tar", [])
     got = webdataset.list_shards([str(tmp_path / "x"), str(tmp_path / "y")])
     assert len({s.name for s in got}) == 2
 
 
 def empty(path: Path) -> str:
-    return str(made.write(path, []))
+    return str(shard_files.write(path, []))
 
 
 def test_no_two_shards_of_a_run_have_one_name() -> None:

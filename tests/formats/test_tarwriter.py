@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import shards as made
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support import shard_files
 
 from d2filter.formats import tarwriter
 from d2filter.formats.paths import Folder
@@ -50,7 +50,7 @@ FILES = [
 def test_members_written_in_any_order_make_the_same_archive(
     tmp_path: Path, order: tuple[int, ...]
 ) -> None:
-    assert published(tmp_path, FILES, list(order)) == made.tar(FILES)
+    assert published(tmp_path, FILES, list(order)) == shard_files.tar(FILES)
     assert (tmp_path / "00000003_stats.json").read_text() == '{\n  "successes": 2\n}\n'
 
 
@@ -103,7 +103,7 @@ def test_members_are_copied_whatever_lies_between_them(
         writer = tarwriter.Writer(out.fileno(), members)
         writer.copy(source, places, on_disk=on_disk)
         writer.finish()
-        assert out.read() == made.tar(files)
+        assert out.read() == shard_files.tar(files)
     assert all(end - begin <= run for begin, end in source.ranges)
     asked = {byte for at, size in pieces for byte in range(at, at + size)}
     near = {byte + d for byte in (at + size for at, size in pieces) for d in range(apart + 1)}
@@ -138,4 +138,4 @@ def test_what_the_system_writes_only_in_part_is_written_on(
         return whole(file, [b"".join(pieces)[:700]], at)
 
     monkeypatch.setattr(os, "pwritev", some)
-    assert published(tmp_path, FILES, [2, 3, 0, 1]) == made.tar(FILES)
+    assert published(tmp_path, FILES, [2, 3, 0, 1]) == shard_files.tar(FILES)

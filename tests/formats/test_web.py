@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from webserver import WebServer
+from support.web_server import WebServer
 
 from d2filter.errors import DependencyError, InputError, StorageError, UsageError
 from d2filter.formats import content_hash, remote, retry, shardlist, webdataset

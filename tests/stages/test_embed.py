@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import shards as made
 from PIL import Image
+from support import shard_files
 
 from d2filter.config import EmbedConfig
 from d2filter.errors import UsageError
@@ -51,18 +51,12 @@ def sample(content: bytes, key: str = "a") -> Sample:
     return Sample(key=key, image=content, caption="x")
 
 
-def saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    picture.save(stream, kind, **options)
-    return stream.getvalue()
-
-
 @pytest.mark.parametrize(("bound", "ahead"), [(1 << 30, 17), (10_000, 9)])
 def test_encoded_pictures_wait_within_bounds(
     monkeypatch: pytest.MonkeyPatch, bound: int, ahead: int
 ) -> None:
     monkeypatch.setattr(decode, "_AHEAD_BYTES", bound)
-    picture = made.picture(1).ljust(1250, b"\0")[:1250]
+    picture = shard_files.picture(1).ljust(1250, b"\0")[:1250]
     begun = 0
     most = 0
 
@@ -90,8 +84,8 @@ def test_the_next_batch_is_made_ready_while_the_model_runs(
 
     files: list[tuple[str, bytes]] = []
     for i in range(21):
-        files += made.members(f"{i:03d}", i)
-    made.write(tmp_path / "0.tar", files)
+        files += shard_files.members(f"{i:03d}", i)
+    shard_files.write(tmp_path / "0.tar", files)
     (shard,) = list_shards([str(tmp_path / "0.tar")])
     config = EmbedConfig(shards=(str(tmp_path),), batch_size=4)
     model = embed._load(config)
@@ -147,17 +141,17 @@ def test_fast_decoding_keeps_the_side_that_was_asked_for(
         got.append(picture.size)
         return first_pixel(picture)
 
-    one = sample(saved(Image.new("RGB", size, "red"), kind))
+    one = sample(shard_files.encoded(Image.new("RGB", size, "red"), kind))
     (ready,) = decoded(iter([one]), transform, fast_decode=True)  # of 200 pixels: keeps 400
     assert got == [seen]
     assert (ready.width, ready.height) == size
 
 
 def test_fast_decoding_leaves_embeddings_near_and_is_another_making(tmp_path: Path) -> None:
-    picture = Image.open(io.BytesIO(made.picture(3))).convert("RGB").resize((900, 700))
+    picture = Image.open(io.BytesIO(shard_files.picture(3))).convert("RGB").resize((900, 700))
     stream = io.BytesIO()
     picture.save(stream, "JPEG")
-    made.write(tmp_path / "0.tar", [("a.jpg", stream.getvalue()), ("a.txt", b"a red star")])
+    shard_files.write(tmp_path / "0.tar", [("a.jpg", stream.getvalue()), ("a.txt", b"a red star")])
     (shard,) = list_shards([str(tmp_path / "0.tar")])
     rows = []
     for fast in (False, True):
@@ -173,7 +167,7 @@ def test_fast_decoding_leaves_embeddings_near_and_is_another_making(tmp_path: Pa
 def test_a_model_that_fails_ends_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from d2filter.models import clip
 
-    made.write(tmp_path / "0.tar", made.members("a", 1) + made.members("b", 2))
+    shard_files.write(tmp_path / "0.tar", shard_files.members("a", 1) + shard_files.members("b", 2))
     (shard,) = list_shards([str(tmp_path / "0.tar")])
 
     def fail(self: Any, batch: clip.Batch) -> Any:
@@ -207,7 +201,8 @@ def test_pictures_in_memory_at_once_are_bounded(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(decode, "_BYTES_A_PIXEL", {})
     sizes = [40] * 6 + [20] * 24 + [40] * 6
     samples = [
-        sample(made.png(Image.new("RGB", (size, size))), str(i)) for i, size in enumerate(sizes)
+        sample(shard_files.png(Image.new("RGB", (size, size))), str(i))
+        for i, size in enumerate(sizes)
     ]
     got = list(decoded(iter(samples), transform, max_pixels=40 * 40))
     assert [item.sample.key for item in got] == [str(i) for i in range(36)]
@@ -253,13 +248,15 @@ def test_decoding_takes_no_more_memory_than_is_asked_for(tmp_path: Path) -> None
     deep = np.arange(wide * high, dtype=np.uint32).astype(np.uint16).reshape(high, wide)
     layered = Image.new("RGBA", size, (9, 8, 7, 6))
     kinds = {
-        "small": made.picture(1),
-        "gray16.png": saved(Image.fromarray(deep), "PNG", compress_level=1),
-        "rgba.png": saved(layered, "PNG", compress_level=1),
-        "progressive.jpg": saved(layered.convert("RGB"), "JPEG", progressive=True, subsampling=0),
-        "rgba.webp": saved(layered, "WEBP", method=0),
-        "rgba.tiff": saved(layered, "TIFF", compression="tiff_lzw"),
-        "rgba.avif": saved(layered, "AVIF", speed=10),
+        "small": shard_files.picture(1),
+        "gray16.png": shard_files.encoded(Image.fromarray(deep), "PNG", compress_level=1),
+        "rgba.png": shard_files.encoded(layered, "PNG", compress_level=1),
+        "progressive.jpg": shard_files.encoded(
+            layered.convert("RGB"), "JPEG", progressive=True, subsampling=0
+        ),
+        "rgba.webp": shard_files.encoded(layered, "WEBP", method=0),
+        "rgba.tiff": shard_files.encoded(layered, "TIFF", compression="tiff_lzw"),
+        "rgba.avif": shard_files.encoded(layered, "AVIF", speed=10),
     }
     for name, content in kinds.items():
         (tmp_path / name).write_bytes(content)
@@ -286,8 +283,13 @@ def test_pictures_with_too_many_pixels_are_bad_and_say_so() -> None:
 
     assert config.MAX_PIXELS == Image.MAX_IMAGE_PIXELS
     large, fair = Image.new("L", (101, 100)), Image.new("L", (100, 100))
-    contents = [made.png(large), made.png(fair), saved(large, "WEBP"), saved(large, "TIFF")]
-    contents.append(made.png(Image.new("L", (300, 300))))  # which Pillow refuses by itself
+    contents = [
+        shard_files.png(large),
+        shard_files.png(fair),
+        shard_files.encoded(large, "WEBP"),
+        shard_files.encoded(large, "TIFF"),
+    ]
+    contents.append(shard_files.png(Image.new("L", (300, 300))))  # which Pillow refuses by itself
     got = list(decoded((sample(c, str(i)) for i, c in enumerate(contents)), max_pixels=10_000))
     assert [getattr(item, "reason", "") for item in got] == [
         "too many pixels", "", "too many pixels", "too many pixels", "too many pixels"
@@ -336,14 +338,14 @@ def test_what_is_no_picture_that_is_read_is_named(begin: bytes, reason: str, sai
 
 @pytest.mark.parametrize("kind", ["AVIF", "TIFF", "JPEG", "PNG", "WEBP", "GIF", "BMP"])
 def test_formats_are_read_by_their_content(kind: str) -> None:
-    picture = Image.open(io.BytesIO(made.picture(1)))
-    (got,) = decoded(iter([sample(saved(picture, kind))]))
+    picture = Image.open(io.BytesIO(shard_files.picture(1)))
+    (got,) = decoded(iter([sample(shard_files.encoded(picture, kind))]))
     assert (got.width, got.height) == picture.size
 
 
 def translucent(mode: str) -> Image.Image:
     """A square picture of a mode, with what lies below transparent pixels in another color."""
-    base = Image.open(io.BytesIO(made.picture(4))).convert("RGB").resize((300, 300))
+    base = Image.open(io.BytesIO(shard_files.picture(4))).convert("RGB").resize((300, 300))
     mask = Image.new("L", base.size, 255)
     mask.paste(0, (60, 40, 250, 200))
     mask.paste(99, (10, 210, 200, 290))
@@ -377,7 +379,7 @@ def test_pictures_are_seen_as_open_clips_training_sees_them(mode: str) -> None:
     import torch
     import webdataset as wds
 
-    content = saved(translucent(mode), MODES[mode])
+    content = shard_files.encoded(translucent(mode), MODES[mode])
     whole = open_clip.transform.AugmentationCfg(scale=(1.0, 1.0))
     train = open_clip.image_transform(64, is_train=True, aug_cfg=whole)
     extension = "jpg" if MODES[mode] == "JPEG" else "png"
@@ -401,7 +403,7 @@ def test_transparent_pictures_are_put_on_a_ground(mode: str, alpha: str, value: 
         return first_pixel(picture)
 
     picture = translucent(mode)
-    (got,) = decoded(iter([sample(saved(picture, "PNG"))]), transform, alpha=alpha)
+    (got,) = decoded(iter([sample(shard_files.encoded(picture, "PNG"))]), transform, alpha=alpha)
     assert got.alpha
     layered = np.asarray(picture.convert("RGBA")).astype(float)
     share = layered[..., 3:] / 255
@@ -412,12 +414,12 @@ def test_transparent_pictures_are_put_on_a_ground(mode: str, alpha: str, value: 
 
 
 def test_opaque_pictures_have_no_alpha_whatever_their_mode() -> None:
-    opaque = Image.open(io.BytesIO(made.picture(1))).convert("RGBA")
-    (got,) = decoded(iter([sample(made.png(opaque))]))
+    opaque = Image.open(io.BytesIO(shard_files.picture(1))).convert("RGBA")
+    (got,) = decoded(iter([sample(shard_files.png(opaque))]))
     assert not got.alpha
     # 16 bits of gray with a transparent value: Pillow cannot layer it
     deep = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257)
-    (got,) = decoded(iter([sample(saved(deep, "PNG", transparency=0))]))
+    (got,) = decoded(iter([sample(shard_files.encoded(deep, "PNG", transparency=0))]))
     assert isinstance(got, decode.Ready)
 
 
@@ -431,7 +433,7 @@ def test_deep_gray_is_scaled_in_parts_as_whole(monkeypatch: pytest.MonkeyPatch, 
         seen.append(np.asarray(picture))
         return first_pixel(picture)
 
-    list(decoded(iter([sample(saved(Image.fromarray(values), kind))]), transform))
+    list(decoded(iter([sample(shard_files.encoded(Image.fromarray(values), kind))]), transform))
     assert (seen[0] == values // 257).all()
     wide = Image.fromarray(values.astype(np.int32) * 3 - 40_000)
     whole = (np.asarray(wide).astype(np.float64) / 257).clip(0, 255).astype("u1")
@@ -445,7 +447,7 @@ def test_pictures_of_one_color_are_counted() -> None:
     spot = Image.new("RGB", (64, 64), "white")
     spot.paste("black", (30, 30, 40, 40))
     flat = [Image.new("RGBA", (50, 40), (9, 9, 9, 0)), Image.new("L", (70, 70), 255), spot]
-    samples = [sample(made.png(picture)) for picture in flat]
+    samples = [sample(shard_files.png(picture)) for picture in flat]
     assert [got.one_color for got in decoded(iter(samples), transform)] == [True, True, False]
 
 
@@ -465,20 +467,20 @@ embed.embed_shard(report=lambda done: None, out=Folder(out), shard=shard_at(shar
 
 def test_the_ledger_of_a_dirty_shard_is_the_same_in_every_run(tmp_path: Path) -> None:
     """To the last byte: messages hold no addresses, and no order of threads."""
-    jpg = made.picture(1)
+    jpg = shard_files.picture(1)
     bad = {
         "noise": bytes(range(256)), "cut": jpg[:300], "html": b"<html>", "gif": b"GIF89a",
         "jp2": b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(99), "tiff": b"II*\0" + bytes(50),
         "webp": b"RIFF....WEBPVP8 ", "bmp": b"BM" + bytes(60), "png": b"\x89PNG\r\n\x1a\n",
         "avif": b"\0\0\0\x20ftypavif" + bytes(40),
     }  # fmt: skip
-    files = made.members("whole", 1)
+    files = shard_files.members("whole", 1)
     for key, content in bad.items():
         files += [(f"{key}.jpg", content), (f"{key}.txt", b"x")]
     for key, text in (("half", b'{"a":'), ("list", b"[]"), ("deep", b"[" * 99_999)):
         files += [(f"{key}.jpg", jpg), (f"{key}.json", text)]
     files += [("latin.jpg", jpg), ("latin.txt", b"\xff"), ("a.b.jpg", jpg), ("c.txt", b"x")]
-    path = made.write(tmp_path / "0.tar", files)
+    path = shard_files.write(tmp_path / "0.tar", files)
     for out in ("o", "p"):
         words = [sys.executable, "-c", REPEAT, str(path), str(tmp_path / out)]
         subprocess.run(words, check=True, timeout=120)
@@ -490,7 +492,7 @@ def test_the_ledger_of_a_dirty_shard_is_the_same_in_every_run(tmp_path: Path) ->
 
 
 def test_what_waits_for_its_batch_holds_no_encoded_picture() -> None:
-    picture = made.picture(1)
+    picture = shard_files.picture(1)
     (ready,) = decoded(iter([sample(picture)]))
     assert ready.sample.image == b""
     assert embed._row(ready, shard())["sha256"] == hashlib.sha256(picture).hexdigest()

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
 import pytest
+from support import pools
 
 from d2filter.algorithm.measures import selfcheck as checks
 from d2filter.cli.main import main

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
 import pytest
+from support import pools
 
 from d2filter.cli.main import main
 from d2filter.formats.paths import Folder

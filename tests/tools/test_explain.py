@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
-import pools
 import pyarrow.parquet as pq
 import pytest
+from support import oracle, pools
+from support.runs import ranking_columns, stats
 
 from d2filter.cli.main import main
 from d2filter.formats import graph, ranking, sparse
@@ -38,17 +38,12 @@ def run(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
     return folder / "o"
 
 
-def columns(out: Path) -> dict[str, np.ndarray]:
-    parts = list(ranking.iter_columns(Folder(str(out)).sub("ranking")))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
 def test_every_figure_is_that_of_the_files_and_adds_up(run: Path) -> None:
     folder = Folder(str(run))
-    r, g = columns(run), graph.read(folder.sub("graph"))
+    r, g = ranking_columns(run), graph.read(folder.sub("graph"))
     hexes = uid_format.to_hex(r["uid_hi"], r["uid_lo"])
-    stats = json.loads((run / "stats.json").read_text())
-    rank = stats["rank"]
+    figures = stats(run)
+    rank = figures["rank"]
     low, high = r["difficulty"].min(), r["difficulty"].max()
     normalized = (r["difficulty"].astype(float) - low) / (float(high) - low)
     sigma = np.maximum(g.sqdist[:, -1], np.float32(rank["gamma_floor"])).astype(float)
@@ -82,7 +77,7 @@ def test_every_figure_is_that_of_the_files_and_adds_up(run: Path) -> None:
 
 def test_a_sample_alone_is_explained_as_among_all(run: Path) -> None:
     folder = Folder(str(run))
-    r = columns(run)
+    r = ranking_columns(run)
     hexes = uid_format.to_hex(r["uid_hi"], r["uid_lo"])
     together = explain.explain(folder, hexes)
     for row in range(0, len(hexes), 7):
@@ -92,7 +87,7 @@ def test_a_sample_alone_is_explained_as_among_all(run: Path) -> None:
 def test_people_and_programs_are_told_the_same(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    r = columns(run)
+    r = ranking_columns(run)
     best = int(np.argmin(r["rank"]))
     worst = int(np.argmax(r["rank"]))
     uids = uid_format.to_hex(r["uid_hi"][[best, worst]], r["uid_lo"][[best, worst]])
@@ -151,7 +146,7 @@ def test_a_sample_is_told_from_others_with_its_uid(
 
 def test_only_what_holds_the_rows_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows in any order and repeated are those of the whole table, at one read a row group."""
-    whole = columns(run)
+    whole = ranking_columns(run)
     parts = sparse.Sparse(Folder(str(run)).sub("ranking"))
     reads: list[int] = []
     plain = sparse.Sparse._read
@@ -173,7 +168,7 @@ def test_many_samples_are_told_of_as_one_by_one_and_no_part_is_read_twice_for_it
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Folder(str(run))
-    r = columns(run)
+    r = ranking_columns(run)
     hexes = uid_format.to_hex(r["uid_hi"], r["uid_lo"])
     asked = [hexes[row] for row in (390, 5, 200, 5, 77, 0)]
     alone = [one for uid in asked for one in explain.explain(folder, [uid])]

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-import shards as made
 import webdataset as wds
+from support import shard_files
 
 from d2filter.cli.main import main
 from d2filter.formats import uid
@@ -22,23 +22,23 @@ def folder(tmp_path: Path) -> Path:
     root = tmp_path / "pictures"
     (root / "deep").mkdir(parents=True)
     for i in range(7):
-        (root / f"{i}.jpg").write_bytes(made.picture(i))
-        (root / f"{i}.txt").write_text(made.caption(i))
-    (root / "deep/a.png").write_bytes(made.black_png_with_alpha())
+        (root / f"{i}.jpg").write_bytes(shard_files.picture(i))
+        (root / f"{i}.txt").write_text(shard_files.caption(i))
+    (root / "deep/a.png").write_bytes(shard_files.black_png_with_alpha())
     (root / "deep/a.txt").write_text("Une étoile.\nde.utf8=Ein Stern.\n", "utf-8")
-    (root / "deep/b.WEBP").write_bytes(made.picture(9, "WEBP"))
+    (root / "deep/b.WEBP").write_bytes(shard_files.picture(9, "WEBP"))
     (root / "deep/b.json").write_text('{"caption": "from json", "url": "https://example.org/b"}')
     (root / "drawing.svg").write_text("<svg/>")
     (root / "drawing.txt").write_text("A drawing.")
     (root / "bare.svg").write_text("<svg/>")
-    (root / "alone.jpg").write_bytes(made.picture(20))
+    (root / "alone.jpg").write_bytes(shard_files.picture(20))
     (root / "broken.jpg").write_bytes(b"\xff\xd8 no")
     (root / "broken.txt").write_text("x")
     (root / "nothing.jpg").write_bytes(b"")
     (root / "nothing.txt").write_text("x")
-    (root / "silent.jpg").write_bytes(made.picture(21))
+    (root / "silent.jpg").write_bytes(shard_files.picture(21))
     (root / "silent.txt").write_text(" \n")
-    (root / "latin.jpg").write_bytes(made.picture(22))
+    (root / "latin.jpg").write_bytes(shard_files.picture(22))
     (root / "latin.txt").write_bytes(b"caf\xe9")
     (root / "orphan.txt").write_text("nobody")
     (root / "sound.ogg").write_bytes(b"x")
@@ -81,10 +81,10 @@ def test_webdataset_reads_what_was_packed(folder: Path, tmp_path: Path) -> None:
     assert by_caption["Une étoile."]["png"] == (folder / "deep/a.png").read_bytes()
     assert by_caption["from json"]["webp"] == (folder / "deep/b.WEBP").read_bytes()
     for i in range(7):
-        sample = by_caption[made.caption(i)]
+        sample = by_caption[shard_files.caption(i)]
         meta = json.loads(sample["json"])
         assert sample["jpg"] == (folder / f"{i}.jpg").read_bytes()
-        assert meta["uid"] == uid.content_uid(sample["jpg"], made.caption(i))
+        assert meta["uid"] == uid.content_uid(sample["jpg"], shard_files.caption(i))
         assert meta["sha256"] == hashlib.sha256(sample["jpg"]).hexdigest()
         assert (meta["width"], meta["original_height"], meta["status"]) == (64, 64, "success")
     stats = [json.loads(p.read_text()) for p in sorted((tmp_path / "out").glob("*_stats.json"))]
@@ -126,7 +126,7 @@ def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def one(root: Path, name: str, **sidecars: bytes) -> None:
-    (root / name).write_bytes(made.picture(len(name)))
+    (root / name).write_bytes(shard_files.picture(len(name)))
     for suffix, content in sidecars.items():
         (root / f"{Path(name).stem}.{suffix}").write_bytes(content)
 
@@ -171,7 +171,7 @@ def test_nothing_below_the_folder_is_lost_silently(tmp_path: Path) -> None:
     (root / "gone.jpg").symlink_to(tmp_path / "nowhere")
     os.mkfifo(root / "pipe.jpg")
     bad = os.fsencode(root) + b"/caf\xe9.jpg"
-    Path(os.fsdecode(bad)).write_bytes(made.picture(4))
+    Path(os.fsdecode(bad)).write_bytes(shard_files.picture(4))
     packed = pack.pack(root, Folder(str(tmp_path / "out")))
     assert packed.skipped == {
         "link to a folder (not followed)": 1,

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
 import pytest
+from support import pools
+from support.runs import stats
 
 from d2filter.cli import options
 from d2filter.cli.main import main
@@ -136,8 +137,8 @@ def test_the_counts_are_those_of_a_real_run(tmp_path: Path) -> None:
     words = ["run", "--metadata-dir", str(tmp_path / "m"), "--out-dir", str(tmp_path / "o")]
     more = ["--exact-below", "0", "--n-neighbors", "3", "--partitions", "4", "--target-recall"]
     assert main([*words, *more, "0.8"]) == 0
-    stats = json.loads((tmp_path / "o/stats.json").read_text())
-    graph = stats["graph"]
+    figures = stats(tmp_path / "o")
+    graph = figures["graph"]
     h = Habits(
         samples=3000,
         cells=graph["nlist"],
@@ -150,8 +151,8 @@ def test_the_counts_are_those_of_a_real_run(tmp_path: Path) -> None:
     steps = {step.name: step for step in cost_model.count(pool, h, 4)}
     # every step of the run is planned, and no other
     planned = {name for name, step in steps.items() if step.units}
-    assert planned - {"catalog", "select"} >= set(stats["seconds_detail"])
-    assert cost_model.parts_of(pool) == stats["catalog"]["parts"]
+    assert planned - {"catalog", "select"} >= set(figures["seconds_detail"])
+    assert cost_model.parts_of(pool) == figures["catalog"]["parts"]
     assert cost_model.habits_at(h, 3000, 3).cells == pytest.approx(graph["nlist"], rel=0.1)
     marks = tmp_path / "o/completions/graph"
     names = ("route", "find", "merge", "finish", "measure")

@@ -15,16 +15,16 @@ from typing import Any
 
 import fsspec
 import numpy as np
-import pools
 import pytest
-import shards as made
 from bokeh.models import ColumnDataSource
 from PIL import Image
+from support import pools, shard_files
+from support.runs import copy_of, ranking_columns
 
 from d2filter.algorithm.greedy import demoted
 from d2filter.cli.main import main
 from d2filter.errors import RunStateError, StorageError, UsageError
-from d2filter.formats import catalog, graph, ranking, webdataset
+from d2filter.formats import catalog, graph, webdataset
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import RunState
@@ -47,12 +47,12 @@ def made_run(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
     files: dict[int, list[tuple[str, bytes]]] = {0: [], 1: []}
     shard, key = [], []
     for i, uid in enumerate(pool["uid"]):
-        members = made.members(f"{i:05d}", i % 20, uid=uid)
+        members = shard_files.members(f"{i:05d}", i % 20, uid=uid)
         files[i % 2] += [members[0], (f"{i:05d}.txt", f"number {i} {EVIL}".encode()), members[2]]
         shard.append(str(folder / f"s{i % 2}.tar"))
         key.append(f"{i:05d}")
     for number, members in files.items():
-        made.write(folder / f"s{number}.tar", members)
+        shard_files.write(folder / f"s{number}.tar", members)
     pools.write(folder / "m", pool, files=2, columns={"shard": shard, "key": key})
     words = ["run", "--metadata-dir", str(folder / "m"), "--out-dir", str(folder / "o")]
     more = ["--n-neighbors", "4", "--partitions", "3", "--min-score", "0.65", "--no-report"]
@@ -63,18 +63,13 @@ def made_run(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
 
 @pytest.fixture
 def run(made_run: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made_run, tmp_path / "o"))
-
-
-def columns(out: Path) -> dict[str, np.ndarray]:
-    parts = list(ranking.iter_columns(Folder(str(out)).sub("ranking")))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return copy_of(made_run, tmp_path)
 
 
 def test_the_measures_are_those_of_the_whole_files(run: Path) -> None:
     folder = Folder(str(run))
     m = measures.measure(folder, 7)
-    rows, g = columns(run), graph.read(folder.sub("graph"))
+    rows, g = ranking_columns(run), graph.read(folder.sub("graph"))
     features = np.concatenate([p.features for p in catalog.iter_parts(folder.sub("catalog"))])
     order = np.lexsort((rows["uid_lo"], rows["uid_hi"]))
     assert m.whole
@@ -140,7 +135,7 @@ def test_a_large_pool_is_measured_on_samples_that_only_their_uids_choose(
     assert three.own.coverage == one.own.coverage
     assert three.first.rank.tolist() == list(range(5))
     assert three.last.rank.tolist() == list(range(N - 5, N))
-    whole = columns(run)
+    whole = ranking_columns(run)
     at = three.drawn.id
     np.testing.assert_array_equal(whole["uid_hi"][at], three.drawn.hi)
     page = Path(report.report(Folder(str(run)), each=0)).read_text()
@@ -150,7 +145,7 @@ def test_a_large_pool_is_measured_on_samples_that_only_their_uids_choose(
 def test_the_galleries_show_who_suppressed_whom(run: Path) -> None:
     folder = Folder(str(run))
     m = measures.measure(folder, 12)
-    rows = columns(run)
+    rows = ranking_columns(run)
     kept = set(m.drawn.id[m.drawn.kept].tolist())
     score = set(m.drawn.id[m.by_score.kept].tolist())
     titled = {one.title: one for one in gallery.choose(folder, m, 12)}
@@ -389,9 +384,11 @@ def test_a_twin_of_a_sample_is_not_shown_for_it(run: Path, made_run: Path, tmp_p
     galleries = gallery.choose(folder, measures.measure(folder, 4), 4)
     wanted = sorted({s.uid for g in galleries for group in g.groups for s in group})
     twins = [
-        m for n, uid in enumerate(wanted) for m in made.members(f"twin{n}", 19 - n % 3, uid=uid)
+        m
+        for n, uid in enumerate(wanted)
+        for m in shard_files.members(f"twin{n}", 19 - n % 3, uid=uid)
     ]
-    made.write(tmp_path / "t/a.tar", twins)
+    shard_files.write(tmp_path / "t/a.tar", twins)
     for n in (0, 1):
         shutil.copy(made_run.parent / f"s{n}.tar", tmp_path / f"t/s{n}.tar")
     by_key = albums.look_up(folder, galleries, [], True, print)
@@ -422,8 +419,8 @@ def test_a_storage_that_does_not_answer_is_asked_once(
 def test_pictures_go_by_shard_and_key_where_the_run_knows_them(tmp_path: Path) -> None:
     """Metadata may have its own uids."""
     pool = pools.make(60, 6)
-    files = [member for i in range(60) for member in made.members(f"{i:05d}", i % 10)]
-    shard = str(made.write(tmp_path / "s.tar", files))
+    files = [member for i in range(60) for member in shard_files.members(f"{i:05d}", i % 10)]
+    shard = str(shard_files.write(tmp_path / "s.tar", files))
     columns = {"shard": [shard] * 60, "key": [f"{i:05d}" for i in range(60)]}
     pools.write(tmp_path / "m", pool, columns=columns)
     words = ["run", "--metadata-dir", str(tmp_path / "m"), "--out-dir", str(tmp_path / "o")]
@@ -443,20 +440,20 @@ def test_pictures_go_by_shard_and_key_where_the_run_knows_them(tmp_path: Path) -
     assert "were not found in the shards" not in page
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", made.picture(1)[:300]])
+@pytest.mark.parametrize("content", [b"", b"no picture", shard_files.picture(1)[:300]])
 def test_what_cannot_be_decoded_is_no_thumbnail(content: bytes) -> None:
     assert albums.thumbnail(content) == b""
 
 
 def test_odd_pictures_have_thumbnails(monkeypatch: pytest.MonkeyPatch) -> None:
     for content in (
-        made.black_png_with_alpha(),
-        made.picture(2, "WEBP"),
-        made.picture(3, mode="L"),
+        shard_files.black_png_with_alpha(),
+        shard_files.picture(2, "WEBP"),
+        shard_files.picture(3, mode="L"),
     ):
         assert albums.thumbnail(content)
     monkeypatch.setattr(albums, "_MOST_PIXELS", 100)
-    assert albums.thumbnail(made.picture(1)) == b""
+    assert albums.thumbnail(shard_files.picture(1)) == b""
 
 
 def test_a_run_writes_its_report_and_another_budget_makes_it_again(

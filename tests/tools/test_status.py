@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
 import pyarrow.parquet as pq
 import pytest
+from support import pools
 
 from d2filter.cli.main import main
 from d2filter.formats import logs

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Case, graphs
+from support.graph_strategies import Case, graphs
 
 from d2filter.algorithm import quantile
 from d2filter.algorithm.greedy import (

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from strategies import Case, graphs
+from support.graph_strategies import Case, graphs
 
 from d2filter.algorithm import by_class, quantile
 from d2filter.algorithm.greedy import demoted, schemes

@@ -3,12 +3,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import greedy_in_one_piece as greedy
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
-from strategies import Case, graphs
+from support import greedy_in_one_piece as greedy
+from support import oracle
+from support.graph_strategies import Case, graphs
 
 from d2filter.algorithm.greedy import certificate, halo, in_memory, messages, schemes
 

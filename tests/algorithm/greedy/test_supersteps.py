@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Case, graphs
+from support import oracle
+from support.graph_strategies import Case, graphs
 
 from d2filter.algorithm.greedy import merge, messages, ranker, schemes
 from d2filter.algorithm.greedy import supersteps as kernel

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
+from support import oracle
 
 from d2filter.algorithm import features
 from d2filter.algorithm.knn import calibrate, cells, products, refine, sketch

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import oracle
 
 from d2filter.algorithm import features
 from d2filter.algorithm.knn import exact_lists, products, search

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from random import Random
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Case, graphs
+from support import oracle
+from support.graph_strategies import Case, graphs
 
 from d2filter.algorithm import uids
 from d2filter.algorithm.methods import baselines, geometric, selectors, submodular

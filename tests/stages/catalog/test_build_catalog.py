@@ -4,12 +4,12 @@ import uuid
 from pathlib import Path
 
 import numpy as np
-import pools
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import pools
 
 from d2filter.algorithm import features
 from d2filter.algorithm.scores import registry as scores

@@ -22,9 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import faults
+from support import faults
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (ROOT / "d2filter", ROOT / "jobs")
 
 _KINDS = ("--net", "--mount", "--pid", "--uts")

@@ -1,7 +1,7 @@
 """Kills processes at chosen points: before a file gets its final name, or before a removal.
 
-No hook in d2filter is needed: `kill_points/sitecustomize.py` installs an audit hook of Python in
-the driver and in every worker.
+d2filter needs no hook for this: `kill_points_hook/sitecustomize.py` installs an audit hook of
+Python in the driver and in every worker.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Points:
     @property
     def environment(self) -> dict[str, str]:
         """What a process needs in its environment to have points."""
-        here = str(Path(__file__).parent / "kill_points")
+        here = str(Path(__file__).parent / "kill_points_hook")
         path = os.environ.get("PYTHONPATH", "")
         return {
             "KILL_POINTS": str(self.place / "control.json"),
