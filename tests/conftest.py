@@ -68,18 +68,18 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-_write_report = commands._write_report
+_write_report = commands.write_report
 
 
 @pytest.fixture(scope="session", autouse=True)
 def few_reports() -> Iterator[None]:
     """Runs write no report, because a few hundred reports take minutes. `reports` turns them on."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, "_write_report", lambda work: None)
+        patch.setattr(commands, "write_report", lambda work: None)
         yield
 
 
 @pytest.fixture
 def reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of this test write a report."""
-    monkeypatch.setattr(commands, "_write_report", _write_report)
+    monkeypatch.setattr(commands, "write_report", _write_report)

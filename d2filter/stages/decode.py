@@ -25,14 +25,14 @@ from d2filter.models import clip
 
 _LONGEST_RATIO = 1000  # the transform scales the short side up: 1 × 60,000 would take gigabytes
 _DRAFT_TIMES = 2  # cosines to plain embeddings of 0.9999 on average (jobs/bench_embed.py)
-_AHEAD_BYTES = 512 << 20  # of encoded pictures that wait for a thread
+AHEAD_BYTES = 512 << 20  # of encoded pictures that wait for a thread
 _PICTURE_BYTES = 1 << 20  # of a file, more than most
 # bytes a pixel that decoders take at most, with what is made of the pixels before they are scaled;
 # measured at 42 megapixels with Pillow 13
-_BYTES_A_PIXEL = {"JPEG": 9, "MPO": 9, "PNG": 10, "BMP": 9, "GIF": 9, "WEBP": 18}
+BYTES_A_PIXEL = {"JPEG": 9, "MPO": 9, "PNG": 10, "BMP": 9, "GIF": 9, "WEBP": 18}
 _MOST_BYTES_A_PIXEL = 20  # of AVIF and TIFF
 _PROGRESSIVE = 6  # more, for the coefficients of the whole picture
-_ROWS = 1 << 20  # pixels of 16-bit gray that are scaled at once
+GRAY_PIXELS = 1 << 20  # pixels of 16-bit gray that are scaled at once
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF's tags
 
 
@@ -87,7 +87,7 @@ def bytes_at_once(config: EmbedConfig) -> int:
 
 def bytes_ahead(batch_size: int) -> int:
     """Bytes of the files that wait for a thread, two batches of them."""
-    return min(2 * batch_size * _PICTURE_BYTES, _AHEAD_BYTES)
+    return min(2 * batch_size * _PICTURE_BYTES, AHEAD_BYTES)
 
 
 def decoded(
@@ -110,7 +110,7 @@ def decoded(
                 size = len(sample.image)
                 waiting.append((size, pool.submit(_decode, sample, model, memory, config)))
                 ahead += size
-                while len(waiting) > 2 * config.batch_size or ahead > _AHEAD_BYTES:
+                while len(waiting) > 2 * config.batch_size or ahead > AHEAD_BYTES:
                     size, future = waiting.popleft()
                     ahead -= size
                     yield future.result()
@@ -199,7 +199,7 @@ def _pixels_of(picture: Any) -> int:
 
 def _bytes_of(picture: Any) -> int:
     """What its decoding may take."""
-    each = _BYTES_A_PIXEL.get(picture.format, _MOST_BYTES_A_PIXEL)
+    each = BYTES_A_PIXEL.get(picture.format, _MOST_BYTES_A_PIXEL)
     if picture.info.get("progressive"):
         each += _PROGRESSIVE
     return _pixels_of(picture) * each
@@ -269,7 +269,7 @@ def _eight_bit(picture: Any) -> Any:
 
     width, height = picture.size
     scaled = Image.new("L", (width, height))
-    rows = max(1, _ROWS // width)
+    rows = max(1, GRAY_PIXELS // width)
     for top in range(0, height, rows):
         part = np.asarray(picture.crop((0, top, width, min(top + rows, height))))
         eight = part.clip(0, 65535).astype(np.uint16) // 257

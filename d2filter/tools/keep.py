@@ -39,7 +39,7 @@ Subset = npt.NDArray[np.void]
 
 __all__ = ["Keep", "keep", "load_kept", "load_subset", "uid_of"]
 
-_KEYS_HELD = 250_000  # in memory, some 60 MB: loaders that mix shards go to and fro among them
+KEYS_HELD = 250_000  # in memory, some 60 MB: loaders that mix shards go to and fro among them
 
 
 def load_subset(subset: str | os.PathLike[str] | Subset) -> Subset:
@@ -185,7 +185,7 @@ class Keep:
             found = kept.of_shard(number).by_key() if number >= 0 else {}
             self._shards[url] = found
             self._held += 1 + len(found)
-            while self._held > _KEYS_HELD and len(self._shards) > 1:
+            while self._held > KEYS_HELD and len(self._shards) > 1:
                 self._held -= 1 + len(self._shards.popitem(last=False)[1])
         else:
             self._shards.move_to_end(url)

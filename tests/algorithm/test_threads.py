@@ -133,7 +133,7 @@ def test_threads_and_blocks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> No
     products.use_threads(1)
     expected = [one.tobytes() for one in results()]
     for module, name in (
-        (features, "_BLOCK"), (exact_lists, "_BLOCK"), (refine, "_LISTS"), (shortlist, "_MEASURED"),
+        (features, "BLOCK"), (exact_lists, "BLOCK"), (refine, "_LISTS"), (shortlist, "_MEASURED"),
         (shortlist, "_SETTLED"), (geometric, "_VALUES"), (geometric, "_RAISED"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, 7)

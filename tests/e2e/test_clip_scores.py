@@ -96,7 +96,7 @@ def test_clipping_is_by_rank_over_all_samples_whatever_the_layout(
     ):
         with monkeypatch.context() as patch:
             if small:
-                patch.setattr(catalog_stage, "_PART_BYTES", 6_000)
+                patch.setattr(catalog_stage, "PART_BYTES", 6_000)
             folder = metadata(tmp_path / f"m{partitions}", scores, files=files, shuffle=shuffle)
             out = tmp_path / f"o{partitions}"
             words = ("--metadata-dir", folder, "--out-dir", out, "--partitions", partitions)
@@ -135,7 +135,7 @@ def test_a_clip_goes_on_where_it_was_stopped(
     from d2filter.engine.runner import Runner
     from d2filter.stages.catalog import clip_scores
 
-    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 6_000)
+    monkeypatch.setattr(catalog_stage, "PART_BYTES", 6_000)
     folder = metadata(tmp_path / "m", with_sentinel(-9999))
     words = ("--metadata-dir", folder, "--score-column", "mine", "--clip-scores", "0.01")
     assert run("run", *words, "--out-dir", tmp_path / "a") == 0
@@ -164,7 +164,7 @@ def test_a_clip_goes_on_where_it_was_stopped(
 def test_a_score_of_the_pool_is_clipped_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 6_000)
+    monkeypatch.setattr(catalog_stage, "PART_BYTES", 6_000)
     folder = pools.write(tmp_path / "m", POOL, files=2)
     words = ("--metadata-dir", folder, "--score", "prototypicality", "--keep-first", "low")
     assert run("graph", *words, "--out-dir", tmp_path / "a") == 0

@@ -148,7 +148,7 @@ FATED = """
 import os, pathlib, time
 from d2filter.engine import fanout
 from d2filter.stages.catalog import build
-fanout._FIRST_PAUSE = 0.1
+fanout.FIRST_PAUSE = 0.1
 whole, victims = build.read_group, os.environ["VICTIMS"]
 def read_group(**arguments):
     if arguments["names"] == ["00003"]:

@@ -42,9 +42,9 @@ def metadata(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 16_000)
+    monkeypatch.setattr(catalog_stage, "PART_BYTES", 16_000)
     monkeypatch.setattr(join_table, "BUCKET_ROWS", 150)
-    monkeypatch.setattr(score_stage, "_KEYS", 100)
+    monkeypatch.setattr(score_stage, "KEYS_AT_ONCE", 100)
 
 
 def score_table(rows: list[int], more: int = 0) -> Any:

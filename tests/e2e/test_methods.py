@@ -17,6 +17,7 @@ from d2filter.algorithm.scores import registry as scores
 from d2filter.cli import main as cli
 from d2filter.cli import options
 from d2filter.config import METHODS
+from d2filter.stages.rank import in_memory
 from d2filter.tools import sweep as sweeping
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -198,7 +199,7 @@ def test_a_sweep_ranks_as_rank_does_and_does_nothing_twice(
     assert float(row["score_decile_10"]) == pytest.approx(share[order[-90:]].mean())
     assert (out / "sweep" / "plot.png").stat().st_size > 10_000
     capsys.readouterr()
-    monkeypatch.setattr(sweeping, "_Pool", None)  # would fail if anything were measured
+    monkeypatch.setattr(in_memory, "read_pool", None)  # would fail if anything were measured
     assert run("sweep", out, *grid, "--fraction", "0.5") == 0
     assert capsys.readouterr().out.count("(there)") == len(settings)
     assert len(rows_of(out)) == len(settings)

@@ -71,7 +71,7 @@ def test_partitions_and_the_layout_of_files_cannot_be_seen_in_the_result(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 150_000)
+    monkeypatch.setattr(catalog_stage, "PART_BYTES", 150_000)
     metadata = pools.write(tmp_path / "m", pool, files=5, shuffle=partitions)
     out = tmp_path / "o"
     words = ("--metadata-dir", metadata, "--out-dir", out, "--partitions", partitions)
@@ -107,7 +107,7 @@ def test_refinement_is_the_same_in_partitions(
     scattered = {"uid": [rng.bytes(16).hex() for _ in range(n)], "img": wide, "txt": wide}
     metadata = pools.write(tmp_path / "m", scattered, files=2)
     words = ("graph", "--metadata-dir", metadata, "--feature-type", "image", *GRAPH)
-    original = graph_stage._Steps.choose
+    original = graph_stage.Steps.choose
     passes = 0
 
     def chosen(steps: Any, effort: Any) -> Any:
@@ -115,7 +115,7 @@ def test_refinement_is_the_same_in_partitions(
         mine = {**choice, "probes": 2, "passes": passes, "pays": True, "predicted": 1.0}
         return trained, mine, None
 
-    monkeypatch.setattr(graph_stage._Steps, "choose", chosen)
+    monkeypatch.setattr(graph_stage.Steps, "choose", chosen)
     plain = tmp_path / "plain"
     assert run(*words, "--best-effort", "--out-dir", plain) == 0
     passes = 1
@@ -157,9 +157,9 @@ def test_harder_tries_leave_no_trace_of_the_easier_ones(
     marks = {path.stem for path in (tmp_path / "one/completions/graph").glob("train-*")}
     assert {"train-cells", "train-cells-4-0"} <= marks
     # another one, of several parts, is interrupted between the tries
-    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 300_000)
+    monkeypatch.setattr(catalog_stage, "PART_BYTES", 300_000)
     out = tmp_path / "three"
-    original = graph_stage._Steps._assign
+    original = graph_stage.Steps.assign
 
     def cut_off(steps: Any, kind: str, probes: int) -> None:
         if kind != "cells":
@@ -177,7 +177,7 @@ def test_harder_tries_leave_no_trace_of_the_easier_ones(
     assert len(asked) > 3
     assert not (turns / "choose-cells.json").exists()
     with monkeypatch.context() as patched:
-        patched.setattr(graph_stage._Steps, "_assign", cut_off)
+        patched.setattr(graph_stage.Steps, "assign", cut_off)
         assert run(*words, out, "--partitions", 3) == 130
     # what was answered was not asked again
     assert asked == {path.name: path.stat().st_mtime_ns for path in turns.glob("choose-cells-00-*")}
@@ -209,13 +209,13 @@ def test_a_target_out_of_reach_is_said_before_the_long_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     metadata = pools.write(tmp_path / "m", pools.make(6000, 24), files=2)
-    original = graph_stage._Steps.choose
+    original = graph_stage.Steps.choose
 
     def short(steps: Any, effort: Any) -> Any:
         trained, choice, _ = original(steps, effort)
         return trained, {**choice, "predicted": 0.5}, None
 
-    monkeypatch.setattr(graph_stage._Steps, "choose", short)
+    monkeypatch.setattr(graph_stage.Steps, "choose", short)
     words = ("graph", "--metadata-dir", metadata, "--out-dir", tmp_path / "o", *GRAPH)
     assert run(*words) == 4
     assert "is out of reach" in capsys.readouterr().err
@@ -275,8 +275,8 @@ def test_a_pool_of_copies_is_cut_and_ranked(
     equal: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All, or most, vectors equal: one giant cell in slices, the ring goes round all of them."""
-    monkeypatch.setattr(catalog_stage, "_GROUP_BYTES", 1)
-    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 15_000)
+    monkeypatch.setattr(catalog_stage, "GROUP_BYTES", 1)
+    monkeypatch.setattr(catalog_stage, "PART_BYTES", 15_000)
     pool = pools.make(3000, 8, copies=0)
     copied = np.random.default_rng(0).random(3000) < equal
     pool["img"][copied], pool["txt"][copied] = pool["img"][0], pool["txt"][0]

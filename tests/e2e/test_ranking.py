@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,40 +62,56 @@ def test_partitions_cannot_be_seen_in_the_ranking(made: dict[int, Path]) -> None
     assert run("verify", made[4]) == 0
 
 
-class Killer:
-    """Kills an actor before some superstep of the driver."""
+BeforeSupersteps = Callable[[Callable[[actors.Driver, int], None]], None]
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-        self.killed = 0
-        rng = np.random.default_rng(seed)
-        self.at = set(rng.integers(1, 6, 2).tolist())
-        original = actors._Driver._superstep
-        steps = 0
 
-        def superstep(driver: Any) -> bool:
-            nonlocal steps
-            steps += 1
-            if steps in self.at:
-                victim = int(rng.integers(0, len(driver._actors)))
-                driver._ray.kill(driver._actors[victim])
-                self.killed += 1
+@pytest.fixture
+def before_supersteps(monkeypatch: pytest.MonkeyPatch) -> BeforeSupersteps:
+    """Registers a function that is called with the driver and the number of the superstep, from 1,
+    before each superstep of the test.
+    """
+
+    def register(action: Callable[[actors.Driver, int], None]) -> None:
+        original = actors.Driver.superstep
+        numbers = itertools.count(1)
+
+        def superstep(driver: actors.Driver) -> bool:
+            action(driver, next(numbers))
             return original(driver)
 
-        monkeypatch.setattr(actors._Driver, "_superstep", superstep)
+        monkeypatch.setattr(actors.Driver, "superstep", superstep)
+
+    return register
+
+
+def kill(driver: actors.Driver, actor: int) -> None:
+    """SIGKILL to the process of an actor."""
+    driver._ray.kill(driver._actors[actor])
 
 
 @pytest.mark.parametrize(
     "seed", [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(3, 10))]
 )
 def test_an_actor_killed_at_a_random_superstep(
-    seed: int, made: dict[int, Path], again: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    seed: int, made: dict[int, Path], again: Any, before_supersteps: BeforeSupersteps,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Odd seeds: with a snapshot after every superstep, from which the new actor goes on."""
     before = ranking_by_uid(made[1])
-    monkeypatch.setattr(actors, "_SAVE_SECONDS", 0.0 if seed % 2 else 1e9)
-    killer = Killer(monkeypatch, seed)
+    monkeypatch.setattr(actors, "SAVE_SECONDS", 0.0 if seed % 2 else 1e9)
+    rng = np.random.default_rng(seed)
+    at = set(rng.integers(1, 6, 2).tolist())
+    killed = 0
+
+    def kill_one(driver: actors.Driver, number: int) -> None:
+        nonlocal killed
+        if number in at:
+            kill(driver, int(rng.integers(0, len(driver._actors))))
+            killed += 1
+
+    before_supersteps(kill_one)
     out = again()
-    assert killer.killed
+    assert killed
     assert stats(out)["rank"]["restarts"] >= 1
     assert same_columns(ranking_by_uid(out), before)
 
@@ -101,11 +119,11 @@ def test_an_actor_killed_at_a_random_superstep(
 @pytest.fixture
 def four_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process for each of four partitions, whatever CPUs there are."""
-    whole = actors._Driver._new
+    whole = actors.Driver.start_actor
     monkeypatch.setattr(Runner, "processes", lambda runner, most, memory: most)
     monkeypatch.setattr(
-        actors._Driver,
-        "_new",
+        actors.Driver,
+        "start_actor",
         lambda driver, numbers, needs: whole(driver, numbers, {"num_cpus": 0}),
     )
 
@@ -113,20 +131,14 @@ def four_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("victims", [(1, 3), (0, 1, 2, 3)])
 @pytest.mark.usefixtures("four_processes")
 def test_several_actors_killed_at_once(
-    victims: tuple[int, ...], made: dict[int, Path], again: Any, monkeypatch: pytest.MonkeyPatch
+    victims: tuple[int, ...], made: dict[int, Path], again: Any, before_supersteps: BeforeSupersteps
 ) -> None:
-    original = actors._Driver._superstep
-    steps = 0
-
-    def superstep(driver: Any) -> bool:
-        nonlocal steps
-        steps += 1
-        if steps in (2, 5):
+    def kill_victims(driver: actors.Driver, number: int) -> None:
+        if number in (2, 5):
             for victim in victims:
-                driver._ray.kill(driver._actors[victim])
-        return original(driver)
+                kill(driver, victim)
 
-    monkeypatch.setattr(actors._Driver, "_superstep", superstep)
+    before_supersteps(kill_victims)
     out = again()
     assert len(victims) <= stats(out)["rank"]["restarts"] <= 2 * len(victims) + 2
     assert same_columns(ranking_by_uid(out), ranking_by_uid(made[1]))
@@ -185,16 +197,11 @@ def test_partitions_without_edges_between_them(tmp_path: Path) -> None:
 
 
 def test_an_actor_that_dies_again_and_again_is_given_up(
-    made: dict[int, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    original = actors._Driver._superstep
-
-    def superstep(driver: Any) -> bool:
-        driver._ray.kill(driver._actors[1])
-        return original(driver)
-
-    monkeypatch.setattr(actors._Driver, "_superstep", superstep)
-    monkeypatch.setattr(actors, "_RESTARTS", 2)
+    made: dict[int, Path], before_supersteps: BeforeSupersteps, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    before_supersteps(lambda driver, number: kill(driver, 1))
+    monkeypatch.setattr(actors, "RESTARTS", 2)
     assert run("rank", "--out-dir", made[4], "--overwrite", "rank") == 1
     said = capsys.readouterr().err
     assert "the worker of partitions 1, 3 failed 3 times" in said
@@ -205,42 +212,30 @@ def test_an_actor_that_dies_again_and_again_is_given_up(
 
 
 def test_a_driver_that_dies_goes_on_from_the_last_snapshots(
-    made: dict[int, Path], monkeypatch: pytest.MonkeyPatch
+    made: dict[int, Path], before_supersteps: BeforeSupersteps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole_run = stats(made[4])["rank"]["supersteps"]
-    monkeypatch.setattr(actors, "_SAVE_SECONDS", 0.0)
-    original = actors._Driver._superstep
-    steps = 0
+    monkeypatch.setattr(actors, "SAVE_SECONDS", 0.0)
 
     class Death(BaseException):
         pass
 
-    def superstep(driver: Any) -> bool:
-        nonlocal steps
-        steps += 1
-        if steps == 4:
+    def die(driver: actors.Driver, number: int) -> None:
+        if number == 4:
             raise Death
-        return original(driver)
 
-    monkeypatch.setattr(actors._Driver, "_superstep", superstep)
+    before_supersteps(die)
     with pytest.raises(Death):
         run("rank", "--out-dir", made[4], "--overwrite", "rank")
     assert len(list((made[4] / "ranking-work").glob("state-*.npz"))) == 4
     assert not list((made[4] / "ranking").glob("*.parquet"))
     monkeypatch.undo()
-    whole = actors._Driver._superstep
-    taken = 0
-
-    def count(driver: Any) -> bool:
-        nonlocal taken
-        taken += 1
-        return whole(driver)
-
-    monkeypatch.setattr(actors._Driver, "_superstep", count)
+    taken: list[int] = []
+    before_supersteps(lambda driver, number: taken.append(number))
     assert run("rank", "--out-dir", made[4]) == 0
     assert same_columns(ranking_by_uid(made[4]), ranking_by_uid(made[1]))
     # three supersteps lie in the snapshots
-    assert 0 < taken < whole_run
+    assert 0 < len(taken) < whole_run
 
 
 @pytest.mark.parametrize(

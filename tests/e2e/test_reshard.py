@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from support import shard_files
 from support.runs import run
 
 from d2filter.errors import StorageError
-from d2filter.formats import webdataset
+from d2filter.formats import tables, webdataset
 from d2filter.formats.paths import Folder
 from d2filter.formats.uid import from_hex
 from d2filter.stages.reshard import build as stage
+from d2filter.stages.reshard import write as write_shard
 from d2filter.tools import keep
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -163,7 +165,7 @@ def test_what_was_written_while_a_search_failed_is_not_written_again(
 ) -> None:
     np.save(tmp_path / "s.npy", chosen(pool))
     words = ("reshard", "--shards", pool, "--subset", tmp_path / "s.npy", "--shard-size", 5)
-    monkeypatch.setattr(stage, "_BYTES_A_TASK", 1)
+    monkeypatch.setattr(stage, "BYTES_A_TASK", 1)
     assert run(*words, "--out-dir", tmp_path / "whole") == 0
     out = tmp_path / "o"
 
@@ -197,17 +199,17 @@ def test_an_index_that_cannot_be_read_stops_no_other_task(
 ) -> None:  # fmt: skip
     np.save(tmp_path / "s.npy", chosen(pool))
     words = ("reshard", "--shards", pool, "--subset", tmp_path / "s.npy", "--shard-size", 5)
-    monkeypatch.setattr(stage, "_BYTES_A_TASK", 1)
-    plain = stage._Indexes._read
+    monkeypatch.setattr(stage, "BYTES_A_TASK", 1)
+    plain = tables.read_table
 
-    def unread(indexes: Any, number: int) -> Any:
-        if number == 1:
+    def unread(folder: Folder, name: str, columns: Sequence[str]) -> Any:
+        if name == write_shard.index_name(1):
             raise fault
-        return plain(indexes, number)
+        return plain(folder, name, columns)
 
     out = tmp_path / "o"
     with monkeypatch.context() as patched:
-        patched.setattr(stage._Indexes, "_read", unread)
+        patched.setattr(tables, "read_table", unread)
         assert run(*words, "--out-dir", out) == 1
     assert "the store does not answer" in capsys.readouterr().err
     marks = {path.stem for path in (out / ".d2filter/completions/reshard").glob("*.json")}
@@ -235,7 +237,7 @@ def test_small_shards_are_searched_together_and_nothing_else_changes(
     sizes = [path.stat().st_size for path in sorted(pool.glob("*.tar"))]
     done = {}
     for name, most in (("alone", 1), ("by two", sizes[0] + sizes[1]), ("all", sum(sizes))):
-        monkeypatch.setattr(stage, "_BYTES_A_TASK", most)
+        monkeypatch.setattr(stage, "BYTES_A_TASK", most)
         assert run(*words, "--shuffle", 7, "--out-dir", tmp_path / name) == 0
         marks = tmp_path / name / ".d2filter/completions/reshard"
         done[name] = sorted(path.stem for path in marks.glob("find-*"))

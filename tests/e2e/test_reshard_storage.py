@@ -6,17 +6,15 @@ The tasks run in this process, because the tests are about the server.
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from support import shard_files
 from support.flaky_proxy import FlakyProxy
 
-from d2filter.formats import remote, retry, webdataset
+from d2filter.formats import retry, tarwriter, webdataset
 from d2filter.formats.paths import Folder
 from d2filter.stages.reshard import build as stage
 from d2filter.stages.reshard.layout import PlacedSamples, Placing
@@ -102,20 +100,11 @@ def test_only_what_is_kept_is_asked_for_and_a_failing_server_changes_nothing(
     shards = webdataset.list_shards(["s3://pool/in"])
     out = Folder("s3://pool/out")
     new = prepared(shards, out)
-    asked: list[tuple[str, int]] = []
-    plain = remote.RangeReader._fetch
-    lock = threading.Lock()
-
-    def counted(self: remote.RangeReader, start: int, end: int) -> Any:
-        with lock:
-            asked.append((self._path, end - start))
-        return plain(self, start, end)
-
-    monkeypatch.setattr(remote.RangeReader, "_fetch", counted)
-    monkeypatch.setattr("d2filter.formats.tarwriter._APART_ELSEWHERE", 1100)
+    proxy.ranges.clear()
+    monkeypatch.setattr(tarwriter, "APART_ELSEWHERE", 1100)
     for number, rows in enumerate(new):
         stage.write(report=lambda done: None, out=out, number=number, rows=rows, private={})
-    ranges = [size for path, size in asked if path.startswith("pool/in/")]
+    ranges = [size for path, size in proxy.ranges if path.startswith("/pool/in/")]
     # at one go a picture, its caption and its json, with the headers between them
     most = PICTURE + 2048 + 1024
     assert len(ranges) == SHARDS * SAMPLES / 2

@@ -272,8 +272,8 @@ def test_nothing_of_an_earlier_attempt_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A broken file, then fewer and other files: parts and ledgers of the first try are gone."""
-    monkeypatch.setattr(catalog_stage, "_GROUP_BYTES", 1)
-    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 5_000)
+    monkeypatch.setattr(catalog_stage, "GROUP_BYTES", 1)
+    monkeypatch.setattr(catalog_stage, "PART_BYTES", 5_000)
     pool = pools.make(600, 8)
     pool["uid"][5] = pool["uid"][6] = "bad"
     folder = pools.write(tmp_path / "m", pool, files=6)

@@ -38,7 +38,7 @@ def metadata(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 16_000)
+    monkeypatch.setattr(catalog_stage, "PART_BYTES", 16_000)
 
 
 def parts(out: Path) -> int:
@@ -357,8 +357,8 @@ def test_another_size_of_tasks_begins_the_catalog_again(
         interrupt(patch, before)
         command = ("graph", "--metadata-dir", metadata[1], "--out-dir", tmp_path / "b", *words)
         assert run(*command) == 130
-    monkeypatch.setattr(catalog_stage, "_GROUP_BYTES", 1000)
-    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 16_000)
+    monkeypatch.setattr(catalog_stage, "GROUP_BYTES", 1000)
+    monkeypatch.setattr(catalog_stage, "PART_BYTES", 16_000)
     assert graph_difficulties(metadata[1], tmp_path / "b", *words) == undisturbed
     figures = stats(tmp_path / "b")
     assert figures["samples"]["read"] == N

@@ -91,7 +91,7 @@ def test_tasks_that_others_make_possible_run_before_those_that_wait(
     out: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of the first ones calls for another, which calls for a third."""
-    monkeypatch.setattr(fanout, "_AHEAD", 0)  # one at a time
+    monkeypatch.setattr(fanout, "TASKS_AHEAD", 0)  # one at a time
     told: list[str] = []
 
     def then(name: str, figures: dict[str, Any]) -> list[Task]:
@@ -147,7 +147,7 @@ def test_a_fault_of_ours_keeps_its_traceback_in_the_logs(out: Folder) -> None:
 def test_a_killed_worker_is_tried_again_after_a_pause_and_told_of_at_once(
     out: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fanout, "_FIRST_PAUSE", 0.5)
+    monkeypatch.setattr(fanout, "FIRST_PAUSE", 0.5)
     task = Task(name="t", run=die_once, arguments={"out": out})
     begun = time.monotonic()
     (figures,) = Runner(out).map("s", [task], fingerprint="1", label="s")
@@ -164,7 +164,7 @@ def test_a_killed_worker_is_tried_again_after_a_pause_and_told_of_at_once(
 def test_a_task_whose_worker_always_dies_is_given_up_and_the_others_are_kept(
     out: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fanout, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(fanout, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(fanout, "ATTEMPTS", 3)
     mixed = [*tasks(out, die_always, "d"), *tasks(out, write, "y", "z")]
     with pytest.raises(StageError, match=r"s task d: its worker died 3 times \("):
@@ -180,14 +180,14 @@ def test_a_lost_counter_costs_the_bar_and_nothing_else(
 ) -> None:
     import ray
 
-    started = fanout._start_counter
+    started = fanout.start_counter
 
     def dead(module: Any) -> Any:
         counter = started(module)
         ray.kill(counter)
         return counter
 
-    monkeypatch.setattr(fanout, "_start_counter", dead)
+    monkeypatch.setattr(fanout, "start_counter", dead)
     runner = Runner(out, show_progress=True)
     found = runner.map("s", tasks(out, write, "a", "b"), fingerprint="1", label="s", total=6)
     assert [f["name"] for f in found] == ["a", "b"]
@@ -216,7 +216,7 @@ def test_tasks_that_no_node_can_take_any_more_ask_for_less(
     out: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A node of 99 CPUs was lost while tasks for it were waiting."""
-    monkeypatch.setattr(fanout, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(fanout, "LOOK_SECONDS", 0.1)
     ray = FewerNodes(Runner(out).ray(), [{"Alive": True, "Resources": {"CPU": 2.0}}])
     work = fan_out(out, ray, [{"num_cpus": 99}, {"num_cpus": 1}])
     assert [o.error for o in work.run(tasks(out, write, "a", "b"))] == [None, None]
@@ -226,8 +226,8 @@ def test_tasks_that_no_node_can_take_any_more_ask_for_less(
 def test_a_cluster_that_stays_without_nodes_is_not_waited_for_without_end(
     out: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fanout, "_LOOK_SECONDS", 0.1)
-    monkeypatch.setattr(fanout, "_PLACE_SECONDS", 0.3)
+    monkeypatch.setattr(fanout, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(fanout, "PLACE_SECONDS", 0.3)
     ray = FewerNodes(Runner(out).ray(), [{"Alive": False, "Resources": {"CPU": 99.0}}])
     work = fan_out(out, ray, [{"num_cpus": 99}] * 20)
     with pytest.raises(StageError, match=r"no node of the cluster could take a task \(cpus 99\)"):
@@ -240,7 +240,7 @@ def test_a_cluster_without_a_node_is_still_asked_for_one_cpu(
 ) -> None:
     ray = FewerNodes(Runner(out).ray(), [])
     monkeypatch.setattr(Runner, "ray", lambda runner: ray)
-    monkeypatch.setattr(fanout, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(fanout, "LOOK_SECONDS", 0.1)
     runner = Runner(out)
     found = runner.map(
         "s", tasks(out, write, "a"), fingerprint="1", label="s", share_node=True, memory=1
@@ -284,7 +284,7 @@ def idle(report: Any) -> dict[str, Any]:
 def test_the_clock_of_a_bar_goes_on_while_nothing_is_done(
     out: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "_TICK_SECONDS", 0.1)
+    monkeypatch.setattr(progress, "TICK_SECONDS", 0.1)
     shown = io.StringIO()
     monkeypatch.setattr(sys, "stderr", shown)
     runner = Runner(out, show_progress=True)
@@ -294,7 +294,7 @@ def test_the_clock_of_a_bar_goes_on_while_nothing_is_done(
 
 
 def test_a_bar_that_is_closed_prints_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "_TICK_SECONDS", 0.001)
+    monkeypatch.setattr(progress, "TICK_SECONDS", 0.001)
     shown = io.StringIO()
     monkeypatch.setattr(sys, "stderr", shown)
     for _ in range(20):
@@ -348,7 +348,7 @@ def work(report):
     import time
     time.sleep(60)
 
-fanout._FIRST_PAUSE, fanout.ATTEMPTS = 0.1, 2
+fanout.FIRST_PAUSE, fanout.ATTEMPTS = 0.1, 2
 runner = Runner(Folder(sys.argv[1]))
 try:
     runner.map("s", [Task(name="t", run=work, arguments={})], fingerprint="1", label="s")

@@ -31,7 +31,7 @@ from d2filter.engine.runner import Runner
 from d2filter.engine.task import Task, assigned_cpus, assigned_gpu
 
 out = Folder(sys.argv[1])
-fanout._FIRST_PAUSE = 0.1
+fanout.FIRST_PAUSE = 0.1
 ray.init(address="local", num_cpus=5, num_gpus=2, include_dashboard=False,
          object_store_memory=80_000_000, log_to_driver=False, logging_level="ERROR")
 
@@ -165,8 +165,8 @@ def test_what_a_task_asks_for_follows_from_the_nodes(
 def test_tasks_that_must_have_a_gpu_wait_for_one_but_not_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fanout, "_LOOK_SECONDS", 0.1)
-    monkeypatch.setattr(fanout, "_PLACE_SECONDS", 0.3)
+    monkeypatch.setattr(fanout, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(fanout, "PLACE_SECONDS", 0.3)
     task = Task(name="t", run=len, arguments={})
     with pytest.raises(StageError, match=r"no node .* could take a task \(cpus 1, gpus 1\)"):
         Runner(Folder(str(tmp_path)), device="cuda").map(
@@ -226,7 +226,7 @@ def test_a_batch_too_large_for_the_gpu_is_one_line(monkeypatch: pytest.MonkeyPat
 def test_a_word_that_others_left_is_not_that_of_this_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_folder, "_PAUSES", (0.0, 0.01))
+    monkeypatch.setattr(shared_folder, "PAUSES", (0.0, 0.01))
     out = Folder(str(tmp_path))
     assert shared_folder.not_shared(out, "") is None
     assert "cannot see what was written" in str(shared_folder.not_shared(out, "1234"))
@@ -266,11 +266,10 @@ def test_a_cluster_that_turns_us_away_is_one_line_and_lost_machines_are_noticed(
 
 @pytest.mark.usefixtures("cluster")
 def test_a_node_that_came_later_and_sees_another_folder_fails_its_tasks_with_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     out = Folder(str(tmp_path))
-    several = Runner(out)
-    monkeypatch.setattr(Runner, "_cluster", lambda self: "a:1")
+    several = Runner(out, address="a:1")
     several._owns_ray = True
     several.ray()
     several._owns_ray = False

@@ -109,7 +109,7 @@ def test_a_process_that_cannot_be_seen_is_watched(
     with lock.hold(folder, "run"):
         holder = lock.read(folder)
         assert holder is not None
-        monkeypatch.setattr(lock, "_born", lambda pid: "")
+        monkeypatch.setattr(lock, "birth_of", lambda pid: "")
         assert lock.alive_here(holder) is None
         assert lock.alive_here(replace(holder, pid=2**22 + 1)) is False
 

@@ -329,7 +329,7 @@ def test_large_files_come_in_ranges_and_a_break_costs_one(
     flaky: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "RANGE", 1000)
-    monkeypatch.setattr(remote, "_BUFFER", 300)
+    monkeypatch.setattr(remote, "BUFFER", 300)
     content = np.random.default_rng(0).bytes(3500)
     put(flaky, "a.bin", content)
     Flaky.calls.clear()
@@ -346,7 +346,7 @@ def test_large_files_come_in_ranges_and_a_break_costs_one(
 
 def test_any_place_of_a_file_can_be_read(flaky: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "RANGE", 64)
-    monkeypatch.setattr(remote, "_BUFFER", 16)
+    monkeypatch.setattr(remote, "BUFFER", 16)
     content = bytes(range(200))
     put(flaky, "a.bin", content)
     local = io.BytesIO(content)

@@ -49,7 +49,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
 def test_rows_of_any_part_come_in_the_order_asked_for(
     folder: Folder, a_range: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows_module, "_ROWS_A_RANGE", a_range)
+    monkeypatch.setattr(rows_module, "ROWS_A_RANGE", a_range)
     rng = np.random.default_rng(0)
     whole = rng.integers(0, 100, (10, 3)).astype(np.int32)
     starts = (0, 4, 4, 10)

@@ -119,7 +119,7 @@ def test_names_are_unique_for_any_urls(urls: list[str]) -> None:
 
 def test_names_that_still_collide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A collision of hashes, which nobody can make on purpose."""
-    monkeypatch.setattr(shardlist, "_marked", lambda base, url: f"{base}-0")
+    monkeypatch.setattr(shardlist, "marked_name", lambda base, url: f"{base}-0")
     with pytest.raises(InputError, match=r"shards /a/0\.tar and /b/0\.tar would have one name"):
         shardlist.unique_names(["/a/0.tar", "/b/0.tar"])
 

@@ -95,11 +95,11 @@ def test_members_are_copied_whatever_lies_between_them(
     run, apart = 500, 100
     source = Counted(SOURCE)
     with pytest.MonkeyPatch.context() as patched, tempfile.TemporaryFile() as out:
-        for name in ("_RUN", "_RUN_ON_DISK"):
+        for name in ("RUN", "RUN_ON_DISK"):
             patched.setattr(tarwriter, name, run)
-        for name in ("_APART_ELSEWHERE", "_APART_ON_DISK"):
+        for name in ("APART_ELSEWHERE", "APART_ON_DISK"):
             patched.setattr(tarwriter, name, apart)
-        patched.setattr(tarwriter, "_PIECES", 7)
+        patched.setattr(tarwriter, "PIECES", 7)
         writer = tarwriter.Writer(out.fileno(), members)
         writer.copy(source, places, on_disk=on_disk)
         writer.finish()

@@ -41,7 +41,7 @@ def index(request: pytest.FixtureRequest) -> int:
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ranges so small that files have several, and no waits."""
     monkeypatch.setattr(remote, "RANGE", 40_000)
-    monkeypatch.setattr(remote, "_BUFFER", 10_000)
+    monkeypatch.setattr(remote, "BUFFER", 10_000)
     monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
     return
 

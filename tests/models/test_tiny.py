@@ -126,7 +126,7 @@ def test_a_cache_that_cannot_be_written_falls_back_to_a_temporary_one(
 
 
 def test_another_merge_list_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiny, "_MERGES_SHA256", "0" * 64)
+    monkeypatch.setattr(tiny, "MERGES_SHA256", "0" * 64)
     with pytest.raises(DependencyError, match=r"merges of .* was trained with 0000"):
         tiny._first_merges(8000)
 

@@ -55,7 +55,7 @@ def sample(content: bytes, key: str = "a") -> Sample:
 def test_encoded_pictures_wait_within_bounds(
     monkeypatch: pytest.MonkeyPatch, bound: int, ahead: int
 ) -> None:
-    monkeypatch.setattr(decode, "_AHEAD_BYTES", bound)
+    monkeypatch.setattr(decode, "AHEAD_BYTES", bound)
     picture = shard_files.picture(1).ljust(1250, b"\0")[:1250]
     begun = 0
     most = 0
@@ -198,7 +198,7 @@ def test_pictures_in_memory_at_once_are_bounded(monkeypatch: pytest.MonkeyPatch)
         del inside[threading.get_ident()]
         return first_pixel(picture)
 
-    monkeypatch.setattr(decode, "_BYTES_A_PIXEL", {})
+    monkeypatch.setattr(decode, "BYTES_A_PIXEL", {})
     sizes = [40] * 6 + [20] * 24 + [40] * 6
     samples = [
         sample(shard_files.png(Image.new("RGB", (size, size))), str(i))
@@ -425,7 +425,7 @@ def test_opaque_pictures_have_no_alpha_whatever_their_mode() -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_deep_gray_is_scaled_in_parts_as_whole(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(decode, "_ROWS", 1000)
+    monkeypatch.setattr(decode, "GRAY_PIXELS", 1000)
     values = np.random.default_rng(0).integers(0, 65536, (77, 90), dtype=np.uint16)
     seen: list[Any] = []
 

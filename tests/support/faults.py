@@ -28,7 +28,7 @@ KINDS = ("worker", "raylet", "writer", "actor", "driver", "publisher")
 SMALL_TASKS = """
 from d2filter.stages.catalog import build
 from d2filter.stages.rank import actors
-build._GROUP_BYTES, build._PART_BYTES, actors._SAVE_SECONDS = 1, 150_000, 0.0
+build.GROUP_BYTES, build.PART_BYTES, actors.SAVE_SECONDS = 1, 150_000, 0.0
 """
 _ENTER = "\nfrom d2filter.cli.main import entry\nentry()\n"
 

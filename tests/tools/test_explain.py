@@ -149,13 +149,13 @@ def test_only_what_holds_the_rows_is_read(run: Path, monkeypatch: pytest.MonkeyP
     whole = ranking_columns(run)
     parts = sparse.Sparse(Folder(str(run)).sub("ranking"))
     reads: list[int] = []
-    plain = sparse.Sparse._read
+    plain = sparse.Sparse.read_row_group
 
     def counted(self: sparse.Sparse, place: int, names: Any) -> Any:
         reads.append(place)
         return plain(self, place, names)
 
-    monkeypatch.setattr(sparse.Sparse, "_read", counted)
+    monkeypatch.setattr(sparse.Sparse, "read_row_group", counted)
     asked = np.array([5, 390, 5, 0, 200])
     found = parts.rows(asked, ("rank", "uid_hi"))
     assert found["rank"].tolist() == whole["rank"][asked].tolist()
@@ -174,13 +174,13 @@ def test_many_samples_are_told_of_as_one_by_one_and_no_part_is_read_twice_for_it
     alone = [one for uid in asked for one in explain.explain(folder, [uid])]
     assert [one.uid for one in alone] == asked
     reads: Counter[tuple[str, int, tuple[str, ...]]] = Counter()
-    plain = sparse.Sparse._read
+    plain = sparse.Sparse.read_row_group
 
     def counted(self: sparse.Sparse, place: int, names: Any) -> Any:
         reads[self._folder.url, place, tuple(names)] += 1
         return plain(self, place, names)
 
-    monkeypatch.setattr(sparse.Sparse, "_read", counted)
+    monkeypatch.setattr(sparse.Sparse, "read_row_group", counted)
     assert explain.explain(folder, asked) == alone
     assert len(reads) > 3
     assert max(reads.values()) == 1

@@ -160,7 +160,7 @@ def test_shards_may_be_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         for url, m in rows
     ]
     for most in (1, 20, 250_000):
-        monkeypatch.setattr(keep, "_KEYS_HELD", most)
+        monkeypatch.setattr(keep, "KEYS_HELD", most)
         stage = d2filter.keep(tmp_path / "o")
         assert list(stage(samples * 2)) == samples[::2] * 2
         assert len(stage._shards) == {1: 1, 20: 3, 250_000: 7}[most]
@@ -352,7 +352,7 @@ HALVES = st.integers(0, 2**64 - 1) | st.integers(0, 3)
 def test_occurrences_are_those_of_a_list(held: list[tuple[int, int]], rows: int) -> None:
     pairs = np.array(sorted(held), np.uint64).reshape(-1, 2)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(uids, "_BUCKET_ROWS", rows)
+        patched.setattr(uids, "BUCKET_ROWS", rows)
         starts, shift = uids.buckets(pairs)
     for hi, lo in [*held, (0, 0), (2, 2), (3, 2**64 - 1), (2**64 - 1, 2**64 - 1)]:
         digits = f"{hi:016x}{lo:016x}".encode()

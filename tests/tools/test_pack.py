@@ -206,18 +206,18 @@ def test_an_interrupted_pack_starts_over(tmp_path: Path, monkeypatch: pytest.Mon
     for i in range(6):
         one(root, f"{'x' * (i + 1)}.jpg", txt=b"caption")
     out = Folder(str(tmp_path / "out"))
-    plain = pack._read
+    plain = Path.read_bytes
 
-    def stopping(path: Path, *rest: object) -> object:
+    def stopping(path: Path) -> bytes:
         if path.stem == "xxxxx":
             raise KeyboardInterrupt
-        return plain(path, *rest)  # type: ignore[arg-type]
+        return plain(path)
 
-    monkeypatch.setattr(pack, "_read", stopping)
+    monkeypatch.setattr(Path, "read_bytes", stopping)
     with pytest.raises(KeyboardInterrupt):
         pack.pack(root, out, shard_size=2)
     assert out.names(".tar")
-    monkeypatch.setattr(pack, "_read", plain)
+    monkeypatch.setattr(Path, "read_bytes", plain)
     assert pack.pack(root, out, shard_size=3).shards == 2
     assert out.names(".tar") == ["00000.tar", "00001.tar"]
     assert not out.exists("pack-unfinished.json")

@@ -169,7 +169,7 @@ def test_rates_are_measured_on_the_pool_that_is_planned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(plan, "PILOTS", (500, 2500))
-    monkeypatch.setattr(plan, "_GREEDY_ROWS", 5000)
+    monkeypatch.setattr(plan, "GREEDY_ROWS", 5000)
     pools.write(tmp_path / "m", pools.make(4000, 16), files=4)
     saved = str(tmp_path / "rates.json")
     words = ["plan", "--metadata-dir", str(tmp_path / "m"), "--n-neighbors", "2", "--memory", "4GB"]

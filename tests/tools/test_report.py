@@ -250,7 +250,9 @@ def test_shards_that_are_gone_are_told_and_the_report_is_made(
     folder = Folder(str(run))
     m = measures.measure(folder, 4)
     galleries = gallery.choose(folder, m, 4)
-    places = albums._places(folder, {s.uid for g in galleries for group in g.groups for s in group})
+    places = albums.places_of(
+        folder, {s.uid for g in galleries for group in g.groups for s in group}
+    )
     assert set(places) == {str(made_run.parent / f"s{i}.tar") for i in (0, 1)}
     # as if the shards had been moved: found again by uid where one says they are
     for i in (0, 1):
@@ -281,12 +283,14 @@ def test_pictures_far_away_are_not_fetched_unasked(
     folder = Folder(str(run))
     m = measures.measure(folder, 2)
     galleries = gallery.choose(folder, m, 2)
-    places = albums._places(folder, {s.uid for g in galleries for group in g.groups for s in group})
+    places = albums.places_of(
+        folder, {s.uid for g in galleries for group in g.groups for s in group}
+    )
     fs = fsspec.filesystem("memory")
     for url in places:
         fs.pipe(f"/far/{Path(url).name}", Path(url).read_bytes())
     elsewhere = {f"memory://far/{Path(url).name}": found for url, found in places.items()}
-    monkeypatch.setattr(albums, "_places", lambda folder, wanted: elsewhere)
+    monkeypatch.setattr(albums, "places_of", lambda folder, wanted: elsewhere)
     album = albums.look_up(folder, galleries, [], False, print)
     assert not album.pictures
     assert "only the metadata names" in album.troubles[0]
@@ -320,9 +324,9 @@ def test_a_shard_by_any_name_is_looked_up_as_it_is_and_costs_only_its_pictures(
     m = measures.measure(folder, 2)
     galleries = gallery.choose(folder, m, 2)
     wanted = {s.uid for g in galleries for group in g.groups for s in group}
-    places = albums._places(folder, wanted)
+    places = albums.places_of(folder, wanted)
     odd = {**places, name: {"00000": min(wanted)}}
-    monkeypatch.setattr(albums, "_places", lambda folder, wanted: odd)
+    monkeypatch.setattr(albums, "places_of", lambda folder, wanted: odd)
     started = time.monotonic()
     album = albums.look_up(folder, galleries, [], True, print)
     assert time.monotonic() - started < 20
@@ -352,7 +356,7 @@ def test_only_files_are_opened(
             place = Path("/dev/zero")
         wanted = {s.uid for g in galleries for group in g.groups for s in group}
         places = {str(place): {"00000": min(wanted)}}
-        monkeypatch.setattr(albums, "_places", lambda folder, wanted: places)
+        monkeypatch.setattr(albums, "places_of", lambda folder, wanted: places)
         album = albums.look_up(folder, galleries, [], True, print)
     assert not album.pictures
     assert f"1 pictures: {place} is no regular file" in album.troubles
@@ -409,7 +413,7 @@ def test_a_storage_that_does_not_answer_is_asked_once(
         raise StorageError("no answer")
 
     places = {f"{run}/far/{i}.tar": {str(i): f"{i:032x}"} for i in range(5)}
-    monkeypatch.setattr(albums, "_places", lambda folder, wanted: places)
+    monkeypatch.setattr(albums, "places_of", lambda folder, wanted: places)
     monkeypatch.setattr(webdataset, "shard_at", silent)
     album = albums.look_up(folder, galleries, [], True, print)
     assert len(asked) == 1
@@ -452,7 +456,7 @@ def test_odd_pictures_have_thumbnails(monkeypatch: pytest.MonkeyPatch) -> None:
         shard_files.picture(3, mode="L"),
     ):
         assert albums.thumbnail(content)
-    monkeypatch.setattr(albums, "_MOST_PIXELS", 100)
+    monkeypatch.setattr(albums, "MOST_PIXELS", 100)
     assert albums.thumbnail(shard_files.picture(1)) == b""
 
 

@@ -35,7 +35,7 @@ def test_a_run_from_its_first_failure_to_its_end(
 ) -> None:
     from d2filter.stages.catalog import build as build_catalog
 
-    monkeypatch.setattr(build_catalog, "_GROUP_BYTES", 1)
+    monkeypatch.setattr(build_catalog, "GROUP_BYTES", 1)
     folder = pools.write(tmp_path / "m", pools.make(300, 8), files=3)
     whole = (folder / "00001.npz").read_bytes()
     (folder / "00001.npz").write_bytes(whole[:-40])

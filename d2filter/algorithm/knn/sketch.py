@@ -32,9 +32,9 @@ _AXIS = 1024  # that of an axis
 _SCALE = 2.0**-12  # of the projection: a typical row comes out at 2048
 _EXACT = 2**24  # sums of products up to it are exact in float32
 _STEP = 32  # axes are a multiple of it
-_LOOKED_AT = 32768  # rows of the sample
+LOOKED_AT = 32768  # rows of the sample
 _JUDGED = 400  # of which the sketches must find the neighbors
-_ENOUGH = 0.98  # share of them, with shortlists of half the length: the pool is denser
+ENOUGH = 0.98  # share of them, with shortlists of half the length: the pool is denser
 _NEIGHBORS = 5
 _BLOCK = 2048  # what one block holds stays in the cache
 _STEP_ROWS = 4096
@@ -106,7 +106,7 @@ def train(sample: F16, least: int = 0) -> Sketch:
     The identity where half the dimensions do not suffice, or there are too few rows or dimensions
     for a projection to pay.
     """
-    sample = np.ascontiguousarray(sample[:: max(1, -(-len(sample) // _LOOKED_AT))])
+    sample = np.ascontiguousarray(sample[:: max(1, -(-len(sample) // LOOKED_AT))])
     m, dim = sample.shape
     most = dim // 2 // _STEP * _STEP
     typical = float(np.sqrt(np.median(features.squared_norms(sample)))) if m else 0.0
@@ -145,7 +145,7 @@ def _fewest_axes(sample: F16, sketches: F16, least: int) -> int:
     def enough(steps: int) -> bool:
         some = np.ascontiguousarray(sketches[:, : steps * _STEP])
         found = search.search_all(some, numbers, some[judged], judged, SHORTLIST // 2, total)
-        return bool(truth.share_in(found.numbers).mean() >= _ENOUGH)
+        return bool(truth.share_in(found.numbers).mean() >= ENOUGH)
 
     low, high = max(1, -(-least // _STEP)), sketches.shape[1] // _STEP
     if not enough(high):

@@ -36,8 +36,8 @@ from d2filter.stages.catalog import clip_scores, pool_scores
 from d2filter.stages.catalog import side_inputs as prepare_side_inputs
 from d2filter.stages.graph.train import sample_by_hash
 
-_GROUP_BYTES = sizes.CATALOG_GROUP
-_PART_BYTES = sizes.CATALOG_PART
+GROUP_BYTES = sizes.CATALOG_GROUP
+PART_BYTES = sizes.CATALOG_PART
 
 
 def build(
@@ -54,8 +54,8 @@ def build(
     memory: bytes that a task may use, which bounds groups and parts; 0 for the usual sizes.
     """
     # a part is held about three times while it is merged, a group while it is read
-    part_bytes = min(_PART_BYTES, memory // 10) if memory else _PART_BYTES
-    group_bytes = min(_GROUP_BYTES, memory // 20) if memory else _GROUP_BYTES
+    part_bytes = min(PART_BYTES, memory // 10) if memory else PART_BYTES
+    group_bytes = min(GROUP_BYTES, memory // 20) if memory else GROUP_BYTES
     folder = out.sub("catalog")
     groups = _grouped(pairs, group_bytes)
     parts = 1 + sum(pair.size for pair in pairs) // part_bytes

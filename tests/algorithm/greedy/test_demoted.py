@@ -195,8 +195,8 @@ def test_small_classes_together_are_what_they_are_alone(
     results = []
     with pytest.MonkeyPatch.context() as patch:
         for limit in (0, together):
-            patch.setattr(by_class, "_COMPARED_TOGETHER", limit)
-            patch.setattr(by_class, "_PAIRS", 20)
+            patch.setattr(by_class, "COMPARED_TOGETHER", limit)
+            patch.setattr(by_class, "PAIRS", 20)
             results.append(by_class.graph(rows, np.zeros(n, np.uint64), uid, group, k))
     (alone, classes), (found, _) = results
     assert found.neighbors.tolist() == alone.neighbors.tolist()

@@ -25,7 +25,7 @@ SCHEMES = [
 @pytest.fixture(autouse=True)
 def narrow_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many buckets even where there is hardly anything to put into them."""
-    monkeypatch.setattr(kernel, "_IN_A_BUCKET", 2)
+    monkeypatch.setattr(kernel, "IN_A_BUCKET", 2)
 
 
 def symmetric(case: Case) -> Case:

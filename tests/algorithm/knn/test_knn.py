@@ -57,9 +57,9 @@ def test_threads_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     whole, index = knn.build(p, 3, target_recall=0.9, exact_below=10)
     try:
         products.use_threads(1)
-        monkeypatch.setattr(cells, "_BLOCK", 777)
+        monkeypatch.setattr(cells, "BLOCK", 777)
         monkeypatch.setattr(refine, "BLOCK", 555)
-        monkeypatch.setattr(products, "_QUERIES", 99)
+        monkeypatch.setattr(products, "QUERIES", 99)
         again, its_index = knn.build(p, 3, target_recall=0.9, exact_below=10)
     finally:
         products.use_threads(2)

@@ -101,9 +101,9 @@ def test_thousands_of_copies_point_round_the_ring() -> None:
 def test_block_boundaries_do_not_matter(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = pool(700, 24)
     whole = exact(rows, 5)
-    monkeypatch.setattr(search, "_QUERY_BLOCK", 50 + shift)
-    monkeypatch.setattr(products, "_QUERIES", 30 + shift)
-    monkeypatch.setattr(products, "_MEMBERS", 90 + shift)
+    monkeypatch.setattr(search, "QUERY_BLOCK", 50 + shift)
+    monkeypatch.setattr(products, "QUERIES", 30 + shift)
+    monkeypatch.setattr(products, "MEMBERS", 90 + shift)
     again = exact(rows, 5)
     assert (whole.numbers == again.numbers).all()
     assert (whole.sqdist == again.sqdist).all()
@@ -187,7 +187,7 @@ def test_the_gpu_path_gives_the_same_lists_in_blocks_that_fit(
     right = exact(rows, 5)
     fake = FakeGpu()
     monkeypatch.setattr(products, "load_faiss", lambda: fake)
-    monkeypatch.setattr(products, "_GPU_BYTES", 60_000)
+    monkeypatch.setattr(products, "GPU_BYTES", 60_000)
     products._gpu_resources.cache_clear()
     again = exact(rows, 5)
     products._gpu_resources.cache_clear()
@@ -222,13 +222,13 @@ def test_unnormalized_features() -> None:
 
 def count_second_looks(monkeypatch: pytest.MonkeyPatch, rows: np.ndarray, k: int) -> int:
     looked = []
-    original = search._within_limits
+    original = search.within_limits
 
     def counted(members, queries, asked, limit):  # type: ignore[no-untyped-def]
         looked.append(len(queries))
         return original(members, queries, asked, limit)
 
-    monkeypatch.setattr(search, "_within_limits", counted)
+    monkeypatch.setattr(search, "within_limits", counted)
     exact(rows, k)
     return sum(looked)
 

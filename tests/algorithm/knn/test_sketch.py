@@ -162,7 +162,7 @@ def test_a_graph_by_sketches_reaches_the_recall_that_was_asked_for() -> None:
 def test_calibration_counts_what_shortlists_lose(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shortlists no longer than the lists lose neighbors: predicted, not overlooked."""
     monkeypatch.setattr(sketch, "SHORTLIST", 6)
-    monkeypatch.setattr(sketch, "_ENOUGH", 0.0)
+    monkeypatch.setattr(sketch, "ENOUGH", 0.0)
     rows = drawn(20_000, 128, decay=0.5)
     hi = np.arange(20_000, dtype=np.uint64)
     pool = knn.make_pool(rows, hi, np.zeros_like(hi))
@@ -202,7 +202,7 @@ def test_a_sample_that_is_thinner_than_its_pool_does_not_cost_the_recall(
     Thirty-two axes were taken here, and half the neighbors lost.
     """
     pool = groups_without_shape(300, 128, scatter=0.8, seed=0)
-    monkeypatch.setattr(sketch, "_LOOKED_AT", 4000)
+    monkeypatch.setattr(sketch, "LOOKED_AT", 4000)
     assert knn.train(pool, 5).sketch.axes.shape[1] == 32
     graph, index = knn.build(pool, 5, target_recall=0.95)
     assert index.choice.reached

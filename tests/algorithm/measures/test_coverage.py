@@ -28,7 +28,7 @@ def test_aucpr_is_the_mean_distance_to_the_nearest_kept(
     rows, hi, lo = pool(seed, n)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coverage, "LOOKED_THROUGH", looked_through)
-        patch.setattr(coverage, "_BLOCK", 7)
+        patch.setattr(coverage, "BLOCK", 7)
         held = coverage.hold_out(rows, hi, lo, size)
         kept = np.random.default_rng(seed).random(n) < share
         found = coverage.aucpr(rows, held, kept)

@@ -437,7 +437,7 @@ def test_least_alike_first_in_tiles_of_any_size(pool: Pool, c: int, tile: int, s
     cell = [numbers.setdefault(bits, int(rng.integers(0, c))) for bits in same_rows(pool)]
     centroids = (rng.integers(-2, 3, (c, pool.features.shape[1])) / 2).astype(np.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geometric, "_TILE", tile)
+        patch.setattr(geometric, "TILE", tile)
         found = geometric.least_alike_first(pool.features, np.array(cell), centroids)
     assert found.tolist() == least_alike_first(pool.features, cell, centroids)
 

@@ -90,7 +90,7 @@ def test_negclip_loss_is_of_a_set(
         scores.negclip_loss(image[turn], text[turn]), once[turn], rtol=1e-12, atol=1e-12
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_dynamics, "_BLOCK", block)
+        patch.setattr(training_dynamics, "BLOCK", block)
         np.testing.assert_allclose(scores.negclip_loss(image, text), once, rtol=1e-12, atol=1e-12)
 
 
@@ -220,7 +220,7 @@ def test_a_row_has_the_same_bits_alone_and_among_others(name: str, width: int, k
     assert (bits(f(x[turn], y)) == whole[turn]).all()
     assert (bits(f(np.asfortranarray(x), np.asfortranarray(y))) == whole).all()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_dynamics, "_BLOCK", 5000)
+        patch.setattr(training_dynamics, "BLOCK", 5000)
         assert (bits(f(x, y)) == whole).all()
     if "p=" not in name:
         assert (bits(f(x, y[::-1])) == whole).all(), "the order of the references counts"
@@ -319,7 +319,7 @@ def test_a_sample_of_a_log_has_the_same_bits_alone(name: str, epochs: int, class
     assert (bits(f(p[turn], y[turn])) == whole[turn]).all()
     assert (bits(f(np.asfortranarray(p), y)) == whole).all()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_dynamics, "_BLOCK", 1000)
+        patch.setattr(training_dynamics, "BLOCK", 1000)
         assert (bits(f(p, y)) == whole).all()
 
 

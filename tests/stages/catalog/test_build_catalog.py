@@ -108,7 +108,7 @@ def test_parts_ascend_whatever_their_number(tmp_path: Path) -> None:
 def test_parts_are_of_one_size_whatever_the_uids(
     tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalog, "_ROW_GROUP", 10)
+    monkeypatch.setattr(catalog, "ROW_GROUP", 10)
     n = 400
     pool = pools.make(n, 3)
     if pattern != "random":

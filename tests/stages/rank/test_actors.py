@@ -66,7 +66,7 @@ def test_what_an_actor_answered_before_its_node_was_lost_is_not_taken_for_its_su
     """Both actors of a node are gone; the answer of one of them, that it is done, came before."""
     dead = ray.exceptions.ActorDiedError()
     calls: list[str] = []
-    driver = actors._Driver.__new__(actors._Driver)
+    driver = actors.Driver.__new__(actors.Driver)
     driver._ray = Ray()
     driver._numbers = [[0], [1]]
     driver._crew_of = {0: 0, 1: 1}
@@ -75,7 +75,7 @@ def test_what_an_actor_answered_before_its_node_was_lost_is_not_taken_for_its_su
     driver._live, driver._inbox, driver._restarts = [1, 1], [[], []], [0, 0]
     driver._figures = {"rounds": 0, "bytes": 0, "peak_rss_bytes": 0}
     driver._saved = float("inf")
-    driver._new = lambda numbers, needs: Actor(f"new {numbers[0]}", calls, 0)  # type: ignore[method-assign]
+    driver.start_actor = lambda numbers, needs: Actor(f"new {numbers[0]}", calls, 0)  # type: ignore[method-assign]
     figures = driver.run(lambda live: None)
     assert calls == [
         "old 0 steps", "old 1 steps", "new 0 steps", "new 1 steps", "new 0 finishes",
@@ -111,12 +111,12 @@ class Slow(Ray):
 
 
 def gathering(places: int) -> tuple[Any, Slow]:
-    driver, cluster = actors._Driver.__new__(actors._Driver), Slow()
+    driver, cluster = actors.Driver.__new__(actors.Driver), Slow()
     driver._ray = cluster
     driver._numbers = [[0], [1]]
     calls: list[str] = []
     driver._actors = [Actor("first", calls, 0), Actor("second", calls, 0, ping="no place")]
-    driver._new = lambda numbers, needs: Actor(f"{numbers} with {needs}", calls, 0)  # type: ignore[method-assign]
+    driver.start_actor = lambda numbers, needs: Actor(f"{numbers} with {needs}", calls, 0)  # type: ignore[method-assign]
     driver._gather(lambda: places)
     return driver, cluster
 
@@ -132,6 +132,6 @@ def test_where_a_node_is_lost_before_its_actor_starts_the_others_make_room() -> 
 def test_a_cluster_that_is_busy_is_waited_for_and_then_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(actors, "_PLACE_SECONDS", 0.1)
+    monkeypatch.setattr(actors, "PLACE_SECONDS", 0.1)
     with pytest.raises(StageError, match="2 processes are needed at once, the cluster started 1"):
         gathering(places=2)
