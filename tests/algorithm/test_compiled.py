@@ -45,7 +45,7 @@ sys.exit(bool(heavy))
         "run --gamma -1 --out-dir {folder} --metadata-dir {folder}",
     ],
 )
-def test_what_computes_nothing_loads_nothing_heavy(tmp_path: Path, words: str) -> None:
+def test_commands_that_compute_nothing_load_no_heavy_packages(tmp_path: Path, words: str) -> None:
     (tmp_path / "config.json").write_text('{"stages": {}}')
     arguments = [word.format(folder=tmp_path) for word in words.split()]
     done = python(LOADED, *arguments)
@@ -110,7 +110,7 @@ def test_without_a_place_beside_the_package_the_cache_is_in_a_private_folder(
         assert (done.returncode, done.stdout.split()) == (0, [hits]), done.stderr
 
 
-def test_a_changed_source_of_any_loop_is_compiled_anew(unwritable: Path, tmp_path: Path) -> None:
+def test_a_loop_whose_source_changed_is_compiled_again(unwritable: Path, tmp_path: Path) -> None:
     """A loop holds copies of those that it calls from other files."""
     temporary = tmp_path / "tmp"
     temporary.mkdir()

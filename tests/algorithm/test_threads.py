@@ -62,7 +62,7 @@ def test_an_error_in_a_block_reaches_the_caller_and_ends_the_others(count: int) 
         threads.each(lambda number: work(slice(number, number + 1)), 2)
 
 
-def test_what_runs_in_a_thread_takes_no_further_ones() -> None:
+def test_a_nested_call_starts_no_more_threads() -> None:
     threads.use(3)
     counts = []
     threads.each(lambda _: counts.append(threads.count()), 4)

@@ -211,7 +211,7 @@ def test_the_words_for_nodes_are_options_of_ray_start(
 
 
 @pytest.mark.parametrize("taken", ["another user's", "link"])
-def test_the_temporary_folder_is_new_private_and_nobody_can_take_it_before(
+def test_the_temporary_folder_is_new_and_private_and_cannot_be_created_by_others_first(
     start: Start, tmp_path: Path, taken: str
 ) -> None:
     job = start("bad")
@@ -284,7 +284,7 @@ def test_nodes_that_do_not_join_are_an_error(start: Start, tmp_path: Path, clone
     assert list(tmp_path.glob("node.*")) == []
 
 
-def test_a_job_without_a_name_or_outside_a_clone_is_told_what_to_do(
+def test_a_job_without_a_name_or_outside_a_clone_fails_with_the_remedy(
     start: Start, clone: Path
 ) -> None:
     job = start()

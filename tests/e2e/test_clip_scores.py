@@ -55,7 +55,7 @@ def test_one_sentinel_is_an_alert_with_its_score_and_uid(tmp_path: Path, first: 
 
 
 @pytest.mark.parametrize("sentinel", [1e20, 3e38, -3e38])
-def test_scores_that_scaling_makes_one_are_refused_in_one_line(
+def test_scores_that_become_equal_when_normalized_are_refused_in_one_line(
     tmp_path: Path, sentinel: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = metadata(tmp_path / "m", with_sentinel(sentinel))
@@ -80,7 +80,7 @@ def test_few_scores_that_keep_their_units_are_no_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", ["0.001", "0.03"])
-def test_clipping_is_by_rank_over_all_samples_whatever_the_layout(
+def test_clipping_is_by_rank_over_all_samples_in_any_layout(
     tmp_path: Path, share: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = with_sentinel(-9999)
@@ -114,7 +114,7 @@ def test_clipping_is_by_rank_over_all_samples_whatever_the_layout(
     assert len(bits) == 1
 
 
-def test_a_clip_is_part_of_the_catalogs_making(
+def test_a_clip_belongs_to_the_fingerprint_of_the_catalog(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = metadata(tmp_path / "m", SCORES.tolist())
@@ -128,7 +128,7 @@ def test_a_clip_is_part_of_the_catalogs_making(
 
 
 @pytest.mark.parametrize("label", ["ends", "clip"])
-def test_a_clip_goes_on_where_it_was_stopped(
+def test_an_interrupted_clip_continues(
     tmp_path: Path, label: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second of the parts is never clipped before the interruption."""

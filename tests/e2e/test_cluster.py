@@ -96,7 +96,7 @@ def whole(cluster: ray_nodes.Cluster, tmp_path_factory: pytest.TempPathFactory) 
     return out, finish(demo(cluster, out))
 
 
-def test_a_job_streams_what_it_says_and_both_nodes_work_for_it(
+def test_a_submitted_job_streams_its_output_and_runs_on_both_nodes(
     cluster: ray_nodes.Cluster, whole: tuple[Path, Job]
 ) -> None:
     out, job = whole
@@ -161,7 +161,7 @@ def test_a_demo_whose_second_node_dies_while_it_embeds_gives_the_same_bits(
     assert any(event["event"] == "task tried again" for event in events)
 
 
-def test_this_machine_makes_namespaces_where_it_must() -> None:
+def test_namespaces_are_available_where_they_are_required() -> None:
     """CI says that it does, so that what is above is not weaker there unseen."""
     if os.environ.get("D2FILTER_NAMESPACES") == "1":
         assert ray_nodes.namespaces()

@@ -222,7 +222,7 @@ def test_each_bad_sample_has_its_key_and_reason(finished: Path) -> None:
     assert "txt has 1048577 bytes" in messages["long-caption"]
 
 
-def test_each_shard_that_cannot_be_read_whole_is_named(finished: Path) -> None:
+def test_each_incomplete_shard_is_named(finished: Path) -> None:
     lost = stats(finished / "o")["lost_shards"]
     assert [Path(line.split(": ")[0]).name for line in lost] == [
         "00003.tar", "00004.tar", "00005.tar", "00006.tar", "00007.tar", "00008.tar.gz", "00009.TAR"
@@ -231,7 +231,7 @@ def test_each_shard_that_cannot_be_read_whole_is_named(finished: Path) -> None:
     assert all(words in line for words, line in zip(said, lost, strict=True))
 
 
-def test_what_people_should_know_of_the_shards_is_in_the_figures(finished: Path) -> None:
+def test_alerts_about_the_shards_are_in_the_figures(finished: Path) -> None:
     figures = json.loads((finished / "o/completions/embed.json").read_text())["stats"]
     assert figures["left_out"] == {".json": 1, "folders": 1}
     # of the pictures, alpha.png and gray-alpha.png are opaque
@@ -257,7 +257,7 @@ def test_keys_are_kept_as_they_are(finished: Path) -> None:
     }  # fmt: skip
 
 
-def test_odd_pictures_are_seen_as_open_clip_sees_them(finished: Path) -> None:
+def test_unusual_pictures_are_preprocessed_like_in_open_clip(finished: Path) -> None:
     """As its trainer decodes them: the first frame, as RGB, and nothing turned by EXIF."""
     import open_clip
     import torch
@@ -289,7 +289,7 @@ def test_odd_pictures_are_seen_as_open_clip_sees_them(finished: Path) -> None:
     assert image["deep"] @ embedded(scene(16)) > 0.999
 
 
-def test_dirty_metadata_of_many_makings_is_one_pool(tmp_path: Path) -> None:
+def test_dirty_metadata_in_any_split_gives_one_pool(tmp_path: Path) -> None:
     """Pairs that differ in all that may differ, with bad rows in each."""
     folder = tmp_path / "m"
     folder.mkdir()

@@ -128,7 +128,7 @@ def test_kills_while_shards_are_embedded_leave_no_trace(
 
 
 @pytest.mark.nightly
-def test_a_node_that_hangs_is_given_up_and_does_no_harm_when_it_wakes(
+def test_a_node_that_hangs_is_given_up_and_changes_nothing_when_it_wakes(
     machines: faults.Machines, plain: Undisturbed, tmp_path: Path
 ) -> None:
     out = tmp_path / "o"

@@ -101,7 +101,7 @@ def test_the_installed_one_takes_nothing_from_the_current_folder(
 
 
 @pytest.mark.parametrize("how", ["python -m", "PYTHONPATH"])
-def test_a_clone_that_is_asked_for_runs_everywhere(
+def test_a_requested_clone_runs_on_all_nodes(
     pool: Path, clone: Path, tmp_path: Path, how: str
 ) -> None:
     if how == "PYTHONPATH":

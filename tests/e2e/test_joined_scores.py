@@ -141,7 +141,7 @@ TWICE = [POOL["uid"][0]] * 2 + POOL["uid"][2:20]
         ),
     ],
 )
-def test_a_score_file_that_is_none(
+def test_a_file_that_is_not_a_score_file_is_refused(
     breaks: Any, column: str, code: int, said: str, metadata: list[Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -152,7 +152,7 @@ def test_a_score_file_that_is_none(
     assert said in last_line(capsys)
 
 
-def test_csv_that_is_none(
+def test_a_malformed_csv_is_refused(
     metadata: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("graph", "--metadata-dir", metadata[0], "--out-dir", tmp_path / "o", "--score-file")
@@ -166,7 +166,7 @@ def test_csv_that_is_none(
     assert "is no .parquet or .csv file" in last_line(capsys)
 
 
-def test_ranking_within_another_filters_result(
+def test_only_samples_of_another_filter_are_ranked(
     metadata: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inside = sorted(RNG.permutation(N)[:250].tolist())
@@ -216,7 +216,7 @@ def test_ranking_within_another_filters_result(
         (None, "is no .npy file"),
     ],
 )
-def test_a_subset_that_is_none(
+def test_a_file_that_is_not_a_subset_is_refused(
     array: Any, said: str, metadata: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if array is not None:
@@ -233,7 +233,7 @@ def percentile(values: np.ndarray) -> np.ndarray:
     return found
 
 
-def test_a_sum_of_a_computed_score_a_column_and_a_file(
+def test_a_computed_score_a_column_and_a_file_are_added(
     metadata: list[Path], tmp_path: Path
 ) -> None:
     path = tmp_path / "scores.parquet"
@@ -252,7 +252,9 @@ def test_a_sum_of_a_computed_score_a_column_and_a_file(
     assert turned == {uid: -value for uid, value in expected.items()}
 
 
-def test_ranks_and_scores_of_the_pool_in_a_sum(metadata: list[Path], tmp_path: Path) -> None:
+def test_percentile_ranks_and_pool_scores_can_be_added(
+    metadata: list[Path], tmp_path: Path
+) -> None:
     words = ("--score", "rank(own)-0.25*rank(prototypicality)+0.01*clip_score")
     found = graph_difficulties(metadata[0], tmp_path / "a", *words)
     assert len(list((tmp_path / "a" / "catalog").glob("part-*.parquet"))) > 1
@@ -266,7 +268,7 @@ def test_ranks_and_scores_of_the_pool_in_a_sum(metadata: list[Path], tmp_path: P
     assert found == by_uid(total.astype(np.float32))
 
 
-def test_ranks_are_over_what_is_ranked(metadata: list[Path], tmp_path: Path) -> None:
+def test_percentile_ranks_are_over_the_ranked_samples(metadata: list[Path], tmp_path: Path) -> None:
     inside = list(range(0, N, 3))
     path = write_subset(tmp_path / "s.npy", inside)
     out = tmp_path / "o"
@@ -292,7 +294,7 @@ def test_ranks_are_over_what_is_ranked(metadata: list[Path], tmp_path: Path) -> 
         (("--score", "1e39*rank(own)"), 1, "is too large for float32"),
     ],
 )
-def test_a_sum_that_cannot_be(
+def test_an_impossible_sum_of_scores_is_refused(
     words: tuple[str, ...], code: int, said: str, metadata: list[Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip

@@ -64,7 +64,7 @@ def whole(pool: dict[str, Any], cluster: None, tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.parametrize("partitions", [3, 8])
-def test_partitions_and_the_layout_of_files_cannot_be_seen_in_the_result(
+def test_partitions_and_the_layout_of_files_do_not_change_the_result(
     partitions: int,
     pool: dict[str, Any],
     whole: Path,
@@ -140,7 +140,7 @@ def test_refinement_is_the_same_in_partitions(
     assert found["recall"] == knn.measure_recall(pool, built).value
 
 
-def test_harder_tries_leave_no_trace_of_the_easier_ones(
+def test_a_higher_effort_leaves_no_trace_of_a_lower_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows look under one parent first, then under four, where that misses the target."""
@@ -205,7 +205,7 @@ def catalog_rows(out: Path) -> np.ndarray:
     return layout.gather(np.arange(layout.total))
 
 
-def test_a_target_out_of_reach_is_said_before_the_long_part(
+def test_a_target_out_of_reach_fails_before_the_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     metadata = pools.write(tmp_path / "m", pools.make(6000, 24), files=2)
@@ -271,7 +271,7 @@ def test_a_driver_killed_between_partitions_is_continued_with_another_number_of_
 
 
 @pytest.mark.parametrize("equal", [1.0, 0.6])
-def test_a_pool_of_copies_is_cut_and_ranked(
+def test_a_pool_of_copies_is_partitioned_and_ranked(
     equal: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All, or most, vectors equal: one giant cell in slices, the ring goes round all of them."""
@@ -297,7 +297,7 @@ def test_a_pool_of_copies_is_cut_and_ranked(
     assert (neighbors[zero] == zero[at % zero.size]).all()
 
 
-def test_more_neighbors_than_samples_in_partitions(tmp_path: Path) -> None:
+def test_partitions_with_fewer_than_k_samples_are_ranked(tmp_path: Path) -> None:
     metadata = pools.write(tmp_path / "m", pools.make(50, 4))
     out = tmp_path / "o"
     words = ("--n-neighbors", 80, "--partitions", 7, "--exact-below", 0)
@@ -306,7 +306,7 @@ def test_more_neighbors_than_samples_in_partitions(tmp_path: Path) -> None:
     assert ((lists(out)[1] >= 0).sum(axis=1) == 49).all()
 
 
-def test_sizes_and_numbers_that_cannot_be_used(
+def test_unusable_sizes_and_numbers_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("graph", "--metadata-dir", tmp_path, "--out-dir", tmp_path / "o")

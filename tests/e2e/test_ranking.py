@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 
 @pytest.fixture(scope="module")
-def made(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def runs(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """One pool, ranked in one partition and in four."""
     folder = tmp_path_factory.mktemp("made")
     pool = pools.make(3000, 12)
@@ -40,26 +40,26 @@ def made(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[int, P
 
 
 @pytest.fixture
-def again(made: dict[int, Path]) -> Any:
+def rank_again(runs: dict[int, Path]) -> Any:
     """Ranks the four partitions anew, with more options."""
 
     def rank(*more: Any) -> Path:
-        words = ("rank", "--out-dir", made[4], "--overwrite", "rank")
+        words = ("rank", "--out-dir", runs[4], "--overwrite", "rank")
         assert run(*words, *more) == 0
-        return made[4]
+        return runs[4]
 
     return rank
 
 
-def test_partitions_cannot_be_seen_in_the_ranking(made: dict[int, Path]) -> None:
-    assert same_columns(ranking_by_uid(made[1]), ranking_by_uid(made[4]))
-    one, four = (stats(made[p])["rank"] for p in (1, 4))
+def test_partitions_do_not_change_the_ranking(runs: dict[int, Path]) -> None:
+    assert same_columns(ranking_by_uid(runs[1]), ranking_by_uid(runs[4]))
+    one, four = (stats(runs[p])["rank"] for p in (1, 4))
     assert (one["partitions"], four["partitions"]) == (1, 4)
     assert one["supersteps"] == 1 < four["supersteps"]
     assert one["bytes_exchanged"] == 0 < four["bytes_exchanged"]
     assert four["cut_edges"] > 0
-    assert not (made[4] / "ranking-work").exists()
-    assert run("verify", made[4]) == 0
+    assert not (runs[4] / "ranking-work").exists()
+    assert run("verify", runs[4]) == 0
 
 
 BeforeSupersteps = Callable[[Callable[[actors.Driver, int], None]], None]
@@ -92,12 +92,12 @@ def kill(driver: actors.Driver, actor: int) -> None:
 @pytest.mark.parametrize(
     "seed", [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(3, 10))]
 )
-def test_an_actor_killed_at_a_random_superstep(
-    seed: int, made: dict[int, Path], again: Any, before_supersteps: BeforeSupersteps,
+def test_an_actor_killed_at_a_random_superstep_changes_nothing(
+    seed: int, runs: dict[int, Path], rank_again: Any, before_supersteps: BeforeSupersteps,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Odd seeds: with a snapshot after every superstep, from which the new actor goes on."""
-    before = ranking_by_uid(made[1])
+    before = ranking_by_uid(runs[1])
     monkeypatch.setattr(actors, "SAVE_SECONDS", 0.0 if seed % 2 else 1e9)
     rng = np.random.default_rng(seed)
     at = set(rng.integers(1, 6, 2).tolist())
@@ -110,7 +110,7 @@ def test_an_actor_killed_at_a_random_superstep(
             killed += 1
 
     before_supersteps(kill_one)
-    out = again()
+    out = rank_again()
     assert killed
     assert stats(out)["rank"]["restarts"] >= 1
     assert same_columns(ranking_by_uid(out), before)
@@ -130,8 +130,11 @@ def four_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("victims", [(1, 3), (0, 1, 2, 3)])
 @pytest.mark.usefixtures("four_processes")
-def test_several_actors_killed_at_once(
-    victims: tuple[int, ...], made: dict[int, Path], again: Any, before_supersteps: BeforeSupersteps
+def test_several_actors_killed_at_once_change_nothing(
+    victims: tuple[int, ...],
+    runs: dict[int, Path],
+    rank_again: Any,
+    before_supersteps: BeforeSupersteps,
 ) -> None:
     def kill_victims(driver: actors.Driver, number: int) -> None:
         if number in (2, 5):
@@ -139,38 +142,40 @@ def test_several_actors_killed_at_once(
                 kill(driver, victim)
 
     before_supersteps(kill_victims)
-    out = again()
+    out = rank_again()
     assert len(victims) <= stats(out)["rank"]["restarts"] <= 2 * len(victims) + 2
-    assert same_columns(ranking_by_uid(out), ranking_by_uid(made[1]))
+    assert same_columns(ranking_by_uid(out), ranking_by_uid(runs[1]))
 
 
-def test_an_error_in_an_actor_is_one_line_and_what_was_done_stays(
-    made: dict[int, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_error_in_an_actor_is_one_line_and_finished_steps_stay(
+    runs: dict[int, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = actors.run
 
     def run_without(**arguments: Any) -> dict[str, Any]:
-        (made[4] / "ranking-work" / "known-00002.hi.npy").unlink()
+        (runs[4] / "ranking-work" / "known-00002.hi.npy").unlink()
         return whole(**arguments)
 
     monkeypatch.setattr(actors, "run", run_without)
-    assert run("rank", "--out-dir", made[4], "--overwrite", "rank") == 1
+    assert run("rank", "--out-dir", runs[4], "--overwrite", "rank") == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "known-00002.hi.npy does not exist" in said
     assert len(said) < 300
     monkeypatch.undo()
     # its marker says that the file is there: the way out that docs/reliability.md names
-    assert run("rank", "--out-dir", made[4], "--overwrite", "rank") == 0
-    assert same_columns(ranking_by_uid(made[4]), ranking_by_uid(made[1]))
+    assert run("rank", "--out-dir", runs[4], "--overwrite", "rank") == 0
+    assert same_columns(ranking_by_uid(runs[4]), ranking_by_uid(runs[1]))
 
 
-def test_memory_of_workers_leaves_no_trace(made: dict[int, Path], again: Any) -> None:
+def test_the_memory_of_workers_does_not_change_the_ranking(
+    runs: dict[int, Path], rank_again: Any
+) -> None:
     assert same_columns(
-        ranking_by_uid(again("--memory-per-worker", "800MB")), ranking_by_uid(made[1])
+        ranking_by_uid(rank_again("--memory-per-worker", "800MB")), ranking_by_uid(runs[1])
     )
 
 
-def test_partitions_without_edges_between_them(tmp_path: Path) -> None:
+def test_partitions_without_cut_edges_are_ranked(tmp_path: Path) -> None:
     """Nobody has anything to tell anybody."""
     out = Folder(str(tmp_path))
     n, parts = 40, 3
@@ -196,25 +201,25 @@ def test_partitions_without_edges_between_them(tmp_path: Path) -> None:
     assert sorted(ranks.tolist()) == list(range(n * parts))
 
 
-def test_an_actor_that_dies_again_and_again_is_given_up(
-    made: dict[int, Path], before_supersteps: BeforeSupersteps, monkeypatch: pytest.MonkeyPatch,
+def test_an_actor_that_dies_repeatedly_is_given_up(
+    runs: dict[int, Path], before_supersteps: BeforeSupersteps, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     before_supersteps(lambda driver, number: kill(driver, 1))
     monkeypatch.setattr(actors, "RESTARTS", 2)
-    assert run("rank", "--out-dir", made[4], "--overwrite", "rank") == 1
+    assert run("rank", "--out-dir", runs[4], "--overwrite", "rank") == 1
     said = capsys.readouterr().err
     assert "the worker of partitions 1, 3 failed 3 times" in said
     assert len(said.strip().splitlines()[-1]) < 300
     monkeypatch.undo()
-    assert run("rank", "--out-dir", made[4]) == 0
-    assert same_columns(ranking_by_uid(made[4]), ranking_by_uid(made[1]))
+    assert run("rank", "--out-dir", runs[4]) == 0
+    assert same_columns(ranking_by_uid(runs[4]), ranking_by_uid(runs[1]))
 
 
-def test_a_driver_that_dies_goes_on_from_the_last_snapshots(
-    made: dict[int, Path], before_supersteps: BeforeSupersteps, monkeypatch: pytest.MonkeyPatch
+def test_a_killed_driver_continues_from_the_last_snapshots(
+    runs: dict[int, Path], before_supersteps: BeforeSupersteps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole_run = stats(made[4])["rank"]["supersteps"]
+    whole_run = stats(runs[4])["rank"]["supersteps"]
     monkeypatch.setattr(actors, "SAVE_SECONDS", 0.0)
 
     class Death(BaseException):
@@ -226,14 +231,14 @@ def test_a_driver_that_dies_goes_on_from_the_last_snapshots(
 
     before_supersteps(die)
     with pytest.raises(Death):
-        run("rank", "--out-dir", made[4], "--overwrite", "rank")
-    assert len(list((made[4] / "ranking-work").glob("state-*.npz"))) == 4
-    assert not list((made[4] / "ranking").glob("*.parquet"))
+        run("rank", "--out-dir", runs[4], "--overwrite", "rank")
+    assert len(list((runs[4] / "ranking-work").glob("state-*.npz"))) == 4
+    assert not list((runs[4] / "ranking").glob("*.parquet"))
     monkeypatch.undo()
     taken: list[int] = []
     before_supersteps(lambda driver, number: taken.append(number))
-    assert run("rank", "--out-dir", made[4]) == 0
-    assert same_columns(ranking_by_uid(made[4]), ranking_by_uid(made[1]))
+    assert run("rank", "--out-dir", runs[4]) == 0
+    assert same_columns(ranking_by_uid(runs[4]), ranking_by_uid(runs[1]))
     # three supersteps lie in the snapshots
     assert 0 < len(taken) < whole_run
 
@@ -252,10 +257,10 @@ def test_a_driver_that_dies_goes_on_from_the_last_snapshots(
     ids=lambda words: " ".join(words),
 )
 def test_every_scheme_is_the_same_in_partitions_and_proven(
-    scheme: tuple[str, ...], made: dict[int, Path], tmp_path: Path
+    scheme: tuple[str, ...], runs: dict[int, Path], tmp_path: Path
 ) -> None:
-    published = ranking_by_uid(made[1])
-    outs = [copy_of(out, tmp_path) for out in made.values()]
+    published = ranking_by_uid(runs[1])
+    outs = [copy_of(out, tmp_path) for out in runs.values()]
     for out in outs:
         assert run("rank", "--out-dir", out, "--overwrite", "rank", *scheme) == 0
     one, four = (ranking_by_uid(out) for out in outs)
@@ -265,9 +270,9 @@ def test_every_scheme_is_the_same_in_partitions_and_proven(
     assert run("verify", outs[1]) == 0
 
 
-def test_what_ranks_last_is_counted_and_comes_last(made: dict[int, Path], again: Any) -> None:
+def test_demoted_samples_are_counted_and_come_last(runs: dict[int, Path], rank_again: Any) -> None:
     # a tenth of the pool are exact copies, and those of 0.3 of the hardest are gone before
-    out = again("--collapse-copies", "--cut-hardest", "0.3")
+    out = rank_again("--collapse-copies", "--cut-hardest", "0.3")
     found = ranking_by_uid(out)
     last = found["forward"] == -(2**62)
     late = stats(out)["rank"]["late"]
@@ -277,13 +282,13 @@ def test_what_ranks_last_is_counted_and_comes_last(made: dict[int, Path], again:
     assert set(found["rank"][last]) == set(range(3000 - int(last.sum()), 3000))
     assert (found["by_uid_hi"][last] == 0).all()
     assert found["difficulty"][~last].max() < np.sort(found["difficulty"])[-899]
-    again()
+    rank_again()
 
 
 def test_fewer_neighbors_are_a_prefix_of_each_list(
-    made: dict[int, Path], tmp_path: Path, again: Any, capsys: pytest.CaptureFixture[str]
+    runs: dict[int, Path], tmp_path: Path, rank_again: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pool = graph.read(Folder(str(made[1] / "graph")))
+    pool = graph.read(Folder(str(runs[1] / "graph")))
     narrow = graph.GraphPart(
         hi=pool.hi, lo=pool.lo, difficulty=pool.difficulty,
         neighbors=pool.neighbors[:, :1].copy(), sqdist=pool.sqdist[:, :1].copy(),
@@ -297,12 +302,14 @@ def test_fewer_neighbors_are_a_prefix_of_each_list(
     # a gamma that is fitted looks at the pairs too, and this catalog knows of none
     told = ("--gamma", 1)
     assert run("rank", "--out-dir", tmp_path, *told) == 0
-    assert same_columns(ranking_by_uid(tmp_path), ranking_by_uid(again("--n-neighbors", 1, *told)))
-    again()
-    assert run("rank", "--out-dir", made[4], "--n-neighbors", 4) == 2
+    assert same_columns(
+        ranking_by_uid(tmp_path), ranking_by_uid(rank_again("--n-neighbors", 1, *told))
+    )
+    rank_again()
+    assert run("rank", "--out-dir", runs[4], "--n-neighbors", 4) == 2
     assert "n-neighbors is 4, the graph of" in capsys.readouterr().err
     # as many as there are is what was made
-    assert run("rank", "--out-dir", made[4], "--n-neighbors", 3) == 0
+    assert run("rank", "--out-dir", runs[4], "--n-neighbors", 3) == 0
 
 
 @pytest.mark.parametrize(
@@ -314,7 +321,7 @@ def test_fewer_neighbors_are_a_prefix_of_each_list(
         ("--n-neighbors", "-1", "of at least 1"),
     ],
 )
-def test_a_ranking_option_out_of_range(
+def test_a_ranking_option_out_of_range_is_refused(
     option: str, value: str, allowed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("rank", "--out-dir", tmp_path, f"{option}={value}") == 2
@@ -323,7 +330,7 @@ def test_a_ranking_option_out_of_range(
     assert value in said
 
 
-def test_more_partitions_than_processors_and_empty_ones(tmp_path: Path) -> None:
+def test_more_partitions_than_cpus_and_empty_partitions_change_nothing(tmp_path: Path) -> None:
     metadata = pools.write(tmp_path / "m", pools.make(300, 6))
     words = ("run", "--metadata-dir", metadata, "--n-neighbors", 2, "--exact-below", 10)
     for partitions in (1, 24):
@@ -334,7 +341,7 @@ def test_more_partitions_than_processors_and_empty_ones(tmp_path: Path) -> None:
     assert same_columns(ranking_by_uid(tmp_path / "o1"), ranking_by_uid(tmp_path / "o24"))
 
 
-def test_a_scheme_that_does_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_scheme_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for option in ("--kernel", "--forward", "--reverse"):
         assert run("rank", "--out-dir", tmp_path, option, "cosine") == 2
         assert option in capsys.readouterr().err

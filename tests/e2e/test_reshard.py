@@ -134,7 +134,7 @@ def test_repeats_mean_repeats_and_unsorted_subsets_are_sorted(pool: Path, tmp_pa
     ]  # fmt: skip
 
 
-def test_it_goes_on_where_it_was_interrupted_and_returns_at_once_when_done(
+def test_an_interrupted_reshard_continues_and_a_finished_one_does_nothing(
     pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     np.save(tmp_path / "s.npy", chosen(pool))
@@ -160,7 +160,7 @@ def test_it_goes_on_where_it_was_interrupted_and_returns_at_once_when_done(
     assert snapshot(out) == snapshot(tmp_path / "whole")
 
 
-def test_what_was_written_while_a_search_failed_is_not_written_again(
+def test_shards_written_while_a_search_failed_are_not_written_again(
     pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     np.save(tmp_path / "s.npy", chosen(pool))
@@ -307,7 +307,7 @@ def test_the_shards_of_a_run_need_not_be_named(tmp_path: Path) -> None:
     )
 
 
-def test_a_broken_twin_does_not_stand_for_its_sample(tmp_path: Path) -> None:
+def test_a_broken_copy_does_not_replace_its_sample(tmp_path: Path) -> None:
     """The uid stands first on members without a picture, then on ones without a caption."""
     uid = f"{7:032x}"
     told = json.dumps({"uid": uid}).encode()

@@ -87,7 +87,7 @@ def written(out: Folder, new: list[PlacedSamples]) -> list[bytes]:
     return contents
 
 
-def test_only_what_is_kept_is_asked_for_and_a_failing_server_changes_nothing(
+def test_only_kept_samples_are_requested_and_a_failing_server_changes_nothing(
     pool: Path, proxy: FlakyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     local = webdataset.list_shards([str(pool)])

@@ -71,7 +71,7 @@ def test_the_run_directory_is_complete(finished: Path) -> None:
     assert not list(out.rglob(".tmp-*"))
 
 
-def test_recall_and_ranking_against_independent_code(finished: Path, tmp_path: Path) -> None:
+def test_recall_and_ranking_agree_with_independent_code(finished: Path, tmp_path: Path) -> None:
     """Done means: recall@5 ≥ 0.95, and the ranking of the written graph is the sequential one."""
     out = copy_of(finished / "out", tmp_path)
     published = ("--kernel", "rbf", "--gamma", 1, "--collapse-copies", "none")
@@ -259,7 +259,7 @@ def test_a_mistake_beside_overwrite_costs_nothing(
     assert run("verify", out) == 0
 
 
-def test_options_of_a_catalog_made_before_are_not_ignored(
+def test_options_that_contradict_an_existing_catalog_are_refused(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = copy_of(finished / "out", tmp_path)
@@ -308,7 +308,7 @@ def test_lost_figures_are_written_again(finished: Path, tmp_path: Path) -> None:
     assert run("verify", out) == 0
 
 
-def test_scores_of_two_makings_are_not_mixed(
+def test_files_with_and_without_a_score_column_are_not_mixed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pool = pools.make(60, 4)
@@ -413,7 +413,7 @@ def test_kept_lists_are_written_where_shards_are_known(tmp_path: Path) -> None:
     assert run("verify", out) == 0
 
 
-def test_image_and_text_alone(tmp_path: Path) -> None:
+def test_image_or_text_alone_give_features_of_their_own_width(tmp_path: Path) -> None:
     folder = pools.write(tmp_path / "m", pools.make(150, 6), arch="b32")
     for feature_type, width in (("image", 6), ("text", 6), ("image|text", 12)):
         out = tmp_path / feature_type.replace("|", "_")
@@ -422,7 +422,7 @@ def test_image_and_text_alone(tmp_path: Path) -> None:
         assert stats(out)["catalog"]["dimension"] == width
 
 
-def test_fewer_samples_than_neighbors(tmp_path: Path) -> None:
+def test_a_pool_smaller_than_k_is_ranked(tmp_path: Path) -> None:
     folder = pools.write(tmp_path / "m", pools.make(3, 4, copies=0))
     out = tmp_path / "o"
     words = ("--n-neighbors", 5, "--fraction", 1, "--out-dir", out)
@@ -449,7 +449,7 @@ def test_an_unreachable_recall_exits_with_4(
     assert (out / "subset.npy").exists()
 
 
-def test_options_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_are_read_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = pools.write(tmp_path / "m", pools.make(100, 4))
     settings = tmp_path / "run.yaml"
     settings.write_text(f"metadata_dir: {folder}\nn-neighbors: 2\nfraction: 0.1\n")

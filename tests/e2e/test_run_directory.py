@@ -58,7 +58,7 @@ def state(out: Path) -> dict[str, tuple[str, int]]:
         ("--budget", "0"),
     ],
 )
-def test_a_budget_that_cannot_be_costs_nothing(
+def test_an_impossible_budget_is_refused_before_anything_runs(
     finished: Path, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
     out = copy_of(finished / "o", tmp_path)
@@ -130,7 +130,7 @@ def test_a_selection_that_dies_leaves_the_old_one_or_the_new_one(
 
 
 @pytest.mark.usefixtures("reports")
-def test_a_report_is_made_again_for_another_subset(finished: Path, tmp_path: Path) -> None:
+def test_a_report_is_written_again_for_another_subset(finished: Path, tmp_path: Path) -> None:
     out = copy_of(finished / "o", tmp_path)
     assert run("run", "--metadata-dir", finished / "m", "--out-dir", out) == 0
     first = (out / "report.html").read_bytes()
@@ -148,7 +148,7 @@ def test_a_run_without_a_report_gets_none_from_select(finished: Path, tmp_path: 
     assert not (out / "report.html").exists()
 
 
-def test_anew_is_anew(tmp_path: Path) -> None:
+def test_overwrite_builds_the_stages_again(tmp_path: Path) -> None:
     """A damaged file of the same size is made again, with all after it."""
     content = [m for i in range(12) for m in shard_files.members(f"{i:04d}", i)]
     shard_files.write(tmp_path / "s/00000.tar", content)
@@ -164,7 +164,7 @@ def test_anew_is_anew(tmp_path: Path) -> None:
     assert run("verify", tmp_path / "o") == 0
 
 
-def test_healing_makes_again_what_is_damaged_or_changed_and_nothing_else(
+def test_heal_rebuilds_exactly_what_is_damaged_or_changed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in range(3):
@@ -253,7 +253,7 @@ def test_metadata_that_changes_while_it_is_read_is_refused(
 
 
 @pytest.mark.parametrize("words", [("--overwrite", "catalog"), ("--heal",)])
-def test_a_catalog_is_not_made_anew_without_its_metadata(
+def test_a_catalog_is_not_built_again_without_its_metadata(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
 ) -> None:
     out = copy_of(finished / "o", tmp_path)
@@ -295,7 +295,7 @@ def test_metadata_inside_the_run_directory_is_refused(
     assert state(tmp_path) == before
 
 
-def test_what_embed_wrote_may_be_named_as_the_metadata(tmp_path: Path) -> None:
+def test_the_output_of_embed_may_be_given_as_metadata(tmp_path: Path) -> None:
     shard_files.write(
         tmp_path / "s/0.tar", [m for i in range(9) for m in shard_files.members(f"{i}", i)]
     )
@@ -362,7 +362,7 @@ def test_one_command_at_a_time_writes_to_a_run_directory(
     assert not (out / lock.LOCK).exists()
 
 
-def test_more_neighbors_than_there_are_others_make_no_longer_lists(tmp_path: Path) -> None:
+def test_more_neighbors_than_other_samples_give_no_longer_lists(tmp_path: Path) -> None:
     folder = pools.write(tmp_path / "m", pools.make(40, 8))
     subsets = []
     for k in (39, 1_000_000):

@@ -78,7 +78,9 @@ def test_negclip_loss_is_that_of_batches_by_uid(
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_prototypicality_does_not_see_files(metadata: list[Path], tmp_path: Path) -> None:
+def test_prototypicality_does_not_depend_on_the_split_of_files(
+    metadata: list[Path], tmp_path: Path
+) -> None:
     words = ("--score", "prototypicality", "--feature-type", "image")
     found = graph_difficulties(metadata[0], tmp_path / "a", *words)
     assert found == graph_difficulties(metadata[1], tmp_path / "b", *words)
@@ -140,7 +142,7 @@ def write_log(path: Path, made: dict[str, Any], rows: list[int] | None = None) -
 
 @pytest.mark.parametrize("name", LOG_SCORES)
 @pytest.mark.parametrize("logits", [False, True])
-def test_scores_of_a_training_log(
+def test_scores_of_a_training_log_equal_the_formulas(
     name: str, logits: bool, metadata: list[Path], tmp_path: Path
 ) -> None:
     from d2filter.formats import traininglog
@@ -158,7 +160,7 @@ def test_scores_of_a_training_log(
     assert (np.diff(found.hi.astype(object)) > 0).all()
 
 
-def test_a_log_decides_the_difficulty_and_what_it_lacks_is_bad(
+def test_a_training_log_gives_the_difficulty_and_samples_without_a_row_are_bad(
     metadata: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made_log = log()
@@ -206,7 +208,7 @@ def test_a_log_decides_the_difficulty_and_what_it_lacks_is_bad(
         (lambda t: t.slice(0, 0), "has no rows"),
     ],
 )
-def test_a_log_that_is_none(
+def test_a_file_that_is_not_a_training_log_is_refused(
     breaks: Any, said: str, metadata: list[Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -233,7 +235,7 @@ def test_a_log_that_is_none(
         (("--score", "el2n", "--training-log", "none.parquet"), 1, "is no .parquet file"),
     ],
 )
-def test_a_score_that_cannot_be_computed(
+def test_a_score_that_cannot_be_computed_is_refused(
     words: tuple[Any, ...], code: int, said: str, metadata: list[Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -279,7 +281,7 @@ def test_any_embeddings_make_a_graph_without_an_image(
     assert "has no words" in capsys.readouterr().err
 
 
-def test_a_target_set_of_another_model(
+def test_a_target_set_of_another_model_is_refused(
     metadata: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     np.save(tmp_path / "target.npy", np.ones((3, 9), np.float32))
@@ -334,7 +336,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, before: str) -> None:
 
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("before", ["merge", "batches", "score"])
-def test_a_score_of_the_pool_goes_on_where_it_was_stopped(
+def test_an_interrupted_score_of_the_pool_continues(
     before: str, metadata: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("--score", "negclip_loss", "--score-batch", 50)
@@ -347,7 +349,7 @@ def test_a_score_of_the_pool_goes_on_where_it_was_stopped(
 
 
 @pytest.mark.parametrize("before", ["merge", "score"])
-def test_another_size_of_tasks_begins_the_catalog_again(
+def test_another_task_size_builds_the_catalog_again(
     before: str, metadata: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As another --memory-per-worker makes them: groups of the same name hold other files."""

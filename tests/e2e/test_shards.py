@@ -77,7 +77,7 @@ def test_everything_is_accounted_for(finished: Path) -> None:
     assert run("verify", out) == 0
 
 
-def test_reading_the_shards_again_finds_what_was_changed_under_their_names(
+def test_rereading_shards_finds_content_that_changed_under_the_same_name(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = finished / "o"
@@ -219,7 +219,7 @@ def test_a_truncated_shard_is_reported_after_everything_is_done(
         (["--metadata-dir", "x"], 2, "shards and metadata-dir are both given"),
     ],
 )
-def test_unusable_models_and_options(
+def test_unusable_models_and_options_are_refused(
     finished: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -236,7 +236,7 @@ def test_unusable_models_and_options(
     assert not (tmp_path / "o/metadata").exists()
 
 
-def test_odd_names_shapes_and_depths(tmp_path: Path) -> None:
+def test_unusual_names_shapes_and_depths_do_not_lose_the_shard(tmp_path: Path) -> None:
     """None of these may cost the shard; a 16-bit gray picture is the 8-bit one."""
     gray = Image.open(io.BytesIO(shard_files.picture(3))).convert("L")
     deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
@@ -261,7 +261,7 @@ def test_odd_names_shapes_and_depths(tmp_path: Path) -> None:
     assert image[3] @ image[4] > 0.999
 
 
-def test_shards_that_changed_came_or_went_are_taken_up(
+def test_changed_added_and_removed_shards_are_noticed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One shard changed, one new, one gone: as a run that never knew the others."""
@@ -322,7 +322,7 @@ def test_shards_whose_names_collide_lose_nothing(tmp_path: Path) -> None:
     assert run(*words) == 0
 
 
-def test_what_is_seen_through_a_transparent_picture_can_be_chosen(
+def test_the_background_of_transparent_pictures_is_an_option(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And another choice is another making."""
@@ -378,7 +378,9 @@ def test_other_weights_at_the_same_path_are_noticed(
     assert "weights was" in capsys.readouterr().err
 
 
-def test_shards_without_a_usable_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shards_without_a_usable_sample_fail_with_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shard_files.write(tmp_path / "s/0.tar", [("a.txt", b"x"), ("b.txt", b"y")])
     assert run("run", "--shards", tmp_path / "s", "--out-dir", tmp_path / "o") == 1
     assert "none of 2 samples in 1 shards can be embedded (2 no image)" in capsys.readouterr().err

@@ -137,7 +137,7 @@ def test_explain_and_report_know_who_is_in(
     assert (outs[0] / "report.html").exists()
 
 
-def test_late_samples_and_low_scores_get_no_copy(outs: list[Path], tmp_path: Path) -> None:
+def test_demoted_samples_and_low_scores_get_no_copy(outs: list[Path], tmp_path: Path) -> None:
     words = ("--overwrite", "rank", "--collapse-copies", "--method", "score")
     out = outs[2]
     assert run("rank", "--out-dir", out, *words) == 0
@@ -164,7 +164,7 @@ def test_late_samples_and_low_scores_get_no_copy(outs: list[Path], tmp_path: Pat
         (("--soft", "--min-score", 9), "no sample has a score of at least min-score 9"),
     ],
 )
-def test_soft_selections_that_cannot_be(
+def test_impossible_soft_selections_are_refused(
     words: tuple[Any, ...], said: str, outs: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("select", "--out-dir", outs[0], *words) == 2

@@ -297,7 +297,7 @@ def test_a_server_that_fails_every_fifth_time_loses_nothing(
     same_outputs(tmp_path / "out", expected)
 
 
-def test_shards_on_s3_arrive_whole_from_a_server_that_breaks_off(
+def test_shards_on_s3_are_read_completely_from_a_server_that_breaks_connections(
     commands: Commands, proxy: FlakyProxy, bucket: Any, tmp_path: Path
 ) -> None:
     expected = set()
@@ -360,7 +360,7 @@ def test_an_upload_in_parts_that_fails_leaves_the_object_of_before(
 
 
 @pytest.mark.parametrize("what", GONE)
-def test_a_server_that_is_gone_is_one_line(
+def test_a_store_that_does_not_answer_fails_with_one_line(
     gone: Mapping[str, tuple[subprocess.Popen[str], Path]], what: str
 ) -> None:
     process, out = gone[what]
@@ -382,7 +382,7 @@ def _mounts_are_permitted() -> bool:
 
 
 @pytest.mark.skipif(not _mounts_are_permitted(), reason="no mount namespace: unshare -rm fails")
-def test_a_full_and_a_read_only_disk_are_one_line_and_the_same_command_goes_on(
+def test_a_full_or_read_only_disk_fails_with_one_line_and_the_same_command_continues(
     metadata: Path, expected: Path, tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk"

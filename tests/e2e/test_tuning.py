@@ -53,7 +53,7 @@ def run(tmp: Path, pool: dict[str, Any], score: np.ndarray, *options: str, **lay
         ["--cut-hardest", "auto", "--method", "ccs"],
     ],
 )
-def test_layout_partitions_and_size_cannot_be_seen_in_what_is_chosen(
+def test_layout_partitions_and_task_sizes_do_not_change_automatic_settings(
     tmp_path: Path, pool: dict[str, Any], score: np.ndarray, options: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -145,7 +145,7 @@ def test_a_gamma_that_is_not_the_one_that_was_found_is_a_breach(
     assert any("cut_hardest is 0, found again" in line for line in lines)
 
 
-def test_what_counts_as_not_learned_is_known_of_a_margin(
+def test_the_labels_recipe_cuts_samples_with_a_margin_below_zero(
     tmp_path: Path, pool: dict[str, Any]
 ) -> None:
     """A tenth of the labels is wrong, by a margin below 0; the middle of its range is another."""
@@ -172,7 +172,7 @@ def test_what_counts_as_not_learned_is_known_of_a_margin(
         ("--tuned-for", "2", "2"),
     ],
 )
-def test_values_that_cannot_be(
+def test_impossible_values_are_refused(
     tmp_path: Path, option: str, value: str, summary: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = ["run", "--metadata-dir", str(tmp_path), "--out-dir", str(tmp_path / "o")]

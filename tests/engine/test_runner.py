@@ -1,3 +1,5 @@
+"""Tasks on Ray: results, failures, retries after a killed worker, progress and logs."""
+
 from __future__ import annotations
 
 import io
@@ -65,7 +67,7 @@ def out(tmp_path: Path) -> Folder:
     return Folder(str(tmp_path))
 
 
-def test_results_come_in_order_and_are_not_made_twice(out: Folder) -> None:
+def test_results_come_in_order_and_finished_tasks_do_not_run_again(out: Folder) -> None:
     runner = Runner(out)
     first = runner.map("s", tasks(out, write, "b", "a"), fingerprint="1", label="s")
     assert [f["name"] for f in first] == ["b", "a"]
@@ -87,7 +89,7 @@ def test_one_failure_does_not_stop_the_others_and_is_not_retried(out: Folder) ->
     assert not out.exists("completions/s/x.json")
 
 
-def test_tasks_that_others_make_possible_run_before_those_that_wait(
+def test_tasks_that_a_finished_task_adds_run_before_the_waiting_ones(
     out: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of the first ones calls for another, which calls for a third."""
@@ -118,7 +120,7 @@ def test_tasks_that_others_make_possible_run_before_those_that_wait(
     assert [name for name in expected if made[name] != again[name]] == ["bx"]
 
 
-def test_what_a_failed_task_would_make_possible_is_not_run(out: Folder) -> None:
+def test_a_failed_task_adds_no_tasks(out: Folder) -> None:
     def then(name: str, figures: dict[str, Any]) -> list[Task]:
         return tasks(out, write, f"{name}x") if len(name) < 2 else []
 
@@ -144,7 +146,7 @@ def test_a_fault_of_ours_keeps_its_traceback_in_the_logs(out: Folder) -> None:
     assert "in stumble" in failed["traceback"]
 
 
-def test_a_killed_worker_is_tried_again_after_a_pause_and_told_of_at_once(
+def test_a_task_of_a_killed_worker_is_tried_again_after_a_pause_and_the_loss_is_printed_at_once(
     out: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(fanout, "FIRST_PAUSE", 0.5)
@@ -161,7 +163,7 @@ def test_a_killed_worker_is_tried_again_after_a_pause_and_told_of_at_once(
     assert attempts == [1, 2]
 
 
-def test_a_task_whose_worker_always_dies_is_given_up_and_the_others_are_kept(
+def test_a_task_whose_worker_always_dies_is_given_up_and_the_others_finish(
     out: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fanout, "FIRST_PAUSE", 0.01)
@@ -212,7 +214,7 @@ def fan_out(out: Folder, ray: Any, asked: list[dict[str, float]]) -> fanout.FanO
     return fanout.FanOut(ray, out, "s", "1", lambda: asked.pop(0), bar)
 
 
-def test_tasks_that_no_node_can_take_any_more_ask_for_less(
+def test_tasks_that_no_node_can_take_any_more_request_less(
     out: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A node of 99 CPUs was lost while tasks for it were waiting."""
@@ -223,7 +225,7 @@ def test_tasks_that_no_node_can_take_any_more_ask_for_less(
     assert out.names(".txt") == ["a.txt", "b.txt"]
 
 
-def test_a_cluster_that_stays_without_nodes_is_not_waited_for_without_end(
+def test_waiting_for_a_cluster_without_nodes_has_a_time_limit(
     out: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(fanout, "LOOK_SECONDS", 0.1)
@@ -235,7 +237,7 @@ def test_a_cluster_that_stays_without_nodes_is_not_waited_for_without_end(
     assert "s: no node of the cluster can take a task (cpus 99)" in capsys.readouterr().err
 
 
-def test_a_cluster_without_a_node_is_still_asked_for_one_cpu(
+def test_on_a_cluster_without_nodes_a_task_requests_one_cpu(
     out: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = FewerNodes(Runner(out).ray(), [])
@@ -248,7 +250,7 @@ def test_a_cluster_without_a_node_is_still_asked_for_one_cpu(
     assert [f["name"] for f in found] == ["a"]
 
 
-def test_logs_tell_where_a_task_ran_on_what_and_what_came_of_it(out: Folder) -> None:
+def test_logs_contain_the_node_the_arguments_and_the_outcome_of_a_task(out: Folder) -> None:
     Runner(out).map("s", tasks(out, write, "a"), fingerprint="1", label="writing", total=3)
     started, finished = logs.read(out, "logs/s/a.jsonl")
     assert (started["event"], started["attempt"]) == ("started", 1)
@@ -357,7 +359,9 @@ finally:
 """
 
 
-def test_a_worker_that_ray_kills_for_memory_is_told_of_with_the_figures(out: Folder) -> None:
+def test_a_worker_that_ray_kills_for_memory_is_reported_with_the_memory_figures(
+    out: Folder,
+) -> None:
     """In a Ray of its own, which takes a hundredth of this machine's memory for too much."""
     limit = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
     done = subprocess.run(

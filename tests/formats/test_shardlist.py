@@ -1,3 +1,5 @@
+"""The list of shards from folders, patterns and addresses, and their unique names."""
+
 from __future__ import annotations
 
 import itertools
@@ -23,7 +25,7 @@ def test_a_shard_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
         webdataset.list_shards([str(tmp_path)])
 
 
-def test_names_with_brackets_are_taken_literally_where_they_exist(tmp_path: Path) -> None:
+def test_names_with_brackets_are_literal_if_they_exist(tmp_path: Path) -> None:
     for folder in ("my [sh] 1", "plain {x}"):
         shard_files.write(tmp_path / folder / "0.tar", [])
         assert len(webdataset.list_shards([str(tmp_path / folder)])) == 1
@@ -46,7 +48,7 @@ def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert listed == [str(tmp_path)]
 
 
-def test_patterns(tmp_path: Path) -> None:
+def test_patterns_list_the_matching_files(tmp_path: Path) -> None:
     for name in ("00", "01", "02", "10"):
         shard_files.write(tmp_path / f"{name}.tar", [])
     (tmp_path / "01_stats.json").write_text("{}")
@@ -66,7 +68,7 @@ def test_patterns(tmp_path: Path) -> None:
         names("{00..02.tar")
 
 
-def test_shards_of_one_name_in_two_folders_stay_apart(tmp_path: Path) -> None:
+def test_shards_of_one_name_in_two_folders_are_distinguished(tmp_path: Path) -> None:
     for folder in ("x", "y"):
         shard_files.write(tmp_path / folder / "0.tar", [])
     got = webdataset.list_shards([str(tmp_path / "x"), str(tmp_path / "y")])
@@ -124,7 +126,7 @@ def test_names_that_still_collide_are_refused(monkeypatch: pytest.MonkeyPatch) -
         shardlist.unique_names(["/a/0.tar", "/b/0.tar"])
 
 
-def test_what_a_folder_holds_beside_shards_is_counted(tmp_path: Path) -> None:
+def test_other_files_in_a_folder_of_shards_are_counted(tmp_path: Path) -> None:
     for name in ("00000.tar", "00001.tar.gz", "00002.TAR", "00003.tgz", "00004.tar.zst"):
         empty(tmp_path / name)
     for name in ("00000_stats.json", "00001_stats.json", "README", "a.with-a-long-ending", ".x"):
@@ -163,7 +165,7 @@ def test_files_that_a_wildcard_names_need_no_suffix(tmp_path: Path) -> None:
         ((), "no shards match"),
     ],
 )
-def test_a_folder_without_shards_says_what_it_holds(
+def test_a_folder_without_shards_is_refused_with_its_content(
     tmp_path: Path, names: tuple[str, ...], said: str
 ) -> None:
     (tmp_path / "s").mkdir()

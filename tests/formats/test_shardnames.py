@@ -78,7 +78,7 @@ def test_the_longest_common_end_wins(paths: list[str], wanted: str) -> None:
         assert ShardNames(names).find(name) == number  # its own name is always its own
 
 
-def test_the_example_in_the_docstring() -> None:
+def test_the_example_in_the_docstring_works() -> None:
     result = doctest.testmod(shardnames)
     assert result.failed == 0
     assert result.attempted == 2

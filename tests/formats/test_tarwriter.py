@@ -84,7 +84,7 @@ PIECES = st.tuples(st.integers(0, 3400), st.one_of(st.integers(0, 60), st.intege
 
 
 @given(st.lists(PIECES, min_size=1, max_size=12), st.randoms(), st.booleans())
-def test_members_are_copied_whatever_lies_between_them(
+def test_members_are_copied_with_any_bytes_between_them(
     pieces: list[tuple[int, int]], order: object, on_disk: bool
 ) -> None:
     """Also those that overlap, and those that are larger than what is read at one go."""
@@ -111,7 +111,7 @@ def test_members_are_copied_whatever_lies_between_them(
     assert got <= asked | near
 
 
-def test_neighbors_are_read_at_one_go_and_others_apart() -> None:
+def test_adjacent_members_are_read_at_once_and_others_separately() -> None:
     members = [tarwriter.Member(f"{n}.bin", 100) for n in range(4)]
     at = [3_000_000, 0, 1000, 3_000_200]
     places = [tarwriter.Place(offset, number) for number, offset in enumerate(at)]
@@ -129,7 +129,7 @@ def test_a_source_that_ends_too_soon_is_an_error(on_disk: bool) -> None:
             writer.copy(io.BytesIO(b"x" * 199), [tarwriter.Place(100, 0)], on_disk=on_disk)
 
 
-def test_what_the_system_writes_only_in_part_is_written_on(
+def test_a_partial_write_of_the_system_is_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = os.pwritev

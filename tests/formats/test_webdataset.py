@@ -1,3 +1,5 @@
+"""Samples read from tar shards, whole, damaged and unusual ones."""
+
 from __future__ import annotations
 
 import bz2
@@ -114,7 +116,7 @@ def test_pictures_whose_names_hold_dots_are_counted(tmp_path: Path) -> None:
     assert [one.uid for one in located] == [got[20].uid]
 
 
-def test_uids_are_taken_however_they_are_spelled(tmp_path: Path) -> None:
+def test_uids_are_accepted_in_every_spelling(tmp_path: Path) -> None:
     plain = "0123456789abcdef0123456789abcdef"
     spelled = [plain, plain.upper(), str(UUID(plain)), str(UUID(plain)).upper(), "x", 7, "", None]
     files = [f for i, told in enumerate(spelled) for f in shard_files.members(f"{i}", i, uid=told)]
@@ -146,7 +148,9 @@ def test_uids_are_taken_however_they_are_spelled(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_given_for_a_shard_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_file_that_is_not_a_shard_is_named_by_its_type(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
     path = tmp_path / "0.tar"
     path.write_bytes(content)
     got, message = lost(path)
@@ -157,7 +161,7 @@ def test_what_is_given_for_a_shard_is_named(tmp_path: Path, content: bytes, said
 
 
 @pytest.mark.parametrize("name", ["BZh9.jpg", "PAR1.jpg", "GIF8.jpg", '{"a.jpg', "PK\3\4.jpg"])
-def test_a_tar_is_a_tar_whatever_its_first_member_is_called(tmp_path: Path, name: str) -> None:
+def test_a_tar_is_recognized_for_any_name_of_its_first_member(tmp_path: Path, name: str) -> None:
     stem = name.removesuffix(".jpg")
     files = [(name, shard_files.picture(1)), (f"{stem}.txt", b"x")]
     assert [s.reason for s in read(shard_files.write(tmp_path / "0.tar", files))] == [""]
@@ -186,7 +190,7 @@ def test_descriptions_of_errors_are_the_same_in_every_run() -> None:
     assert len(webdataset.describe(Odd("x" * 9999))) == 300
 
 
-def test_clean_samples_are_read_whole(tmp_path: Path) -> None:
+def test_clean_samples_are_read_completely(tmp_path: Path) -> None:
     told = "0123456789abcdef0123456789abcdef"
     files = shard_files.members("a", 1, uid=told) + shard_files.members("dir/b", 2, uid="NOT A UID")
     first, second = read(shard_files.write(tmp_path / "0.tar", files))
@@ -207,7 +211,7 @@ def test_members_of_a_key_may_lie_apart(tmp_path: Path) -> None:
     ]
 
 
-def test_a_key_that_comes_again_is_another_sample(tmp_path: Path) -> None:
+def test_a_repeated_key_is_another_sample(tmp_path: Path) -> None:
     files = shard_files.members("a", 1) + shard_files.members("a", 2)
     got = read(shard_files.write(tmp_path / "0.tar", files))
     assert [s.caption for s in got] == [shard_files.caption(1), shard_files.caption(2)]
@@ -239,7 +243,7 @@ def test_unusable_samples_carry_their_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [0.2, 0.3, 0.5, 0.7])
-def test_a_truncated_shard_gives_what_came_before(tmp_path: Path, cut: float) -> None:
+def test_a_truncated_shard_gives_the_samples_before_the_cut(tmp_path: Path, cut: float) -> None:
     files = [f for i in range(8) for f in shard_files.members(f"{i}", i)]
     path = shard_files.write(tmp_path / "0.tar", files)
     whole = read(path)
@@ -259,7 +263,7 @@ def test_a_truncated_shard_gives_what_came_before(tmp_path: Path, cut: float) ->
     ("content", "said"),
     [(b"", "empty"), (b"not a tar" * 200, "header"), (b"\0" * 100, "header")],
 )
-def test_what_is_no_tar_is_lost_whole(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_file_that_is_no_tar_is_a_lost_shard(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "0.tar"
     path.write_bytes(content)
     with pytest.raises(webdataset.LostTail) as caught:
@@ -331,7 +335,7 @@ def lost(path: Path) -> tuple[list[webdataset.Sample], str]:
     ("compress", "said"),
     [(gzip.compress, "a gzip"), (bz2.compress, "a bzip2"), (lzma.compress, "an xz")],
 )
-def test_a_compressed_shard_is_named_so(
+def test_a_compressed_shard_is_lost_with_this_reason(
     tmp_path: Path, compress: Callable[[bytes], bytes], said: str
 ) -> None:
     path = tmp_path / "0.tar"
@@ -343,7 +347,7 @@ def test_a_shard_without_members_has_no_samples(tmp_path: Path) -> None:
     assert read(shard_files.write(tmp_path / "0.tar", [])) == []
 
 
-def test_what_follows_the_end_mark_is_not_lost_silently(tmp_path: Path) -> None:
+def test_content_after_the_end_mark_is_reported(tmp_path: Path) -> None:
     """Two archives joined, and a header that a disk filled with zeros."""
     path = tmp_path / "0.tar"
     first, second = (
@@ -439,7 +443,9 @@ def test_links_and_devices_are_no_samples(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("last", ["folder", "a.jpg", "link"])
-def test_a_shard_that_ends_in_what_is_no_sample_is_whole(tmp_path: Path, last: str) -> None:
+def test_a_shard_whose_last_member_belongs_to_no_sample_is_complete(
+    tmp_path: Path, last: str
+) -> None:
     path = tmp_path / "0.tar"
     with tarfile.open(path, "w") as stream:
         for name, content in shard_files.members("a", 1):
@@ -452,7 +458,7 @@ def test_a_shard_that_ends_in_what_is_no_sample_is_whole(tmp_path: Path, last: s
     assert [(s.key, s.reason) for s in read(path)] == [("a", "")]
 
 
-def test_a_sparse_member_is_not_taken_for_its_content(tmp_path: Path) -> None:
+def test_a_sparse_member_is_not_read_as_plain_content(tmp_path: Path) -> None:
     records = {"GNU.sparse.map": "0,1,9,1", "GNU.sparse.size": "100"}
     path = tmp_path / "0.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as stream:

@@ -76,7 +76,7 @@ def test_encoded_pictures_wait_within_bounds(
     assert most == ahead
 
 
-def test_the_next_batch_is_made_ready_while_the_model_runs(
+def test_the_next_batch_is_decoded_while_the_model_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And no more than two wait: the model is slower than what comes before it."""
@@ -132,7 +132,7 @@ def test_the_next_batch_is_made_ready_while_the_model_runs(
         ((1600, 1200), "PNG", (1600, 1200)),
     ],
 )
-def test_fast_decoding_keeps_the_side_that_was_asked_for(
+def test_fast_decoding_keeps_the_requested_side(
     size: tuple[int, int], kind: str, seen: tuple[int, int]
 ) -> None:
     got: list[Any] = []
@@ -147,7 +147,9 @@ def test_fast_decoding_keeps_the_side_that_was_asked_for(
     assert (ready.width, ready.height) == size
 
 
-def test_fast_decoding_leaves_embeddings_near_and_is_another_making(tmp_path: Path) -> None:
+def test_fast_decoding_changes_embeddings_little_and_changes_the_fingerprint(
+    tmp_path: Path,
+) -> None:
     picture = Image.open(io.BytesIO(shard_files.picture(3))).convert("RGB").resize((900, 700))
     stream = io.BytesIO()
     picture.save(stream, "JPEG")
@@ -242,7 +244,7 @@ for path in sys.argv[3:]:
 """
 
 
-def test_decoding_takes_no_more_memory_than_is_asked_for(tmp_path: Path) -> None:
+def test_decoding_takes_no_more_memory_than_the_task_requests(tmp_path: Path) -> None:
     """Four of the largest pictures that are allowed, by four threads."""
     wide, high = size = (2700, 2000)
     deep = np.arange(wide * high, dtype=np.uint32).astype(np.uint16).reshape(high, wide)
@@ -329,7 +331,9 @@ def test_a_tile_of_a_small_tiff_may_not_be_large() -> None:
         ),
     ],
 )
-def test_what_is_no_picture_that_is_read_is_named(begin: bytes, reason: str, said: str) -> None:
+def test_a_file_of_an_unsupported_format_is_bad_and_its_format_is_named(
+    begin: bytes, reason: str, said: str
+) -> None:
     (got,) = decoded(iter([sample(begin + bytes(100))]))
     assert got.reason == reason
     assert said in got.message
@@ -371,7 +375,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_pictures_are_seen_as_open_clips_training_sees_them(mode: str) -> None:
+def test_pictures_are_preprocessed_like_in_open_clips_training(mode: str) -> None:
     """webdataset's decoder as open_clip's trainer calls it, then the transform for training, with
     the whole picture in place of a part by chance.
     """
@@ -413,7 +417,7 @@ def test_transparent_pictures_are_put_on_a_ground(mode: str, alpha: str, value: 
         assert (seen[0][50:190, 70:240] == value).all()
 
 
-def test_opaque_pictures_have_no_alpha_whatever_their_mode() -> None:
+def test_opaque_pictures_have_no_alpha_in_any_mode() -> None:
     opaque = Image.open(io.BytesIO(shard_files.picture(1))).convert("RGBA")
     (got,) = decoded(iter([sample(shard_files.png(opaque))]))
     assert not got.alpha
@@ -424,7 +428,9 @@ def test_opaque_pictures_have_no_alpha_whatever_their_mode() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_deep_gray_is_scaled_in_parts_as_whole(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_gray_of_16_bits_is_scaled_in_parts_like_at_once(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     monkeypatch.setattr(decode, "GRAY_PIXELS", 1000)
     values = np.random.default_rng(0).integers(0, 65536, (77, 90), dtype=np.uint16)
     seen: list[Any] = []
@@ -491,7 +497,7 @@ def test_the_ledger_of_a_dirty_shard_is_the_same_in_every_run(tmp_path: Path) ->
     assert not [entry for entry in told if re.search("0x[0-9a-f]{6}", entry["message"])]
 
 
-def test_what_waits_for_its_batch_holds_no_encoded_picture() -> None:
+def test_a_decoded_sample_that_waits_for_its_batch_holds_no_encoded_picture() -> None:
     picture = shard_files.picture(1)
     (ready,) = decoded(iter([sample(picture)]))
     assert ready.sample.image == b""
@@ -505,7 +511,7 @@ def shard() -> Any:
     return Shard("s/0.tar", FileInfo("0.tar", 0, ""), "0")
 
 
-def test_sizes_that_a_json_tells_must_be_sensible() -> None:
+def test_picture_sizes_of_a_json_must_be_plausible() -> None:
     assert [embed._size(told, 7) for told in (640, "640", 0, -1, True, 2**31, 6.5, None)] == [
         640, 7, 7, 7, 7, 7, 7, 7
     ]  # fmt: skip
@@ -540,7 +546,7 @@ def build(runner: Any, batch_size: int) -> dict[str, Any]:
     ("device", "found", "on_gpu"),
     [("auto", "cuda", True), ("auto", "cpu", False), ("cpu", "cpu", False), ("cuda", "cuda", True)],
 )
-def test_shards_run_where_the_rehearsal_ran_and_ask_for_the_memory_that_it_took(
+def test_shards_run_on_the_device_of_the_rehearsal_and_request_the_memory_that_it_took(
     device: str, found: str, on_gpu: bool
 ) -> None:
     """A GPU that torch cannot use is left to others, and the CPUs are shared."""
@@ -559,14 +565,14 @@ def test_shards_run_where_the_rehearsal_ran_and_ask_for_the_memory_that_it_took(
     )
 
 
-def test_what_people_should_know_of_a_pool_is_in_the_figures() -> None:
+def test_alerts_about_a_pool_are_in_the_figures() -> None:
     figures = build(Rehearsed("cpu", "cpu"), 64)
     counts = {name: figures[name] for name in ("alpha", "one_color", "uids_replaced", "left_out")}
     assert counts == {"alpha": 4, "one_color": 6, "uids_replaced": 8, "left_out": {".json": 5}}
     assert figures["alerts"] == ["not read, beside the shards: 5 .json"]
 
 
-def test_a_torch_without_cuda_is_told_to_those_who_must_have_it() -> None:
+def test_a_torch_without_cuda_is_an_error_if_a_gpu_is_required() -> None:
     runner = Rehearsed("cuda", "cpu")
     with pytest.raises(UsageError, match="device is cuda, and torch sees none on a node"):
         build(runner, 64)

@@ -84,7 +84,7 @@ def test_a_sample_alone_is_explained_as_among_all(run: Path) -> None:
         assert explain.explain(folder, [hexes[row]]) == [together[row]]
 
 
-def test_people_and_programs_are_told_the_same(
+def test_text_and_json_contain_the_same_facts(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     r = ranking_columns(run)
@@ -103,7 +103,9 @@ def test_people_and_programs_are_told_the_same(
     assert len(first["neighbors"]) == 4
 
 
-def test_samples_that_are_not_ranked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_that_are_not_ranked_are_explained_with_the_reason(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     capsys.readouterr()
     assert main(["explain", str(run), "f" * 32]) == 1
     assert "is no sample of" in capsys.readouterr().err
@@ -114,7 +116,7 @@ def test_samples_that_are_not_ranked(run: Path, capsys: pytest.CaptureFixture[st
     assert "bad: malformed uid (" in explain.lines(found)[1]
 
 
-def test_a_sample_is_told_from_others_with_its_uid(
+def test_a_sample_is_distinguished_from_others_with_its_uid(
     tmp_path: Path,
 ) -> None:
     """The one that was ranked by shard and key; of one that was not, all that are left out."""
@@ -144,7 +146,9 @@ def test_a_sample_is_told_from_others_with_its_uid(
     assert sorted(str(entry["key"]) for entry in left_out.entries) == ["00020", "00055"]
 
 
-def test_only_what_holds_the_rows_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_row_groups_with_requested_rows_are_read(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows in any order and repeated are those of the whole table, at one read a row group."""
     whole = ranking_columns(run)
     parts = sparse.Sparse(Folder(str(run)).sub("ranking"))
@@ -164,7 +168,7 @@ def test_only_what_holds_the_rows_is_read(run: Path, monkeypatch: pytest.MonkeyP
     assert parts.find(1, 1) == -1
 
 
-def test_many_samples_are_told_of_as_one_by_one_and_no_part_is_read_twice_for_it(
+def test_many_samples_are_explained_like_each_alone_and_no_row_group_is_read_twice(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Folder(str(run))
@@ -187,7 +191,7 @@ def test_many_samples_are_told_of_as_one_by_one_and_no_part_is_read_twice_for_it
     assert explain.explain(folder, []) == []
 
 
-def test_uids_that_share_their_first_half_are_told_apart(tmp_path: Path) -> None:
+def test_uids_with_equal_first_halves_are_distinguished(tmp_path: Path) -> None:
     halves = [(1, 5), (7, 2), (7, 9), (8, 0)], [(2, 1), (7, 3), (7, 4)]
     for number, pairs in enumerate(halves):
         hi, lo = np.array(pairs, np.uint64).T

@@ -53,7 +53,7 @@ def stream(urls: list[str], stage: Any) -> Any:
     return wds.WebDataset(urls, shardshuffle=False).compose(stage)
 
 
-def test_what_comes_out_is_the_subset_in_the_order_of_the_shards(
+def test_the_stream_is_the_subset_in_the_order_of_the_shards(
     pool: tuple[list[str], list[str]],
 ) -> None:
     urls, every = pool
@@ -90,7 +90,7 @@ def test_repeats_mean_repeats_and_unsorted_subsets_are_sorted_with_a_warning(
     assert got == [every[2], every[9], every[9], every[9]]
 
 
-def test_a_run_directory_tells_how_many_to_expect(tmp_path: Path) -> None:
+def test_a_run_directory_gives_the_expected_number_of_samples(tmp_path: Path) -> None:
     rows = [(f"s3://b/{n % 2}.tar", Sample(f"{n}", n, True)) for n in range(7)]
     kept_pools.write_run(tmp_path / "o", rows, ["s3://b/none.tar"])
     stage = d2filter.keep(tmp_path / "o")
@@ -110,7 +110,7 @@ def test_a_run_directory_tells_how_many_to_expect(tmp_path: Path) -> None:
 
 
 @given(kept_pools.random_pools(), st.booleans())
-def test_what_was_ranked_and_kept_comes_out_and_as_many_as_expected(
+def test_exactly_the_ranked_and_kept_samples_come_out_as_many_as_expected(
     kept_pool: kept_pools.KeptPool, moved: bool
 ) -> None:
     """Copies, broken twins and samples that share a key stay in the shards."""
@@ -151,7 +151,9 @@ def test_uids_of_the_metadata_are_followed_by_shard_and_key(tmp_path: Path) -> N
     assert list(stream(urls, d2filter.keep(tmp_path / "q"))) == []
 
 
-def test_shards_may_be_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixed_samples_of_several_shards_are_filtered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However few of them have their keys in memory."""
     rows = [(f"{n % 7}.tar", Sample(f"{n}", n, True)) for n in range(70)]
     kept_pools.write_run(tmp_path / "o", rows[::2], [f"{n}.tar" for n in range(7)])
@@ -166,7 +168,7 @@ def test_shards_may_be_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert len(stage._shards) == {1: 1, 20: 3, 250_000: 7}[most]
 
 
-def test_a_shard_that_was_not_ranked_keeps_nothing_and_says_so_once(tmp_path: Path) -> None:
+def test_a_shard_that_was_not_ranked_keeps_nothing_and_warns_once(tmp_path: Path) -> None:
     kept_pool = kept_pools.KeptPool({"0.tar": [Sample("a", 1, True)]}, [("0.tar", 0)])
     out = kept_pool.write(tmp_path)
     for name in ("1.tar", "2.tar"):
@@ -215,7 +217,7 @@ def test_lists_of_another_subset_are_refused(tmp_path: Path) -> None:
         d2filter.keep(out)
 
 
-def test_several_shards_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+def test_shards_with_equal_names_are_distinguished_by_their_folders(tmp_path: Path) -> None:
     rows = [(f"s3://pool/{x}/0.tar", Sample("k", n, True)) for n, x in enumerate("ab")]
     kept_pools.write_run(tmp_path / "o", rows, [])
     stage = d2filter.keep(tmp_path / "o")
@@ -264,7 +266,7 @@ def test_no_sample_ends_the_training_but_one_that_is_decoded(sample: Any, key: A
     "sample",
     [{"json": b"{}"}, {"json": b"broken", "txt": b"x"}, {"gif": b"x", "txt": b"x"}, {"jpg": b"x"}],
 )
-def test_what_no_run_could_rank_is_dropped(sample: Any) -> None:
+def test_samples_that_no_run_can_rank_are_dropped(sample: Any) -> None:
     stage = d2filter.keep(np.array([(0, 1)], U))
     assert list(stage([{"__key__": "k", **sample}])) == []
 
@@ -316,7 +318,7 @@ def test_the_uid_of_any_json_is_that_of_its_top(meta: Any, indent: int | None) -
     ["0A" * 16, "0a0a0a0a-0a0a-0a0a-0a0a-0a0a0a0a0a0a", "0A0a0a0a-0a0a-0a0a-0a0a-0a0a0a0a0a0A"],
 )
 @pytest.mark.parametrize("by_uid", [True, False])
-def test_a_uid_is_the_same_however_it_is_spelled(told: str, by_uid: bool, tmp_path: Path) -> None:
+def test_all_spellings_of_a_uid_are_equal(told: str, by_uid: bool, tmp_path: Path) -> None:
     number = int("0a" * 16, 16)
     kept_pools.write_run(tmp_path / "o", [("0.tar", Sample("k", number, True))], [])
     stage = d2filter.keep(tmp_path / ("o/subset.npy" if by_uid else "o"))
@@ -326,7 +328,7 @@ def test_a_uid_is_the_same_however_it_is_spelled(told: str, by_uid: bool, tmp_pa
 
 
 @pytest.mark.parametrize("told", ["0a" * 15, "0a" * 17, "0a" * 15 + "0g", "é" * 16])
-def test_what_is_no_uid_is_not_taken_for_one(told: str) -> None:
+def test_malformed_uids_are_replaced_by_a_hash_of_the_content(told: str) -> None:
     content = json.dumps({"uid": told}, ensure_ascii=False).encode()
     sample = {"json": content, "jpg": b"a picture", "txt": b"a caption"}
     expected = uid.content_uid(b"a picture", "a caption")
@@ -335,7 +337,7 @@ def test_what_is_no_uid_is_not_taken_for_one(told: str) -> None:
     assert list(d2filter.keep(mine)([sample])) == [sample]
 
 
-def test_what_is_no_subset(tmp_path: Path) -> None:
+def test_files_that_are_not_a_subset_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros((3, 2)))
     with pytest.raises(InputError, match=r"a\.npy has dtype float64 and shape \(3, 2\)"):
         d2filter.load_subset(tmp_path / "a.npy")
@@ -361,7 +363,7 @@ def test_occurrences_are_those_of_a_list(held: list[tuple[int, int]], rows: int)
             assert uids.occurrences(pairs, starts, shift, other) == -1
 
 
-def test_the_examples_in_the_docstrings() -> None:
+def test_the_examples_in_the_docstrings_work() -> None:
     result = doctest.testmod(keep)
     assert result.failed == 0
     assert result.attempted >= 6

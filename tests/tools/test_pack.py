@@ -1,3 +1,5 @@
+"""`d2filter pack`: shards from a folder of pictures and captions."""
+
 from __future__ import annotations
 
 import csv
@@ -68,7 +70,7 @@ def test_everything_is_packed_or_has_a_reason(folder: Path, tmp_path: Path) -> N
     assert {row["path"] for row in listed} >= {"sound.ogg", "drawing.svg"}
 
 
-def test_webdataset_reads_what_was_packed(folder: Path, tmp_path: Path) -> None:
+def test_webdataset_reads_packed_shards(folder: Path, tmp_path: Path) -> None:
     pack.pack(folder, Folder(str(tmp_path / "out")), shard_size=4)
     urls = sorted(str(p) for p in (tmp_path / "out").glob("*.tar"))
     assert [Path(u).name for u in urls] == ["00000.tar", "00001.tar", "00002.tar"]
@@ -98,13 +100,15 @@ def test_the_same_folder_gives_the_same_bytes(folder: Path, tmp_path: Path) -> N
     assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
 
 
-def test_all_lines_of_a_caption(folder: Path, tmp_path: Path) -> None:
+def test_a_caption_keeps_all_its_lines(folder: Path, tmp_path: Path) -> None:
     pack.pack(folder, Folder(str(tmp_path / "out")), caption_lines="all")
     got = wds.WebDataset(str(tmp_path / "out/00000.tar"), shardshuffle=False)
     assert "Une étoile. de.utf8=Ein Stern." in [s["txt"].decode() for s in got]
 
 
-def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_queries_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(*words: object) -> tuple[int, str]:
         code = main(["pack", *(str(w) for w in words)])
         lines = capsys.readouterr().err.splitlines()
@@ -137,7 +141,7 @@ def captions(out: Path) -> list[str]:
     )
 
 
-def test_suffixes_in_either_case(tmp_path: Path) -> None:
+def test_suffixes_are_accepted_in_either_case(tmp_path: Path) -> None:
     root = tmp_path / "pictures"
     root.mkdir()
     one(root, "A.JPG", TXT=b"upper")
@@ -182,7 +186,9 @@ def test_nothing_below_the_folder_is_lost_silently(tmp_path: Path) -> None:
     assert "caf\\udce9.jpg" in (tmp_path / "out/skipped.csv").read_text()
 
 
-def test_what_cannot_be_read_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_files_are_skipped_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "pictures"
     root.mkdir()
     one(root, "a.jpg", txt=b"good")

@@ -34,7 +34,7 @@ def every_rate() -> cost_model.Rates:
     return rates(**{name: Rate(fixed=0.1, unit=1e-9) for name in names})
 
 
-def test_work_of_a_step_is_shared_by_its_tasks_and_the_cpus() -> None:
+def test_the_work_of_a_step_is_divided_among_its_tasks_and_the_cpus() -> None:
     one = cost_model.Step(stage="graph", name="x", units=1000.0, tasks=1, threads=False)
     known = rates(x=Rate(fixed=2.0, unit=0.01))
     eight = Cluster(nodes=2, cpus=4)
@@ -48,7 +48,7 @@ def test_work_of_a_step_is_shared_by_its_tasks_and_the_cpus() -> None:
     assert cost_model.seconds(replace(one, name="y"), eight, known) == 0
 
 
-def test_a_row_costs_more_in_a_larger_pool_by_the_growth_that_was_told() -> None:
+def test_the_cost_of_a_row_grows_with_the_pool_by_the_given_rate() -> None:
     root = cost_model.habits_at(HABITS, 5_000_000, 5)
     third = cost_model.habits_at(replace(HABITS, growth=1 / 3), 5_000_000, 5)
     assert root.evaluations / HABITS.evaluations == pytest.approx(10, rel=0.05)
@@ -68,7 +68,7 @@ def test_a_step_takes_as_long_as_storage_needs_where_that_is_slower() -> None:
     assert cost_model.seconds(step, replace(four, storage=10**10), known) == pytest.approx(1)
 
 
-def test_what_waits_for_storage_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_time_spent_waiting_for_storage_is_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--samples", "128e6", "--nodes", "4", "--cpus", "32", "--memory", "256GB"]
     words += ["--shards", "--images-per-second", "1000"]
     assert main(words) == 0
@@ -82,7 +82,7 @@ def test_what_waits_for_storage_is_said(capsys: pytest.CaptureFixture[str]) -> N
     assert "keeps up" not in slow
 
 
-def test_rates_come_back_from_what_two_runs_took() -> None:
+def test_rates_are_recovered_from_the_seconds_of_two_runs() -> None:
     true = {"catalog": Rate(fixed=1.5, unit=2e-7), "find": Rate(fixed=0.5, unit=3e-9)}
     cluster = Cluster(nodes=1, cpus=2)
     halves = []
@@ -219,7 +219,7 @@ def test_only_valid_rows_of_real_metadata_are_measured(tmp_path: Path) -> None:
         (("--samples", "1e6", "--rates", "/nowhere/rates.json"), "/nowhere/rates.json"),
     ],
 )
-def test_what_cannot_work_is_refused_and_says_what_would(
+def test_a_plan_that_cannot_work_is_refused_with_the_remedy(
     words: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", *words]) in (1, 2)
@@ -239,7 +239,7 @@ def test_samples_are_counted_as_people_write_them(text: str, count: int) -> None
     assert options._count(text) == count
 
 
-def test_what_a_refusal_asks_for_is_enough() -> None:
+def test_the_number_of_partitions_that_a_refusal_names_is_enough() -> None:
     known = every_rate()
     pool = replace(POOL, samples=100_000_000)
     tight = Cluster(nodes=1, cpus=4, memory=32_000_000_000, partitions=3)
@@ -284,7 +284,7 @@ def predicted_row(name: str, samples: int, nodes: int) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def test_the_table_of_datacomps_pools_is_what_plan_predicts() -> None:
+def test_the_published_table_of_datacomp_pools_equals_the_plan() -> None:
     pools_ = {"small": 1, "medium": 4, "large": 32, "xlarge": 256}
     rows = [
         predicted_row(n, 12_800_000 * 10**i, nodes) for i, (n, nodes) in enumerate(pools_.items())

@@ -221,13 +221,13 @@ def test_the_policy_lets_in_the_scripts_of_the_page_and_nothing_else(run: Path) 
     assert not re.search(r"<(link|iframe|object|embed|base)\b|<script[^>]+src=", page)
 
 
-def test_what_is_no_json_cannot_leave_a_script_element() -> None:
+def test_embedded_data_cannot_close_its_script_element() -> None:
     text = pages._script_json({"a": "</script><script>alert(1)</script>"})
     assert "<" not in text
     assert json.loads(text) == {"a": "</script><script>alert(1)</script>"}
 
 
-def test_pictures_that_do_not_fit_are_left_out_and_told(
+def test_pictures_that_do_not_fit_are_left_out_and_counted(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare = len(Path(report.report(Folder(str(run)), each=0)).read_bytes())
@@ -244,7 +244,7 @@ def test_pictures_that_do_not_fit_are_left_out_and_told(
     assert len(Path(report.report(Folder(str(run)), each=12)).read_bytes()) <= report.MOST_BYTES
 
 
-def test_shards_that_are_gone_are_told_and_the_report_is_made(
+def test_missing_shards_are_reported_and_the_report_is_written(
     run: Path, tmp_path: Path, made_run: Path
 ) -> None:
     folder = Folder(str(run))
@@ -277,7 +277,7 @@ def test_shards_that_are_gone_are_told_and_the_report_is_made(
     assert "no picture" in page
 
 
-def test_pictures_far_away_are_not_fetched_unasked(
+def test_remote_pictures_are_fetched_only_on_request(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Folder(str(run))
@@ -317,7 +317,7 @@ def test_pictures_far_away_are_not_fetched_unasked(
         "x" * 5000,
     ],
 )
-def test_a_shard_by_any_name_is_looked_up_as_it_is_and_costs_only_its_pictures(
+def test_a_shard_of_any_name_is_found_and_only_its_wanted_pictures_are_read(
     run: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     folder = Folder(str(run))
@@ -362,7 +362,7 @@ def test_only_files_are_opened(
     assert f"1 pictures: {place} is no regular file" in album.troubles
 
 
-def test_shards_that_only_metadata_names_are_not_opened_unasked(
+def test_shards_that_only_metadata_names_are_opened_only_on_request(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(*arguments: Any) -> Any:
@@ -401,7 +401,7 @@ def test_a_twin_of_a_sample_is_not_shown_for_it(run: Path, made_run: Path, tmp_p
     assert not by_key.troubles
 
 
-def test_a_storage_that_does_not_answer_is_asked_once(
+def test_a_storage_that_does_not_answer_is_tried_once(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Folder(str(run))
@@ -445,11 +445,11 @@ def test_pictures_go_by_shard_and_key_where_the_run_knows_them(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", shard_files.picture(1)[:300]])
-def test_what_cannot_be_decoded_is_no_thumbnail(content: bytes) -> None:
+def test_a_picture_that_cannot_be_decoded_has_no_thumbnail(content: bytes) -> None:
     assert albums.thumbnail(content) == b""
 
 
-def test_odd_pictures_have_thumbnails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusual_pictures_have_thumbnails(monkeypatch: pytest.MonkeyPatch) -> None:
     for content in (
         shard_files.black_png_with_alpha(),
         shard_files.picture(2, "WEBP"),
@@ -460,7 +460,7 @@ def test_odd_pictures_have_thumbnails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert albums.thumbnail(shard_files.picture(1)) == b""
 
 
-def test_a_run_writes_its_report_and_another_budget_makes_it_again(
+def test_a_run_writes_its_report_and_another_budget_writes_it_again(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = json.loads((run / "completions/catalog.json").read_text())["sources"]["metadata"]
@@ -484,7 +484,9 @@ def test_a_run_writes_its_report_and_another_budget_makes_it_again(
     assert not page.exists()
 
 
-def test_a_report_stays_until_the_next_is_whole(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_stays_until_the_next_one_is_complete(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A kill at any point leaves a whole report, which is taken for no other selection's."""
     folder, state = Folder(str(run)), RunState(Folder(str(run)))
     page = Path(report.report(folder, each=0))
@@ -538,7 +540,7 @@ def test_a_selection_that_changes_meanwhile_has_no_report_of_the_one_before(
     assert not (run / "report.html").exists()
 
 
-def test_what_was_swept_is_in_it(run: Path) -> None:
+def test_the_report_contains_the_sweep(run: Path) -> None:
     words = ["sweep", str(run), "--method", "score,semdedup", "--fraction", "0.1,0.3"]
     assert main(words) == 0
     m = measures.measure(Folder(str(run)), 1)
@@ -565,7 +567,7 @@ def test_other_methods_have_a_report_too(run: Path, method: str) -> None:
     assert "Most suppressed groups" not in page
 
 
-def test_a_column_with_an_odd_name_is_only_a_name(tmp_path: Path) -> None:
+def test_a_column_name_with_markup_is_shown_as_text(tmp_path: Path) -> None:
     name = "$$x$$ @{y} <u>SPOOF</u>"
     pool = pools.make(60, 6)
     pools.write(tmp_path / "m", pool, columns={name: np.arange(60.0)})
@@ -598,7 +600,7 @@ def test_a_column_with_an_odd_name_is_only_a_name(tmp_path: Path) -> None:
         ("--score-column", "random", "--fraction", "1"),
     ],
 )
-def test_odd_runs_have_a_report(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_unusual_runs_have_a_report(tmp_path: Path, words: tuple[str, ...]) -> None:
     pool = pools.make(80, 6, copies=0.5)
     columns = {
         "c": [f"class {i % 3}" for i in range(80)],
@@ -634,7 +636,7 @@ def test_a_report_that_fails_does_not_fail_the_run(
     assert "warning: no report: no room; `d2filter report OUT`" in capsys.readouterr().err
 
 
-def test_a_run_of_another_version_is_one_line(
+def test_a_report_of_a_run_of_another_version_fails_with_one_line(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run / "completions/select.json"
@@ -656,7 +658,9 @@ def test_one_sample_has_no_report_and_the_run_is_done(
     assert "1 ranked sample, a report needs 2" in capsys.readouterr().err
 
 
-def test_features_far_away_are_not_read_unasked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_features_are_read_only_on_request(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert report.obstacle(Folder(str(run))) == ""
     elsewhere = Folder("memory://far/run")
     elsewhere.publish_json(
@@ -667,7 +671,7 @@ def test_features_far_away_are_not_read_unasked(run: Path, monkeypatch: pytest.M
     assert "features lie elsewhere" in report.obstacle(elsewhere)
 
 
-def test_an_unfinished_run_and_a_negative_gallery_are_one_line(
+def test_a_report_of_an_unfinished_run_or_a_negative_gallery_fails_with_one_line(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", str(tmp_path / "nothing")]) == 1

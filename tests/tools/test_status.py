@@ -30,7 +30,7 @@ def told(out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict
     return lines, json.loads(capsys.readouterr().out)
 
 
-def test_a_run_from_its_first_failure_to_its_end(
+def test_status_follows_a_run_from_its_first_failure_to_its_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from d2filter.stages.catalog import build as build_catalog
@@ -87,7 +87,9 @@ def test_a_stage_under_way_counts_tasks_and_samples_a_second(tmp_path: Path) -> 
     assert "last line of its log 5 min ago" in status.lines(found, later)[-1]
 
 
-def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_not_a_run_directory_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["status", str(tmp_path / "none")]) == 1
     assert "is no run directory: nothing has begun there" in capsys.readouterr().err
 
@@ -99,7 +101,7 @@ def snapshot(folder: Path) -> dict[str, Any]:
     }
 
 
-def test_a_dry_run_says_what_a_run_would_do_and_touches_nothing(
+def test_a_dry_run_prints_what_a_run_would_do_and_changes_no_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = pools.write(tmp_path / "m", pools.make(300, 8), files=3)
@@ -156,7 +158,7 @@ def test_a_dry_run_says_what_a_run_would_do_and_touches_nothing(
     assert "input file 00000.npz is changed" in capsys.readouterr().err
 
 
-def test_a_stage_that_cannot_go_on_says_why(
+def test_a_stage_that_cannot_continue_is_shown_with_the_reason(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = pools.write(tmp_path / "m", pools.make(300, 8))

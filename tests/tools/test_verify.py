@@ -136,7 +136,7 @@ BREACHES: list[tuple[Callable[[Path], None], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "said"), BREACHES, ids=[said for _, said in BREACHES])
-def test_a_breach_is_found(
+def test_every_damage_is_found(
     sound: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -178,7 +178,7 @@ def breaches(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
     return found
 
 
-def test_other_bytes_than_were_published_are_found_whatever_they_mean(
+def test_changed_bytes_are_found_even_if_their_values_are_valid(
     sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = copy_of(sound, tmp_path)
@@ -190,7 +190,7 @@ def test_other_bytes_than_were_published_are_found_whatever_they_mean(
     assert "part-00000.parquet is not what graph wrote" in first
 
 
-def test_a_stage_made_from_another_is_found(
+def test_a_stage_built_from_another_predecessor_is_found(
     sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = copy_of(sound, tmp_path)

@@ -1,3 +1,5 @@
+"""The exact search in probed cells, compared with the oracle, on CPUs and GPUs."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -98,7 +100,9 @@ def test_thousands_of_copies_point_round_the_ring() -> None:
 
 
 @pytest.mark.parametrize("shift", [0, 1, 7])
-def test_block_boundaries_do_not_matter(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_boundaries_do_not_change_the_result(
+    shift: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = pool(700, 24)
     whole = exact(rows, 5)
     monkeypatch.setattr(search, "QUERY_BLOCK", 50 + shift)
@@ -132,7 +136,9 @@ def offer(held: products.Nearest, q: int, distance: np.ndarray, names: np.ndarra
     held.near[q], held.ids[q] = near[best], ids[best]
 
 
-def test_proposals_off_by_the_whole_bound_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proposals_with_the_largest_allowed_error_change_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A worse matrix product, wrong by up to the bound in either direction: the same lists."""
     rows = pool(600, 16)
     right = exact(rows, 4)
@@ -213,7 +219,7 @@ def test_a_real_gpu_gives_the_same_lists() -> None:
     assert (on_gpu.sqdist == on_cpu.sqdist).all()
 
 
-def test_unnormalized_features() -> None:
+def test_unnormalized_features_are_searched_exactly() -> None:
     rng = np.random.default_rng(0)
     rows = features.fix([rng.normal(size=(200, 5)) * 300], normalize=False)
     neighbors, _ = oracle.knn(rows, list(range(200)), 3)

@@ -1,3 +1,5 @@
+"""The external sort of the catalog: sorted runs, merged ranges, dropped duplicates, alerts."""
+
 from __future__ import annotations
 
 import uuid
@@ -57,7 +59,7 @@ def test_the_row_that_stays_does_not_depend_on_the_order(rows: list[tuple], rand
     assert [r[0] for r in first] == sorted({r[0] for r in rows})
 
 
-def test_parts_ascend_whatever_their_number(tmp_path: Path) -> None:
+def test_parts_ascend_for_any_number_of_parts(tmp_path: Path) -> None:
     """Passes one and two by hand, with 1 and 5 ranges, over files cut and ordered differently."""
     pool = pools.make(300, 6, seed=4)
     pool["uid"][7] = pool["uid"][8]
@@ -105,7 +107,7 @@ def test_parts_ascend_whatever_their_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["sequential", "one upper half", "random"])
-def test_parts_are_of_one_size_whatever_the_uids(
+def test_parts_have_equal_size_for_any_uids(
     tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(catalog, "ROW_GROUP", 10)
@@ -142,7 +144,7 @@ def test_features_in_the_catalog_are_the_fixed_ones(tmp_path: Path) -> None:
     assert only.difficulty.tobytes() == rows.difficulty.tobytes()
 
 
-def test_scores_that_merge_and_files_that_are_left_are_told(tmp_path: Path) -> None:
+def test_merged_scores_and_unread_files_give_alerts(tmp_path: Path) -> None:
     pool = pools.make(20, 4)
     times = [1_700_000_000 + i for i in range(20)]
     source = Folder(str(pools.write(tmp_path / "m", pool, files=2, columns={"when": times})))

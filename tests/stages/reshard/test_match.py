@@ -61,7 +61,7 @@ def taken(run: Path, shards: Path, out: Path, tasks: int) -> tuple[list[tuple[st
 
 
 @given(kept_pools.random_pools(), st.integers(1, 3))
-def test_what_was_ranked_and_kept_is_copied_and_nothing_else(
+def test_exactly_the_ranked_and_kept_samples_are_copied(
     pool: kept_pools.KeptPool, tasks: int
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +75,7 @@ def test_what_was_ranked_and_kept_is_copied_and_nothing_else(
         assert got == expected
 
 
-def test_the_ranked_one_of_two_with_a_uid_is_taken(tmp_path: Path) -> None:
+def test_of_two_samples_with_one_uid_the_ranked_one_is_copied(tmp_path: Path) -> None:
     """Another that stands first, and is as whole as far as headers tell, is not."""
     first = Sample("a", 7, True)
     second = Sample("b", 7, True)
@@ -98,7 +98,7 @@ def test_shards_may_have_long_names(tmp_path: Path, length: int) -> None:
     assert missing == 0
 
 
-def test_members_keep_their_names_whatever_bytes_they_are(tmp_path: Path) -> None:
+def test_members_keep_names_of_any_bytes(tmp_path: Path) -> None:
     sample = Sample("d\udce9/a", 7, True)
     odd = ["x\udcff.bin", "é.cls", "y" * 120, "z" * 200 + "\udcff"]
     files = [*sample.files, *((f"{sample.key}.{name}", name[:1].encode()) for name in odd)]
