@@ -34,7 +34,7 @@ def cluster() -> Iterator[ray_nodes.Cluster]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     code: int
-    said: str
+    output: str
     early: bool
     """whether it was still running when its first line came"""
 
@@ -49,12 +49,12 @@ def demo(cluster: ray_nodes.Cluster, out: Path, *, pairs: int = PAIRS) -> subpro
 def finish(job: subprocess.Popen[str]) -> Job:
     """Read what a job streams until it ends."""
     assert job.stdout is not None
-    said, early = "", False
+    output, early = "", False
     for line in job.stdout:
-        said += line
+        output += line
         if "drawn pairs" in line:
             early = job.poll() is None
-    return Job(code=job.wait(), said=said, early=early)
+    return Job(code=job.wait(), output=output, early=early)
 
 
 def ranked(out: Path) -> dict[str, list[Any]]:
@@ -76,7 +76,7 @@ def test_a_job_is_refused_where_nodes_do_not_share_its_folder(
     cluster.second.hide(tmp_path)
     job = finish(demo(cluster, tmp_path / "o", pairs=PAIRS if cluster.isolated else 5))
     assert job.code != 0
-    (line,) = {line for line in job.said.splitlines() if line.startswith("d2filter: error: ")}
+    (line,) = {line for line in job.output.splitlines() if line.startswith("d2filter: error: ")}
     if cluster.isolated:
         assert f"{tmp_path / 'o'} is not the same folder on all nodes" in line
         assert cluster.second.address in line
@@ -84,7 +84,7 @@ def test_a_job_is_refused_where_nodes_do_not_share_its_folder(
     else:
         assert "pairs is 5" in line
     # its code was shipped: the tree that it was copied from is elsewhere, and hidden
-    (code,) = {line for line in job.said.splitlines() if line.endswith("d2filter/__init__.py")}
+    (code,) = {line for line in job.output.splitlines() if line.endswith("d2filter/__init__.py")}
     assert "working_dir_files" in code
     assert not Path(code).is_relative_to(ray_nodes.ROOT)
 
@@ -100,9 +100,9 @@ def test_a_submitted_job_streams_its_output_and_runs_on_both_nodes(
     cluster: ray_nodes.Cluster, whole: tuple[Path, Job]
 ) -> None:
     out, job = whole
-    assert job.code == 0, job.said
+    assert job.code == 0, job.output
     assert job.early
-    assert "half kept, judged by the truth" in job.said
+    assert "half kept, judged by the truth" in job.output
     for setting in SETTINGS:
         assert len(np.load(out / setting / "subset.npy")) == PAIRS // 2
     logs = [json.loads(line) for path in out.rglob("logs/*/*.jsonl") for line in path.open()]
@@ -115,7 +115,7 @@ def lose_second(cluster: ray_nodes.Cluster, job: subprocess.Popen[str], marks: P
 
     def due() -> bool:
         if job.poll() is not None:
-            pytest.fail(f"over before the second node was at work: {finish(job).said}")
+            pytest.fail(f"over before the second node was at work: {finish(job).output}")
         return any(marks.parent.glob(marks.name)) and cluster.at_work(cluster.second)
 
     faults.wait_for(due, "what comes before", 240.0)
@@ -133,7 +133,7 @@ def test_a_job_whose_second_node_dies_gives_the_same_bits(
     job = cluster.submit("python", "-m", "jobs.run", "datacomp_small", "--set", *words)
     lose_second(cluster, job, out / "completions/graph/route-*")
     done = finish(job)
-    assert done.code == 0, done.said
+    assert done.code == 0, done.output
     found = faults.files(out)
     same = [n for n in found if n == "subset.npy" or n.startswith(("ranking/", "graph/"))]
     assert len(same) == 1 + 2 + 2
@@ -150,7 +150,7 @@ def test_a_demo_whose_second_node_dies_while_it_embeds_gives_the_same_bits(
     job = demo(cluster, out)
     lose_second(cluster, job, out / SETTINGS[0] / "completions/embed/*")
     done = finish(job)
-    assert done.code == 0, done.said
+    assert done.code == 0, done.output
     for setting in SETTINGS:
         here, there = out / setting, whole[0] / setting
         assert (here / "subset.npy").read_bytes() == (there / "subset.npy").read_bytes()

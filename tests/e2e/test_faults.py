@@ -38,8 +38,8 @@ class Undisturbed:
 
 def undisturbed(machines: faults.Machines, words: tuple[object, ...], out: Path) -> Undisturbed:
     command = faults.Command(machines, words, out)
-    played = command.play()
-    assert played.code == 0, played.said
+    result = command.run_with_faults()
+    assert result.code == 0, result.stderr
     marks, snapshots = command.progress()
     return Undisturbed(
         words=words,
@@ -76,13 +76,13 @@ def survive(machines: faults.Machines, whole: Undisturbed, seed: int, folder: Pa
     for attempt in range(DRAWS):
         schedule = faults.draw(seed, attempt, marks=whole.marks, snapshots=whole.snapshots)
         out = folder / f"o{attempt}"
-        played = faults.Command(machines, whole.words, out).play(schedule)
+        result = faults.Command(machines, whole.words, out).run_with_faults(schedule)
         machines.wait_until_idle()
-        assert played.code == 0, (played, schedule)
+        assert result.code == 0, (result, schedule)
         same(out, whole)
-        if wanted <= played.kinds:
+        if wanted <= result.kinds:
             return
-        tried.append((schedule, played.killed))
+        tried.append((schedule, result.killed))
     pytest.fail(f"no {wanted} could be killed at its time: {tried}")
 
 
@@ -119,11 +119,11 @@ def test_kills_while_shards_are_embedded_leave_no_trace(
     kinds = ("worker", "raylet", "driver", "writer", "actor")
     schedule = [faults.Fault(kind=kind, after=after) for after, kind in enumerate(kinds)]
     out = tmp_path / "p"
-    played = faults.Command(machines, words, out).play(schedule)
+    result = faults.Command(machines, words, out).run_with_faults(schedule)
     machines.wait_until_idle()
-    assert played.code == 0, played
-    assert played.kinds == set(kinds), played
-    assert [one.marks < 6 for one in played.killed] == [True, True, True, True, False]
+    assert result.code == 0, result
+    assert result.kinds == set(kinds), result
+    assert [one.marks < 6 for one in result.killed] == [True, True, True, True, False]
     same(out, whole)
 
 
@@ -136,10 +136,10 @@ def test_a_node_that_hangs_is_given_up_and_changes_nothing_when_it_wakes(
     # Ray waits for seven minutes otherwise, until it calls a connection broken
     command.environment["RAY_grpc_client_keepalive_time_ms"] = "2000"
     command.environment["RAY_grpc_client_keepalive_timeout_ms"] = "3000"
-    played = command.play([faults.Fault(kind="absence", after=plain.marks // 4)])
+    result = command.run_with_faults([faults.Fault(kind="absence", after=plain.marks // 4)])
     machines.wait_until_idle()
-    assert played.code == 0, played
-    assert played.kinds == {"absence"}
+    assert result.code == 0, result
+    assert result.kinds == {"absence"}
     same(out, plain)
 
 
@@ -177,10 +177,10 @@ def test_a_task_whose_workers_all_die_is_named_and_stops_no_other(
     doomed = faults.Command(machines, plain.words, out, before=faults.SMALL_TASKS + FATED)
     doomed.environment["VICTIMS"] = str(victims)
     doomed.start()
-    code, said = doomed.wait(slay)
+    code, stderr = doomed.wait(slay)
     assert code == 1
     assert len(dead) == 5
-    *retries, line = said.strip().splitlines()
+    *retries, line = stderr.strip().splitlines()
     assert "catalog task read-00003: its worker died 5 times" in line
     assert len(retries) == 4
     assert all("catalog task read-00003 is tried again" in retry for retry in retries)
@@ -214,19 +214,19 @@ def test_a_lost_head_ends_the_driver_and_a_new_cluster_goes_on(
 
     def behead() -> bool:
         if not lost and command.progress()[0] >= plain.marks // 3:
-            machines.behead()
+            machines.kill_head()
             lost.append(time.monotonic())
         return False
 
-    code, said = command.wait(behead)
+    code, stderr = command.wait(behead)
     assert code == 1
     assert time.monotonic() - lost[0] < 30
-    assert "GCS" in said
-    machines.renew()
+    assert "GCS" in stderr
+    machines.restart()
     published = command.progress()[0]
     assert plain.marks // 3 <= published < plain.marks
     # as an earlier owner leaves it that is killed where no stage has to begin again
     (out / ".tmp-0123456789ab-stats.json").touch()
-    again = faults.Command(machines, plain.words, out).play()
-    assert again.code == 0, again.said
+    again = faults.Command(machines, plain.words, out).run_with_faults()
+    assert again.code == 0, again.stderr
     same(out, plain)

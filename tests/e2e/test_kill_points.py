@@ -139,9 +139,9 @@ def play(
     """
     for deaths in range(4 * KILLS):
         command.start()
-        code, said = command.wait()
+        code, stderr = command.wait()
         if code != SIGKILLED:
-            assert code == 0, said
+            assert code == 0, stderr
             return deaths
         after_a_kill()
         if once:

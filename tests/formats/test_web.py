@@ -121,7 +121,7 @@ def test_a_signature_is_sent_unchanged() -> None:
     with serving({"a ü.bin": b"x"}, query=SIGNED) as web:
         folder, name = place_of(web.url("a%20%C3%BC.bin"))
         assert folder.info(name) is not None
-        assert {path for _, path, _ in web.asked} == {f"/a%20%C3%BC.bin?{SIGNED}"}
+        assert {path for _, path, _ in web.requests} == {f"/a%20%C3%BC.bin?{SIGNED}"}
 
 
 @pytest.mark.parametrize("kind", SERVERS)
@@ -199,10 +199,10 @@ def test_broken_and_failed_answers_are_requested_again(kind: str) -> None:
 def test_a_refusal_is_not_retried(status: int, told: str) -> None:
     with serving({"0.tar": b"x"}, fails=[status] * 99) as web:
         for look in (lambda f: f.info("0.tar"), lambda f: f.names(), lambda f: f.exists("0.tar")):
-            web.asked.clear()
+            web.requests.clear()
             with pytest.raises(StorageError, match=told):
                 look(Folder(web.url()))
-            assert len(web.asked) <= 2
+            assert len(web.requests) <= 2
 
 
 def test_a_server_that_stays_broken_is_no_missing_file() -> None:
@@ -268,7 +268,7 @@ def test_named_shards_need_no_listing(kind: str, index: int) -> None:
         # a signature may hold what are wildcards elsewhere, and slashes
         with pytest.raises(InputError, match=r"/p/4\.tar does not exist"):
             webdataset.list_shards([web.url("p/{0..9}.tar")])
-        assert not any(path.partition("?")[0].endswith("/") for _, path, _ in web.asked)
+        assert not any(path.partition("?")[0].endswith("/") for _, path, _ in web.requests)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SERVERS if kind != "signed"])
@@ -320,8 +320,8 @@ def test_a_shard_with_a_new_signature_is_the_same_shard() -> None:
 def test_many_named_shards_are_looked_up_at_once_and_a_missing_first_one_alone() -> None:
     with serving({f"{n:05d}.tar": b"x" * 9 for n in range(200)}) as web:
         assert len(shards_of(web.url("{00000..00199}.tar"))) == 200
-        assert len(web.asked) == 200
-        web.asked.clear()
+        assert len(web.requests) == 200
+        web.requests.clear()
         with pytest.raises(InputError, match="does not exist"):
             webdataset.list_shards([web.url("a/{00000..30000000}.tar")])
-        assert len({path for _, path, _ in web.asked}) == 1
+        assert len({path for _, path, _ in web.requests}) == 1

@@ -70,11 +70,11 @@ class Killed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Played:
-    """How a run ended, and what was done to it."""
+class RunResult:
+    """How a command ended, and the faults that fired."""
 
     code: int
-    said: str
+    stderr: str
     """stderr of the last driver"""
     killed: tuple[Killed, ...]
 
@@ -104,12 +104,12 @@ def draw(seed: int, attempt: int = 0, *, marks: int, snapshots: int) -> list[Fau
 
 
 def kinds_of(seed: int) -> list[str]:
-    """What the schedule of a seed kills in any case; three seeds in a row have all kinds."""
+    """Kinds that every schedule of a seed kills; three seeds in a row have all kinds."""
     return [KINDS[(seed + turn) % len(KINDS)] for turn in (0, len(KINDS) // 2)]
 
 
 class Machines:
-    """A cluster: a head without CPUs, where drivers connect, and nodes beside it.
+    """A Ray cluster: a head without CPUs, to which drivers connect, and other nodes.
 
     Nothing in this process is connected to it, so a Ray of this process is not disturbed.
     """
@@ -169,14 +169,14 @@ class Machines:
         found = [pid for pid, parent in parents().items() if parent in raylets]
         return sorted(pid for pid in found if works(title_of(pid)))
 
-    def lose(self, pick: int) -> str | None:
-        """Kill a raylet that has work, and add a node in its place. Returns a title of its work;
-        None when no raylet has any.
+    def kill_node(self, pick: int) -> str | None:
+        """Kill the raylet of a node that runs tasks, and add a node in its place. Returns the title
+        of one of its tasks; None if no node runs any.
         """
         return self._replace(pick, self._kill)
 
-    def stop(self, pick: int) -> str | None:
-        """The same, but the raylet and its workers only stand still until `wait_until_idle`."""
+    def freeze_node(self, pick: int) -> str | None:
+        """Like `kill_node`, but raylet and workers are only stopped, until `wait_until_idle`."""
         return self._replace(pick, self._halt)
 
     def _replace(self, pick: int, end: Callable[[Any], None]) -> str | None:
@@ -215,12 +215,12 @@ class Machines:
             wait_for(lambda pids=pids: not any(works(title_of(pid)) for pid in pids), "a lost node")
             self._cluster.remove_node(node, allow_graceful=False)
 
-    def behead(self) -> None:
+    def kill_head(self) -> None:
         """Kill the head: its raylet, and the server that knows all nodes, tasks and actors."""
         for kind in ("gcs_server", "raylet"):
             os.kill(_pid(self._cluster.head_node, kind), signal.SIGKILL)
 
-    def renew(self) -> None:
+    def restart(self) -> None:
         """Start a new cluster in place of one whose head was lost."""
         self._stop()
         self._start()
@@ -245,7 +245,7 @@ class Machines:
             self._cluster.remove_node(node, allow_graceful=False)
 
     def wait_until_idle(self) -> None:
-        """Until what a dead driver or a node given up had begun is over; every node is there."""
+        """Wait until no task of a dead driver or of a lost node runs, and all nodes are there."""
         self._resume()
         wait_for(lambda: not self.at_work(), "a worker")
         self._cluster.wait_for_nodes()
@@ -279,9 +279,9 @@ class Command:
     def wait(
         self, step: Callable[[], bool] = lambda: False, *, seconds: float = 120.0
     ) -> tuple[int, str]:
-        """Until the driver ends, with `step` in between, soon again where it returns True: exit
-        code and stderr. Raises TimeoutError after so many seconds without a new marker or snapshot.
-        Whatever it raises, the driver is ended.
+        """Wait until the driver ends; returns its exit code and stderr. `step` is called meanwhile,
+        again after a millisecond if it returns True. Raises TimeoutError after so many seconds
+        without a new marker or snapshot. If anything is raised, the driver is killed.
         """
         assert self._driver is not None
         seen, since = self.progress(), time.monotonic()
@@ -312,7 +312,7 @@ class Command:
         self._driver.wait()
 
     def progress(self) -> tuple[int, int]:
-        """Completion markers there are, and snapshots there were."""
+        """Number of completion markers that exist, and of snapshots so far."""
         for path in _below(self.out / "ranking-work"):
             if path.name.startswith("state-"):
                 with contextlib.suppress(FileNotFoundError):
@@ -323,7 +323,7 @@ class Command:
         marks = [p for p in _below(completions) if p.parent != completions and p.name[0] != "."]
         return len(marks), self._snapshots
 
-    def play(self, faults: Sequence[Fault] = ()) -> Played:
+    def run_with_faults(self, faults: Sequence[Fault] = ()) -> RunResult:
         """Run to the end while the faults fire."""
         waiting = list(faults)
         killed: list[Killed] = []
@@ -345,8 +345,8 @@ class Command:
             return bool(due)
 
         self.start()
-        code, said = self.wait(strike)
-        return Played(code=code, said=said, killed=tuple(killed))
+        code, stderr = self.wait(strike)
+        return RunResult(code=code, stderr=stderr, killed=tuple(killed))
 
     def _strike(self, fault: Fault) -> str | None:
         """Kill a victim; returns its title, or None when there is none just now."""
@@ -355,9 +355,9 @@ class Command:
             self.start()
             return "driver"
         if fault.kind == "raylet":
-            return self.machines.lose(fault.pick)
+            return self.machines.kill_node(fault.pick)
         if fault.kind == "absence":
-            return self.machines.stop(fault.pick)
+            return self.machines.freeze_node(fault.pick)
         if fault.kind in ("writer", "publisher") and not unpublished(self.out):
             return None
         if fault.kind == "publisher":
@@ -392,8 +392,8 @@ class Command:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """Content of all files of a run by name; logs are left out, and what holds seconds, or where
-    the run lies, is empty.
+    """Content of all files of a run by name, without logs. Files with seconds, or with the place
+    of the run, count as empty.
     """
     found = {}
     for path in sorted(out.rglob("*")):
@@ -412,7 +412,7 @@ def unpublished(out: Path) -> list[Path]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """All files of a folder that others write to and clear; published and temporary ones."""
+    """All files of a folder, while other processes write and remove some."""
     for place, _, names in os.walk(folder):
         for name in names:
             yield Path(place, name)
@@ -427,7 +427,7 @@ def wait_for(over: Callable[[], bool], what: str, seconds: float = 60.0) -> None
 
 
 def _killed_while(wanted: Callable[[int], bool], pid: int) -> bool:
-    """Kill a process that is as wanted. Stopped first: it may soon be otherwise."""
+    """Kill a process if it meets a condition. It is stopped first, so that it cannot change."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGSTOP)
         if wanted(pid):
