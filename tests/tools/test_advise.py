@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,24 +86,42 @@ def test_the_self_check_agrees_with_the_captions_that_are_wrong(runs: dict[str, 
             assert row["low"] <= row["kept"] <= row["high"]
 
 
-def test_advice_is_the_same_for_any_partitions_and_files(
-    runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """What `d2filter advise` printed and wrote for a run."""
+
+    printed: str
+    data: dict[str, Any]
+    page: str
+
+
+@pytest.fixture(scope="module")
+def advice(runs: dict[str, Path]) -> dict[str, Advice]:
+    """The advice for the two layouts of the pool, without options."""
     found = {}
     for name in ("one", "three"):
-        assert main(["advise", str(runs[name])]) == 0
-        data = json.loads((runs[name] / "advise.json").read_text())
-        found[name] = {k: data[k] for k in ("options", "fraction", "near", "trials")}
-        assert (runs[name] / "advise.html").exists()
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            assert main(["advise", str(runs[name])]) == 0
+        found[name] = Advice(
+            printed=printed.getvalue(),
+            data=json.loads((runs[name] / "advise.json").read_text()),
+            page=(runs[name] / "advise.html").read_text(),
+        )
+    return found
+
+
+def test_advice_is_the_same_for_any_partitions_and_files(advice: dict[str, Advice]) -> None:
+    found = {name: one.data for name, one in advice.items()}
     assert found["one"]["options"] == found["three"]["options"]
     for mine, theirs in zip(found["one"]["trials"], found["three"]["trials"], strict=True):
         assert mine["setting"] == theirs["setting"]
         for fraction, row in mine["measures"].items():
             assert row == pytest.approx(theirs["measures"][fraction], rel=1e-9)
-    said = capsys.readouterr().out
-    for what in ("k ", "gamma ", "copies ", "budget "):
-        assert re.search(f"^{what}", said, re.MULTILINE)
-    assert "the graph has lists of 5" in said
+    for one in advice.values():
+        for what in ("k ", "gamma ", "copies ", "budget "):
+            assert re.search(f"^{what}", one.printed, re.MULTILINE)
+        assert "the graph has lists of 5" in one.printed
 
 
 def test_the_recommended_setting_keeps_few_wrong_pairs_and_covers_the_pool(
@@ -156,9 +177,8 @@ def test_advice_on_a_large_pool_uses_a_sample_and_names_its_size(
     assert "measured on 200 of 600 samples" in said
 
 
-def test_the_page_loads_nothing_from_the_network(runs: dict[str, Path]) -> None:
-    assert main(["advise", str(runs["one"])]) == 0
-    page = (runs["one"] / "advise.html").read_text()
+def test_the_page_loads_nothing_from_the_network(advice: dict[str, Advice]) -> None:
+    page = advice["one"].page
     assert "default-src 'none'" in page
     # but for names in the code of the plots' script, which the policy stops
     markup = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
