@@ -78,7 +78,7 @@ print(sum(made.stats.cache_hits.values()))
 
 @pytest.fixture
 def unwritable(tmp_path: Path) -> Path:
-    """A copy of the package beside which nobody can write, root neither."""
+    """A copy of the package in a folder where no user can write, not even root."""
     copy = tmp_path / "place" / "d2filter"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     for folder in [copy, *(p for p in copy.rglob("*") if p.is_dir())]:
@@ -111,7 +111,7 @@ def test_without_a_place_beside_the_package_the_cache_is_in_a_private_folder(
 
 
 def test_a_loop_whose_source_changed_is_compiled_again(unwritable: Path, tmp_path: Path) -> None:
-    """A loop holds copies of those that it calls from other files."""
+    """A compiled loop contains the loops of other files that it calls."""
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     for hits in ("0", "1"):

@@ -105,7 +105,7 @@ def requirements(wheel: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def wheel(context: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, of those files alone that its stage copies."""
+    """The wheel, built from only the files that its stage copies."""
     there = tmp_path_factory.mktemp("wheel")
     return make_wheel(lay(stages("gpu")["wheel"], context, there / "src"), there)
 

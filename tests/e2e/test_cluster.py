@@ -40,7 +40,7 @@ class Job:
 
 
 def demo(cluster: ray_nodes.Cluster, out: Path, *, pairs: int = PAIRS) -> subprocess.Popen[str]:
-    """Submit the demo; before it begins it says where its code is."""
+    """Submit the demo, which first prints the place of its code."""
     words = ["demo", "--set", f"out-dir={out}", f"pairs={pairs}"]
     program = "import sys, d2filter; from jobs.run import main; print(d2filter.__file__); "
     return cluster.submit("python", "-c", f"{program}sys.exit(main({words!r}))")
@@ -162,6 +162,6 @@ def test_a_demo_whose_second_node_dies_while_it_embeds_gives_the_same_bits(
 
 
 def test_namespaces_are_available_where_they_are_required() -> None:
-    """CI says that it does, so that what is above is not weaker there unseen."""
+    """CI requires them, so that the tests above cannot become weaker there unnoticed."""
     if os.environ.get("D2FILTER_NAMESPACES") == "1":
         assert ray_nodes.namespaces()

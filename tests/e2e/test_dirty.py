@@ -54,7 +54,7 @@ def deep_png(picture: Image.Image) -> bytes:
 
 
 def claiming(width: int, height: int) -> bytes:
-    """A small PNG that says it is so large."""
+    """A small PNG whose header claims this size."""
     content = bytearray(shard_files.black_png_with_alpha())
     content[16:24] = struct.pack(">II", width, height)
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))

@@ -220,7 +220,7 @@ def verify(scenario: Scenario, out: Path) -> None:
         assert cli.main(["verify", str(out)]) == 0
 
 
-def drawn(seed: int, count: int) -> Sequence[int]:
+def kill_numbers(seed: int, count: int) -> Sequence[int]:
     """Points of a play, one of each fifth of the undisturbed command: all stages are hit."""
     rng = np.random.default_rng(seed)
     bounds = np.linspace(0, count, KILLS + 1).astype(int)
@@ -282,7 +282,7 @@ def test_a_kill_at_any_publication_or_removal_leaves_no_trace(
             shutil.rmtree(out)
         else:
             pytest.fail("the driver of the first command could not be killed")
-    kills = drawn(seed, whole.points)
+    kills = kill_numbers(seed, whole.points)
     killing.watch(out, kills)
     play(faults.Command(machines, scenario.then, out, before=OTHER_TASKS), after_a_kill=look)
     machines.wait_until_idle()

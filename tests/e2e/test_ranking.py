@@ -41,7 +41,7 @@ def runs(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[int, P
 
 @pytest.fixture
 def rank_again(runs: dict[int, Path]) -> Any:
-    """Ranks the four partitions anew, with more options."""
+    """Ranks the pool of four partitions again, with more options."""
 
     def rank(*more: Any) -> Path:
         words = ("rank", "--out-dir", runs[4], "--overwrite", "rank")
@@ -176,7 +176,7 @@ def test_the_memory_of_workers_does_not_change_the_ranking(
 
 
 def test_partitions_without_cut_edges_are_ranked(tmp_path: Path) -> None:
-    """Nobody has anything to tell anybody."""
+    """No partition sends any states."""
     out = Folder(str(tmp_path))
     n, parts = 40, 3
     for number in range(parts):

@@ -325,7 +325,7 @@ def test_shards_whose_names_collide_lose_nothing(tmp_path: Path) -> None:
 def test_the_background_of_transparent_pictures_is_an_option(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And another choice is another making."""
+    """Another choice changes the fingerprint of embed."""
     drawn = Image.open(io.BytesIO(shard_files.picture(3))).convert("RGBA")
     drawn.paste((0, 0, 0, 0), (0, 0, 64, 40))
     files = [

@@ -40,7 +40,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Folder]:
 
 
 def elsewhere(folder: Folder, **more: object) -> lock.Holder:
-    """An owner on another machine, as its lock.json says."""
+    """An owner on another machine, according to its lock.json."""
     with lock.hold(folder, "run"):
         mine = lock.read(folder)
     assert mine is not None

@@ -154,13 +154,13 @@ def test_a_dictionary_that_points_outside_is_refused(tmp_path: Path) -> None:
 
 
 def npy(shape: str, payload: bytes, descr: str = "'<f2'") -> bytes:
-    """An .npy file whose header says what it likes."""
+    """An .npy file with a false header."""
     header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + payload
 
 
 def lying(folder: Path, content: bytes, method: int = zipfile.ZIP_STORED, **told: int) -> None:
-    """An npz with these bytes as both arrays; told: what its directory says instead."""
+    """An npz with these bytes as both arrays; told: the size that its directory claims."""
     with zipfile.ZipFile(folder / "0.npz", "w", method) as archive:
         for key in ("l14_img", "l14_txt"):
             archive.writestr(f"{key}.npy", content)

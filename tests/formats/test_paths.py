@@ -158,7 +158,7 @@ def test_a_folder_is_no_file(folder: Folder) -> None:
 
 
 class Flaky(MemoryFileSystem):
-    """A file system in memory whose methods fail as `plan` says, one entry a call."""
+    """A file system in memory whose calls fail according to `plan`, one entry a call."""
 
     protocol = "flaky"
     store: dict[str, Any] = {}  # noqa: RUF012  # as its base has it

@@ -522,7 +522,7 @@ def test_picture_sizes_of_a_json_must_be_plausible() -> None:
 
 
 class Rehearsed:
-    """A runner that notes what is asked of it; the rehearsal took 3 GB on some device."""
+    """A runner that records its calls; the rehearsal took 3 GB on some device."""
 
     def __init__(self, device: str, found: str) -> None:
         self.device = device

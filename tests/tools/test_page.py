@@ -84,7 +84,7 @@ def as_if(browser: Any, scheme: str) -> None:
 
 
 def drawn(browser: Any) -> list[str]:
-    """Plots that have a canvas with something on it, of those that are seen."""
+    """Visible plots whose canvas is not empty."""
     script = """
       const found = [];
       const roots = (node) => [node, ...[...node.querySelectorAll('*')]

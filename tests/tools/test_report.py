@@ -40,7 +40,7 @@ EVIL = (
 
 
 @pytest.fixture(scope="module")
-def made_run(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
+def reported_run(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
     """A run of three partitions whose samples lie in two shards; ranked without a report."""
     folder = tmp_path_factory.mktemp("reported")
     pool = pools.make(N, 8, copies=0.5)
@@ -62,8 +62,8 @@ def made_run(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
 
 
 @pytest.fixture
-def run(made_run: Path, tmp_path: Path) -> Path:
-    return copy_of(made_run, tmp_path)
+def run(reported_run: Path, tmp_path: Path) -> Path:
+    return copy_of(reported_run, tmp_path)
 
 
 def test_the_measures_are_those_of_the_whole_files(run: Path) -> None:
@@ -245,7 +245,7 @@ def test_pictures_that_do_not_fit_are_left_out_and_counted(
 
 
 def test_missing_shards_are_reported_and_the_report_is_written(
-    run: Path, tmp_path: Path, made_run: Path
+    run: Path, tmp_path: Path, reported_run: Path
 ) -> None:
     folder = Folder(str(run))
     m = measures.measure(folder, 4)
@@ -253,22 +253,22 @@ def test_missing_shards_are_reported_and_the_report_is_written(
     places = albums.places_of(
         folder, {s.uid for g in galleries for group in g.groups for s in group}
     )
-    assert set(places) == {str(made_run.parent / f"s{i}.tar") for i in (0, 1)}
+    assert set(places) == {str(reported_run.parent / f"s{i}.tar") for i in (0, 1)}
     # as if the shards had been moved: found again by uid where one says they are
     for i in (0, 1):
-        shutil.copy(made_run.parent / f"s{i}.tar", tmp_path / f"moved{i}.tar")
+        shutil.copy(reported_run.parent / f"s{i}.tar", tmp_path / f"moved{i}.tar")
     by_uid = albums.look_up(folder, galleries, [str(tmp_path / "moved{0,1}.tar")], False, print)
     by_key = albums.look_up(folder, galleries, [], True, print)
     assert by_uid.pictures == by_key.pictures
     assert not by_uid.troubles
     assert not by_key.troubles
-    hidden = made_run.parent / "hidden.tar"
-    (made_run.parent / "s0.tar").rename(hidden)
+    hidden = reported_run.parent / "hidden.tar"
+    (reported_run.parent / "s0.tar").rename(hidden)
     try:
         album = albums.look_up(folder, galleries, [], True, print)
         page = report.render(folder, m, galleries, album)
     finally:
-        hidden.rename(made_run.parent / "s0.tar")
+        hidden.rename(reported_run.parent / "s0.tar")
     assert 0 < len(album.pictures) < len(by_key.pictures)
     trouble, missing = album.troubles
     assert "s0.tar does not exist" in trouble
@@ -382,7 +382,9 @@ def test_shards_that_only_metadata_names_are_opened_only_on_request(
     assert "which are not opened unasked" in report.render(folder, m, galleries, album)
 
 
-def test_a_twin_of_a_sample_is_not_shown_for_it(run: Path, made_run: Path, tmp_path: Path) -> None:
+def test_a_twin_of_a_sample_is_not_shown_for_it(
+    run: Path, reported_run: Path, tmp_path: Path
+) -> None:
     """Where one tells where the shards are now, those of the run are searched by key."""
     folder = Folder(str(run))
     galleries = gallery.choose(folder, measures.measure(folder, 4), 4)
@@ -394,7 +396,7 @@ def test_a_twin_of_a_sample_is_not_shown_for_it(run: Path, made_run: Path, tmp_p
     ]
     shard_files.write(tmp_path / "t/a.tar", twins)
     for n in (0, 1):
-        shutil.copy(made_run.parent / f"s{n}.tar", tmp_path / f"t/s{n}.tar")
+        shutil.copy(reported_run.parent / f"s{n}.tar", tmp_path / f"t/s{n}.tar")
     by_key = albums.look_up(folder, galleries, [], True, print)
     moved = albums.look_up(folder, galleries, [str(tmp_path / "t")], False, print)
     assert moved == by_key

@@ -21,7 +21,7 @@ from d2filter.tools import status
 pytestmark = pytest.mark.usefixtures("cluster")
 
 
-def told(out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, Any]]:
+def status_of(out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, Any]]:
     """Lines for people, and the same for programs."""
     capsys.readouterr()
     assert main(["status", str(out)]) == 0
@@ -42,7 +42,7 @@ def test_status_follows_a_run_from_its_first_failure_to_its_end(
     out = tmp_path / "o"
     words = ["run", "--metadata-dir", str(folder), "--out-dir", str(out)]
     assert main(words) == 1
-    lines, found = told(out, capsys)
+    lines, found = status_of(out, capsys)
     assert [(s["stage"], s["state"]) for s in found["stages"]] == [
         ("catalog", "failed"), ("graph", "waiting"), ("rank", "waiting"), ("select", "waiting")
     ]  # fmt: skip
@@ -55,7 +55,7 @@ def test_status_follows_a_run_from_its_first_failure_to_its_end(
     (folder / "00001.npz").write_bytes(whole)
     os.utime(folder / "00001.npz", (1, 1))
     assert main(words) == 0
-    lines, found = told(out, capsys)
+    lines, found = status_of(out, capsys)
     assert {s["state"] for s in found["stages"]} == {"done"}
     assert found["next"] == found["error"] == ""
     assert lines[-1] == "finished"
@@ -177,13 +177,13 @@ def test_each_retry_is_shown_with_its_reason(
     logs.append(out, logs.DRIVER, "run", stages=["rank"])
     logs.append(out, logs.DRIVER, "stage started", stage="rank")
     logs.append(out, logs.DRIVER, "task tried again", stage="rank", task="0", reason="no memory")
-    lines, found = told(tmp_path, capsys)
+    lines, found = status_of(tmp_path, capsys)
     assert any(line.startswith("rank tried again: 0 at ") for line in lines)
     assert any(line.endswith(": no memory") for line in lines)
     for number in range(7):
         found_settings = {"partitions": f"partitions {number}", "reason": f"reason {number}"}
         logs.append(out, logs.DRIVER, "worker lost", stage="rank", **found_settings)
-    lines, found = told(tmp_path, capsys)
+    lines, found = status_of(tmp_path, capsys)
     assert found["stages"][0]["tried_again"] == 8
     assert len(found["stages"][0]["retries"]) == 8
     shown = [line for line in lines if line.startswith("rank tried again: ")]
