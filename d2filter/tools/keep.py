@@ -17,14 +17,13 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import braceexpand
 import numpy as np
 import numpy.typing as npt
 
 from d2filter.algorithm import uids
 from d2filter.errors import InputError, RunStateError
+from d2filter.formats import braces, loader_samples, webdataset
 from d2filter.formats import kept as kept_format
-from d2filter.formats import loader_samples, webdataset
 from d2filter.formats import subset as subset_format
 from d2filter.formats.addresses import file_name
 from d2filter.formats.kept import Kept
@@ -293,8 +292,8 @@ def _expanded(urls: str | os.PathLike[str] | Iterable[str]) -> Iterator[str]:
         return
     for pattern in os.fspath(urls).split("::"):
         try:
-            yield from braceexpand.braceexpand(pattern)
-        except ValueError as error:  # its UnbalancedBracesError
+            yield from braces.expand(pattern)
+        except ValueError as error:
             raise InputError(f"{pattern!r} has unbalanced braces: give shards by name") from error
 
 
