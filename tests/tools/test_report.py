@@ -491,12 +491,14 @@ def test_a_report_stays_until_the_next_one_is_complete(
 ) -> None:
     """A kill at any point leaves a whole report, which is taken for no other selection's."""
     folder, state = Folder(str(run)), RunState(Folder(str(run)))
-    page = Path(report.report(folder, each=0))
     selections = {}
-    for fraction in ("0.1", "0.3"):
+
+    def select(fraction: str) -> None:
         main(["select", "--out-dir", str(run), "--fraction", fraction, "--min-score", "0.65"])
         selections[fraction] = state.require("select")["fingerprint"]
-        report.report(folder, each=0)
+
+    select("0.3")
+    page = Path(report.report(folder, each=0))
     whole = page.read_text()
     assert state.has_report(selections["0.3"])
 
@@ -510,7 +512,7 @@ def test_a_report_stays_until_the_next_one_is_complete(
             raise Killed
         return plain(self, name, *more)
 
-    main(["select", "--out-dir", str(run), "--fraction", "0.1", "--min-score", "0.65"])
+    select("0.1")
     page.write_text(whole)
     state.note_report(selections["0.3"])
     plain = Folder.publish
