@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import faults, ray_nodes
+from support import processes, ray_nodes, runs
 
 from d2filter.formats import ranking
 from d2filter.formats.paths import Folder
@@ -118,7 +118,7 @@ def lose_second(cluster: ray_nodes.Cluster, job: subprocess.Popen[str], marks: P
             pytest.fail(f"over before the second node was at work: {finish(job).output}")
         return any(marks.parent.glob(marks.name)) and cluster.at_work(cluster.second)
 
-    faults.wait_for(due, "what comes before", 240.0)
+    processes.wait_for(due, "what comes before", 240.0)
     cluster.second.end()
 
 
@@ -134,7 +134,7 @@ def test_a_job_whose_second_node_dies_gives_the_same_bits(
     lose_second(cluster, job, out / "completions/graph/route-*")
     done = finish(job)
     assert done.code == 0, done.output
-    found = faults.files(out)
+    found = runs.files(out)
     same = [n for n in found if n == "subset.npy" or n.startswith(("ranking/", "graph/"))]
     assert len(same) == 1 + 2 + 2
     assert {n: found[n] for n in same} == {n: (first / n).read_bytes() for n in same}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support import faults, pools, shard_files
+from support import faults, pools, runs, shard_files
 from support.runs import stats
 
 from d2filter.cli import main as cli
@@ -43,7 +43,7 @@ def undisturbed(machines: faults.Machines, words: tuple[object, ...], out: Path)
     marks, snapshots = command.progress()
     return Undisturbed(
         words=words,
-        files=faults.files(out),
+        files=runs.files(out),
         samples=stats(out)["samples"],
         marks=marks,
         snapshots=snapshots,
@@ -60,12 +60,12 @@ def plain(machines: faults.Machines, tmp_path_factory: pytest.TempPathFactory) -
 
 def same(out: Path, whole: Undisturbed) -> None:
     """Assert that a run shows no trace of what was done to it."""
-    found = faults.files(out)
+    found = runs.files(out)
     assert found.keys() == whole.files.keys()
     assert [name for name, content in found.items() if content != whole.files[name]] == []
     assert sum(name.startswith(("graph/", "ranking/")) for name in found) == 8
     assert stats(out)["samples"] == whole.samples
-    assert faults.unpublished(out) == []
+    assert runs.unpublished(out) == []
     assert cli.main(["verify", str(out)]) == 0
 
 
@@ -197,7 +197,7 @@ def test_a_task_whose_workers_all_die_is_named_and_stops_no_other(
     again.start()
     again.wait(leave_off)
     assert {path: path.stat().st_mtime_ns for path in done} == done, "a published task ran again"
-    found = {name: text for name, text in faults.files(out).items() if name.startswith("catalog/")}
+    found = {name: text for name, text in runs.files(out).items() if name.startswith("catalog/")}
     assert len(found) > 1
     assert {name: plain.files[name] for name in found} == found
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import faults, kill_points, pools, shard_files
+from support import faults, kill_points, pools, runs, shard_files
 
 from d2filter.cli import main as cli
 from d2filter.formats.paths import Folder
@@ -206,7 +206,7 @@ def known(
             play(faults.Command(machines, scenario.then, out, before=OTHER_TASKS))
             verify(scenario, out)
             found[name] = Known(
-                scenario=scenario, files=faults.files(out), points=len(killing.passed()),
+                scenario=scenario, files=runs.files(out), points=len(killing.passed()),
                 start=start, deaths=tuple(deaths),
             )  # fmt: skip
         return found[name]
@@ -288,7 +288,7 @@ def test_a_kill_at_any_publication_or_removal_leaves_no_trace(
     machines.wait_until_idle()
     # what the first command has finished is not done again, and has no points then
     assert sum(kill < len(killing.passed()) for kill in kills) >= 2
-    found = faults.files(out)
+    found = runs.files(out)
     if scenario.at:
         assert found["subset.npy"] == whole.files["subset.npy"]
     else:
@@ -296,7 +296,7 @@ def test_a_kill_at_any_publication_or_removal_leaves_no_trace(
         assert [n for n, content in found.items() if content != whole.files[n]] == []
     # a stage that was finished before the other split stays as it is: no file of both is there
     assert outputs(found) == recorded(out)
-    assert faults.unpublished(out) == []
+    assert runs.unpublished(out) == []
     verify(scenario, out)
     if subsets:
         assert whole.start is not None

@@ -7,7 +7,8 @@ Input
     graph_strategies.py random graphs and scores with many ties, for hypothesis
 
 Running and reading
-    runs.py             runs a command in this process; reads its run directory
+    runs.py             runs a command in this process; reads a run directory
+    processes.py        processes of this machine: parents, titles, which of them run tasks
 
 The truth to compare with
     oracle.py                the definitions of docs/method.md as naive Python

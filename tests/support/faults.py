@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from support import processes, runs
+
 KINDS = ("worker", "raylet", "writer", "actor", "driver", "publisher")
 
 # many small tasks, and a snapshot after every superstep, from which what was lost goes on
@@ -41,7 +43,6 @@ QUICK_DEATH = {  # a raylet without a pulse is given up after some seconds, not 
 }
 _POLL_SECONDS = 0.02
 _WATCH_SECONDS = 0.001  # while a victim is looked for
-_NO_TASK = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,8 +167,8 @@ class Machines:
         """Pids of worker processes that run a task or are an actor, ascending."""
         nodes = self._workers if node is None else [self._workers[node]]
         raylets = {_pid(node, "raylet") for node in nodes}
-        found = [pid for pid, parent in parents().items() if parent in raylets]
-        return sorted(pid for pid in found if works(title_of(pid)))
+        found = [pid for pid, parent in processes.parents().items() if parent in raylets]
+        return sorted(pid for pid in found if processes.runs_task(pid))
 
     def kill_node(self, pick: int) -> str | None:
         """Kill the raylet of a node that runs tasks, and add a node in its place. Returns the title
@@ -184,7 +185,7 @@ class Machines:
             number = (pick + turn) % self._nodes
             working = self.at_work(number)
             if working:
-                title = title_of(working[0])
+                title = processes.title_of(working[0])
                 end(self._workers[number])
                 with self._apart():
                     self._workers[number] = self._add()
@@ -197,7 +198,7 @@ class Machines:
 
     def _halt(self, node: Any) -> None:
         raylet = _pid(node, "raylet")
-        pids = [raylet, *(pid for pid, parent in parents().items() if parent == raylet)]
+        pids = [raylet, *(pid for pid, parent in processes.parents().items() if parent == raylet)]
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
@@ -212,7 +213,10 @@ class Machines:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
         for node, pids in absent:
-            wait_for(lambda pids=pids: not any(works(title_of(pid)) for pid in pids), "a lost node")
+            processes.wait_for(
+                lambda pids=pids: not any(processes.runs_task(pid) for pid in pids),
+                "a lost node",
+            )
             self._cluster.remove_node(node, allow_graceful=False)
 
     def kill_head(self) -> None:
@@ -247,7 +251,7 @@ class Machines:
     def wait_until_idle(self) -> None:
         """Wait until no task of a dead driver or of a lost node runs, and all nodes are there."""
         self._resume()
-        wait_for(lambda: not self.at_work(), "a worker")
+        processes.wait_for(lambda: not self.at_work(), "a worker")
         self._cluster.wait_for_nodes()
 
 
@@ -313,14 +317,16 @@ class Command:
 
     def progress(self) -> tuple[int, int]:
         """Number of completion markers that exist, and of snapshots so far."""
-        for path in _below(self.out / "ranking-work"):
+        for path in runs.files_below(self.out / "ranking-work"):
             if path.name.startswith("state-"):
                 with contextlib.suppress(FileNotFoundError):
                     stamp = path.stat().st_mtime_ns
                     self._snapshots += self._states.get(path.name) != stamp
                     self._states[path.name] = stamp
         completions = self.out / "completions"
-        marks = [p for p in _below(completions) if p.parent != completions and p.name[0] != "."]
+        marks = [
+            p for p in runs.files_below(completions) if p.parent != completions and p.name[0] != "."
+        ]
         return len(marks), self._snapshots
 
     def run_with_faults(self, faults: Sequence[Fault] = ()) -> RunResult:
@@ -358,7 +364,7 @@ class Command:
             return self.machines.kill_node(fault.pick)
         if fault.kind == "absence":
             return self.machines.freeze_node(fault.pick)
-        if fault.kind in ("writer", "publisher") and not unpublished(self.out):
+        if fault.kind in ("writer", "publisher") and not runs.unpublished(self.out):
             return None
         if fault.kind == "publisher":
             assert self._driver is not None
@@ -371,7 +377,7 @@ class Command:
         pids = self.machines.at_work()
         for turn in range(len(pids)):
             pid = pids[(fault.pick + turn) % len(pids)]
-            title = title_of(pid)
+            title = processes.title_of(pid)
             if _killed_while(wanted, pid):
                 return title
         return None
@@ -391,41 +397,6 @@ class Command:
         return self.out.with_name(f"{self.out.name}.stderr")
 
 
-def files(out: Path) -> dict[str, bytes]:
-    """Content of all files of a run by name, without logs. Files with seconds, or with the place
-    of the run, count as empty.
-    """
-    found = {}
-    for path in sorted(out.rglob("*")):
-        name = path.relative_to(out).as_posix()
-        # those of new shards are in a folder of their own: .d2filter/completions, .d2filter/logs
-        place = name.removeprefix(".d2filter/")
-        if path.is_file() and not place.startswith("logs/"):
-            timed = name in ("stats.json", "report.html") or place.startswith("completions/")
-            found[name] = b"" if timed else path.read_bytes()
-    return found
-
-
-def unpublished(out: Path) -> list[Path]:
-    """Temporary files of a run."""
-    return [path for path in _below(out) if path.name.startswith(".tmp-")]
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    """All files of a folder, while other processes write and remove some."""
-    for place, _, names in os.walk(folder):
-        for name in names:
-            yield Path(place, name)
-
-
-def wait_for(over: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not over():
-        if time.monotonic() > end:
-            raise TimeoutError(f"{what} is still at work after {seconds:.0f} s")
-        time.sleep(0.05)
-
-
 def _killed_while(wanted: Callable[[int], bool], pid: int) -> bool:
     """Kill a process if it meets a condition. It is stopped first, so that it cannot change."""
     with contextlib.suppress(ProcessLookupError):
@@ -438,37 +409,13 @@ def _killed_while(wanted: Callable[[int], bool], pid: int) -> bool:
 
 
 def _runs_task(pid: int) -> bool:
-    title = title_of(pid)
-    return works(title) and "_Actor" not in title
+    title = processes.title_of(pid)
+    return processes.works(title) and "_Actor" not in title
 
 
 def _is_actor(pid: int) -> bool:
-    return "_Actor" in title_of(pid)
-
-
-def works(title: str) -> bool:
-    return title.startswith("ray::") and title not in _NO_TASK
+    return "_Actor" in processes.title_of(pid)
 
 
 def _pid(node: Any, kind: str) -> int:
     return int(node.all_processes[kind][0].process.pid)
-
-
-def title_of(pid: int) -> str:
-    """The command line of a process, where Ray writes what it does; empty when it is gone."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-    except OSError:
-        return ""
-
-
-def parents() -> dict[int, int]:
-    """Parent of every process."""
-    found = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):
-                status = Path(f"/proc/{entry}/stat").read_text()
-                # the name before the last parenthesis may hold anything
-                found[int(entry)] = int(status.rpartition(")")[2].split()[1])
-    return found

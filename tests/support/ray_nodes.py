@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from support import faults
+from support import faults, processes
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (ROOT / "d2filter", ROOT / "jobs")
@@ -103,7 +103,7 @@ class Machine:
         except OSError:
             return []
         found = []
-        for pid in faults.parents():
+        for pid in processes.parents():
             with contextlib.suppress(OSError):
                 if os.readlink(f"/proc/{pid}/ns/pid") == here:
                     found.append(pid)
@@ -265,7 +265,7 @@ class Cluster:
                 raise RuntimeError(f"node {number} does not start: {text}")
             return "Ray runtime started" in text
 
-        faults.wait_for(started, f"the start of node {number}", _START_SECONDS)
+        processes.wait_for(started, f"the start of node {number}", _START_SECONDS)
 
     def submit(self, *words: object) -> subprocess.Popen[str]:
         """`ray job submit` of a command, with this source tree as it was at first; what it streams
@@ -280,7 +280,7 @@ class Cluster:
 
     def at_work(self, machine: Machine | LocalMachine) -> bool:
         """Whether a task runs there, or an actor."""
-        return any(faults.works(faults.title_of(pid)) for pid in machine.processes())
+        return any(processes.runs_task(pid) for pid in machine.processes())
 
     def close(self) -> None:
         """End all."""
@@ -304,12 +304,12 @@ def _hold(words: Sequence[str]) -> subprocess.Popen[bytes]:
 
 
 def _child(pid: int) -> int:
-    return next(child for child, parent in faults.parents().items() if parent == pid)
+    return next(child for child, parent in processes.parents().items() if parent == pid)
 
 
 def _below(pid: int) -> list[int]:
     """A process and all that it or they have begun."""
-    parents = faults.parents()
+    parents = processes.parents()
     found = [pid]
     for one in found:
         found += [child for child, parent in parents.items() if parent == one]

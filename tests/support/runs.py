@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +74,30 @@ def ranking_by_uid(out: Path) -> dict[str, np.ndarray]:
 def same_columns(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     """Whether two tables have the same columns with the same values."""
     return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """Content of all files of a run by name, without logs. Files with seconds, or with the place
+    of the run, count as empty.
+    """
+    found = {}
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out).as_posix()
+        # those of new shards are in a folder of their own: .d2filter/completions, .d2filter/logs
+        place = name.removeprefix(".d2filter/")
+        if path.is_file() and not place.startswith("logs/"):
+            timed = name in ("stats.json", "report.html") or place.startswith("completions/")
+            found[name] = b"" if timed else path.read_bytes()
+    return found
+
+
+def unpublished(out: Path) -> list[Path]:
+    """Temporary files of a run."""
+    return [path for path in files_below(out) if path.name.startswith(".tmp-")]
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files of a folder, while other processes write and remove some."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            yield Path(place, name)
