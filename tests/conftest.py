@@ -36,10 +36,28 @@ LONGEST = (
     "e2e/test_web.py",
     "e2e/test_clip_scores.py",
     "e2e/test_reshard.py",
+    "e2e/test_imports.py",
+    "tools/test_report.py",
     "e2e/test_groups.py",
     "e2e/test_run.py",
+    "e2e/test_run_directory.py",
     "e2e/test_shards.py",
+    "e2e/test_storage.py",
+    "stages/test_embed.py",
+    "engine/test_runner.py",
+    "engine/test_shared_folder.py",
+    "algorithm/greedy/test_supersteps.py",
+    "algorithm/knn/test_sketch.py",
+    "algorithm/test_compiled.py",
+    "formats/test_fuzz.py",
     "tools/test_demo.py",
+    "e2e/test_methods.py",
+    "e2e/test_scores.py",
+    "tools/test_advise.py",
+    "tools/test_alerts.py",
+    "tools/test_page.py",
+    "tools/test_explain.py",
+    "tools/test_plan.py",
 )
 
 
@@ -68,18 +86,18 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-_write_report = commands._write_report
+_write_report = commands.write_report
 
 
 @pytest.fixture(scope="session", autouse=True)
 def few_reports() -> Iterator[None]:
     """Runs write no report, because a few hundred reports take minutes. `reports` turns them on."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, "_write_report", lambda work: None)
+        patch.setattr(commands, "write_report", lambda work: None)
         yield
 
 
 @pytest.fixture
 def reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of this test write a report."""
-    monkeypatch.setattr(commands, "_write_report", _write_report)
+    monkeypatch.setattr(commands, "write_report", _write_report)

@@ -1,11 +1,13 @@
+"""The notebook interface `d2filter.rank`, compared with the command line."""
+
 from __future__ import annotations
 
 import doctest
 from pathlib import Path
 
 import numpy as np
-import pools
 import pytest
+from support import pools
 
 import d2filter
 from d2filter import api
@@ -21,7 +23,7 @@ def pool(n: int = 40, d: int = 6) -> tuple[np.ndarray, np.ndarray]:
     return rng.normal(size=(n, d)).astype(np.float32), rng.random(n).astype(np.float32)
 
 
-def test_the_example_in_the_docstring() -> None:
+def test_the_example_in_the_docstring_works() -> None:
     found = doctest.DocTestFinder(recurse=False).find(api.rank, "rank", globs={"rank": api.rank})
     results = [doctest.DocTestRunner().run(one) for one in found]
     assert [one.failed for one in results] == [0]
@@ -73,7 +75,7 @@ def test_the_order_of_rows_does_not_matter_when_uids_are_given() -> None:
     assert (np.where(found >= 0, turn[found], -1) == plain.suppressed_by[turn]).all()
 
 
-def test_what_cannot_be_ranked_names_the_first_row() -> None:
+def test_an_array_that_cannot_be_ranked_is_refused_with_its_first_bad_row() -> None:
     embeddings, scores = pool()
 
     def broken(row: int, value: float) -> np.ndarray:
@@ -132,7 +134,7 @@ def test_groups_have_edges_inside_and_every_budget_its_share() -> None:
         d2filter.rank(embeddings, scores, groups=labels, group_budgets="even")
 
 
-def test_what_is_cut_or_a_copy_comes_last() -> None:
+def test_cut_samples_and_copies_come_last() -> None:
     embeddings, scores = pool()
     embeddings[5] = embeddings[4]
     scores[4], scores[5] = 0.5, 0.4

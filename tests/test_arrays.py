@@ -89,11 +89,11 @@ def test_rows_of_any_kind_are_ranked_alike(rows: Any) -> None:
     ],
     ids=lambda scores: type(scores).__name__,
 )
-def test_scores_of_any_kind_are_taken(scores: Any) -> None:
+def test_scores_of_any_array_type_are_accepted(scores: Any) -> None:
     assert arrays.difficulty(scores).tolist() == SCORES.tolist()
 
 
-def test_bfloat16_integers_and_several_modalities() -> None:
+def test_bfloat16_integers_and_several_modalities_are_accepted() -> None:
     half = torch.tensor(ROWS).bfloat16()
     expected = d2filter.rank(half.float().numpy(), SCORES)
     assert d2filter.rank(half, SCORES).final.tolist() == expected.final.tolist()
@@ -134,7 +134,7 @@ def test_bfloat16_integers_and_several_modalities() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_what_are_no_rows_is_one_line(rows: Any, said: str) -> None:
+def test_values_that_are_not_rows_fail_with_one_line(rows: Any, said: str) -> None:
     with pytest.raises(InputError, match=said) as failed:
         d2filter.rank(rows, SCORES)
     assert "\n" not in str(failed.value)
@@ -158,7 +158,7 @@ def test_what_are_no_rows_is_one_line(rows: Any, said: str) -> None:
     ],
     ids=str,
 )
-def test_scores_that_cannot_be_ranked_are_one_line(scores: Any, said: str) -> None:
+def test_scores_that_cannot_be_ranked_fail_with_one_line(scores: Any, said: str) -> None:
     with pytest.raises(InputError, match=said) as failed:
         d2filter.rank(ROWS[: len(scores)], scores)
     assert "\n" not in str(failed.value)
@@ -175,13 +175,13 @@ def test_integer_scores_keep_their_order_or_are_refused(values: list[int]) -> No
             assert (a < b) == (x < y)
 
 
-def test_float_scores_that_are_rounded_a_little_are_taken() -> None:
+def test_float_scores_that_lose_little_in_float32_are_accepted() -> None:
     scores = np.random.default_rng(0).random(200_000)
     assert np.unique(scores.astype(np.float32)).size < np.unique(scores).size
     assert (arrays.difficulty(scores) == scores.astype(np.float32)).all()
 
 
-def test_more_neighbors_than_there_are_others() -> None:
+def test_a_pool_with_fewer_than_k_other_samples_has_shorter_lists() -> None:
     all_of_them = d2filter.rank(ROWS, SCORES, n_neighbors=11)
     for k in (12, 10**6, 10**30, np.int64(2**62)):
         found = d2filter.rank(ROWS, SCORES, n_neighbors=k)
@@ -223,7 +223,7 @@ RANKING += ["target_recall", "seed", "exact_below"]
     st.dictionaries(st.sampled_from(["fraction", "size", "min_score"]), ODD, max_size=2),
     st.sampled_from(["none", "median"]),
 )
-def test_any_number_gives_a_ranking_or_one_line(
+def test_any_numbers_give_a_ranking_or_an_error_of_one_line(
     options: dict[str, Any], selection: dict[str, Any], scale: str
 ) -> None:
     try:

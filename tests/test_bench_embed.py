@@ -29,7 +29,7 @@ def test_every_part_is_timed_and_end_to_end_publishes_each_sample(tmp_path: Path
     assert all(0.99 < least < mean < 1 for mean, least in timing.drafts.values())
 
 
-def test_shares_are_taken_turn_by_turn() -> None:
+def test_shares_of_time_are_computed_within_each_turn() -> None:
     timing = bench_embed.Timing(size=(1, 1), kilobytes=1, samples=8)
     timing.seconds.update(
         {"bare model": [2.0, 3.0], "decode": [1.0, 4.0], "end to end": [4.0, 8.0]}

@@ -47,7 +47,7 @@ def test_lines_json_and_errors_are_printed_without_escapes_and_secrets(
             json.loads(told.out)
 
 
-def test_what_is_said_of_a_sample_is_printed_without_escapes_and_secrets(
+def test_text_about_a_sample_is_printed_without_escapes_and_secrets(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     entry = {

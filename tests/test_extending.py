@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pools
 import pyarrow.parquet as pq
 import pytest
+from support import pools
 
 import d2filter
 

@@ -13,7 +13,7 @@ from d2filter.text import printable, redacted, scrubbed
 
 
 @given(st.text(st.characters(codec=None)))
-def test_printed_text_is_one_line_that_utf_8_can_hold_and_no_terminal_obeys(text: str) -> None:
+def test_printed_text_is_one_valid_utf_8_line_without_control_characters(text: str) -> None:
     shown = printable(text)
     assert len(shown.splitlines()) <= 1
     shown.encode()
@@ -28,7 +28,7 @@ def test_json_stays_the_same_json(value: object) -> None:
         assert json.loads(printable(text, lines=True)) == value
 
 
-def test_letters_signs_and_emoji_stay() -> None:
+def test_printable_text_is_unchanged() -> None:
     text = "Zoë, 猫, می‌خواهم, 👩\u200d🚀, a\tb"
     assert printable(text) == text
 
@@ -66,5 +66,5 @@ def test_passwords_and_signatures_are_taken_out_of_urls(url: str, shown: str) ->
 @pytest.mark.parametrize(
     "url", ["/a/b?c=d@e", "a b.tar", "s3://pool/a?.tar", "s3://pool/a#1.tar", "gs://b/u@v.tar", ""]
 )
-def test_what_holds_no_password_stays(url: str) -> None:
+def test_text_without_a_password_is_unchanged(url: str) -> None:
     assert redacted(url) == scrubbed(url) == url

@@ -21,8 +21,8 @@ Bools = npt.NDArray[np.bool_]
 
 BUDGETS = ("proportional", "uniform")
 
-_COMPARED_TOGETHER = 128  # classes of up to so many rows are compared together, others one by one
-_PAIRS = 1 << 22  # pairs of rows that are compared at a time
+COMPARED_TOGETHER = 128  # classes of up to so many rows are compared together, others one by one
+PAIRS = 1 << 22  # pairs of rows that are compared at a time
 _BEHIND = 2**62  # larger than all places: integers, or the bits of a float below 1
 
 
@@ -130,14 +130,14 @@ def graph(
     start, by_class = features.bucketed(number, names.size)
     sizes = np.diff(start)
     # thousands of builds of small classes would take longer than computing all their distances
-    for some in _batches(np.flatnonzero(sizes <= _COMPARED_TOGETHER), sizes):
+    for some in _batches(np.flatnonzero(sizes <= COMPARED_TOGETHER), sizes):
         mine = np.concatenate([by_class[start[c] : start[c + 1]] for c in some.tolist()])
         found = _in_small_classes(rows[mine], sizes[some], k)
         neighbors[mine] = np.where(found.neighbors >= 0, mine[found.neighbors], -1)
         sqdist[mine] = found.sqdist
     classes = []
     for c, size in enumerate(sizes.tolist()):
-        if size <= _COMPARED_TOGETHER:
+        if size <= COMPARED_TOGETHER:
             recall = knn.Recall(value=1.0, low=1.0, high=1.0, queries=size)
             classes.append(Searched(size=size, recall=recall, nlist=1, nprobe=1))
             continue
@@ -163,7 +163,7 @@ def _batches(small: I64, sizes: I64) -> Iterator[I64]:
     """Batches of small classes of similar size; the distances of a batch fit into memory."""
     small = small[np.argsort(sizes[small], kind="stable")]
     pairs = np.cumsum(sizes[small] ** 2)
-    which = pairs // _PAIRS
+    which = pairs // PAIRS
     for begin, end in itertools.pairwise([0, *(np.flatnonzero(np.diff(which)) + 1), small.size]):
         if begin < end:
             yield small[begin:end]

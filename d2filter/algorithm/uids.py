@@ -94,7 +94,7 @@ def positions(hi: U64, lo: U64, wanted_hi: U64, wanted_lo: U64) -> I64:
     return found
 
 
-_BUCKET_ROWS = 256  # on average: two pages of memory
+BUCKET_ROWS = 256  # on average: two pages of memory
 _BUCKET_BITS = 20
 
 
@@ -103,7 +103,7 @@ def buckets(pairs: U64) -> tuple[I64, int]:
     (2^bits + 1,) int64, and 64 − bits. A search among millions of pairs then reads few pages of
     memory.
     """
-    bits = min(_BUCKET_BITS, max(1, (len(pairs) // _BUCKET_ROWS).bit_length()))
+    bits = min(_BUCKET_BITS, max(1, (len(pairs) // BUCKET_ROWS).bit_length()))
     return _bucket_starts(pairs, bits), 64 - bits
 
 

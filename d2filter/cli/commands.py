@@ -198,10 +198,10 @@ def _say_alerts(work: Pipeline) -> None:
 def _renew_report(work: Pipeline, wanted: bool) -> None:
     """Write the report if it is wanted, or if one exists, because it may show another subset."""
     if wanted or (work.state.reported() and work.state.done("select")):
-        _write_report(work)
+        write_report(work)
 
 
-def _write_report(work: Pipeline) -> None:
+def write_report(work: Pipeline) -> None:
     """Write the report, unless one of the same selection exists. A report of another selection is
     removed if no new one can be written.
     """

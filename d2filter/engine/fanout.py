@@ -31,12 +31,12 @@ Needs = dict[str, float]
 Then = Callable[[Outcome], Sequence[Task]]
 
 ATTEMPTS = 5
-_FIRST_PAUSE = 1.0  # seconds; all pauses before the last attempt are 15 seconds
+FIRST_PAUSE = 1.0  # seconds; all pauses before the last attempt are 15 seconds
 _REPORT_SECONDS = 0.25
-_LOOK_SECONDS = 5.0  # between checks of the cluster
-_PLACE_SECONDS = 600.0  # time limit for the cluster to bring nodes back
+LOOK_SECONDS = 5.0  # between checks of the cluster
+PLACE_SECONDS = 600.0  # time limit for the cluster to bring nodes back
 _IN_FLIGHT = 1024  # largest number of submitted tasks: Ray slows down with many
-_AHEAD = 2  # submitted tasks per task that can run, if finished tasks add urgent ones
+TASKS_AHEAD = 2  # submitted tasks per task that can run, if finished tasks add urgent ones
 
 
 class FanOut:
@@ -63,7 +63,7 @@ class FanOut:
         self._asked = needs()
         self._bar = bar
         self._token = token
-        self._counter = None if bar.disable else _start_counter(ray)
+        self._counter = None if bar.disable else start_counter(ray)
         same_code.by_value(ray, GpuWorkers.__module__)
         self._remote = ray.remote(same_code.run_task)
         self._gpu_workers = GpuWorkers(ray, same_code.run_task)
@@ -123,7 +123,7 @@ class FanOut:
             return _IN_FLIGHT
         # Ray starts tasks in the order of submission: submit few, so that urgent ones start soon
         cpus = self._ray.cluster_resources().get("CPU", 1)
-        return max(1, min(_IN_FLIGHT, int(_AHEAD * cpus / self._asked.get("num_cpus", 1))))
+        return max(1, min(_IN_FLIGHT, int(TASKS_AHEAD * cpus / self._asked.get("num_cpus", 1))))
 
     def _finished(self) -> list[Outcome]:
         if not self._running:
@@ -173,7 +173,7 @@ class FanOut:
                         "the same command again"
                     ),
                 )
-            pause = _FIRST_PAUSE * 2 ** (tried - 1)
+            pause = FIRST_PAUSE * 2 ** (tried - 1)
             tell(
                 f"{what} is tried again in {pause:g} s, attempt {tried + 1} of {ATTEMPTS}: "
                 f"its worker died ({reason})"
@@ -202,7 +202,7 @@ class FanOut:
         return.
         """
         now = time.monotonic()
-        if now - self._looked < _LOOK_SECONDS:
+        if now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
         if self._placeable():
@@ -222,12 +222,12 @@ class FanOut:
             self._without_place = now
             tell(
                 f"{self._stage}: no node of the cluster can take a task ({_named(self._asked)}), "
-                f"waiting up to {_PLACE_SECONDS:.0f} s for one"
+                f"waiting up to {PLACE_SECONDS:.0f} s for one"
             )
             self._log("waiting for a node", **self._asked)
-        elif now - self._without_place > _PLACE_SECONDS:
+        elif now - self._without_place > PLACE_SECONDS:
             raise StageError(
-                f"{self._stage}: for {_PLACE_SECONDS:.0f} s no node of the cluster could take a "
+                f"{self._stage}: for {PLACE_SECONDS:.0f} s no node of the cluster could take a "
                 f"task ({_named(self._asked)}): add nodes and run the same command again"
             )
 
@@ -277,7 +277,7 @@ class _Counter:
         return self._total
 
 
-def _start_counter(ray: Any) -> Any:
+def start_counter(ray: Any) -> Any:
     """Start the counter on the driver's node, so that no other lost node ends it."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from d2filter.text import printable, scrubbed
 
-_TICK_SECONDS = 1.0
+TICK_SECONDS = 1.0
 
 
 def progress_bar(label: str, total: int | None, show: bool | None) -> Any:
@@ -46,7 +46,7 @@ class _Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
             super().close()
 
     def _tick(self) -> None:
-        while not self._over.wait(_TICK_SECONDS):
+        while not self._over.wait(TICK_SECONDS):
             with self.get_lock():
                 if not self._over.is_set():
                     self.refresh(nolock=True)

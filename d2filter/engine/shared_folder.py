@@ -19,7 +19,7 @@ from d2filter.formats.paths import Folder
 
 TOKEN_FILE = "logs/driver-word.json"
 
-_PAUSES = (0.0, 0.2, 0.5, 1.0)  # seconds; a network file system may show a new file late
+PAUSES = (0.0, 0.2, 0.5, 1.0)  # seconds; a network file system may show a new file late
 _ANSWER_SECONDS = 60.0
 
 
@@ -36,7 +36,7 @@ def not_shared(folder: Folder, token: str) -> UsageError | None:
     """The error if this process does not find the token in the run directory; None if it does."""
     if not token:
         return None
-    for pause in _PAUSES:
+    for pause in PAUSES:
         time.sleep(pause)
         # a file without read permission counts as missing
         with contextlib.suppress(D2FilterError, OSError):

@@ -33,7 +33,7 @@ from d2filter.text import redacted
 F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
 
-_ROW_GROUP = 4096
+ROW_GROUP = 4096
 _TERM = "term-"  # columns of a run
 _MARKS = 16  # of a run, at least: parts come out even although runs are short
 
@@ -115,9 +115,9 @@ def publish_run(folder: Folder, name: str, samples: Samples) -> list[str]:
             table = table.append_column(f"{_TERM}{number}", pa.array(values))
     with folder.publish(f"runs/{name}.parquet") as path:
         pq.write_table(
-            table, path, compression="none", use_dictionary=False, row_group_size=_ROW_GROUP
+            table, path, compression="none", use_dictionary=False, row_group_size=ROW_GROUP
         )
-    step = max(1, min(_ROW_GROUP, len(packed) // _MARKS))
+    step = max(1, min(ROW_GROUP, len(packed) // _MARKS))
     return uid_format.to_hex(ordered.hi[::step], ordered.lo[::step])
 
 

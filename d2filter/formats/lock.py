@@ -75,7 +75,7 @@ def alive_here(holder: Holder) -> bool | None:
     """Whether the owner's process runs; None if it is on another machine or container."""
     if holder.machine != _machine() or not holder.born:
         return None
-    born = _born(holder.pid)
+    born = birth_of(holder.pid)
     if born:
         return born == holder.born
     try:
@@ -105,7 +105,7 @@ def hold(
     now = time.time()
     mine = Holder(
         token=uuid.uuid4().hex, command=command, host=platform.node(), pid=os.getpid(),
-        machine=_machine(), born=_born(os.getpid()), since=now, seen=now,
+        machine=_machine(), born=birth_of(os.getpid()), since=now, seen=now,
     )  # fmt: skip
     _take(folder, mine, say, stale)
     ended = threading.Event()
@@ -216,7 +216,7 @@ def _machine() -> str:
         return f"{boot} {platform.node()}"
 
 
-def _born(pid: int) -> str:
+def birth_of(pid: int) -> str:
     """Start time of a process; empty when it cannot be seen. A zombie has ended."""
     # the name, before the last parenthesis, may hold anything
     fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()

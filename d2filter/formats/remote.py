@@ -28,7 +28,7 @@ from d2filter.formats.retry import Broken, NoRangesError, patiently, words
 from d2filter.text import redacted
 
 RANGE = 16 << 20  # bytes of one request, and so what a broken connection costs
-_BUFFER = 4 << 20  # bytes read ahead: small reads of footers and directories make one request
+BUFFER = 4 << 20  # bytes read ahead: small reads of footers and directories make one request
 
 BEYOND_END = errno.EINVAL  # what S3's client raises for a range that begins there
 TEMPORARY = ".tmp-"
@@ -102,7 +102,7 @@ class Remote:
             return int(size), version
         digest = hashlib.blake2b(digest_size=16)
         with self._copied(path) as copy:
-            while block := copy.read(_BUFFER):
+            while block := copy.read(BUFFER):
                 digest.update(block)
             return copy.tell(), version or f"{_OF_CONTENT}{digest.hexdigest()}"
 
@@ -149,7 +149,7 @@ class Remote:
     @contextlib.contextmanager
     def _reading(self, path: str, size: int, version: str) -> Iterator[IO[bytes]]:
         raw = RangeReader(self, path, size, version)
-        with io.BufferedReader(raw, min(_BUFFER, size + 1)) as stream:
+        with io.BufferedReader(raw, min(BUFFER, size + 1)) as stream:
             yield stream
         raw.require_unchanged()
 
@@ -172,7 +172,7 @@ class Remote:
                 self._fs.copy_whole(path, target)
             else:
                 with self._fs.open(path, "rb") as stream:
-                    shutil.copyfileobj(stream, target, _BUFFER)
+                    shutil.copyfileobj(stream, target, BUFFER)
             if size is not None and target.tell() != size:
                 if self._fs.info(path)["size"] not in (size, None):
                     raise _changed(self.where(path))

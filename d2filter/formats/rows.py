@@ -30,7 +30,7 @@ _READERS = 16
 # numpy parses headers with `ast`, which threads can break for each other (CPython gh-106905): one
 # at a time, and nothing is fetched meanwhile. A finalizer may come in between, in the same thread
 _PARSING = threading.RLock()
-_ROWS_A_RANGE = 512  # rows that are read for nothing rather than asking once more
+ROWS_A_RANGE = 512  # rows that are read for nothing rather than asking once more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ class PartedArray:
             out[where] = read(p, numbers[where] - bounds[p])
 
         places, count = np.unique(part, return_counts=True)
-        few = count * _ROWS_A_RANGE <= bounds[places + 1] - bounds[places]
+        few = count * ROWS_A_RANGE <= bounds[places + 1] - bounds[places]
         few &= self.folder.local is None
         with ThreadPoolExecutor(_READERS) as pool:
             list(pool.map(lambda p: fill(p, self.read_few), places[few].tolist()))

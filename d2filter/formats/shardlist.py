@@ -141,7 +141,7 @@ def unique_names(urls: Sequence[str]) -> list[str]:
     marked = [counts[_folded(base)] > 1 or not _fits(base) for base in bases]
     while True:
         names = [
-            _marked(base, url) if mark else base
+            marked_name(base, url) if mark else base
             for base, url, mark in zip(bases, urls, marked, strict=True)
         ]
         counts = Counter(map(_folded, names))
@@ -400,7 +400,8 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def _marked(base: str, url: str) -> str:
+def marked_name(base: str, url: str) -> str:
+    """The name of a shard, with a hash of its URL at the end."""
     mark = hashlib.blake2b(clean(redacted(url)).encode(), digest_size=_MARK_DIGITS // 2).hexdigest()
     room = _LONGEST_NAME - _MARK_DIGITS - 1
     start = clean(base).encode()[:room].decode("utf-8", "ignore").lstrip(".")

@@ -58,12 +58,12 @@ class Sparse:
             if not maybe.size:
                 continue
             # every part has a group that a uid may lie in, and one of them has its first half
-            known_hi = self._read(place, ("uid_hi",))["uid_hi"]
+            known_hi = self.read_row_group(place, ("uid_hi",))["uid_hi"]
             at = np.searchsorted(known_hi, hi[maybe])  # not beyond: high is there
             maybe = maybe[known_hi[at] == hi[maybe]]
             if not maybe.size:
                 continue
-            known_lo = self._read(place, ("uid_lo",))["uid_lo"]
+            known_lo = self.read_row_group(place, ("uid_lo",))["uid_lo"]
             at = uids.positions(known_hi, known_lo, hi[maybe], lo[maybe])
             found[maybe] = np.where(at >= 0, self._starts[place] + at, -1)
         return found
@@ -76,14 +76,15 @@ class Sparse:
         out: dict[str, npt.NDArray[Any]] = {}
         for p in np.unique(place).tolist():
             where = np.flatnonzero(place == p)
-            held = self._read(p, columns)
+            held = self.read_row_group(p, columns)
             for name, values in held.items():
                 if name not in out:
                     out[name] = np.empty((numbers.size, *values.shape[1:]), values.dtype)
                 out[name][where] = values[numbers[where] - self._starts[p]]
         return out
 
-    def _read(self, place: int, columns: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    def read_row_group(self, place: int, columns: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+        """Columns of a row group; place: its number, counted over all parts."""
         name, number = self._places[place]
         with tables.open_table(self._folder, name) as parquet:
             table = parquet.read_row_group(number, columns=list(columns))

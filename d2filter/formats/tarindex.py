@@ -182,12 +182,12 @@ def _members(
         reader.next_member()
         after = archive.offset
         yield _Found(member.name, member.offset_data, member.size, after, _oddity(member))
-        while found := _plain_file(archive, stream, size):
+        while found := plain_file(archive, stream, size):
             after = archive.offset = found.after
             yield found
 
 
-def _plain_file(archive: tarfile.TarFile, stream: IO[bytes], size: int) -> _Found | None:
+def plain_file(archive: tarfile.TarFile, stream: IO[bytes], size: int) -> _Found | None:
     """The next member where it is a plain file with a sound, simple header; else None."""
     at = archive.offset
     if not 0 <= at <= size - _BLOCK:

@@ -22,14 +22,14 @@ from d2filter.formats.paths import Folder
 
 SHARD_FORMAT = "{:08d}.tar"
 # bytes that are read at one go
-_RUN_ON_DISK = 2 << 20
-_RUN = 8 << 20
+RUN_ON_DISK = 2 << 20
+RUN = 8 << 20
 # bytes that are read for nothing rather than reading once more
-_APART_ON_DISK = 16 << 10
-_APART_ELSEWHERE = 512 << 10
+APART_ON_DISK = 16 << 10
+APART_ELSEWHERE = 512 << 10
 _BLOCK = tarfile.BLOCKSIZE
 _ZEROS = bytes(_BLOCK)
-_PIECES = 1000  # systems take 1,024 at one go
+PIECES = 1000  # systems take 1,024 at one go
 _NAME_BYTES = 100
 _LARGE = 8**11  # such sizes have more digits than a plain header has room for
 # TarInfo's own defaults: no owner, no time
@@ -107,7 +107,7 @@ class Writer:
         Memory: 2 MB for a disk, 8 MB for a file behind a network, where each read takes longer.
         Raises EOFError if the file ends before the members do.
         """
-        most, apart = (_RUN_ON_DISK, _APART_ON_DISK) if on_disk else (_RUN, _APART_ELSEWHERE)
+        most, apart = (RUN_ON_DISK, APART_ON_DISK) if on_disk else (RUN, APART_ELSEWHERE)
         buffer = memoryview(bytearray(most)) if on_disk else None
         for begin, end, run in self._runs(places, most, apart):
             if end - begin > most:
@@ -125,7 +125,7 @@ class Writer:
         pieces: list[Piece] = []
         start = after = self._places[run[0].number]
         for offset, number in run:
-            if self._places[number] != after or len(pieces) > _PIECES - 3:
+            if self._places[number] != after or len(pieces) > PIECES - 3:
                 self._put(start, pieces)
                 pieces, start = [], self._places[number]
             at = offset - begin

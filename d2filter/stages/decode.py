@@ -28,9 +28,9 @@ _LONGEST_RATIO = 1000  # the transform scales the short side up: 1 × 60,000 wou
 _DRAFT_TIMES = 2  # cosines to plain embeddings of 0.9999 on average (jobs/bench_embed.py)
 # bytes a pixel that decoders take at most, with what is made of the pixels before they are scaled;
 # measured at 42 megapixels with Pillow 13; other formats: sizes.PIXEL
-_BYTES_A_PIXEL = {"JPEG": 9, "MPO": 9, "PNG": 10, "BMP": 9, "GIF": 9, "WEBP": 18}
+BYTES_A_PIXEL = {"JPEG": 9, "MPO": 9, "PNG": 10, "BMP": 9, "GIF": 9, "WEBP": 18}
 _PROGRESSIVE = 6  # more, for the coefficients of the whole picture
-_ROWS = 1 << 20  # pixels of 16-bit gray that are scaled at once
+GRAY_PIXELS = 1 << 20  # pixels of 16-bit gray that are scaled at once
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF's tags
 
 
@@ -183,7 +183,7 @@ def _pixels_of(picture: Any) -> int:
 
 def _bytes_of(picture: Any) -> int:
     """What its decoding may take."""
-    each = _BYTES_A_PIXEL.get(picture.format, sizes.PIXEL)
+    each = BYTES_A_PIXEL.get(picture.format, sizes.PIXEL)
     if picture.info.get("progressive"):
         each += _PROGRESSIVE
     return _pixels_of(picture) * each
@@ -253,7 +253,7 @@ def _eight_bit(picture: Any) -> Any:
 
     width, height = picture.size
     scaled = Image.new("L", (width, height))
-    rows = max(1, _ROWS // width)
+    rows = max(1, GRAY_PIXELS // width)
     for top in range(0, height, rows):
         part = np.asarray(picture.crop((0, top, width, min(top + rows, height))))
         eight = part.clip(0, 65535).astype(np.uint16) // 257

@@ -27,7 +27,7 @@ Say = Callable[[str], None]
 
 THUMBNAIL = 144  # pixels of the longer side
 _QUALITY = 80
-_MOST_PIXELS = 1 << 26
+MOST_PIXELS = 1 << 26
 _CAPTION = 240  # characters
 
 
@@ -68,7 +68,7 @@ def look_up(
     """
     wanted = {one.uid for gallery in galleries for group in gallery.groups for one in group}
     album = _Filling()
-    places = _places(folder, wanted)
+    places = places_of(folder, wanted)
     if shards:
         _look_into(webdataset.list_shards(shards), places, wanted, album)
         album.miss(wanted)
@@ -222,7 +222,7 @@ def thumbnail(image: bytes) -> bytes:
             Image.open(io.BytesIO(image), formats=webdataset.IMAGE_FORMATS) as picture,
         ):
             warnings.simplefilter("ignore")
-            if picture.width * picture.height > _MOST_PIXELS:
+            if picture.width * picture.height > MOST_PIXELS:
                 return b""
             picture.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
             small = picture.convert("RGB")
@@ -234,7 +234,7 @@ def thumbnail(image: bytes) -> bytes:
         return b""
 
 
-def _places(folder: Folder, wanted: set[str]) -> dict[str, dict[str, str]]:
+def places_of(folder: Folder, wanted: set[str]) -> dict[str, dict[str, str]]:
     """Uids of the wanted samples by key, by shard, where the catalog knows it."""
     halves = np.array([uid_format.from_hex(uid) for uid in sorted(wanted)], np.uint64)
     found: dict[str, dict[str, str]] = defaultdict(dict)

@@ -17,14 +17,13 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import braceexpand
 import numpy as np
 import numpy.typing as npt
 
 from d2filter.algorithm import uids
 from d2filter.errors import InputError, RunStateError
+from d2filter.formats import braces, loader_samples, webdataset
 from d2filter.formats import kept as kept_format
-from d2filter.formats import loader_samples, webdataset
 from d2filter.formats import subset as subset_format
 from d2filter.formats.addresses import file_name
 from d2filter.formats.kept import Kept
@@ -39,7 +38,7 @@ Subset = npt.NDArray[np.void]
 
 __all__ = ["Keep", "keep", "load_kept", "load_subset", "uid_of"]
 
-_KEYS_HELD = 250_000  # in memory, some 60 MB: loaders that mix shards go to and fro among them
+KEYS_HELD = 250_000  # in memory, some 60 MB: loaders that mix shards go to and fro among them
 
 
 def load_subset(subset: str | os.PathLike[str] | Subset) -> Subset:
@@ -185,7 +184,7 @@ class Keep:
             found = kept.of_shard(number).by_key() if number >= 0 else {}
             self._shards[url] = found
             self._held += 1 + len(found)
-            while self._held > _KEYS_HELD and len(self._shards) > 1:
+            while self._held > KEYS_HELD and len(self._shards) > 1:
                 self._held -= 1 + len(self._shards.popitem(last=False)[1])
         else:
             self._shards.move_to_end(url)
@@ -293,8 +292,8 @@ def _expanded(urls: str | os.PathLike[str] | Iterable[str]) -> Iterator[str]:
         return
     for pattern in os.fspath(urls).split("::"):
         try:
-            yield from braceexpand.braceexpand(pattern)
-        except ValueError as error:  # its UnbalancedBracesError
+            yield from braces.expand(pattern)
+        except ValueError as error:
             raise InputError(f"{pattern!r} has unbalanced braces: give shards by name") from error
 
 

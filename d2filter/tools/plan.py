@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 MetadataRows = tuple[npt.NDArray[np.float16], npt.NDArray[np.float32]]
 
 BUNDLED = Path(__file__).parent / "rates.json"
-_GREEDY_ROWS = 500_000
+GREEDY_ROWS = 500_000
 # growth of what a row costs, from a sample to its pool: .2 to .4 from 48,000 rows to 300,000 and a
 # million (jobs/bench_plan.py), where pools that grow by new groups have the root
 THIN = 1 / 3
@@ -212,13 +212,13 @@ def calibrate(
 def _greedy(k: int) -> float:
     """Seconds of a unit of the ranking, on a graph that no cache holds."""
     rng = np.random.default_rng(2)
-    uid = np.arange(_GREEDY_ROWS, dtype=np.uint64)
-    score = rng.random(_GREEDY_ROWS, np.float32)
-    neighbors = rng.integers(0, _GREEDY_ROWS, (_GREEDY_ROWS, k))
-    sqdist = np.sort(rng.random((_GREEDY_ROWS, k), np.float32), axis=1)
+    uid = np.arange(GREEDY_ROWS, dtype=np.uint64)
+    score = rng.random(GREEDY_ROWS, np.float32)
+    neighbors = rng.integers(0, GREEDY_ROWS, (GREEDY_ROWS, k))
+    sqdist = np.sort(rng.random((GREEDY_ROWS, k), np.float32), axis=1)
     started = time.monotonic()
     in_memory.rank_graph(uid, uid, score, neighbors, sqdist, scheme=Scheme())
-    return (time.monotonic() - started) / (_GREEDY_ROWS * (k + 3))
+    return (time.monotonic() - started) / (GREEDY_ROWS * (k + 3))
 
 
 def _rates(rows: MetadataRows, k: int, measured: Sequence[dict[str, Any]], start: float) -> Rates:

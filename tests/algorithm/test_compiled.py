@@ -45,7 +45,7 @@ sys.exit(bool(heavy))
         "run --gamma -1 --out-dir {folder} --metadata-dir {folder}",
     ],
 )
-def test_what_computes_nothing_loads_nothing_heavy(tmp_path: Path, words: str) -> None:
+def test_commands_that_compute_nothing_load_no_heavy_packages(tmp_path: Path, words: str) -> None:
     (tmp_path / "config.json").write_text('{"stages": {}}')
     arguments = [word.format(folder=tmp_path) for word in words.split()]
     done = python(LOADED, *arguments)
@@ -78,7 +78,7 @@ print(sum(made.stats.cache_hits.values()))
 
 @pytest.fixture
 def unwritable(tmp_path: Path) -> Path:
-    """A copy of the package beside which nobody can write, root neither."""
+    """A copy of the package in a folder where no user can write, not even root."""
     copy = tmp_path / "place" / "d2filter"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     for folder in [copy, *(p for p in copy.rglob("*") if p.is_dir())]:
@@ -110,8 +110,8 @@ def test_without_a_place_beside_the_package_the_cache_is_in_a_private_folder(
         assert (done.returncode, done.stdout.split()) == (0, [hits]), done.stderr
 
 
-def test_a_changed_source_of_any_loop_is_compiled_anew(unwritable: Path, tmp_path: Path) -> None:
-    """A loop holds copies of those that it calls from other files."""
+def test_a_loop_whose_source_changed_is_compiled_again(unwritable: Path, tmp_path: Path) -> None:
+    """A compiled loop contains the loops of other files that it calls."""
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     for hits in ("0", "1"):

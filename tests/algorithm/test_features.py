@@ -1,3 +1,5 @@
+"""Features: normalization, rounding to float16, exact copies; cells and their training."""
+
 from __future__ import annotations
 
 import numpy as np

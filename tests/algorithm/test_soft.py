@@ -1,3 +1,5 @@
+"""Soft selection: how often each sample of a subset is repeated."""
+
 from __future__ import annotations
 
 import math
@@ -100,6 +102,8 @@ def test_a_score_that_is_higher_by_the_temperature_is_worth_about_one_copy() -> 
     ("size", "temperature", "said"),
     [(1, 0.0, "soft is 0.0"), (1, math.nan, "soft is nan"), (0, 0.1, "keeps 1 to")],
 )
-def test_soft_refuses(size: int, temperature: float, said: str) -> None:
+def test_soft_selection_refuses_impossible_options(
+    size: int, temperature: float, said: str
+) -> None:
     with pytest.raises(UsageError, match=said):
         soft.expected(np.zeros(2), size, temperature)

@@ -62,7 +62,7 @@ def test_an_error_in_a_block_reaches_the_caller_and_ends_the_others(count: int) 
         threads.each(lambda number: work(slice(number, number + 1)), 2)
 
 
-def test_what_runs_in_a_thread_takes_no_further_ones() -> None:
+def test_a_nested_call_starts_no_more_threads() -> None:
     threads.use(3)
     counts = []
     threads.each(lambda _: counts.append(threads.count()), 4)
@@ -133,7 +133,7 @@ def test_threads_and_blocks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> No
     products.use_threads(1)
     expected = [one.tobytes() for one in results()]
     for module, name in (
-        (features, "_BLOCK"), (exact_lists, "_BLOCK"), (refine, "_LISTS"), (shortlist, "_MEASURED"),
+        (features, "BLOCK"), (exact_lists, "BLOCK"), (refine, "_LISTS"), (shortlist, "_MEASURED"),
         (shortlist, "_SETTLED"), (geometric, "_VALUES"), (geometric, "_RAISED"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, 7)

@@ -1,3 +1,5 @@
+"""The order and search of uids, exact budgets, and that algorithm/ imports no Ray and no files."""
+
 from __future__ import annotations
 
 import subprocess
@@ -41,7 +43,7 @@ def test_a_hash_sample_depends_on_the_set_alone(pairs: list[tuple[int, int]], si
     st.lists(st.tuples(HALF, HALF), max_size=40, unique=True),
     st.lists(st.tuples(HALF, HALF), max_size=20),
 )
-def test_positions_finds_what_is_there(
+def test_positions_finds_existing_uids(
     pairs: list[tuple[int, int]], wanted: list[tuple[int, int]]
 ) -> None:
     pairs = sorted(pairs)
@@ -83,7 +85,7 @@ def test_a_budget_of_nothing_is_refused() -> None:
         budget.budget_of(600, fraction=budget.parse_fraction("0.001"))
 
 
-def test_a_float_means_what_it_prints() -> None:
+def test_a_float_means_its_printed_decimal() -> None:
     # 0.29 · 100 is 28.999999999999996 in floating point
     assert budget.budget_of(100, fraction=budget.parse_fraction(0.29)) == 29
     assert budget.parse_fraction(0.1) == Decimal("0.1")

@@ -105,7 +105,7 @@ def requirements(wheel: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def wheel(context: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, of those files alone that its stage copies."""
+    """The wheel, built from only the files that its stage copies."""
     there = tmp_path_factory.mktemp("wheel")
     return make_wheel(lay(stages("gpu")["wheel"], context, there / "src"), there)
 
@@ -150,7 +150,7 @@ def test_nothing_private_or_left_over_is_sent_to_a_build(tmp_path: Path) -> None
     assert sent(tmp_path) == wanted
 
 
-def test_what_is_sent_to_a_build_is_small_and_has_the_weights(context: set[str]) -> None:
+def test_the_build_context_is_small_and_contains_the_weights(context: set[str]) -> None:
     assert "d2filter/models/tiny/weights.safetensors" in context
     assert sum((ROOT / path).stat().st_size for path in context) < 20_000_000
 
@@ -183,7 +183,7 @@ def test_the_cuda_of_the_base_is_that_of_the_pinned_torch(pins: dict[str, Versio
     assert Version(match[1]) == pins["cuda-toolkit"]  # a requirement of torch, exact in its wheel
 
 
-def test_both_images_are_the_same_apart_from_what_they_install() -> None:
+def test_both_images_differ_only_in_what_they_install() -> None:
     """Ray refuses a node with another Python: both take that of one Ubuntu release."""
     images = [stages(flavor)["image"] for flavor in FLAVORS]
     assert images[1][0][1].startswith("ubuntu:noble-")  # noble is 24.04, as in the CUDA base's tag
@@ -202,7 +202,7 @@ def test_an_image_has_the_libraries_that_wheels_take_from_the_system(flavor: str
 
 
 @pytest.mark.parametrize("flavor", FLAVORS)
-def test_an_image_says_its_version(flavor: str) -> None:
+def test_an_image_prints_its_version(flavor: str) -> None:
     [label] = words(stages(flavor)["image"], "LABEL")
     tag = f"{d2filter.__version__}-{flavor}"
     assert f'version="{tag}"' in label
@@ -338,7 +338,7 @@ def test_compose_builds_and_starts_the_images_of_this_version(compose: dict[str,
         assert service["build"] == {"context": "..", "dockerfile": FLAVORS[flavor]}
 
 
-def test_compose_starts_ray_with_options_that_it_has(
+def test_compose_starts_ray_with_existing_options(
     compose: dict[str, Any], started_ray: Callable[[list[str]], dict[str, Any]]
 ) -> None:
     gigabyte = 2**30
@@ -356,7 +356,7 @@ def test_compose_starts_ray_with_options_that_it_has(
             stages("cpu")["image"])["TMPDIR"])  # fmt: skip
 
 
-def test_compose_asks_ray_how_a_node_is(compose: dict[str, Any]) -> None:
+def test_compose_checks_nodes_with_the_health_endpoints_of_ray(compose: dict[str, Any]) -> None:
     for name, service in compose["services"].items():
         test = service["healthcheck"]["test"]
         assert test[:2] == ["CMD", "wget"]

@@ -53,7 +53,7 @@ def quantity(text: str) -> int:
 @pytest.mark.parametrize(
     ("name", "kind"), [("raycluster.yaml", "RayCluster"), ("rayjob.yaml", "RayJob")]
 )
-def test_a_manifest_is_of_the_kind_that_its_name_says(name: str, kind: str) -> None:
+def test_a_manifest_has_the_kind_of_its_file_name(name: str, kind: str) -> None:
     manifest = read(name)
     assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", kind)
     assert manifest["metadata"].keys() & {"name", "generateName"}
@@ -127,7 +127,7 @@ def test_mounts_are_of_volumes_that_the_pod_has(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
-def test_ray_starts_with_options_that_it_has_and_its_objects_fit_in_shared_memory(
+def test_ray_knows_its_start_options_and_its_objects_fit_in_shared_memory(
     name: str, started_ray: Callable[[list[str]], dict[str, Any]]
 ) -> None:
     for group, spec in groups(name).items():

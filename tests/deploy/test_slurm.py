@@ -141,7 +141,7 @@ def steps(folder: Path) -> list[list[str]]:
     return [path.read_text().splitlines() for path in files]
 
 
-def told(folder: Path) -> dict[str, Any]:
+def recorded(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "told.json").read_text()))
 
 
@@ -180,7 +180,7 @@ def test_the_job_ends_with_the_code_of_the_run_and_no_node_stays(
     job = start(word, "--set", "out-dir=/a b")
     output, _ = job.communicate(timeout=60)
     assert job.returncode == code, output
-    seen = told(tmp_path)
+    seen = recorded(tmp_path)
     assert seen["words"] == [word, "--set", "out-dir=/a b"]
     assert seen["path"].split(":")[0] == str(clone)
     # the run began with all nodes there, and one secret for all
@@ -211,7 +211,7 @@ def test_the_words_for_nodes_are_options_of_ray_start(
 
 
 @pytest.mark.parametrize("taken", ["another user's", "link"])
-def test_the_temporary_folder_is_new_private_and_nobody_can_take_it_before(
+def test_the_temporary_folder_is_new_and_private_and_cannot_be_created_by_others_first(
     start: Start, tmp_path: Path, taken: str
 ) -> None:
     job = start("bad")
@@ -245,7 +245,7 @@ def test_one_node_is_enough(start: Start, tmp_path: Path) -> None:
     job = start("good", nodes="n1")
     output, _ = job.communicate(timeout=60)
     assert job.returncode == 0, output
-    assert len(told(tmp_path)["nodes"]) == 1
+    assert len(recorded(tmp_path)["nodes"]) == 1
 
 
 def test_a_signal_before_the_time_is_over_reaches_the_run_and_ends_the_nodes(
@@ -284,7 +284,7 @@ def test_nodes_that_do_not_join_are_an_error(start: Start, tmp_path: Path, clone
     assert list(tmp_path.glob("node.*")) == []
 
 
-def test_a_job_without_a_name_or_outside_a_clone_is_told_what_to_do(
+def test_a_job_without_a_name_or_outside_a_clone_fails_with_the_remedy(
     start: Start, clone: Path
 ) -> None:
     job = start()

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pools
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support import pools
 
 from d2filter.cli.main import main
 
@@ -200,7 +200,9 @@ def test_unusable_metadata_exits_with_1(
         assert not (out / name).exists()
 
 
-def test_unknown_columns(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_columns_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ("run", "--metadata-dir", folder, "--out-dir", tmp_path / "o")
     code, line = fail(capsys, *words, "--arch", "h14")
     assert code == 1
@@ -211,7 +213,9 @@ def test_unknown_columns(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "has no column 'beauty'; it has uid" in line
 
 
-def test_a_stage_without_the_one_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_without_its_predecessor_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for command, needed in (("rank", "graph"), ("select", "rank"), ("verify", "graph")):
         where = [tmp_path] if command == "verify" else ["--out-dir", tmp_path]
         code, line = fail(capsys, command, *where)
@@ -222,7 +226,7 @@ def test_a_stage_without_the_one_before(tmp_path: Path, capsys: pytest.CaptureFi
     assert "give --metadata-dir" in line
 
 
-def test_no_ray_at_the_address(folder: Path, tmp_path: Path) -> None:
+def test_an_address_without_ray_fails_with_one_line(folder: Path, tmp_path: Path) -> None:
     # in a process of its own: this one is connected to a Ray already
     words = ["run", "--metadata-dir", str(folder), "--out-dir", str(tmp_path / "o")]
     done = subprocess.run(
@@ -245,7 +249,9 @@ def test_no_ray_at_the_address(folder: Path, tmp_path: Path) -> None:
     assert "no Ray cluster answers at 127.0.0.1:1" in done.stderr.splitlines()[-1]
 
 
-def test_a_read_only_place(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_read_only_folder_fails_with_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, line = fail(capsys, "run", "--metadata-dir", folder, "--out-dir", "/proc/d2filter")
     assert code == 1
     assert "/proc/d2filter" in line
@@ -261,7 +267,7 @@ def test_uids_that_are_no_text_are_bad_not_fatal(tmp_path: Path, folder: Path) -
     assert [b["reason"] for b in bad] == ["malformed uid"]
 
 
-def test_a_budget_of_nothing(
+def test_a_budget_that_keeps_nothing_is_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("run", "--metadata-dir", folder, "--out-dir", tmp_path / "o", "--fraction", "0.01")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
-import pyarrow.parquet as pq
 import pytest
+from support import pools
+from support.runs import difficulties, run, stats
 
-from d2filter.cli import main as cli
-from d2filter.stages.catalog import build as catalog_stage
+from d2filter.algorithm import sizes
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -29,32 +27,14 @@ def with_sentinel(value: float, rows: tuple[int, ...] = (11,)) -> list[float]:
     return scores.tolist()
 
 
-def run(*words: Any) -> int:
-    return cli.main([str(word) for word in words])
-
-
 def metadata(
     folder: Path, scores: list[float], *, files: int = 1, shuffle: int | None = None
 ) -> Path:
     return pools.write(folder, POOL, files=files, shuffle=shuffle, columns={"mine": scores})
 
 
-def stats_of(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "stats.json").read_text())["catalog"]
-    return found
-
-
 def subset(out: Path) -> bytes:
     return (out / "subset.npy").read_bytes()
-
-
-def difficulties(out: Path) -> dict[str, float]:
-    found = {}
-    for path in (out / "catalog").glob("part-*.parquet"):
-        t = pq.read_table(path).to_pydict()
-        for hi, lo, value in zip(t["uid_hi"], t["uid_lo"], t["difficulty"], strict=True):
-            found[f"{hi:016x}{lo:016x}"] = value
-    return found
 
 
 @pytest.mark.parametrize("first", ["high", "low"])
@@ -62,7 +42,7 @@ def test_one_sentinel_is_an_alert_with_its_score_and_uid(tmp_path: Path, first: 
     folder = metadata(tmp_path / "m", with_sentinel(-9999))
     words = ("--metadata-dir", folder, "--out-dir", tmp_path / "o", "--score-column", "mine")
     assert run("run", *words, "--keep-first", first) == 0
-    (alert,) = stats_of(tmp_path / "o")["alerts"]
+    (alert,) = stats(tmp_path / "o")["catalog"]["alerts"]
     assert f"reaches to -9999 of uid {POOL['uid'][11]}" in alert
     assert "--clip-scores 0.001" in alert
     assert "mine" in alert
@@ -71,11 +51,11 @@ def test_one_sentinel_is_an_alert_with_its_score_and_uid(tmp_path: Path, first: 
     folder = metadata(tmp_path / "n", SCORES.tolist())
     words = ("--metadata-dir", folder, "--out-dir", tmp_path / "p", "--score-column", "mine")
     assert run("run", *words, "--keep-first", first) == 0
-    assert stats_of(tmp_path / "p")["alerts"] == []
+    assert stats(tmp_path / "p")["catalog"]["alerts"] == []
 
 
 @pytest.mark.parametrize("sentinel", [1e20, 3e38, -3e38])
-def test_scores_that_scaling_makes_one_are_refused_in_one_line(
+def test_scores_that_become_equal_when_normalized_are_refused_in_one_line(
     tmp_path: Path, sentinel: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = metadata(tmp_path / "m", with_sentinel(sentinel))
@@ -86,7 +66,7 @@ def test_scores_that_scaling_makes_one_are_refused_in_one_line(
     assert "--clip-scores 0.001" in line
     # what it advises works at once, in the same run directory
     assert run("run", *words, "--clip-scores", "0.001") == 0
-    assert stats_of(tmp_path / "o")["alerts"] == []
+    assert stats(tmp_path / "o")["catalog"]["alerts"] == []
     assert run("verify", tmp_path / "o") == 0
 
 
@@ -96,11 +76,11 @@ def test_few_scores_that_keep_their_units_are_no_error(tmp_path: Path) -> None:
     folder = metadata(tmp_path / "m", scores)
     words = ("--metadata-dir", folder, "--out-dir", tmp_path / "o", "--score-column", "mine")
     assert run("graph", *words) == 0
-    assert len(stats_of(tmp_path / "o")["alerts"]) == 1
+    assert len(stats(tmp_path / "o")["catalog"]["alerts"]) == 1
 
 
 @pytest.mark.parametrize("share", ["0.001", "0.03"])
-def test_clipping_is_by_rank_over_all_samples_whatever_the_layout(
+def test_clipping_is_by_rank_over_all_samples_in_any_layout(
     tmp_path: Path, share: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = with_sentinel(-9999)
@@ -116,7 +96,7 @@ def test_clipping_is_by_rank_over_all_samples_whatever_the_layout(
     ):
         with monkeypatch.context() as patch:
             if small:
-                patch.setattr(catalog_stage, "_PART_BYTES", 6_000)
+                patch.setattr(sizes, "CATALOG_PART", 6_000)
             folder = metadata(tmp_path / f"m{partitions}", scores, files=files, shuffle=shuffle)
             out = tmp_path / f"o{partitions}"
             words = ("--metadata-dir", folder, "--out-dir", out, "--partitions", partitions)
@@ -128,13 +108,13 @@ def test_clipping_is_by_rank_over_all_samples_whatever_the_layout(
         bits.add(subset(out))
         expected = dict(zip(POOL["uid"], np.clip(scores, low, high).tolist(), strict=True))
         assert difficulties(out) == expected
-        told = stats_of(out)
+        told = stats(out)["catalog"]
         assert told["difficulty"] == {"min": low, "max": high}
         assert told["clipped"]["samples"] == sum(v < low or v > high for v in scores)
     assert len(bits) == 1
 
 
-def test_a_clip_is_part_of_the_catalogs_making(
+def test_a_clip_belongs_to_the_fingerprint_of_the_catalog(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = metadata(tmp_path / "m", SCORES.tolist())
@@ -148,14 +128,14 @@ def test_a_clip_is_part_of_the_catalogs_making(
 
 
 @pytest.mark.parametrize("label", ["ends", "clip"])
-def test_a_clip_goes_on_where_it_was_stopped(
+def test_an_interrupted_clip_continues(
     tmp_path: Path, label: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second of the parts is never clipped before the interruption."""
     from d2filter.engine.runner import Runner
     from d2filter.stages.catalog import clip_scores
 
-    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 6_000)
+    monkeypatch.setattr(sizes, "CATALOG_PART", 6_000)
     folder = metadata(tmp_path / "m", with_sentinel(-9999))
     words = ("--metadata-dir", folder, "--score-column", "mine", "--clip-scores", "0.01")
     assert run("run", *words, "--out-dir", tmp_path / "a") == 0
@@ -175,14 +155,16 @@ def test_a_clip_goes_on_where_it_was_stopped(
     assert run("run", *words, "--out-dir", tmp_path / "b") == 0
     assert subset(tmp_path / "b") == subset(tmp_path / "a")
     assert difficulties(tmp_path / "b") == difficulties(tmp_path / "a")
-    assert stats_of(tmp_path / "b")["clipped"] == stats_of(tmp_path / "a")["clipped"]
+    assert (
+        stats(tmp_path / "b")["catalog"]["clipped"] == stats(tmp_path / "a")["catalog"]["clipped"]
+    )
     shutil.rmtree(tmp_path / "a")
 
 
 def test_a_score_of_the_pool_is_clipped_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 6_000)
+    monkeypatch.setattr(sizes, "CATALOG_PART", 6_000)
     folder = pools.write(tmp_path / "m", POOL, files=2)
     words = ("--metadata-dir", folder, "--score", "prototypicality", "--keep-first", "low")
     assert run("graph", *words, "--out-dir", tmp_path / "a") == 0
@@ -191,5 +173,5 @@ def test_a_score_of_the_pool_is_clipped_too(
     ordered = sorted(plain.values())
     low, high = ordered[N // 10], ordered[-1 - N // 10]
     assert clipped == {uid: min(max(v, low), high) for uid, v in plain.items()}
-    told = stats_of(tmp_path / "b")["clipped"]
+    told = stats(tmp_path / "b")["catalog"]["clipped"]
     assert (told["from"], told["to"]) == (-low, -high)

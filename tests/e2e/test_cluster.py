@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import faults
-import nodes
 import numpy as np
 import pytest
+from support import processes, ray_nodes, runs
 
 from d2filter.formats import ranking
 from d2filter.formats.paths import Folder
@@ -26,8 +25,8 @@ PAIRS = 100
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[nodes.Cluster]:
-    found = nodes.Cluster()
+def cluster() -> Iterator[ray_nodes.Cluster]:
+    found = ray_nodes.Cluster()
     yield found
     found.close()
 
@@ -35,13 +34,13 @@ def cluster() -> Iterator[nodes.Cluster]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     code: int
-    said: str
+    output: str
     early: bool
     """whether it was still running when its first line came"""
 
 
-def demo(cluster: nodes.Cluster, out: Path, *, pairs: int = PAIRS) -> subprocess.Popen[str]:
-    """Submit the demo; before it begins it says where its code is."""
+def demo(cluster: ray_nodes.Cluster, out: Path, *, pairs: int = PAIRS) -> subprocess.Popen[str]:
+    """Submit the demo, which first prints the place of its code."""
     words = ["demo", "--set", f"out-dir={out}", f"pairs={pairs}"]
     program = "import sys, d2filter; from jobs.run import main; print(d2filter.__file__); "
     return cluster.submit("python", "-c", f"{program}sys.exit(main({words!r}))")
@@ -50,12 +49,12 @@ def demo(cluster: nodes.Cluster, out: Path, *, pairs: int = PAIRS) -> subprocess
 def finish(job: subprocess.Popen[str]) -> Job:
     """Read what a job streams until it ends."""
     assert job.stdout is not None
-    said, early = "", False
+    output, early = "", False
     for line in job.stdout:
-        said += line
+        output += line
         if "drawn pairs" in line:
             early = job.poll() is None
-    return Job(code=job.wait(), said=said, early=early)
+    return Job(code=job.wait(), output=output, early=early)
 
 
 def ranked(out: Path) -> dict[str, list[Any]]:
@@ -70,14 +69,14 @@ def ranked(out: Path) -> dict[str, list[Any]]:
 
 
 def test_a_job_is_refused_where_nodes_do_not_share_its_folder(
-    cluster: nodes.Cluster, tmp_path: Path
+    cluster: ray_nodes.Cluster, tmp_path: Path
 ) -> None:
     """And its line and its failure reach those who submitted it; so on any machine for another
     reason."""
     cluster.second.hide(tmp_path)
     job = finish(demo(cluster, tmp_path / "o", pairs=PAIRS if cluster.isolated else 5))
     assert job.code != 0
-    (line,) = {line for line in job.said.splitlines() if line.startswith("d2filter: error: ")}
+    (line,) = {line for line in job.output.splitlines() if line.startswith("d2filter: error: ")}
     if cluster.isolated:
         assert f"{tmp_path / 'o'} is not the same folder on all nodes" in line
         assert cluster.second.address in line
@@ -85,25 +84,25 @@ def test_a_job_is_refused_where_nodes_do_not_share_its_folder(
     else:
         assert "pairs is 5" in line
     # its code was shipped: the tree that it was copied from is elsewhere, and hidden
-    (code,) = {line for line in job.said.splitlines() if line.endswith("d2filter/__init__.py")}
+    (code,) = {line for line in job.output.splitlines() if line.endswith("d2filter/__init__.py")}
     assert "working_dir_files" in code
-    assert not Path(code).is_relative_to(nodes.ROOT)
+    assert not Path(code).is_relative_to(ray_nodes.ROOT)
 
 
 @pytest.fixture(scope="module")
-def whole(cluster: nodes.Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Job]:
+def whole(cluster: ray_nodes.Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Job]:
     """The demo, undisturbed."""
     out = tmp_path_factory.mktemp("whole") / "o"
     return out, finish(demo(cluster, out))
 
 
-def test_a_job_streams_what_it_says_and_both_nodes_work_for_it(
-    cluster: nodes.Cluster, whole: tuple[Path, Job]
+def test_a_submitted_job_streams_its_output_and_runs_on_both_nodes(
+    cluster: ray_nodes.Cluster, whole: tuple[Path, Job]
 ) -> None:
     out, job = whole
-    assert job.code == 0, job.said
+    assert job.code == 0, job.output
     assert job.early
-    assert "half kept, judged by the truth" in job.said
+    assert "half kept, judged by the truth" in job.output
     for setting in SETTINGS:
         assert len(np.load(out / setting / "subset.npy")) == PAIRS // 2
     logs = [json.loads(line) for path in out.rglob("logs/*/*.jsonl") for line in path.open()]
@@ -111,20 +110,20 @@ def test_a_job_streams_what_it_says_and_both_nodes_work_for_it(
     assert at == {cluster.head.name, cluster.second.name}
 
 
-def lose_second(cluster: nodes.Cluster, job: subprocess.Popen[str], marks: Path) -> None:
+def lose_second(cluster: ray_nodes.Cluster, job: subprocess.Popen[str], marks: Path) -> None:
     """Kill the second node at work, as soon as tasks have left marks."""
 
     def due() -> bool:
         if job.poll() is not None:
-            pytest.fail(f"over before the second node was at work: {finish(job).said}")
+            pytest.fail(f"over before the second node was at work: {finish(job).output}")
         return any(marks.parent.glob(marks.name)) and cluster.at_work(cluster.second)
 
-    faults.wait_for(due, "what comes before", 240.0)
+    processes.wait_for(due, "what comes before", 240.0)
     cluster.second.end()
 
 
 def test_a_job_whose_second_node_dies_gives_the_same_bits(
-    cluster: nodes.Cluster, whole: tuple[Path, Job], tmp_path: Path
+    cluster: ray_nodes.Cluster, whole: tuple[Path, Job], tmp_path: Path
 ) -> None:
     """A named run on the metadata that the demo has made, in as many partitions."""
     out, first = tmp_path / "o", whole[0] / SETTINGS[0]
@@ -134,8 +133,8 @@ def test_a_job_whose_second_node_dies_gives_the_same_bits(
     job = cluster.submit("python", "-m", "jobs.run", "datacomp_small", "--set", *words)
     lose_second(cluster, job, out / "completions/graph/route-*")
     done = finish(job)
-    assert done.code == 0, done.said
-    found = faults.files(out)
+    assert done.code == 0, done.output
+    found = runs.files(out)
     same = [n for n in found if n == "subset.npy" or n.startswith(("ranking/", "graph/"))]
     assert len(same) == 1 + 2 + 2
     assert {n: found[n] for n in same} == {n: (first / n).read_bytes() for n in same}
@@ -144,14 +143,14 @@ def test_a_job_whose_second_node_dies_gives_the_same_bits(
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_a_demo_whose_second_node_dies_while_it_embeds_gives_the_same_bits(
-    cluster: nodes.Cluster, whole: tuple[Path, Job], tmp_path: Path
+    cluster: ray_nodes.Cluster, whole: tuple[Path, Job], tmp_path: Path
 ) -> None:
     cluster.revive()
     out = tmp_path / "o"
     job = demo(cluster, out)
     lose_second(cluster, job, out / SETTINGS[0] / "completions/embed/*")
     done = finish(job)
-    assert done.code == 0, done.said
+    assert done.code == 0, done.output
     for setting in SETTINGS:
         here, there = out / setting, whole[0] / setting
         assert (here / "subset.npy").read_bytes() == (there / "subset.npy").read_bytes()
@@ -162,7 +161,7 @@ def test_a_demo_whose_second_node_dies_while_it_embeds_gives_the_same_bits(
     assert any(event["event"] == "task tried again" for event in events)
 
 
-def test_this_machine_makes_namespaces_where_it_must() -> None:
-    """CI says that it does, so that what is above is not weaker there unseen."""
+def test_namespaces_are_available_where_they_are_required() -> None:
+    """CI requires them, so that the tests above cannot become weaker there unnoticed."""
     if os.environ.get("D2FILTER_NAMESPACES") == "1":
-        assert nodes.namespaces()
+        assert ray_nodes.namespaces()

@@ -15,18 +15,16 @@ import struct
 import tarfile
 import zlib
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 import numpy as np
-import pools
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import shards as made
 from PIL import Image, ImageOps
+from support import pools, shard_files
+from support.runs import run, stats
 
-from d2filter.cli.main import main
 from d2filter.formats import uid as uid_format
 from d2filter.tools import scenes
 
@@ -35,22 +33,8 @@ pytestmark = pytest.mark.usefixtures("cluster")
 UID = "0123456789abcdef" * 2
 
 
-def run(*words: object) -> int:
-    return main([str(word) for word in words])
-
-
-def stats(out: Path) -> dict:
-    return json.loads((out / "stats.json").read_text())
-
-
 def scene(seed: int) -> Image.Image:
     return scenes.draw(scenes.random_scene(np.random.default_rng(seed)))
-
-
-def saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    picture.save(stream, kind, **options)
-    return stream.getvalue()
 
 
 def deep_png(picture: Image.Image) -> bytes:
@@ -70,8 +54,8 @@ def deep_png(picture: Image.Image) -> bytes:
 
 
 def claiming(width: int, height: int) -> bytes:
-    """A small PNG that says it is so large."""
-    content = bytearray(made.black_png_with_alpha())
+    """A small PNG whose header claims this size."""
+    content = bytearray(shard_files.black_png_with_alpha())
     content[16:24] = struct.pack(">II", width, height)
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     return bytes(content)
@@ -81,41 +65,41 @@ def rotated() -> bytes:
     """A picture that its EXIF data tells to turn by 90 degrees."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    return saved(scene(21), "JPEG", exif=exif, quality=95)
+    return shard_files.encoded(scene(21), "JPEG", exif=exif, quality=95)
 
 
 def animated(kind: str) -> bytes:
-    return saved(
+    return shard_files.encoded(
         scene(20).convert("RGB"), kind, save_all=True, append_images=[scene(22), scene(23)]
     )
 
 
 # pictures that are embedded, and the one that the model must see
 PICTURES = {
-    "cmyk.jpg": made.picture(11, "JPEG", "CMYK"),
-    "palette.png": made.picture(12, "PNG", "P"),
-    "alpha.png": made.picture(13, "PNG", "RGBA"),
-    "gray-alpha.png": made.picture(14, "PNG", "LA"),
-    "one-bit.png": made.picture(15, "PNG", "1"),
+    "cmyk.jpg": shard_files.picture(11, "JPEG", "CMYK"),
+    "palette.png": shard_files.picture(12, "PNG", "P"),
+    "alpha.png": shard_files.picture(13, "PNG", "RGBA"),
+    "gray-alpha.png": shard_files.picture(14, "PNG", "LA"),
+    "one-bit.png": shard_files.picture(15, "PNG", "1"),
     "deep.png": deep_png(scene(16)),
     "gif.jpg": animated("GIF"),
     "apng.png": animated("PNG"),
-    "animated.webp": saved(
+    "animated.webp": shard_files.encoded(
         scene(20), "WEBP", save_all=True, append_images=[scene(22), scene(23)], lossless=True
     ),
     "turned.jpg": rotated(),
-    "avif.jpg": saved(scene(24), "AVIF"),
-    "tiff.png": saved(scene(25), "TIFF"),
+    "avif.jpg": shard_files.encoded(scene(24), "AVIF"),
+    "tiff.png": shard_files.encoded(scene(25), "TIFF"),
 }
 SEEN = {"gif.jpg": scene(20), "apng.png": scene(20), "animated.webp": scene(20)}
 # what is bad, and why
-JPG = made.picture(30)
+JPG = shard_files.picture(30)
 BAD = {
     "cut-picture": ({"jpg": JPG[:300], "txt": b"x"}, "broken image"),
     "bomb": ({"png": claiming(60_000, 60_000), "txt": b"x"}, "too many pixels"),
     "large": ({"png": claiming(10_000, 9_000), "txt": b"x"}, "too many pixels"),
     "no-width": ({"png": claiming(0, 20), "txt": b"x"}, "broken image"),
-    "a-line": ({"png": made.png(Image.new("L", (1, 60_000))), "txt": b"x"}, "broken image"),
+    "a-line": ({"png": shard_files.png(Image.new("L", (1, 60_000))), "txt": b"x"}, "broken image"),
     "noise": ({"jpg": bytes(range(256)) * 8, "txt": b"x"}, "broken image"),
     "postscript": ({"png": b"%!PS-Adobe-3.0 EPSF-3.0\n", "txt": b"x"}, "unread format"),
     "jp2": ({"jpg": b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(99), "txt": b"x"}, "unread format"),
@@ -150,28 +134,28 @@ WORD = "".join(np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"
 
 
 def dirty(folder: Path) -> None:
-    files = [f for i in range(20) for f in made.members(f"good{i}", 100 + i)]
-    files += [("one-word.jpg", made.picture(31)), ("one-word.txt", WORD.encode())]
+    files = [f for i in range(20) for f in shard_files.members(f"good{i}", 100 + i)]
+    files += [("one-word.jpg", shard_files.picture(31)), ("one-word.txt", WORD.encode())]
     for name, content in PICTURES.items():
         files += [(name, content), (name.split(".")[0] + ".txt", f"picture {name}".encode())]
     for key, (members, _) in BAD.items():
         files += [(f"{key}.{extension}", content) for extension, content in members.items()]
     for i, name in enumerate(NAMES):
-        files += made.members(name, 200 + i)
-    files += made.members("twice", 300) + made.members("twice", 301)
-    files += made.members("same-content", 302) + made.members("same-content", 302)
-    told = [made.members(f"told{i}", 310 + i, uid=UID) for i in range(2)]
-    odd = made.members("odd-uid", 320, uid=str(UUID(UID)).upper())
-    odd += made.members("no-uid", 321, uid=7)
+        files += shard_files.members(name, 200 + i)
+    files += shard_files.members("twice", 300) + shard_files.members("twice", 301)
+    files += shard_files.members("same-content", 302) + shard_files.members("same-content", 302)
+    told = [shard_files.members(f"told{i}", 310 + i, uid=UID) for i in range(2)]
+    odd = shard_files.members("odd-uid", 320, uid=str(UUID(UID)).upper())
+    odd += shard_files.members("no-uid", 321, uid=7)
     # members of no sample, and samples that a dot in their names makes one
     none = [("._good0.jpg", b"\0\5\x16\7"), ("d/._good0.txt", b"\0"), ("d/.DS_Store", b"Bud1")]
     none += [("README", b"x"), ("__meta__/a.jpg", b"x")]
     dots = [(f"dot.{i}.{extension}", b"x") for i in range(3) for extension in ("jpg", "txt")]
-    made.write(folder / "00000.tar", none + files + told[0] + told[1] + odd + dots)
+    shard_files.write(folder / "00000.tar", none + files + told[0] + told[1] + odd + dots)
     # members of a key that lie apart; the uid of shard 0 once more; links and devices
-    apart = [made.members(f"apart{i}", 400 + i) for i in range(4)]
+    apart = [shard_files.members(f"apart{i}", 400 + i) for i in range(4)]
     shuffled = [apart[i][j] for j in range(3) for i in (2, 0, 3, 1)]
-    made.write(folder / "00001.tar", shuffled + made.members("told2", 312, uid=UID))
+    shard_files.write(folder / "00001.tar", shuffled + shard_files.members("told2", 312, uid=UID))
     with tarfile.open(folder / "00001.tar", "a") as archive:
         for key, kind in (("link", tarfile.SYMTYPE), ("device", tarfile.CHRTYPE)):
             info = tarfile.TarInfo(f"{key}.jpg")
@@ -180,13 +164,16 @@ def dirty(folder: Path) -> None:
             info = tarfile.TarInfo(f"{key}.txt")
             info.size = 1
             archive.addfile(info, io.BytesIO(b"x"))
-    made.write(folder / "00002.tar", [])
+    shard_files.write(folder / "00002.tar", [])
     # and files of which a part, or all, cannot be read
-    cut = made.tar([f for i in range(6) for f in made.members(f"cut{i}", 500 + i)])
+    cut = shard_files.tar([f for i in range(6) for f in shard_files.members(f"cut{i}", 500 + i)])
     (folder / "00003.tar").write_bytes(cut[: cut.index(b"cut4.txt")])
     (folder / "00004.tar").write_bytes(b"this is no tar file" * 100)
     (folder / "00005.tar").write_bytes(gzip.compress(cut))
-    joined = [made.tar(made.members(key, seed)) for key, seed in (("first", 600), ("second", 601))]
+    joined = [
+        shard_files.tar(shard_files.members(key, seed))
+        for key, seed in (("first", 600), ("second", 601))
+    ]
     (folder / "00006.tar").write_bytes(b"".join(joined))
     (folder / "00007.tar").write_bytes(b"")
     (folder / "00008.tar.gz").write_bytes(gzip.compress(cut))
@@ -235,7 +222,7 @@ def test_each_bad_sample_has_its_key_and_reason(finished: Path) -> None:
     assert "txt has 1048577 bytes" in messages["long-caption"]
 
 
-def test_each_shard_that_cannot_be_read_whole_is_named(finished: Path) -> None:
+def test_each_incomplete_shard_is_named(finished: Path) -> None:
     lost = stats(finished / "o")["lost_shards"]
     assert [Path(line.split(": ")[0]).name for line in lost] == [
         "00003.tar", "00004.tar", "00005.tar", "00006.tar", "00007.tar", "00008.tar.gz", "00009.TAR"
@@ -244,7 +231,7 @@ def test_each_shard_that_cannot_be_read_whole_is_named(finished: Path) -> None:
     assert all(words in line for words, line in zip(said, lost, strict=True))
 
 
-def test_what_people_should_know_of_the_shards_is_in_the_figures(finished: Path) -> None:
+def test_alerts_about_the_shards_are_in_the_figures(finished: Path) -> None:
     figures = json.loads((finished / "o/completions/embed.json").read_text())["stats"]
     assert figures["left_out"] == {".json": 1, "folders": 1}
     # of the pictures, alpha.png and gray-alpha.png are opaque
@@ -259,15 +246,18 @@ def test_keys_are_kept_as_they_are(finished: Path) -> None:
     row = table["key"].index("odd-uid")
     assert table["uid"][row] == UID
     row = table["key"].index("no-uid")
-    assert table["uid"][row] == uid_format.content_uid(made.picture(321), made.caption(321))
+    assert table["uid"][row] == uid_format.content_uid(
+        shard_files.picture(321), shard_files.caption(321)
+    )
     apart = pq.read_table(finished / "o/metadata/00001.parquet").to_pydict()
     texts = dict(zip(apart["key"], apart["text"], strict=True))
     assert texts == {
-        **{f"apart{i}": made.caption(400 + i) for i in range(4)}, "told2": made.caption(312)
+        **{f"apart{i}": shard_files.caption(400 + i) for i in range(4)},
+        "told2": shard_files.caption(312),
     }  # fmt: skip
 
 
-def test_odd_pictures_are_seen_as_open_clip_sees_them(finished: Path) -> None:
+def test_unusual_pictures_are_preprocessed_like_in_open_clip(finished: Path) -> None:
     """As its trainer decodes them: the first frame, as RGB, and nothing turned by EXIF."""
     import open_clip
     import torch
@@ -299,7 +289,7 @@ def test_odd_pictures_are_seen_as_open_clip_sees_them(finished: Path) -> None:
     assert image["deep"] @ embedded(scene(16)) > 0.999
 
 
-def test_dirty_metadata_of_many_makings_is_one_pool(tmp_path: Path) -> None:
+def test_dirty_metadata_in_any_split_gives_one_pool(tmp_path: Path) -> None:
     """Pairs that differ in all that may differ, with bad rows in each."""
     folder = tmp_path / "m"
     folder.mkdir()

@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import pools
 import pytest
+from support import pools
 
 KEPT = "run the same command again, it keeps what is done"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -10,10 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import faults
-import pools
 import pytest
-import shards
+from support import faults, pools, runs, shard_files
+from support.runs import stats
 
 from d2filter.cli import main as cli
 
@@ -38,20 +36,15 @@ class Undisturbed:
     snapshots: int
 
 
-def samples(out: Path) -> dict[str, int]:
-    found: dict[str, int] = json.loads((out / "stats.json").read_text())["samples"]
-    return found
-
-
 def undisturbed(machines: faults.Machines, words: tuple[object, ...], out: Path) -> Undisturbed:
     command = faults.Command(machines, words, out)
-    played = command.play()
-    assert played.code == 0, played.said
+    result = command.run_with_faults()
+    assert result.code == 0, result.stderr
     marks, snapshots = command.progress()
     return Undisturbed(
         words=words,
-        files=faults.files(out),
-        samples=samples(out),
+        files=runs.files(out),
+        samples=stats(out)["samples"],
         marks=marks,
         snapshots=snapshots,
     )
@@ -67,12 +60,12 @@ def plain(machines: faults.Machines, tmp_path_factory: pytest.TempPathFactory) -
 
 def same(out: Path, whole: Undisturbed) -> None:
     """Assert that a run shows no trace of what was done to it."""
-    found = faults.files(out)
+    found = runs.files(out)
     assert found.keys() == whole.files.keys()
     assert [name for name, content in found.items() if content != whole.files[name]] == []
     assert sum(name.startswith(("graph/", "ranking/")) for name in found) == 8
-    assert samples(out) == whole.samples
-    assert faults.unpublished(out) == []
+    assert stats(out)["samples"] == whole.samples
+    assert runs.unpublished(out) == []
     assert cli.main(["verify", str(out)]) == 0
 
 
@@ -83,13 +76,13 @@ def survive(machines: faults.Machines, whole: Undisturbed, seed: int, folder: Pa
     for attempt in range(DRAWS):
         schedule = faults.draw(seed, attempt, marks=whole.marks, snapshots=whole.snapshots)
         out = folder / f"o{attempt}"
-        played = faults.Command(machines, whole.words, out).play(schedule)
+        result = faults.Command(machines, whole.words, out).run_with_faults(schedule)
         machines.wait_until_idle()
-        assert played.code == 0, (played, schedule)
+        assert result.code == 0, (result, schedule)
         same(out, whole)
-        if wanted <= played.kinds:
+        if wanted <= result.kinds:
             return
-        tried.append((schedule, played.killed))
+        tried.append((schedule, result.killed))
     pytest.fail(f"no {wanted} could be killed at its time: {tried}")
 
 
@@ -117,25 +110,25 @@ def test_kills_while_shards_are_embedded_leave_no_trace(
 ) -> None:
     for number in range(4):
         content = [
-            m for i in range(80) for m in shards.members(f"{number}{i:04d}", 100 * number + i)
+            m for i in range(80) for m in shard_files.members(f"{number}{i:04d}", 100 * number + i)
         ]
-        shards.write(tmp_path / f"s/{number:05d}.tar", content)
+        shard_files.write(tmp_path / f"s/{number:05d}.tar", content)
     words = ("run", "--shards", tmp_path / "s", "--batch-size", 16, "--best-effort", *OPTIONS)
     whole = undisturbed(machines, words, tmp_path / "o")
     # all but the last within the four tasks that embed
     kinds = ("worker", "raylet", "driver", "writer", "actor")
     schedule = [faults.Fault(kind=kind, after=after) for after, kind in enumerate(kinds)]
     out = tmp_path / "p"
-    played = faults.Command(machines, words, out).play(schedule)
+    result = faults.Command(machines, words, out).run_with_faults(schedule)
     machines.wait_until_idle()
-    assert played.code == 0, played
-    assert played.kinds == set(kinds), played
-    assert [one.marks < 6 for one in played.killed] == [True, True, True, True, False]
+    assert result.code == 0, result
+    assert result.kinds == set(kinds), result
+    assert [one.marks < 6 for one in result.killed] == [True, True, True, True, False]
     same(out, whole)
 
 
 @pytest.mark.nightly
-def test_a_node_that_hangs_is_given_up_and_does_no_harm_when_it_wakes(
+def test_a_node_that_hangs_is_given_up_and_changes_nothing_when_it_wakes(
     machines: faults.Machines, plain: Undisturbed, tmp_path: Path
 ) -> None:
     out = tmp_path / "o"
@@ -143,10 +136,10 @@ def test_a_node_that_hangs_is_given_up_and_does_no_harm_when_it_wakes(
     # Ray waits for seven minutes otherwise, until it calls a connection broken
     command.environment["RAY_grpc_client_keepalive_time_ms"] = "2000"
     command.environment["RAY_grpc_client_keepalive_timeout_ms"] = "3000"
-    played = command.play([faults.Fault(kind="absence", after=plain.marks // 4)])
+    result = command.run_with_faults([faults.Fault(kind="absence", after=plain.marks // 4)])
     machines.wait_until_idle()
-    assert played.code == 0, played
-    assert played.kinds == {"absence"}
+    assert result.code == 0, result
+    assert result.kinds == {"absence"}
     same(out, plain)
 
 
@@ -155,7 +148,7 @@ FATED = """
 import os, pathlib, time
 from d2filter.engine import fanout
 from d2filter.stages.catalog import build
-fanout._FIRST_PAUSE = 0.1
+fanout.FIRST_PAUSE = 0.1
 whole, victims = build.read_group, os.environ["VICTIMS"]
 def read_group(**arguments):
     if arguments["names"] == ["00003"]:
@@ -184,10 +177,10 @@ def test_a_task_whose_workers_all_die_is_named_and_stops_no_other(
     doomed = faults.Command(machines, plain.words, out, before=faults.SMALL_TASKS + FATED)
     doomed.environment["VICTIMS"] = str(victims)
     doomed.start()
-    code, said = doomed.wait(slay)
+    code, stderr = doomed.wait(slay)
     assert code == 1
     assert len(dead) == 5
-    *retries, line = said.strip().splitlines()
+    *retries, line = stderr.strip().splitlines()
     assert "catalog task read-00003: its worker died 5 times" in line
     assert len(retries) == 4
     assert all("catalog task read-00003 is tried again" in retry for retry in retries)
@@ -204,7 +197,7 @@ def test_a_task_whose_workers_all_die_is_named_and_stops_no_other(
     again.start()
     again.wait(leave_off)
     assert {path: path.stat().st_mtime_ns for path in done} == done, "a published task ran again"
-    found = {name: text for name, text in faults.files(out).items() if name.startswith("catalog/")}
+    found = {name: text for name, text in runs.files(out).items() if name.startswith("catalog/")}
     assert len(found) > 1
     assert {name: plain.files[name] for name in found} == found
 
@@ -221,19 +214,19 @@ def test_a_lost_head_ends_the_driver_and_a_new_cluster_goes_on(
 
     def behead() -> bool:
         if not lost and command.progress()[0] >= plain.marks // 3:
-            machines.behead()
+            machines.kill_head()
             lost.append(time.monotonic())
         return False
 
-    code, said = command.wait(behead)
+    code, stderr = command.wait(behead)
     assert code == 1
     assert time.monotonic() - lost[0] < 30
-    assert "GCS" in said
-    machines.renew()
+    assert "GCS" in stderr
+    machines.restart()
     published = command.progress()[0]
     assert plain.marks // 3 <= published < plain.marks
     # as an earlier owner leaves it that is killed where no stage has to begin again
     (out / ".tmp-0123456789ab-stats.json").touch()
-    again = faults.Command(machines, plain.words, out).play()
-    assert again.code == 0, again.said
+    again = faults.Command(machines, plain.words, out).run_with_faults()
+    assert again.code == 0, again.stderr
     same(out, plain)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support import pools
+from support.runs import copy_of, run, stats
 
 import d2filter
-from d2filter.cli import main as cli
 from d2filter.formats import graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import RunState
@@ -27,12 +26,8 @@ SIZES = {"cat": 300, "dog": 200, "newt": 97, "olm": 3}
 LABELS = np.random.default_rng(3).permutation([name for name, n in SIZES.items() for _ in range(n)])
 
 
-def run(*words: Any) -> int:
-    return cli.main([str(word) for word in words])
-
-
 @pytest.fixture(scope="module")
-def made(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def runs(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """One pool in one partition, and shuffled from three files in as many as there are classes."""
     folder = tmp_path_factory.mktemp("groups")
     outs = []
@@ -66,11 +61,11 @@ def kept_of(found: dict[str, int], size: int) -> dict[str, int]:
     return counts
 
 
-def test_classes_have_edges_inside_and_their_share_of_every_budget(made: list[Path]) -> None:
-    stats = json.loads((made[1] / "stats.json").read_text())
-    assert (stats["graph"]["groups"], stats["graph"]["partitions"]) == (4, 4)
-    assert stats["rank"]["cut_edges"] == 0
-    for out in made:
+def test_classes_have_edges_inside_and_their_share_of_every_budget(runs: list[Path]) -> None:
+    figures = stats(runs[1])
+    assert (figures["graph"]["groups"], figures["graph"]["partitions"]) == (4, 4)
+    assert figures["rank"]["cut_edges"] == 0
+    for out in runs:
         part = graph.read(Folder(str(out / "graph")))
         assert part.group is not None
         inside = np.where(part.neighbors >= 0, part.group[part.neighbors], part.group[:, None])
@@ -78,7 +73,7 @@ def test_classes_have_edges_inside_and_their_share_of_every_budget(made: list[Pa
         # an olm has two others
         assert (part.neighbors >= 0).sum() == 5 * 597 + 2 * 3
         assert run("verify", out) == 0
-    one, more = (ranks(out) for out in made)
+    one, more = (ranks(out) for out in runs)
     assert one == more
     half = kept_of(one, 300)
     for size, kept in ((300, half), (60, kept_of(one, 60)), (7, kept_of(one, 7))):
@@ -86,7 +81,7 @@ def test_classes_have_edges_inside_and_their_share_of_every_budget(made: list[Pa
             assert abs(kept[name] - size * rows / N) <= 1
 
 
-def test_the_command_line_ranks_as_the_notebook_does(made: list[Path]) -> None:
+def test_the_command_line_ranks_as_the_notebook_does(runs: list[Path]) -> None:
     pool = d2filter.rank(
         [POOL["img"], POOL["txt"]],
         np.linspace(0, 1, N).astype(np.float32),
@@ -95,7 +90,7 @@ def test_the_command_line_ranks_as_the_notebook_does(made: list[Path]) -> None:
         uids_hex=POOL["uid"],
         tuned_for="0.5",
     )
-    assert ranks(made[0]) == dict(zip(POOL["uid"], pool.rank.tolist(), strict=True))
+    assert ranks(runs[0]) == dict(zip(POOL["uid"], pool.rank.tolist(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -106,10 +101,10 @@ def test_the_command_line_ranks_as_the_notebook_does(made: list[Path]) -> None:
         ("--method", "random", "--group-budgets", "uniform"),
     ],
 )
-def test_other_budgets_and_methods_share_out_too(
-    words: tuple[str, ...], made: list[Path], tmp_path: Path
+def test_other_budgets_and_methods_give_each_class_its_share(
+    words: tuple[str, ...], runs: list[Path], tmp_path: Path
 ) -> None:
-    outs = [shutil.copytree(out, tmp_path / out.name) for out in made]
+    outs = [copy_of(out, tmp_path) for out in runs]
     for out in outs:
         assert run("rank", "--out-dir", out, "--overwrite", "rank", *words) == 0
         assert run("select", "--out-dir", out) == 0
@@ -125,29 +120,29 @@ def test_other_budgets_and_methods_share_out_too(
 
 
 def test_verify_sees_a_class_that_was_left_out_of_its_turn(
-    made: list[Path], capsys: pytest.CaptureFixture[str]
+    runs: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (path,) = (made[0] / "ranking").glob("*.parquet")
+    (path,) = (runs[0] / "ranking").glob("*.parquet")
     whole = path.read_bytes()
     table = pq.read_table(path)
     rank = table["rank"].to_numpy().copy()
     rank[[0, 1]] = rank[[1, 0]]
     pq.write_table(table.set_column(5, "rank", [rank]), path)
-    assert run("verify", made[0]) == 1
+    assert run("verify", runs[0]) == 1
     assert "ranks do not give each class its turn" in capsys.readouterr().out
     path.write_bytes(whole)
 
 
-def test_samples_without_a_class_are_bad_and_a_missing_column_is_said(
+def test_samples_without_a_class_are_bad_and_a_missing_class_column_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     labels = [None, None, *LABELS[2:].tolist()]
     metadata = pools.write(tmp_path / "m", POOL, columns={"label": labels})
     words = ("graph", "--metadata-dir", metadata, "--out-dir", tmp_path / "o")
     assert run(*words, "--group-column", "label") == 0
-    stats = json.loads((tmp_path / "o" / "stats.json").read_text())
-    assert stats["samples"]["bad"] == 2
-    assert stats["catalog"]["bad_reasons"] == {"no class": 2}
+    figures = stats(tmp_path / "o")
+    assert figures["samples"]["bad"] == 2
+    assert figures["catalog"]["bad_reasons"] == {"no class": 2}
     words = ("graph", "--metadata-dir", metadata, "--out-dir", tmp_path / "p")
     assert run(*words, "--group-column", "kind") == 1
     assert "has no column 'kind'" in capsys.readouterr().err
@@ -193,7 +188,7 @@ def finish_all_but(stage: str, finish: Any) -> Any:
     return until
 
 
-def test_a_class_that_is_searched_by_cells_and_both_directions(tmp_path: Path) -> None:
+def test_a_large_class_is_searched_by_cells(tmp_path: Path) -> None:
     metadata = pools.write(tmp_path / "m", POOL, columns={"label": LABELS.tolist()})
     words = ("--metadata-dir", metadata, "--group-column", "label", "--undirected")
     words = (*words, "--n-neighbors", 3, "--target-recall", "0.5", "--exact-below", 90)
@@ -204,7 +199,7 @@ def test_a_class_that_is_searched_by_cells_and_both_directions(tmp_path: Path) -
         assert run("verify", out) == 0
         found.append(ranks(out))
     assert found[0] == found[1]
-    graphs = json.loads((tmp_path / "o1" / "stats.json").read_text())["graph"]
+    graphs = stats(tmp_path / "o1")["graph"]
     low, high = graphs["recall_ci"]
     assert low <= graphs["recall"] <= high
     assert graphs["worst_class_recall"] <= graphs["recall"]

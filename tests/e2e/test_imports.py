@@ -8,13 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pools
 import pytest
+from support import pools, runs
 
 import d2filter
 
 PACKAGE = Path(d2filter.__file__).parent
 SCRIPT = Path(sys.executable).with_name("d2filter")
+WORDS = ("run", "--no-report", "--partitions", "2")
 
 # leaves a mark where it is imported, and fails like a module that is not what it seems
 DECOY = """
@@ -31,19 +32,17 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def right(pool: Path) -> bytes:
-    """The subset of a run that was started in an empty folder."""
-    empty = pool.parent / "empty"
-    empty.mkdir()
-    done = run([SCRIPT], pool, empty, pool.parent / "right")
-    assert done.returncode == 0, done.stderr
-    return (pool.parent / "right/subset.npy").read_bytes()
+def right(pool: Path, cluster: None) -> bytes:
+    """The subset of a run of this process."""
+    out = pool.parent / "right"
+    assert runs.run(*WORDS, "--metadata-dir", pool, "--out-dir", out) == 0
+    return (out / "subset.npy").read_bytes()
 
 
 def run(
     program: list[object], pool: Path, cwd: Path, out: Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    words = ["run", "--metadata-dir", pool, "--out-dir", out, "--no-report", "--partitions", "2"]
+    words = [*WORDS, "--metadata-dir", pool, "--out-dir", out]
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS")}
     return subprocess.run(
         [str(word) for word in (*program, *words)], cwd=cwd, env={**kept, **environment},
@@ -101,7 +100,7 @@ def test_the_installed_one_takes_nothing_from_the_current_folder(
 
 
 @pytest.mark.parametrize("how", ["python -m", "PYTHONPATH"])
-def test_a_clone_that_is_asked_for_runs_everywhere(
+def test_a_requested_clone_runs_on_all_nodes(
     pool: Path, clone: Path, tmp_path: Path, how: str
 ) -> None:
     if how == "PYTHONPATH":

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
+from support import pools
+from support.pools import with_column
+from support.runs import difficulties, graph_difficulties, run, stats
 
+from d2filter.algorithm import sizes
 from d2filter.algorithm.scores import registry as scores
-from d2filter.cli import main as cli
 from d2filter.formats import join_table
-from d2filter.stages.catalog import build as catalog_stage
 from d2filter.stages.catalog import pool_scores as score_stage
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -27,10 +27,6 @@ POOL = pools.make(N, 8)
 RNG = np.random.default_rng(4)
 OWN = RNG.normal(size=N).round(1).astype(np.float32)
 DFN = RNG.normal(size=N).astype(np.float32)
-
-
-def run(*words: Any) -> int:
-    return cli.main([str(word) for word in words])
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +42,9 @@ def metadata(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 16_000)
+    monkeypatch.setattr(sizes, "CATALOG_PART", 16_000)
     monkeypatch.setattr(join_table, "BUCKET_ROWS", 150)
-    monkeypatch.setattr(score_stage, "_KEYS", 100)
+    monkeypatch.setattr(score_stage, "KEYS_AT_ONCE", 100)
 
 
 def score_table(rows: list[int], more: int = 0) -> Any:
@@ -62,24 +58,6 @@ def write_subset(path: Path, rows: list[int], *, order: bool = True) -> Path:
     pairs = [(int(POOL["uid"][r][:16], 16), int(POOL["uid"][r][16:], 16)) for r in rows]
     np.save(path, np.array(sorted(pairs) if order else pairs, "u8,u8"))
     return path
-
-
-def difficulties(out: Path) -> dict[str, float]:
-    found = {}
-    for path in sorted((out / "catalog").glob("part-*.parquet")):
-        table = pq.read_table(path).to_pydict()
-        ids = zip(table["uid_hi"], table["uid_lo"], table["difficulty"], strict=True)
-        found.update({f"{hi:016x}{lo:016x}": value for hi, lo, value in ids})
-    return found
-
-
-def stats_of(out: Path) -> Any:
-    return json.loads((out / "stats.json").read_text())
-
-
-def made(metadata: Path, out: Path, *words: Any) -> dict[str, float]:
-    assert run("graph", "--metadata-dir", metadata, "--out-dir", out, *words) == 0
-    return difficulties(out)
 
 
 def by_uid(values: np.ndarray) -> dict[str, float]:
@@ -111,11 +89,11 @@ def test_scores_of_a_file_are_joined_by_uid(
     found = difficulties(out)
     expected = by_uid(DFN)
     assert found == {POOL["uid"][row]: expected[POOL["uid"][row]] for row in rows[5:]}
-    stats = stats_of(out)
-    assert stats["samples"]["bad"] == 5
-    assert stats["catalog"]["bad_reasons"] == {"no row in the score file": 5}
+    figures = stats(out)
+    assert figures["samples"]["bad"] == 5
+    assert figures["catalog"]["bad_reasons"] == {"no row in the score file": 5}
     score = {"name": "dfn", "high_is": "unknown", "kept_first": "high"}
-    assert stats["catalog"]["score"] == score
+    assert figures["catalog"]["score"] == score
     said = f"7 of the {N + 2} uids of the score file belong to no ranked sample"
     assert said in capsys.readouterr().out
     assert not (out / "catalog" / "outside").exists()
@@ -143,10 +121,6 @@ def test_a_score_file_counts_by_its_content(
         assert "input file score-file/scores.parquet has changed" in last_line(capsys)
 
 
-def changed(table: Any, name: str, values: Any) -> Any:
-    return table.set_column(table.column_names.index(name), name, pa.array(values))
-
-
 TWICE = [POOL["uid"][0]] * 2 + POOL["uid"][2:20]
 
 
@@ -157,12 +131,17 @@ TWICE = [POOL["uid"][0]] * 2 + POOL["uid"][2:20]
         (lambda t: t, "dfn2", 2, "has no column 'dfn2' (did you mean dfn?)"),
         (lambda t: t.drop_columns(["uid"]), "dfn", 1, "has no column uid"),
         (lambda t: t.select(["uid"]), "", 2, "has 0 columns beside uid"),
-        (lambda t: changed(t, "uid", ["cat"] * len(t)), "dfn", 1, "'cat' in row 0 is not a uid"),
-        (lambda t: changed(t, "uid", TWICE), "dfn", 1, "in column dfn: keep one row a uid"),
-        (lambda t: changed(t, "dfn", [[1.0]] * len(t)), "dfn", 1, "column dfn must hold numbers"),
+        (lambda t: with_column(t, "uid", ["cat"] * len(t)), "dfn", 1, "'cat' in row 0 is not a"),
+        (lambda t: with_column(t, "uid", TWICE), "dfn", 1, "in column dfn: keep one row a uid"),
+        (
+            lambda t: with_column(t, "dfn", [[1.0]] * len(t)),
+            "dfn",
+            1,
+            "column dfn must hold numbers",
+        ),
     ],
 )
-def test_a_score_file_that_is_none(
+def test_a_file_that_is_not_a_score_file_is_refused(
     breaks: Any, column: str, code: int, said: str, metadata: list[Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -173,7 +152,7 @@ def test_a_score_file_that_is_none(
     assert said in last_line(capsys)
 
 
-def test_csv_that_is_none(
+def test_a_malformed_csv_is_refused(
     metadata: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("graph", "--metadata-dir", metadata[0], "--out-dir", tmp_path / "o", "--score-file")
@@ -187,7 +166,7 @@ def test_csv_that_is_none(
     assert "is neither a .parquet or .csv file" in last_line(capsys)
 
 
-def test_ranking_within_another_filters_result(
+def test_only_samples_of_another_filter_are_ranked(
     metadata: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inside = sorted(RNG.permutation(N)[:250].tolist())
@@ -209,7 +188,7 @@ def test_ranking_within_another_filters_result(
         assert run("run", "--metadata-dir", folder, "--out-dir", out, *words) == 0
         subsets.append((out / "subset.npy").read_bytes())
         assert run("verify", out, "--deep") == 0
-        samples = stats_of(out)["samples"]
+        samples = stats(out)["samples"]
         assert (samples["outside"], samples["bad"], samples["ranked"]) == (N - 250, 1, 249)
         assert set(difficulties(out)) == {POOL["uid"][row] for row in inside[1:]}
         ledger = pq.read_table(out / "bad_samples.parquet").to_pylist()
@@ -237,7 +216,7 @@ def test_ranking_within_another_filters_result(
         (None, "is not a .npy file"),
     ],
 )
-def test_a_subset_that_is_none(
+def test_a_file_that_is_not_a_subset_is_refused(
     array: Any, said: str, metadata: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if array is not None:
@@ -254,7 +233,7 @@ def percentile(values: np.ndarray) -> np.ndarray:
     return found
 
 
-def test_a_sum_of_a_computed_score_a_column_and_a_file(
+def test_a_computed_score_a_column_and_a_file_are_added(
     metadata: list[Path], tmp_path: Path
 ) -> None:
     path = tmp_path / "scores.parquet"
@@ -263,23 +242,25 @@ def test_a_sum_of_a_computed_score_a_column_and_a_file(
     clip = scores.clip_score(POOL["img"], POOL["txt"]).astype(np.float64)
     total = 0.7 * clip + 0.3 * OWN.astype(np.float64) + -1.0 * DFN.astype(np.float64)
     expected = by_uid(total.astype(np.float32))
-    assert made(metadata[0], tmp_path / "a", *words) == expected
-    assert made(metadata[1], tmp_path / "b", *words) == expected
-    assert stats_of(tmp_path / "a")["catalog"]["score"]["name"] == "0.7*clip_score+0.3*own-dfn"
+    assert graph_difficulties(metadata[0], tmp_path / "a", *words) == expected
+    assert graph_difficulties(metadata[1], tmp_path / "b", *words) == expected
+    assert stats(tmp_path / "a")["catalog"]["score"]["name"] == "0.7*clip_score+0.3*own-dfn"
     # another spelling of the same is the same
     words = ("--score", "0.70*clip_score+.3*own - dfn", "--score-file", path)
-    assert made(metadata[0], tmp_path / "a", *words) == expected
-    turned = made(metadata[0], tmp_path / "c", *words, "--keep-first", "low")
+    assert graph_difficulties(metadata[0], tmp_path / "a", *words) == expected
+    turned = graph_difficulties(metadata[0], tmp_path / "c", *words, "--keep-first", "low")
     assert turned == {uid: -value for uid, value in expected.items()}
 
 
-def test_ranks_and_scores_of_the_pool_in_a_sum(metadata: list[Path], tmp_path: Path) -> None:
+def test_percentile_ranks_and_pool_scores_can_be_added(
+    metadata: list[Path], tmp_path: Path
+) -> None:
     words = ("--score", "rank(own)-0.25*rank(prototypicality)+0.01*clip_score")
-    found = made(metadata[0], tmp_path / "a", *words)
+    found = graph_difficulties(metadata[0], tmp_path / "a", *words)
     assert len(list((tmp_path / "a" / "catalog").glob("part-*.parquet"))) > 1
-    assert found == made(metadata[1], tmp_path / "b", *words)
+    assert found == graph_difficulties(metadata[1], tmp_path / "b", *words)
     assert not (tmp_path / "b" / "catalog" / "scores").exists()
-    own = made(metadata[0], tmp_path / "c", "--score", "prototypicality")
+    own = graph_difficulties(metadata[0], tmp_path / "c", "--score", "prototypicality")
     prototypical = np.array([own[uid] for uid in POOL["uid"]], np.float32)
     clip = scores.clip_score(POOL["img"], POOL["txt"]).astype(np.float64)
     total = 1.0 * percentile(OWN) + -0.25 * percentile(prototypical)
@@ -287,7 +268,7 @@ def test_ranks_and_scores_of_the_pool_in_a_sum(metadata: list[Path], tmp_path: P
     assert found == by_uid(total.astype(np.float32))
 
 
-def test_ranks_are_over_what_is_ranked(metadata: list[Path], tmp_path: Path) -> None:
+def test_percentile_ranks_are_over_the_ranked_samples(metadata: list[Path], tmp_path: Path) -> None:
     inside = list(range(0, N, 3))
     path = write_subset(tmp_path / "s.npy", inside)
     out = tmp_path / "o"
@@ -313,7 +294,7 @@ def test_ranks_are_over_what_is_ranked(metadata: list[Path], tmp_path: Path) -> 
         (("--score", "1e39*rank(own)"), 1, "is too large for float32"),
     ],
 )
-def test_a_sum_that_cannot_be(
+def test_an_impossible_sum_of_scores_is_refused(
     words: tuple[str, ...], code: int, said: str, metadata: list[Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip

@@ -12,12 +12,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import faults
 import numpy as np
-import points
-import pools
 import pytest
-import shards
+from support import faults, kill_points, pools, runs, shard_files
 
 from d2filter.cli import main as cli
 from d2filter.formats.paths import Folder
@@ -35,7 +32,7 @@ SIGKILLED = -9
 OTHER_TASKS = (
     faults.SMALL_TASKS
     + """
-build._GROUP_BYTES, build._PART_BYTES = 60_000, 80_000
+build.GROUP_BYTES, build.PART_BYTES = 60_000, 80_000
 """
 )
 OPTIONS = ("--n-neighbors", 3, "--exact-below", 100, "--target-recall", 0.9, "--no-report")
@@ -69,13 +66,13 @@ class Known:
 
 
 @pytest.fixture(scope="module")
-def killing() -> Iterator[points.Points]:
-    with points.points() as found:
+def killing() -> Iterator[kill_points.Points]:
+    with kill_points.points() as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def machines(killing: points.Points) -> Iterator[faults.Machines]:
+def machines(killing: kill_points.Points) -> Iterator[faults.Machines]:
     # one node: processes die here, machines in test_faults.py
     found = faults.Machines(nodes=1, cpus=2)
     yield found
@@ -93,9 +90,9 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
     for number in range(3):
         content = [
             m for i in range(40 * number, 40 * (number + 1))
-            for m in shards.members(f"{i:05d}", i, uid=uids[i])
+            for m in shard_files.members(f"{i:05d}", i, uid=uids[i])
         ]  # fmt: skip
-        shards.write(folder / f"s/{number:05d}.tar", content)
+        shard_files.write(folder / f"s/{number:05d}.tar", content)
     half = folder / "half.npy"
     np.save(half, np.array([from_hex(uid) for uid in uids[::2]], "u8,u8"))
     run = ("run", "--metadata-dir", plain, "--clip-scores", "0.01", *OPTIONS)
@@ -142,9 +139,9 @@ def play(
     """
     for deaths in range(4 * KILLS):
         command.start()
-        code, said = command.wait()
+        code, stderr = command.wait()
         if code != SIGKILLED:
-            assert code == 0, said
+            assert code == 0, stderr
             return deaths
         after_a_kill()
         if once:
@@ -155,7 +152,7 @@ def play(
 @pytest.fixture(scope="module")
 def finished(
     machines: faults.Machines,
-    killing: points.Points,
+    killing: kill_points.Points,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[Scenario, Path], None]:
     """Copies what the first command of a scenario leaves; it is run once."""
@@ -178,7 +175,7 @@ def finished(
 @pytest.fixture(scope="module")
 def known(
     machines: faults.Machines,
-    killing: points.Points,
+    killing: kill_points.Points,
     scenarios: dict[str, Scenario],
     finished: Callable[[Scenario, Path], None],
     tmp_path_factory: pytest.TempPathFactory,
@@ -209,7 +206,7 @@ def known(
             play(faults.Command(machines, scenario.then, out, before=OTHER_TASKS))
             verify(scenario, out)
             found[name] = Known(
-                scenario=scenario, files=faults.files(out), points=len(killing.passed()),
+                scenario=scenario, files=runs.files(out), points=len(killing.passed()),
                 start=start, deaths=tuple(deaths),
             )  # fmt: skip
         return found[name]
@@ -223,7 +220,7 @@ def verify(scenario: Scenario, out: Path) -> None:
         assert cli.main(["verify", str(out)]) == 0
 
 
-def drawn(seed: int, count: int) -> Sequence[int]:
+def kill_numbers(seed: int, count: int) -> Sequence[int]:
     """Points of a play, one of each fifth of the undisturbed command: all stages are hit."""
     rng = np.random.default_rng(seed)
     bounds = np.linspace(0, count, KILLS + 1).astype(int)
@@ -261,7 +258,7 @@ def test_a_kill_at_any_publication_or_removal_leaves_no_trace(
     name: str,
     seed: int,
     machines: faults.Machines,
-    killing: points.Points,
+    killing: kill_points.Points,
     known: Callable[[str], Known],
     tmp_path: Path,
 ) -> None:
@@ -285,13 +282,13 @@ def test_a_kill_at_any_publication_or_removal_leaves_no_trace(
             shutil.rmtree(out)
         else:
             pytest.fail("the driver of the first command could not be killed")
-    kills = drawn(seed, whole.points)
+    kills = kill_numbers(seed, whole.points)
     killing.watch(out, kills)
     play(faults.Command(machines, scenario.then, out, before=OTHER_TASKS), after_a_kill=look)
     machines.wait_until_idle()
     # what the first command has finished is not done again, and has no points then
     assert sum(kill < len(killing.passed()) for kill in kills) >= 2
-    found = faults.files(out)
+    found = runs.files(out)
     if scenario.at:
         assert found["subset.npy"] == whole.files["subset.npy"]
     else:
@@ -299,7 +296,7 @@ def test_a_kill_at_any_publication_or_removal_leaves_no_trace(
         assert [n for n, content in found.items() if content != whole.files[n]] == []
     # a stage that was finished before the other split stays as it is: no file of both is there
     assert outputs(found) == recorded(out)
-    assert faults.unpublished(out) == []
+    assert runs.unpublished(out) == []
     verify(scenario, out)
     if subsets:
         assert whole.start is not None

@@ -6,18 +6,18 @@ import csv
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pools
-import pyarrow.parquet as pq
 import pytest
+from support import pools
+from support.runs import ranking_by_uid, run, stats
 
 from d2filter.algorithm.methods import selectors
 from d2filter.algorithm.scores import registry as scores
 from d2filter.cli import main as cli
 from d2filter.cli import options, recipes
 from d2filter.config import METHODS
+from d2filter.stages.rank import in_memory
 from d2filter.tools import sweep as sweeping
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -25,22 +25,8 @@ pytestmark = pytest.mark.usefixtures("cluster")
 N = 900
 
 
-def run(*words: Any) -> int:
-    return cli.main([str(word) for word in words])
-
-
-def by_uid(out: Path) -> dict[str, np.ndarray]:
-    tables = [pq.read_table(p) for p in sorted((out / "ranking").glob("*.parquet"))]
-    columns = {
-        name: np.concatenate([t.column(name).to_numpy() for t in tables])
-        for name in ("uid_hi", "uid_lo", "rank", "difficulty", "final")
-    }
-    order = np.lexsort((columns["uid_lo"], columns["uid_hi"]))
-    return {name: values[order] for name, values in columns.items()}
-
-
 @pytest.fixture(scope="module")
-def made(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def runs(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """One pool, from metadata in one order and one file, in another order and three files."""
     folder = tmp_path_factory.mktemp("methods")
     outs = []
@@ -60,52 +46,54 @@ def made(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "d2"])
-def test_a_method_does_not_see_partitions_and_is_proven(method: str, made: list[Path]) -> None:
+def test_every_method_ranks_alike_in_any_partitions_and_verify_proves_it(
+    method: str, runs: list[Path]
+) -> None:
     words = ("--method", method, "--overwrite", "rank")
     found = []
-    for out in made:
+    for out in runs:
         assert run("rank", "--out-dir", out, *words) == 0
-        found.append(by_uid(out))
+        found.append(ranking_by_uid(out))
     for name, values in found[0].items():
         assert (values == found[1][name]).all(), name
     assert sorted(found[0]["rank"].tolist()) == list(range(N))
     if method == "score":
         order = np.argsort(found[0]["rank"])
         assert (np.diff(found[0]["difficulty"][order]) <= 0).all()
-    assert run("select", "--out-dir", made[0], "--fraction", 0.2) == 0
-    assert run("verify", made[0]) == 0
+    assert run("select", "--out-dir", runs[0], "--fraction", 0.2) == 0
+    assert run("verify", runs[0]) == 0
 
 
-def test_a_ranking_of_another_method_is_no_proof_of_this_one(
-    made: list[Path], capsys: pytest.CaptureFixture[str]
+def test_verify_refutes_a_ranking_of_another_seed(
+    runs: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("rank", "--out-dir", made[0], "--overwrite", "rank")
+    words = ("rank", "--out-dir", runs[0], "--overwrite", "rank")
     assert run(*words, "--method", "random", "--seed", 1) == 0
-    assert run("select", "--out-dir", made[0]) == 0
-    record = made[0] / "completions" / "rank.json"
+    assert run("select", "--out-dir", runs[0]) == 0
+    record = runs[0] / "completions" / "rank.json"
     whole = json.loads(record.read_text())
     whole["options"]["seed"] = 2
     record.write_text(json.dumps(whole))
-    assert run("verify", made[0]) == 1
+    assert run("verify", runs[0]) == 1
     assert "ranks are not those of random" in capsys.readouterr().out
     assert run(*words) == 0
 
 
-def test_the_hardest_and_copies_come_last_for_every_method(made: list[Path]) -> None:
+def test_the_hardest_and_copies_come_last_for_every_method(runs: list[Path]) -> None:
     words = ("--method", "random", "--cut-hardest", "0.1", "--collapse-copies")
-    assert run("rank", "--out-dir", made[0], "--overwrite", "rank", *words) == 0
-    counted = json.loads((made[0] / "stats.json").read_text())["rank"]["late"]
+    assert run("rank", "--out-dir", runs[0], "--overwrite", "rank", *words) == 0
+    counted = stats(runs[0])["rank"]["late"]
     late = counted["hardest"] + counted["copies"]
-    found = by_uid(made[0])
+    found = ranking_by_uid(runs[0])
     stays = np.sort(found["difficulty"])[-91]  # the best of those that are not cut
     last = found["rank"] >= N - late
     assert late > 90
     assert last[found["difficulty"] > stays].all()
-    assert run("rank", "--out-dir", made[0], "--overwrite", "rank") == 0
+    assert run("rank", "--out-dir", runs[0], "--overwrite", "rank") == 0
 
 
-def test_a_pool_that_is_too_large_for_a_method(
-    made: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_pool_that_is_too_large_for_a_method_is_refused(
+    runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from dataclasses import replace
 
@@ -113,20 +101,20 @@ def test_a_pool_that_is_too_large_for_a_method(
     monkeypatch.setitem(selectors.SELECTORS, "herding", small)
     words = ("--method", "herding")
     for command in (
-        ("sweep", made[0], *words),
-        ("rank", "--out-dir", made[0], *words, "--overwrite", "rank"),
+        ("sweep", runs[0], *words),
+        ("rank", "--out-dir", runs[0], *words, "--overwrite", "rank"),
     ):
         assert run(*command) == 2
         said = capsys.readouterr().err
         assert "herding" in said
         assert small.instead in said
     # nothing was thrown away for it
-    assert (made[0] / "completions" / "rank.json").exists()
-    assert list((made[0] / "ranking").glob("*.parquet"))
-    assert run("rank", "--out-dir", made[0], "--method", "best") == 2
+    assert (runs[0] / "completions" / "rank.json").exists()
+    assert list((runs[0] / "ranking").glob("*.parquet"))
+    assert run("rank", "--out-dir", runs[0], "--method", "best") == 2
 
 
-def test_what_a_method_does_not_look_at_is_not_swept_and_all_is_a_number() -> None:
+def test_options_that_a_method_does_not_read_are_not_swept_and_labels_differ() -> None:
     grid = sweeping.grid(
         ["0.5"], method=["random", "d2"], n_neighbors=[1, 5], gamma=[1.0, 1.0000001],
         collapse_copies=[0.0],
@@ -140,7 +128,7 @@ def test_what_a_method_does_not_look_at_is_not_swept_and_all_is_a_number() -> No
 
 
 def test_an_option_of_one_method_is_read_by_it_and_refused_by_the_others(
-    made: list[Path], capsys: pytest.CaptureFixture[str]
+    runs: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for method, option, value, other in (
         ("infomax", "--redundancy", 0, "d2"), ("density", "--temperature", 100, "infomax"),
@@ -148,23 +136,23 @@ def test_an_option_of_one_method_is_read_by_it_and_refused_by_the_others(
         found = []
         for words in ((), (option, value)):
             again = ("--method", method, *words, "--overwrite", "rank")
-            assert run("rank", "--out-dir", made[0], *again) == 0
-            found.append(by_uid(made[0])["rank"])
+            assert run("rank", "--out-dir", runs[0], *again) == 0
+            found.append(ranking_by_uid(runs[0])["rank"])
         assert (found[0] != found[1]).any()
-        assert run("select", "--out-dir", made[0]) == 0
-        assert run("verify", made[0]) == 0
+        assert run("select", "--out-dir", runs[0]) == 0
+        assert run("verify", runs[0]) == 0
         capsys.readouterr()
         again = ("--method", other, option, value, "--overwrite", "rank")
-        assert run("rank", "--out-dir", made[0], *again) == 2
+        assert run("rank", "--out-dir", runs[0], *again) == 2
         assert f"the method {other} does not use it" in capsys.readouterr().err
         for bad in (-1, "inf", "nan"):
             again = ("--method", method, option, bad)
-            assert run("rank", "--out-dir", made[0], *again) == 2
+            assert run("rank", "--out-dir", runs[0], *again) == 2
             assert f"{option[2:]} is {float(bad)}, allowed is" in capsys.readouterr().err
     # likeness that costs nothing leaves the score alone
     words = ("--method", "infomax", "--redundancy", 0, "--overwrite", "rank")
-    assert run("rank", "--out-dir", made[0], *words) == 0
-    ranked = by_uid(made[0])
+    assert run("rank", "--out-dir", runs[0], *words) == 0
+    ranked = ranking_by_uid(runs[0])
     assert (np.diff(ranked["difficulty"][np.argsort(ranked["rank"])]) <= 0).all()
     grid = sweeping.grid(["0.5"], method=["infomax", "d2", "score"], redundancy=[0.0, 2.0])
     assert [(c.method, c.redundancy) for c in grid.configs] == [
@@ -178,9 +166,9 @@ def rows_of(out: Path) -> list[dict[str, str]]:
 
 
 def test_a_sweep_ranks_as_rank_does_and_does_nothing_twice(
-    made: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = made[0]
+    out = runs[0]
     grid = ("--gamma", "0.1,3", "--n-neighbors", "1,3", "--method", "d2,score,random")
     assert run("sweep", out, *grid, "--fraction", "0.1,0.5") == 0
     rows = rows_of(out)
@@ -203,7 +191,7 @@ def test_a_sweep_ranks_as_rank_does_and_does_nothing_twice(
     # what the table says of a setting is true of its ranking
     one = ("--gamma", 3, "--n-neighbors", 1)
     assert run("rank", "--out-dir", out, "--overwrite", "rank", *one) == 0
-    found = by_uid(out)
+    found = ranking_by_uid(out)
     kept = found["rank"] < N // 2
     (row,) = [r for r in rows if r["setting"] == "d2 k=1 gamma=3.0" and r["fraction"] == "0.5"]
     assert float(row["score"]) == pytest.approx(found["difficulty"][kept].mean(), rel=1e-6)
@@ -214,7 +202,7 @@ def test_a_sweep_ranks_as_rank_does_and_does_nothing_twice(
     page = (out / "sweep" / "plot.html").read_text()
     assert all(f'data-setting="{setting}"' in page for setting in settings)
     capsys.readouterr()
-    monkeypatch.setattr(sweeping, "_Pool", None)  # would fail if anything were measured
+    monkeypatch.setattr(in_memory, "read_pool", None)  # would fail if anything were measured
     assert run("sweep", out, *grid, "--fraction", "0.5") == 0
     assert capsys.readouterr().out.count("(measured before)") == len(settings)
     assert len(rows_of(out)) == len(settings)
@@ -222,8 +210,8 @@ def test_a_sweep_ranks_as_rank_does_and_does_nothing_twice(
     assert run("rank", "--out-dir", out, "--overwrite", "rank") == 0
 
 
-def test_a_sweep_of_another_graph_is_measured_again(made: list[Path]) -> None:
-    out = made[1]
+def test_measures_of_another_graph_are_measured_again(runs: list[Path]) -> None:
+    out = runs[1]
     words = ("sweep", out, "--method", "score", "--fraction", "0.5")
     assert run(*words) == 0
     (path,) = (out / "sweep" / "settings").glob("score-*.json")
@@ -245,14 +233,16 @@ def test_a_sweep_of_another_graph_is_measured_again(made: list[Path]) -> None:
         ("--method", "d2,best", "method is 'best'"),
     ],
 )
-def test_a_sweep_of_what_cannot_be(
-    option: str, value: str, said: str, made: list[Path], capsys: pytest.CaptureFixture[str]
+def test_impossible_sweeps_are_refused(
+    option: str, value: str, said: str, runs: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("sweep", made[0], f"{option}={value}") == 2
+    assert run("sweep", runs[0], f"{option}={value}") == 2
     assert said in capsys.readouterr().err
 
 
-def test_a_sweep_without_a_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_without_a_graph_names_the_missing_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("sweep", tmp_path / "nothing") == 1
     assert "run `d2filter graph` first" in capsys.readouterr().err
 
@@ -280,7 +270,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert not re.search(r"\(default[^)]*\)\s*\(default", said)
 
 
-def test_a_recipe_stands_in_for_what_is_not_given(tmp_path: Path) -> None:
+def test_a_recipe_sets_the_options_that_are_not_given(tmp_path: Path) -> None:
     words = [
         "run",
         "--out-dir",
@@ -309,7 +299,7 @@ def test_a_recipe_stands_in_for_what_is_not_given(tmp_path: Path) -> None:
     assert cli.parse(["rank", "--out-dir", "o", "--recipe", "datacomp"]).n_neighbors == 1
 
 
-def test_a_recipe_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_recipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("run", "--out-dir", "o", "--recipe", "best") == 2
     assert "recipe is 'best', allowed are datacomp" in capsys.readouterr().err
 
@@ -331,6 +321,6 @@ def test_a_file_of_options_holds_no_recipe_and_switches_are_true_or_false(
     assert "allowed are true and false" in capsys.readouterr().err
 
 
-def test_a_seed_is_nothing_to_d2(made: list[Path]) -> None:
-    assert run("rank", "--out-dir", made[0], "--overwrite", "rank", "--seed", 1) == 0
-    assert run("rank", "--out-dir", made[0]) == 0
+def test_a_seed_does_not_change_d2(runs: list[Path]) -> None:
+    assert run("rank", "--out-dir", runs[0], "--overwrite", "rank", "--seed", 1) == 0
+    assert run("rank", "--out-dir", runs[0]) == 0

@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
 import pyarrow as pa
 import pytest
 import ray
+from support import pools
+from support.runs import run, stats
 
-from d2filter.algorithm import features, uids
+from d2filter.algorithm import features, sizes, uids
 from d2filter.algorithm.knn import calibrate
 from d2filter.algorithm.knn import in_memory as knn
-from d2filter.cli import main as cli
 from d2filter.formats import catalog, graph
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
-from d2filter.stages.catalog import build as catalog_stage
 from d2filter.stages.graph import build as graph_stage
 from d2filter.stages.graph import calibrate as calibrate_on_parts
 
@@ -30,15 +29,6 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 # cells although the pool is small, and refinement where it pays
 GRAPH = ("--n-neighbors", "4", "--exact-below", "100", "--target-recall", "0.9")
-
-
-def run(*words: Any) -> int:
-    return cli.main([str(word) for word in words])
-
-
-def stats(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "stats.json").read_text())
-    return found
 
 
 def lists(out: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -73,14 +63,14 @@ def whole(pool: dict[str, Any], cluster: None, tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.parametrize("partitions", [3, 8])
-def test_partitions_and_the_layout_of_files_cannot_be_seen_in_the_result(
+def test_partitions_and_the_layout_of_files_do_not_change_the_result(
     partitions: int,
     pool: dict[str, Any],
     whole: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 150_000)
+    monkeypatch.setattr(sizes, "CATALOG_PART", 150_000)
     metadata = pools.write(tmp_path / "m", pool, files=5, shuffle=partitions)
     out = tmp_path / "o"
     words = ("--metadata-dir", metadata, "--out-dir", out, "--partitions", partitions)
@@ -116,7 +106,7 @@ def test_refinement_is_the_same_in_partitions(
     scattered = {"uid": [rng.bytes(16).hex() for _ in range(n)], "img": wide, "txt": wide}
     metadata = pools.write(tmp_path / "m", scattered, files=2)
     words = ("graph", "--metadata-dir", metadata, "--feature-type", "image", *GRAPH)
-    original = graph_stage._Steps.choose
+    original = graph_stage.Steps.choose
     passes = 0
 
     def chosen(steps: Any, effort: Any) -> Any:
@@ -124,7 +114,7 @@ def test_refinement_is_the_same_in_partitions(
         mine = {**choice, "probes": 2, "passes": passes, "pays": True, "predicted": 1.0}
         return trained, mine, None
 
-    monkeypatch.setattr(graph_stage._Steps, "choose", chosen)
+    monkeypatch.setattr(graph_stage.Steps, "choose", chosen)
     plain = tmp_path / "plain"
     assert run(*words, "--best-effort", "--out-dir", plain) == 0
     passes = 1
@@ -149,7 +139,7 @@ def test_refinement_is_the_same_in_partitions(
     assert found["recall"] == knn.measure_recall(pool, built).value
 
 
-def test_harder_tries_leave_no_trace_of_the_easier_ones(
+def test_a_higher_effort_leaves_no_trace_of_a_lower_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows look under one parent first, then under four, where that misses the target."""
@@ -166,9 +156,9 @@ def test_harder_tries_leave_no_trace_of_the_easier_ones(
     marks = {path.stem for path in (tmp_path / "one/completions/graph").glob("train-*")}
     assert {"train-cells", "train-cells-4-0"} <= marks
     # another one, of several parts, is interrupted between the tries
-    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 300_000)
+    monkeypatch.setattr(sizes, "CATALOG_PART", 300_000)
     out = tmp_path / "three"
-    original = graph_stage._Steps._assign
+    original = graph_stage.Steps.assign
 
     def cut_off(steps: Any, kind: str, probes: int) -> None:
         if kind != "cells":
@@ -186,7 +176,7 @@ def test_harder_tries_leave_no_trace_of_the_easier_ones(
     assert len(asked) > 3
     assert not (turns / "choose-cells.json").exists()
     with monkeypatch.context() as patched:
-        patched.setattr(graph_stage._Steps, "_assign", cut_off)
+        patched.setattr(graph_stage.Steps, "assign", cut_off)
         assert run(*words, out, "--partitions", 3) == 130
     # what was answered was not asked again
     assert asked == {path.name: path.stat().st_mtime_ns for path in turns.glob("choose-cells-00-*")}
@@ -214,17 +204,17 @@ def catalog_rows(out: Path) -> np.ndarray:
     return layout.gather(np.arange(layout.total))
 
 
-def test_a_target_out_of_reach_is_said_before_the_long_part(
+def test_a_target_out_of_reach_fails_before_the_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     metadata = pools.write(tmp_path / "m", pools.make(6000, 24), files=2)
-    original = graph_stage._Steps.choose
+    original = graph_stage.Steps.choose
 
     def short(steps: Any, effort: Any) -> Any:
         trained, choice, _ = original(steps, effort)
         return trained, {**choice, "predicted": 0.5}, None
 
-    monkeypatch.setattr(graph_stage._Steps, "choose", short)
+    monkeypatch.setattr(graph_stage.Steps, "choose", short)
     words = ("graph", "--metadata-dir", metadata, "--out-dir", tmp_path / "o", *GRAPH)
     assert run(*words) == 4
     assert "is out of reach" in capsys.readouterr().err
@@ -280,12 +270,12 @@ def test_a_driver_killed_between_partitions_is_continued_with_another_number_of_
 
 
 @pytest.mark.parametrize("equal", [1.0, 0.6])
-def test_a_pool_of_copies_is_cut_and_ranked(
+def test_a_pool_of_copies_is_partitioned_and_ranked(
     equal: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All, or most, vectors equal: one giant cell in slices, the ring goes round all of them."""
-    monkeypatch.setattr(catalog_stage, "_GROUP_BYTES", 1)
-    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 15_000)
+    monkeypatch.setattr(sizes, "CATALOG_GROUP", 1)
+    monkeypatch.setattr(sizes, "CATALOG_PART", 15_000)
     pool = pools.make(3000, 8, copies=0)
     copied = np.random.default_rng(0).random(3000) < equal
     pool["img"][copied], pool["txt"][copied] = pool["img"][0], pool["txt"][0]
@@ -306,7 +296,7 @@ def test_a_pool_of_copies_is_cut_and_ranked(
     assert (neighbors[zero] == zero[at % zero.size]).all()
 
 
-def test_more_neighbors_than_samples_in_partitions(tmp_path: Path) -> None:
+def test_partitions_with_fewer_than_k_samples_are_ranked(tmp_path: Path) -> None:
     metadata = pools.write(tmp_path / "m", pools.make(50, 4))
     out = tmp_path / "o"
     words = ("--n-neighbors", 80, "--partitions", 7, "--exact-below", 0)
@@ -315,7 +305,7 @@ def test_more_neighbors_than_samples_in_partitions(tmp_path: Path) -> None:
     assert ((lists(out)[1] >= 0).sum(axis=1) == 49).all()
 
 
-def test_sizes_and_numbers_that_cannot_be_used(
+def test_unusable_sizes_and_numbers_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("graph", "--metadata-dir", tmp_path, "--out-dir", tmp_path / "o")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import shutil
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
 import pyarrow.parquet as pq
 import pytest
+from support import pools
+from support.runs import copy_of, ranking_by_uid, run, same_columns, stats
 
 from d2filter.algorithm.scores import registry as scores
-from d2filter.cli import main as cli
 from d2filter.engine.runner import Runner
 from d2filter.formats import graph
 from d2filter.formats.paths import Folder
@@ -23,35 +23,8 @@ from d2filter.stages.rank import actors
 pytestmark = pytest.mark.usefixtures("cluster")
 
 
-def run(*words: Any) -> int:
-    return cli.main([str(word) for word in words])
-
-
-def stats(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "stats.json").read_text())
-    return found
-
-
-def ranking(out: Path) -> dict[str, np.ndarray]:
-    """All columns in order of uid; the suppressor as its uid."""
-    tables = [pq.read_table(p) for p in sorted((out / "ranking").glob("*.parquet"))]
-    columns = {
-        name: np.concatenate([t.column(name).to_numpy() for t in tables])
-        for name in tables[0].column_names
-    }
-    by = columns.pop("suppressed_by")
-    for half in ("uid_hi", "uid_lo"):
-        columns[f"by_{half}"] = np.where(by >= 0, columns[half][by], 0)
-    order = np.lexsort((columns["uid_lo"], columns["uid_hi"]))
-    return {name: values[order] for name, values in columns.items()}
-
-
-def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    return all(np.array_equal(a[name], b[name]) for name in a)
-
-
 @pytest.fixture(scope="module")
-def made(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def runs(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """One pool, ranked in one partition and in four."""
     folder = tmp_path_factory.mktemp("made")
     pool = pools.make(3000, 12)
@@ -67,126 +40,143 @@ def made(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[int, P
 
 
 @pytest.fixture
-def again(made: dict[int, Path]) -> Any:
-    """Ranks the four partitions anew, with more options."""
+def rank_again(runs: dict[int, Path]) -> Any:
+    """Ranks the pool of four partitions again, with more options."""
 
     def rank(*more: Any) -> Path:
-        words = ("rank", "--out-dir", made[4], "--overwrite", "rank")
+        words = ("rank", "--out-dir", runs[4], "--overwrite", "rank")
         assert run(*words, *more) == 0
-        return made[4]
+        return runs[4]
 
     return rank
 
 
-def test_partitions_cannot_be_seen_in_the_ranking(made: dict[int, Path]) -> None:
-    assert same(ranking(made[1]), ranking(made[4]))
-    one, four = (stats(made[p])["rank"] for p in (1, 4))
+def test_partitions_do_not_change_the_ranking(runs: dict[int, Path]) -> None:
+    assert same_columns(ranking_by_uid(runs[1]), ranking_by_uid(runs[4]))
+    one, four = (stats(runs[p])["rank"] for p in (1, 4))
     assert (one["partitions"], four["partitions"]) == (1, 4)
     assert one["supersteps"] == 1 < four["supersteps"]
     assert one["bytes_exchanged"] == 0 < four["bytes_exchanged"]
     assert four["cut_edges"] > 0
-    assert not (made[4] / "ranking-work").exists()
-    assert run("verify", made[4]) == 0
+    assert not (runs[4] / "ranking-work").exists()
+    assert run("verify", runs[4]) == 0
 
 
-class Killer:
-    """Kills an actor before some superstep of the driver."""
+BeforeSupersteps = Callable[[Callable[[actors.Driver, int], None]], None]
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-        self.killed = 0
-        rng = np.random.default_rng(seed)
-        self.at = set(rng.integers(1, 6, 2).tolist())
-        original = actors._Driver._superstep
-        steps = 0
 
-        def superstep(driver: Any) -> bool:
-            nonlocal steps
-            steps += 1
-            if steps in self.at:
-                victim = int(rng.integers(0, len(driver._actors)))
-                driver._ray.kill(driver._actors[victim])
-                self.killed += 1
+@pytest.fixture
+def before_supersteps(monkeypatch: pytest.MonkeyPatch) -> BeforeSupersteps:
+    """Registers a function that is called with the driver and the number of the superstep, from 1,
+    before each superstep of the test.
+    """
+
+    def register(action: Callable[[actors.Driver, int], None]) -> None:
+        original = actors.Driver.superstep
+        numbers = itertools.count(1)
+
+        def superstep(driver: actors.Driver) -> bool:
+            action(driver, next(numbers))
             return original(driver)
 
-        monkeypatch.setattr(actors._Driver, "_superstep", superstep)
+        monkeypatch.setattr(actors.Driver, "superstep", superstep)
+
+    return register
+
+
+def kill(driver: actors.Driver, actor: int) -> None:
+    """SIGKILL to the process of an actor."""
+    driver._ray.kill(driver._actors[actor])
 
 
 @pytest.mark.parametrize(
     "seed", [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(3, 10))]
 )
-def test_an_actor_killed_at_a_random_superstep(
-    seed: int, made: dict[int, Path], again: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_actor_killed_at_a_random_superstep_changes_nothing(
+    seed: int, runs: dict[int, Path], rank_again: Any, before_supersteps: BeforeSupersteps,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Odd seeds: with a snapshot after every superstep, from which the new actor goes on."""
-    before = ranking(made[1])
-    monkeypatch.setattr(actors, "_SAVE_SECONDS", 0.0 if seed % 2 else 1e9)
-    killer = Killer(monkeypatch, seed)
-    out = again()
-    assert killer.killed
+    before = ranking_by_uid(runs[1])
+    monkeypatch.setattr(actors, "SAVE_SECONDS", 0.0 if seed % 2 else 1e9)
+    rng = np.random.default_rng(seed)
+    at = set(rng.integers(1, 6, 2).tolist())
+    killed = 0
+
+    def kill_one(driver: actors.Driver, number: int) -> None:
+        nonlocal killed
+        if number in at:
+            kill(driver, int(rng.integers(0, len(driver._actors))))
+            killed += 1
+
+    before_supersteps(kill_one)
+    out = rank_again()
+    assert killed
     assert stats(out)["rank"]["restarts"] >= 1
-    assert same(ranking(out), before)
+    assert same_columns(ranking_by_uid(out), before)
 
 
 @pytest.fixture
 def four_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process for each of four partitions, whatever CPUs there are."""
-    whole = actors._Driver._new
+    whole = actors.Driver.start_actor
     monkeypatch.setattr(Runner, "processes", lambda runner, most, memory: most)
     monkeypatch.setattr(
-        actors._Driver,
-        "_new",
+        actors.Driver,
+        "start_actor",
         lambda driver, numbers, needs: whole(driver, numbers, {"num_cpus": 0}),
     )
 
 
 @pytest.mark.parametrize("victims", [(1, 3), (0, 1, 2, 3)])
 @pytest.mark.usefixtures("four_processes")
-def test_several_actors_killed_at_once(
-    victims: tuple[int, ...], made: dict[int, Path], again: Any, monkeypatch: pytest.MonkeyPatch
+def test_several_actors_killed_at_once_change_nothing(
+    victims: tuple[int, ...],
+    runs: dict[int, Path],
+    rank_again: Any,
+    before_supersteps: BeforeSupersteps,
 ) -> None:
-    original = actors._Driver._superstep
-    steps = 0
-
-    def superstep(driver: Any) -> bool:
-        nonlocal steps
-        steps += 1
-        if steps in (2, 5):
+    def kill_victims(driver: actors.Driver, number: int) -> None:
+        if number in (2, 5):
             for victim in victims:
-                driver._ray.kill(driver._actors[victim])
-        return original(driver)
+                kill(driver, victim)
 
-    monkeypatch.setattr(actors._Driver, "_superstep", superstep)
-    out = again()
+    before_supersteps(kill_victims)
+    out = rank_again()
     assert len(victims) <= stats(out)["rank"]["restarts"] <= 2 * len(victims) + 2
-    assert same(ranking(out), ranking(made[1]))
+    assert same_columns(ranking_by_uid(out), ranking_by_uid(runs[1]))
 
 
-def test_an_error_in_an_actor_is_one_line_and_what_was_done_stays(
-    made: dict[int, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_error_in_an_actor_is_one_line_and_finished_steps_stay(
+    runs: dict[int, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = actors.run
 
     def run_without(**arguments: Any) -> dict[str, Any]:
-        (made[4] / "ranking-work" / "known-00002.hi.npy").unlink()
+        (runs[4] / "ranking-work" / "known-00002.hi.npy").unlink()
         return whole(**arguments)
 
     monkeypatch.setattr(actors, "run", run_without)
-    assert run("rank", "--out-dir", made[4], "--overwrite", "rank") == 1
+    assert run("rank", "--out-dir", runs[4], "--overwrite", "rank") == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "known-00002.hi.npy does not exist" in said
     assert len(said) < 300
     monkeypatch.undo()
     # its marker says that the file is there: the way out that docs/reliability.md names
-    assert run("rank", "--out-dir", made[4], "--overwrite", "rank") == 0
-    assert same(ranking(made[4]), ranking(made[1]))
+    assert run("rank", "--out-dir", runs[4], "--overwrite", "rank") == 0
+    assert same_columns(ranking_by_uid(runs[4]), ranking_by_uid(runs[1]))
 
 
-def test_memory_of_workers_leaves_no_trace(made: dict[int, Path], again: Any) -> None:
-    assert same(ranking(again("--memory-per-worker", "800MB")), ranking(made[1]))
+def test_the_memory_of_workers_does_not_change_the_ranking(
+    runs: dict[int, Path], rank_again: Any
+) -> None:
+    assert same_columns(
+        ranking_by_uid(rank_again("--memory-per-worker", "800MB")), ranking_by_uid(runs[1])
+    )
 
 
-def test_partitions_without_edges_between_them(tmp_path: Path) -> None:
-    """Nobody has anything to tell anybody."""
+def test_partitions_without_cut_edges_are_ranked(tmp_path: Path) -> None:
+    """No partition sends any states."""
     out = Folder(str(tmp_path))
     n, parts = 40, 3
     for number in range(parts):
@@ -211,63 +201,46 @@ def test_partitions_without_edges_between_them(tmp_path: Path) -> None:
     assert sorted(ranks.tolist()) == list(range(n * parts))
 
 
-def test_an_actor_that_dies_again_and_again_is_given_up(
-    made: dict[int, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    original = actors._Driver._superstep
-
-    def superstep(driver: Any) -> bool:
-        driver._ray.kill(driver._actors[1])
-        return original(driver)
-
-    monkeypatch.setattr(actors._Driver, "_superstep", superstep)
-    monkeypatch.setattr(actors, "_RESTARTS", 2)
-    assert run("rank", "--out-dir", made[4], "--overwrite", "rank") == 1
+def test_an_actor_that_dies_repeatedly_is_given_up(
+    runs: dict[int, Path], before_supersteps: BeforeSupersteps, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    before_supersteps(lambda driver, number: kill(driver, 1))
+    monkeypatch.setattr(actors, "RESTARTS", 2)
+    assert run("rank", "--out-dir", runs[4], "--overwrite", "rank") == 1
     said = capsys.readouterr().err
     assert "the worker of partitions 1, 3 failed 3 times" in said
     assert len(said.strip().splitlines()[-1]) < 300
     monkeypatch.undo()
-    assert run("rank", "--out-dir", made[4]) == 0
-    assert same(ranking(made[4]), ranking(made[1]))
+    assert run("rank", "--out-dir", runs[4]) == 0
+    assert same_columns(ranking_by_uid(runs[4]), ranking_by_uid(runs[1]))
 
 
-def test_a_driver_that_dies_goes_on_from_the_last_snapshots(
-    made: dict[int, Path], monkeypatch: pytest.MonkeyPatch
+def test_a_killed_driver_continues_from_the_last_snapshots(
+    runs: dict[int, Path], before_supersteps: BeforeSupersteps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole_run = stats(made[4])["rank"]["supersteps"]
-    monkeypatch.setattr(actors, "_SAVE_SECONDS", 0.0)
-    original = actors._Driver._superstep
-    steps = 0
+    whole_run = stats(runs[4])["rank"]["supersteps"]
+    monkeypatch.setattr(actors, "SAVE_SECONDS", 0.0)
 
     class Death(BaseException):
         pass
 
-    def superstep(driver: Any) -> bool:
-        nonlocal steps
-        steps += 1
-        if steps == 4:
+    def die(driver: actors.Driver, number: int) -> None:
+        if number == 4:
             raise Death
-        return original(driver)
 
-    monkeypatch.setattr(actors._Driver, "_superstep", superstep)
+    before_supersteps(die)
     with pytest.raises(Death):
-        run("rank", "--out-dir", made[4], "--overwrite", "rank")
-    assert len(list((made[4] / "ranking-work").glob("state-*.npz"))) == 4
-    assert not list((made[4] / "ranking").glob("*.parquet"))
+        run("rank", "--out-dir", runs[4], "--overwrite", "rank")
+    assert len(list((runs[4] / "ranking-work").glob("state-*.npz"))) == 4
+    assert not list((runs[4] / "ranking").glob("*.parquet"))
     monkeypatch.undo()
-    whole = actors._Driver._superstep
-    taken = 0
-
-    def count(driver: Any) -> bool:
-        nonlocal taken
-        taken += 1
-        return whole(driver)
-
-    monkeypatch.setattr(actors._Driver, "_superstep", count)
-    assert run("rank", "--out-dir", made[4]) == 0
-    assert same(ranking(made[4]), ranking(made[1]))
+    taken: list[int] = []
+    before_supersteps(lambda driver, number: taken.append(number))
+    assert run("rank", "--out-dir", runs[4]) == 0
+    assert same_columns(ranking_by_uid(runs[4]), ranking_by_uid(runs[1]))
     # three supersteps lie in the snapshots
-    assert 0 < taken < whole_run
+    assert 0 < len(taken) < whole_run
 
 
 @pytest.mark.parametrize(
@@ -284,23 +257,23 @@ def test_a_driver_that_dies_goes_on_from_the_last_snapshots(
     ids=lambda words: " ".join(words),
 )
 def test_every_scheme_is_the_same_in_partitions_and_proven(
-    scheme: tuple[str, ...], made: dict[int, Path], tmp_path: Path
+    scheme: tuple[str, ...], runs: dict[int, Path], tmp_path: Path
 ) -> None:
-    published = ranking(made[1])
-    outs = [shutil.copytree(out, tmp_path / out.name) for out in made.values()]
+    published = ranking_by_uid(runs[1])
+    outs = [copy_of(out, tmp_path) for out in runs.values()]
     for out in outs:
         assert run("rank", "--out-dir", out, "--overwrite", "rank", *scheme) == 0
-    one, four = (ranking(out) for out in outs)
-    assert same(one, four)
-    assert not same(published, four)
+    one, four = (ranking_by_uid(out) for out in outs)
+    assert same_columns(one, four)
+    assert not same_columns(published, four)
     assert run("select", "--out-dir", outs[1]) == 0
     assert run("verify", outs[1]) == 0
 
 
-def test_what_ranks_last_is_counted_and_comes_last(made: dict[int, Path], again: Any) -> None:
+def test_demoted_samples_are_counted_and_come_last(runs: dict[int, Path], rank_again: Any) -> None:
     # a tenth of the pool are exact copies, and those of 0.3 of the hardest are gone before
-    out = again("--collapse-copies", "--cut-hardest", "0.3")
-    found = ranking(out)
+    out = rank_again("--collapse-copies", "--cut-hardest", "0.3")
+    found = ranking_by_uid(out)
     last = found["forward"] == -(2**62)
     late = stats(out)["rank"]["late"]
     assert late["hardest"] + late["copies"] == last.sum()
@@ -309,13 +282,13 @@ def test_what_ranks_last_is_counted_and_comes_last(made: dict[int, Path], again:
     assert set(found["rank"][last]) == set(range(3000 - int(last.sum()), 3000))
     assert (found["by_uid_hi"][last] == 0).all()
     assert found["difficulty"][~last].max() < np.sort(found["difficulty"])[-899]
-    again()
+    rank_again()
 
 
 def test_fewer_neighbors_are_a_prefix_of_each_list(
-    made: dict[int, Path], tmp_path: Path, again: Any, capsys: pytest.CaptureFixture[str]
+    runs: dict[int, Path], tmp_path: Path, rank_again: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pool = graph.read(Folder(str(made[1] / "graph")))
+    pool = graph.read(Folder(str(runs[1] / "graph")))
     narrow = graph.GraphPart(
         hi=pool.hi, lo=pool.lo, difficulty=pool.difficulty,
         neighbors=pool.neighbors[:, :1].copy(), sqdist=pool.sqdist[:, :1].copy(),
@@ -329,12 +302,14 @@ def test_fewer_neighbors_are_a_prefix_of_each_list(
     # a gamma that is fitted looks at the pairs too, and this catalog knows of none
     told = ("--gamma", 1)
     assert run("rank", "--out-dir", tmp_path, *told) == 0
-    assert same(ranking(tmp_path), ranking(again("--n-neighbors", 1, *told)))
-    again()
-    assert run("rank", "--out-dir", made[4], "--n-neighbors", 4) == 2
+    assert same_columns(
+        ranking_by_uid(tmp_path), ranking_by_uid(rank_again("--n-neighbors", 1, *told))
+    )
+    rank_again()
+    assert run("rank", "--out-dir", runs[4], "--n-neighbors", 4) == 2
     assert "n-neighbors is 4, the graph of" in capsys.readouterr().err
     # as many as there are is what was made
-    assert run("rank", "--out-dir", made[4], "--n-neighbors", 3) == 0
+    assert run("rank", "--out-dir", runs[4], "--n-neighbors", 3) == 0
 
 
 @pytest.mark.parametrize(
@@ -346,7 +321,7 @@ def test_fewer_neighbors_are_a_prefix_of_each_list(
         ("--n-neighbors", "-1", "of at least 1"),
     ],
 )
-def test_a_ranking_option_out_of_range(
+def test_a_ranking_option_out_of_range_is_refused(
     option: str, value: str, allowed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("rank", "--out-dir", tmp_path, f"{option}={value}") == 2
@@ -355,7 +330,7 @@ def test_a_ranking_option_out_of_range(
     assert value in said
 
 
-def test_more_partitions_than_processors_and_empty_ones(tmp_path: Path) -> None:
+def test_more_partitions_than_cpus_and_empty_partitions_change_nothing(tmp_path: Path) -> None:
     metadata = pools.write(tmp_path / "m", pools.make(300, 6))
     words = ("run", "--metadata-dir", metadata, "--n-neighbors", 2, "--exact-below", 10)
     for partitions in (1, 24):
@@ -363,10 +338,10 @@ def test_more_partitions_than_processors_and_empty_ones(tmp_path: Path) -> None:
         assert run(*words, "--best-effort", "--out-dir", out, "--partitions", partitions) == 0
         assert run("verify", out) == 0
     assert 0 in stats(tmp_path / "o24")["graph"]["partition_rows"]
-    assert same(ranking(tmp_path / "o1"), ranking(tmp_path / "o24"))
+    assert same_columns(ranking_by_uid(tmp_path / "o1"), ranking_by_uid(tmp_path / "o24"))
 
 
-def test_a_scheme_that_does_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_scheme_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for option in ("--kernel", "--forward", "--reverse"):
         assert run("rank", "--out-dir", tmp_path, option, "cosine") == 2
         assert option in capsys.readouterr().err

@@ -5,30 +5,28 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import shards as made
 import webdataset as wds
+from support import shard_files
+from support.runs import run
 
-from d2filter.cli.main import main
 from d2filter.errors import StorageError
-from d2filter.formats import webdataset
+from d2filter.formats import tables, webdataset
 from d2filter.formats.paths import Folder
 from d2filter.formats.uid import from_hex
 from d2filter.stages.reshard import build as stage
+from d2filter.stages.reshard import write as write_shard
 from d2filter.tools import keep
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
 U = np.dtype("u8,u8")
-
-
-def run(*words: object) -> int:
-    return main([str(word) for word in words])
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +37,11 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
         files = []
         for i in range(12):
             told = {"uid": f"{number:08x}{i * 77777:024x}"} if i % 3 else {}
-            files += made.members(f"{number}{i:03d}", 100 * number + i, **told)
+            files += shard_files.members(f"{number}{i:03d}", 100 * number + i, **told)
         files += [(f"{number}{i:03d}.cls.txt", b"more") for i in range(2)]
         if number == 2:
-            files += made.members("again", 101, uid=f"{1:08x}{77777:024x}")
-        made.write(folder / f"{number:05d}.tar", files)
+            files += shard_files.members("again", 101, uid=f"{1:08x}{77777:024x}")
+        shard_files.write(folder / f"{number:05d}.tar", files)
     return folder
 
 
@@ -136,7 +134,7 @@ def test_repeats_mean_repeats_and_unsorted_subsets_are_sorted(pool: Path, tmp_pa
     ]  # fmt: skip
 
 
-def test_it_goes_on_where_it_was_interrupted_and_returns_at_once_when_done(
+def test_an_interrupted_reshard_continues_and_a_finished_one_does_nothing(
     pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     np.save(tmp_path / "s.npy", chosen(pool))
@@ -162,12 +160,12 @@ def test_it_goes_on_where_it_was_interrupted_and_returns_at_once_when_done(
     assert snapshot(out) == snapshot(tmp_path / "whole")
 
 
-def test_what_was_written_while_a_search_failed_is_not_written_again(
+def test_shards_written_while_a_search_failed_are_not_written_again(
     pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     np.save(tmp_path / "s.npy", chosen(pool))
     words = ("reshard", "--shards", pool, "--subset", tmp_path / "s.npy", "--shard-size", 5)
-    monkeypatch.setattr(stage, "_BYTES_A_TASK", 1)
+    monkeypatch.setattr(stage, "BYTES_A_TASK", 1)
     assert run(*words, "--out-dir", tmp_path / "whole") == 0
     out = tmp_path / "o"
 
@@ -201,17 +199,17 @@ def test_an_index_that_cannot_be_read_stops_no_other_task(
 ) -> None:  # fmt: skip
     np.save(tmp_path / "s.npy", chosen(pool))
     words = ("reshard", "--shards", pool, "--subset", tmp_path / "s.npy", "--shard-size", 5)
-    monkeypatch.setattr(stage, "_BYTES_A_TASK", 1)
-    plain = stage._Indexes._read
+    monkeypatch.setattr(stage, "BYTES_A_TASK", 1)
+    plain = tables.read_table
 
-    def unread(indexes: Any, number: int) -> Any:
-        if number == 1:
+    def unread(folder: Folder, name: str, columns: Sequence[str]) -> Any:
+        if name == write_shard.index_name(1):
             raise fault
-        return plain(indexes, number)
+        return plain(folder, name, columns)
 
     out = tmp_path / "o"
     with monkeypatch.context() as patched:
-        patched.setattr(stage._Indexes, "_read", unread)
+        patched.setattr(tables, "read_table", unread)
         assert run(*words, "--out-dir", out) == 1
     assert "the store does not answer" in capsys.readouterr().err
     marks = {path.stem for path in (out / ".d2filter/completions/reshard").glob("*.json")}
@@ -239,7 +237,7 @@ def test_small_shards_are_searched_together_and_nothing_else_changes(
     sizes = [path.stat().st_size for path in sorted(pool.glob("*.tar"))]
     done = {}
     for name, most in (("alone", 1), ("by two", sizes[0] + sizes[1]), ("all", sum(sizes))):
-        monkeypatch.setattr(stage, "_BYTES_A_TASK", most)
+        monkeypatch.setattr(stage, "BYTES_A_TASK", most)
         assert run(*words, "--shuffle", 7, "--out-dir", tmp_path / name) == 0
         marks = tmp_path / name / ".d2filter/completions/reshard"
         done[name] = sorted(path.stem for path in marks.glob("find-*"))
@@ -260,7 +258,7 @@ def test_contradictions_are_named(
     assert run(*words, tmp_path / "t.npy", "--shard-size", 3) == 1
     assert "holds shards of another shard-size and subset" in capsys.readouterr().err
     theirs = tmp_path / "theirs"
-    made.write(theirs / "00000000.tar", [])
+    shard_files.write(theirs / "00000000.tar", [])
     other = ("--subset", tmp_path / "s.npy", "--out-dir", theirs)
     assert run("reshard", "--shards", pool, *other) == 1
     assert "holds shards that this command did not write" in capsys.readouterr().err
@@ -298,8 +296,8 @@ def test_samples_that_no_shard_holds_are_counted_after_everything_else_is_done(
 
 def test_the_shards_of_a_run_need_not_be_named(tmp_path: Path) -> None:
     for number in range(2):
-        files = [f for i in range(15) for f in made.members(f"{i}", 40 * number + i)]
-        made.write(tmp_path / f"s/{number}.tar", files)
+        files = [f for i in range(15) for f in shard_files.members(f"{i}", 40 * number + i)]
+        shard_files.write(tmp_path / f"s/{number}.tar", files)
     words = ("run", "--shards", tmp_path / "s", "--out-dir", tmp_path / "r", "--fraction", "0.5")
     assert run(*words) == 0
     assert run("reshard", "--subset", tmp_path / "r", "--out-dir", tmp_path / "o") == 0
@@ -309,17 +307,17 @@ def test_the_shards_of_a_run_need_not_be_named(tmp_path: Path) -> None:
     )
 
 
-def test_a_broken_twin_does_not_stand_for_its_sample(tmp_path: Path) -> None:
+def test_a_broken_copy_does_not_replace_its_sample(tmp_path: Path) -> None:
     """The uid stands first on members without a picture, then on ones without a caption."""
     uid = f"{7:032x}"
     told = json.dumps({"uid": uid}).encode()
     files = [
         ("a.json", told), ("a.txt", b"no picture"),
-        ("b.json", told), ("b.jpg", made.picture(1)),
+        ("b.json", told), ("b.jpg", shard_files.picture(1)),
         ("c.json", told), ("c.jpg", b""), ("c.txt", b"empty picture"),
-        *made.members("d", 3, uid=uid),
+        *shard_files.members("d", 3, uid=uid),
     ]  # fmt: skip
-    made.write(tmp_path / "s/0.tar", files)
+    shard_files.write(tmp_path / "s/0.tar", files)
     np.save(tmp_path / "s.npy", np.array([from_hex(uid)], U))
     words = (
         "--shards",
@@ -332,22 +330,22 @@ def test_a_broken_twin_does_not_stand_for_its_sample(tmp_path: Path) -> None:
     assert run("reshard", *words) == 0
     ((key, content),) = read_back(tmp_path / "o")
     assert key == f"{uid}-0"
-    assert content["jpg"] == made.picture(3)
+    assert content["jpg"] == shard_files.picture(3)
 
 
 def test_the_samples_that_a_run_ranked_are_copied_and_streamed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A truncated picture, and a copy with another caption, stand before samples of their uid."""
-    picture = made.picture(5)
-    files = [f for i in range(12) for f in made.members(f"{i}", i, uid=f"{i:032x}")]
+    picture = shard_files.picture(5)
+    files = [f for i in range(12) for f in shard_files.members(f"{i}", i, uid=f"{i:032x}")]
     twins = [
         ("cut.jpg", picture[: len(picture) // 2]), ("cut.txt", b"a caption"),
         ("cut.json", json.dumps({"uid": f"{5:032x}"}).encode()),
-        *made.members("copy", 40, uid=f"{6:032x}"),
+        *shard_files.members("copy", 40, uid=f"{6:032x}"),
     ]  # fmt: skip
-    made.write(tmp_path / "s/0.tar", twins)
-    made.write(tmp_path / "s/1.tar", files)
+    shard_files.write(tmp_path / "s/0.tar", twins)
+    shard_files.write(tmp_path / "s/1.tar", files)
     words = ("run", "--shards", tmp_path / "s", "--out-dir", tmp_path / "r", "--fraction", "1")
     assert run(*words, "--max-bad", "0.2") == 0
     assert run("reshard", "--subset", tmp_path / "r", "--out-dir", tmp_path / "o") == 0
@@ -356,7 +354,7 @@ def test_the_samples_that_a_run_ranked_are_copied_and_streamed(
     assert got[f"{5:032x}-0"] == picture
     kept = pq.read_table(tmp_path / "r/kept/part-00000.parquet").to_pylist()
     (place,) = [row for row in kept if row["uid"] == f"{6:032x}"]
-    assert got[f"{6:032x}-0"] == made.picture(40 if place["key"] == "copy" else 6)
+    assert got[f"{6:032x}-0"] == shard_files.picture(40 if place["key"] == "copy" else 6)
     urls = [str(tmp_path / "s/0.tar"), str(tmp_path / "s/1.tar")]
     stage = keep.keep(tmp_path / "r")
     streamed = [s["jpg"] for s in wds.WebDataset(urls, shardshuffle=False).compose(stage)]

@@ -12,22 +12,17 @@ import time
 from pathlib import Path
 
 import numpy as np
-import oracle
-import pools
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support import oracle, pools
+from support.runs import copy_of, run, stats
 
 import d2filter
-from d2filter.cli.main import main
+from d2filter.algorithm import sizes
 from d2filter.formats import uid as uid_format
-from d2filter.stages.catalog import build as catalog_stage
 
 pytestmark = pytest.mark.usefixtures("cluster")
-
-
-def run(*words: object) -> int:
-    return main([str(word) for word in words])
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +33,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
     words = ("--metadata-dir", folder / "metadata", "--n-neighbors", 5)
     assert run("run", *words, "--out-dir", folder / "out") == 0
     return folder
-
-
-def copy_of(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished / "out", tmp_path / "out"))
-
-
-def stats(out: Path) -> dict:
-    return json.loads((out / "stats.json").read_text())
 
 
 def table(out: Path, name: str) -> dict[str, np.ndarray]:
@@ -84,9 +71,9 @@ def test_the_run_directory_is_complete(finished: Path) -> None:
     assert not list(out.rglob(".tmp-*"))
 
 
-def test_recall_and_ranking_against_independent_code(finished: Path, tmp_path: Path) -> None:
+def test_recall_and_ranking_agree_with_independent_code(finished: Path, tmp_path: Path) -> None:
     """Done means: recall@5 ≥ 0.95, and the ranking of the written graph is the sequential one."""
-    out = copy_of(finished, tmp_path)
+    out = copy_of(finished / "out", tmp_path)
     published = ("--kernel", "rbf", "--gamma", 1, "--collapse-copies", "none")
     assert run("rank", "--out-dir", out, *published, "--overwrite", "rank") == 0
     graph, ranking = table(out, "graph"), table(out, "ranking")
@@ -186,7 +173,7 @@ def test_stages_run_alone(finished: Path, tmp_path: Path) -> None:
 
 
 def test_select_other_budgets_from_one_ranking(finished: Path, tmp_path: Path) -> None:
-    out = copy_of(finished, tmp_path)
+    out = copy_of(finished / "out", tmp_path)
     kept = {}
     for words in (("--fraction", "0.5"), ("--budget", "123"), ("--fraction", "1")):
         started = time.monotonic()
@@ -206,7 +193,7 @@ def test_select_other_budgets_from_one_ranking(finished: Path, tmp_path: Path) -
 
 
 def test_several_budgets_of_one_ranking_are_nested_files(finished: Path, tmp_path: Path) -> None:
-    out = copy_of(finished, tmp_path)
+    out = copy_of(finished / "out", tmp_path)
     assert run("select", "--out-dir", out, "--fraction", "0.3,0.1,0.125") == 0
     assert sorted(p.name for p in (out / "subsets").iterdir()) == [
         "d2_l14_10_percent.npy", "d2_l14_12.5_percent.npy", "d2_l14_30_percent.npy"
@@ -231,7 +218,7 @@ def test_several_budgets_of_one_ranking_are_nested_files(finished: Path, tmp_pat
 def test_the_same_command_again_does_nothing(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = copy_of(finished, tmp_path)
+    out = copy_of(finished / "out", tmp_path)
     outputs = [out / "graph/part-00000.parquet", out / "subset.npy"]
     before = [path.stat().st_mtime_ns for path in outputs]
     words = ("--metadata-dir", finished / "metadata", "--n-neighbors", 5, "--out-dir", out)
@@ -245,7 +232,7 @@ def test_the_same_command_again_does_nothing(
 def test_a_contradiction_names_what_differs(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = copy_of(finished, tmp_path)
+    out = copy_of(finished / "out", tmp_path)
     words = ("run", "--metadata-dir", finished / "metadata", "--out-dir", out)
     assert run(*words, "--n-neighbors", 4) == 1
     assert "n_neighbors was 5 and is 4" in capsys.readouterr().err
@@ -262,7 +249,7 @@ def test_a_contradiction_names_what_differs(
 def test_a_mistake_beside_overwrite_costs_nothing(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = copy_of(finished, tmp_path)
+    out = copy_of(finished / "out", tmp_path)
     before = sorted(p for p in out.rglob("*") if p.is_file() and "logs" not in p.parts)
     words = ("--overwrite", "catalog", "--out-dir", out)
     assert run("run", "--metadata-dir", tmp_path / "typo", *words) == 1
@@ -272,10 +259,10 @@ def test_a_mistake_beside_overwrite_costs_nothing(
     assert run("verify", out) == 0
 
 
-def test_options_of_a_catalog_made_before_are_not_ignored(
+def test_options_that_contradict_an_existing_catalog_are_refused(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = copy_of(finished, tmp_path)
+    out = copy_of(finished / "out", tmp_path)
     assert run("run", "--out-dir", out, "--n-neighbors", 5) == 0
     assert run("run", "--out-dir", out, "--n-neighbors", 5, "--feature-type", "image") == 1
     assert "feature_type was 'image|text' and is 'image'" in capsys.readouterr().err
@@ -285,8 +272,8 @@ def test_nothing_of_an_earlier_attempt_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A broken file, then fewer and other files: parts and ledgers of the first try are gone."""
-    monkeypatch.setattr(catalog_stage, "_GROUP_BYTES", 1)
-    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 5_000)
+    monkeypatch.setattr(sizes, "CATALOG_GROUP", 1)
+    monkeypatch.setattr(sizes, "CATALOG_PART", 5_000)
     pool = pools.make(600, 8)
     pool["uid"][5] = pool["uid"][6] = "bad"
     folder = pools.write(tmp_path / "m", pool, files=6)
@@ -314,14 +301,14 @@ def test_nothing_of_an_earlier_attempt_is_left(
 
 
 def test_lost_figures_are_written_again(finished: Path, tmp_path: Path) -> None:
-    out = copy_of(finished, tmp_path)
+    out = copy_of(finished / "out", tmp_path)
     for name in ("stats.json", "config.json", "subset.npy"):
         (out / name).unlink()
     assert run("select", "--out-dir", out) == 0
     assert run("verify", out) == 0
 
 
-def test_scores_of_two_makings_are_not_mixed(
+def test_files_with_and_without_a_score_column_are_not_mixed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pool = pools.make(60, 4)
@@ -426,7 +413,7 @@ def test_kept_lists_are_written_where_shards_are_known(tmp_path: Path) -> None:
     assert run("verify", out) == 0
 
 
-def test_image_and_text_alone(tmp_path: Path) -> None:
+def test_image_or_text_alone_give_features_of_their_own_width(tmp_path: Path) -> None:
     folder = pools.write(tmp_path / "m", pools.make(150, 6), arch="b32")
     for feature_type, width in (("image", 6), ("text", 6), ("image|text", 12)):
         out = tmp_path / feature_type.replace("|", "_")
@@ -435,7 +422,7 @@ def test_image_and_text_alone(tmp_path: Path) -> None:
         assert stats(out)["catalog"]["dimension"] == width
 
 
-def test_fewer_samples_than_neighbors(tmp_path: Path) -> None:
+def test_a_pool_smaller_than_k_is_ranked(tmp_path: Path) -> None:
     folder = pools.write(tmp_path / "m", pools.make(3, 4, copies=0))
     out = tmp_path / "o"
     words = ("--n-neighbors", 5, "--fraction", 1, "--out-dir", out)
@@ -462,7 +449,7 @@ def test_an_unreachable_recall_exits_with_4(
     assert (out / "subset.npy").exists()
 
 
-def test_options_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_are_read_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = pools.write(tmp_path / "m", pools.make(100, 4))
     settings = tmp_path / "run.yaml"
     settings.write_text(f"metadata_dir: {folder}\nn-neighbors: 2\nfraction: 0.1\n")

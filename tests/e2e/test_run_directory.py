@@ -15,22 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
 import pytest
-import shards
+from support import pools, shard_files
+from support.runs import copy_of, run
 
 from d2filter.cli import main as cli
 from d2filter.cli import options
-from d2filter.cli.main import main
 from d2filter.errors import D2FilterError
 from d2filter.formats import content_hash, lock
 from d2filter.formats.paths import Folder
 
 pytestmark = pytest.mark.usefixtures("cluster")
-
-
-def run(*words: object) -> int:
-    return main([str(word) for word in words])
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +35,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
     pools.write(folder / "m", pools.make(400, 8), files=2)
     assert run("run", "--metadata-dir", folder / "m", "--out-dir", folder / "o") == 0
     return folder
-
-
-def copy_of(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished / "o", tmp_path / "o"))
 
 
 def state(out: Path) -> dict[str, tuple[str, int]]:
@@ -67,10 +58,10 @@ def state(out: Path) -> dict[str, tuple[str, int]]:
         ("--budget", "0"),
     ],
 )
-def test_a_budget_that_cannot_be_costs_nothing(
+def test_an_impossible_budget_is_refused_before_anything_runs(
     finished: Path, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
-    out = copy_of(finished, tmp_path)
+    out = copy_of(finished / "o", tmp_path)
     before = state(out)
     assert run("select", "--out-dir", out, *words) == 2
     assert run("run", "--metadata-dir", finished / "m", "--out-dir", out, *words) == 2
@@ -80,7 +71,7 @@ def test_a_budget_that_cannot_be_costs_nothing(
 def test_an_equal_selection_touches_nothing(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = copy_of(finished, tmp_path)
+    out = copy_of(finished / "o", tmp_path)
     before = state(out)
     assert run("select", "--out-dir", out) == 0
     assert "select    done before" in capsys.readouterr().out
@@ -139,8 +130,8 @@ def test_a_selection_that_dies_leaves_the_old_one_or_the_new_one(
 
 
 @pytest.mark.usefixtures("reports")
-def test_a_report_is_made_again_for_another_subset(finished: Path, tmp_path: Path) -> None:
-    out = copy_of(finished, tmp_path)
+def test_a_report_is_written_again_for_another_subset(finished: Path, tmp_path: Path) -> None:
+    out = copy_of(finished / "o", tmp_path)
     assert run("run", "--metadata-dir", finished / "m", "--out-dir", out) == 0
     first = (out / "report.html").read_bytes()
     assert run("select", "--out-dir", out, "--fraction", "0.2") == 0
@@ -152,15 +143,15 @@ def test_a_report_is_made_again_for_another_subset(finished: Path, tmp_path: Pat
 
 
 def test_a_run_without_a_report_gets_none_from_select(finished: Path, tmp_path: Path) -> None:
-    out = copy_of(finished, tmp_path)
+    out = copy_of(finished / "o", tmp_path)
     assert run("select", "--out-dir", out, "--fraction", "0.2") == 0
     assert not (out / "report.html").exists()
 
 
-def test_anew_is_anew(tmp_path: Path) -> None:
+def test_overwrite_builds_the_stages_again(tmp_path: Path) -> None:
     """A damaged file of the same size is made again, with all after it."""
-    content = [m for i in range(12) for m in shards.members(f"{i:04d}", i)]
-    shards.write(tmp_path / "s/00000.tar", content)
+    content = [m for i in range(12) for m in shard_files.members(f"{i:04d}", i)]
+    shard_files.write(tmp_path / "s/00000.tar", content)
     words = ("run", "--shards", tmp_path / "s", "--out-dir", tmp_path / "o", "--max-bad", 1)
     assert run(*words) == 0
     pair = tmp_path / "o/metadata/00000.npz"
@@ -173,12 +164,14 @@ def test_anew_is_anew(tmp_path: Path) -> None:
     assert run("verify", tmp_path / "o") == 0
 
 
-def test_healing_makes_again_what_is_damaged_or_changed_and_nothing_else(
+def test_heal_rebuilds_exactly_what_is_damaged_or_changed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in range(3):
-        content = [m for i in range(6) for m in shards.members(f"{number}{i:03d}", 9 * number + i)]
-        shards.write(tmp_path / f"s/{number}.tar", content)
+        content = [
+            m for i in range(6) for m in shard_files.members(f"{number}{i:03d}", 9 * number + i)
+        ]
+        shard_files.write(tmp_path / f"s/{number}.tar", content)
     out = tmp_path / "o"
     words = ("run", "--shards", tmp_path / "s", "--out-dir", out, "--max-bad", 1)
     assert run(*words) == 0
@@ -203,8 +196,8 @@ def test_healing_makes_again_what_is_damaged_or_changed_and_nothing_else(
         assert run(*words, "--heal") == 0
         assert run("verify", out) == 0
     assert (out / "subset.npy").read_bytes() == subset
-    more = [m for i in range(6) for m in shards.members(f"new{i:03d}", 99 + i)]
-    shards.write(tmp_path / "s/1.tar", more)
+    more = [m for i in range(6) for m in shard_files.members(f"new{i:03d}", 99 + i)]
+    shard_files.write(tmp_path / "s/1.tar", more)
     assert run(*words) == 1
     assert "--heal embeds only what changed" in capsys.readouterr().err
     assert run(*words, "--heal") == 0
@@ -260,10 +253,10 @@ def test_metadata_that_changes_while_it_is_read_is_refused(
 
 
 @pytest.mark.parametrize("words", [("--overwrite", "catalog"), ("--heal",)])
-def test_a_catalog_is_not_made_anew_without_its_metadata(
+def test_a_catalog_is_not_built_again_without_its_metadata(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
 ) -> None:
-    out = copy_of(finished, tmp_path)
+    out = copy_of(finished / "o", tmp_path)
     before = state(out)
     for command in ("graph", "run"):
         assert run(command, "--out-dir", out, *words) == 2
@@ -302,8 +295,10 @@ def test_metadata_inside_the_run_directory_is_refused(
     assert state(tmp_path) == before
 
 
-def test_what_embed_wrote_may_be_named_as_the_metadata(tmp_path: Path) -> None:
-    shards.write(tmp_path / "s/0.tar", [m for i in range(9) for m in shards.members(f"{i}", i)])
+def test_the_output_of_embed_may_be_given_as_metadata(tmp_path: Path) -> None:
+    shard_files.write(
+        tmp_path / "s/0.tar", [m for i in range(9) for m in shard_files.members(f"{i}", i)]
+    )
     out = tmp_path / "o"
     assert run("embed", "--shards", tmp_path / "s", "--out-dir", out, "--max-bad", 1) == 0
     again = ("--metadata-dir", out / "metadata", "--arch", "tiny", "--max-bad", 1)
@@ -323,7 +318,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 @pytest.fixture
 def under_way(finished: Path, tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
-    out = copy_of(finished, tmp_path)
+    out = copy_of(finished / "o", tmp_path)
     words = ["run", "--metadata-dir", finished / "m", "--out-dir", out]
     process = subprocess.Popen(
         [sys.executable, "-c", _SLOW, *map(str, words)], stdout=subprocess.PIPE, text=True
@@ -367,7 +362,7 @@ def test_one_command_at_a_time_writes_to_a_run_directory(
     assert not (out / lock.LOCK).exists()
 
 
-def test_more_neighbors_than_there_are_others_make_no_longer_lists(tmp_path: Path) -> None:
+def test_more_neighbors_than_other_samples_give_no_longer_lists(tmp_path: Path) -> None:
     folder = pools.write(tmp_path / "m", pools.make(40, 8))
     subsets = []
     for k in (39, 1_000_000):

@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support import pools
+from support.pools import with_column
+from support.runs import difficulties, graph_difficulties, run, stats
 
-from d2filter.algorithm import features
+from d2filter.algorithm import features, sizes
 from d2filter.algorithm.scores import registry as scores
 from d2filter.algorithm.scores import training_dynamics
-from d2filter.cli import main as cli
 from d2filter.engine.runner import Runner
-from d2filter.stages.catalog import build as catalog_stage
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
 LOG_SCORES = [name for name, score in scores.SCORES.items() if score.needs == "log"]
 N = 600
 POOL = pools.make(N, 8)
-
-
-def run(*words: Any) -> int:
-    return cli.main([str(word) for word in words])
-
-
-def difficulties(out: Path) -> dict[str, float]:
-    found = {}
-    for path in sorted((out / "catalog").glob("part-*.parquet")):
-        table = pq.read_table(path).to_pydict()
-        for hi, lo, value in zip(
-            table["uid_hi"], table["uid_lo"], table["difficulty"], strict=True
-        ):
-            found[f"{hi:016x}{lo:016x}"] = value
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +37,7 @@ def metadata(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 16_000)
-
-
-def made(metadata: Path, out: Path, *words: Any) -> dict[str, float]:
-    assert run("graph", "--metadata-dir", metadata, "--out-dir", out, *words) == 0
-    return difficulties(out)
+    monkeypatch.setattr(sizes, "CATALOG_PART", 16_000)
 
 
 def parts(out: Path) -> int:
@@ -79,8 +58,8 @@ def test_negclip_loss_is_that_of_batches_by_uid(
     rounds: int, metadata: list[Path], tmp_path: Path
 ) -> None:
     words = ("--score", "negclip_loss", "--score-batch", 50, "--score-rounds", rounds)
-    found = made(metadata[0], tmp_path / "a", *words)
-    again = made(metadata[1], tmp_path / "b", *words)
+    found = graph_difficulties(metadata[0], tmp_path / "a", *words)
+    again = graph_difficulties(metadata[1], tmp_path / "b", *words)
     assert parts(tmp_path / "a") > 1
     assert found == again
     assert not (tmp_path / "a" / "catalog" / "scores").exists()
@@ -98,15 +77,17 @@ def test_negclip_loss_is_that_of_batches_by_uid(
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_prototypicality_does_not_see_files(metadata: list[Path], tmp_path: Path) -> None:
+def test_prototypicality_does_not_depend_on_the_split_of_files(
+    metadata: list[Path], tmp_path: Path
+) -> None:
     words = ("--score", "prototypicality", "--feature-type", "image")
-    found = made(metadata[0], tmp_path / "a", *words)
-    assert found == made(metadata[1], tmp_path / "b", *words)
+    found = graph_difficulties(metadata[0], tmp_path / "a", *words)
+    assert found == graph_difficulties(metadata[1], tmp_path / "b", *words)
     assert parts(tmp_path / "a") > 1
     values = np.array(list(found.values()))
     # 600 samples around ten centers, nine centroids: few lie far away, none on a centroid
     assert 0 < values.min() < np.median(values) < values.max() < 2
-    turned = made(metadata[0], tmp_path / "c", *words, "--keep-first", "low")
+    turned = graph_difficulties(metadata[0], tmp_path / "c", *words, "--keep-first", "low")
     assert turned == {uid: -value for uid, value in found.items()}
 
 
@@ -117,7 +98,7 @@ def test_norm_sim_is_the_largest_cosine_to_the_targets(
     np.save(tmp_path / "target.npy", target)
     words = ("--score", "norm_sim", "--score-target", tmp_path / "target.npy")
     words = (*words, "--feature-type", "text")
-    found = made(metadata[1], tmp_path / "a", *words)
+    found = graph_difficulties(metadata[1], tmp_path / "a", *words)
     image = POOL["img"].astype(np.float64)
     cosine = (image @ target.T) / np.linalg.norm(image, axis=1)[:, None]
     best = (cosine / np.linalg.norm(target.astype(np.float64), axis=1)).max(axis=1)
@@ -160,7 +141,7 @@ def write_log(path: Path, made: dict[str, Any], rows: list[int] | None = None) -
 
 @pytest.mark.parametrize("name", LOG_SCORES)
 @pytest.mark.parametrize("logits", [False, True])
-def test_scores_of_a_training_log(
+def test_scores_of_a_training_log_equal_the_formulas(
     name: str, logits: bool, metadata: list[Path], tmp_path: Path
 ) -> None:
     from d2filter.formats import traininglog
@@ -178,7 +159,7 @@ def test_scores_of_a_training_log(
     assert (np.diff(found.hi.astype(object)) > 0).all()
 
 
-def test_a_log_decides_the_difficulty_and_what_it_lacks_is_bad(
+def test_a_training_log_gives_the_difficulty_and_samples_without_a_row_are_bad(
     metadata: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made_log = log()
@@ -191,11 +172,11 @@ def test_a_log_decides_the_difficulty_and_what_it_lacks_is_bad(
     for row in range(N - 5):
         # a low margin is a hard sample, and goes first
         assert found[POOL["uid"][row]] == pytest.approx(-expected[row], abs=1e-6)
-    stats = json.loads((tmp_path / "a" / "stats.json").read_text())
-    assert stats["samples"]["bad"] == 5
-    assert stats["catalog"]["bad_reasons"] == {"no row in the training log": 5}
+    figures = stats(tmp_path / "a")
+    assert figures["samples"]["bad"] == 5
+    assert figures["catalog"]["bad_reasons"] == {"no row in the training log": 5}
     score = {"name": "margin", "high_is": "easier", "kept_first": "low"}
-    assert stats["catalog"]["score"] == score
+    assert figures["catalog"]["score"] == score
     # without the folder the log still counts
     words = ("graph", "--out-dir", tmp_path / "a", "--score", "margin", "--training-log", path)
     assert run(*words) == 0
@@ -211,22 +192,22 @@ def test_a_log_decides_the_difficulty_and_what_it_lacks_is_bad(
         (lambda t: t.drop_columns(["label"]), "has no column label"),
         (lambda t: t.drop_columns(["probabilities"]), "has no column probabilities or logits"),
         (
-            lambda t: changed(t, "epoch", [10] * len(t)),
+            lambda t: with_column(t, "epoch", [10] * len(t)),
             "does not have one row for each of the 1 epochs",
         ),
-        (lambda t: changed(t, "label", [7] * len(t)), "has a label outside 0 to 2"),
-        (lambda t: changed(t, "label", list(range(len(t)))), "has more than one label"),
-        (lambda t: changed(t, "uid", ["cat"] * len(t)), "'cat' in row 0 is not a uid"),
+        (lambda t: with_column(t, "label", [7] * len(t)), "has a label outside 0 to 2"),
+        (lambda t: with_column(t, "label", list(range(len(t)))), "has more than one label"),
+        (lambda t: with_column(t, "uid", ["cat"] * len(t)), "'cat' in row 0 is not a uid"),
         (
-            lambda t: changed(t, "probabilities", [[0.5]] + [[0.5, 0.5]] * (len(t) - 1)),
+            lambda t: with_column(t, "probabilities", [[0.5]] + [[0.5, 0.5]] * (len(t) - 1)),
             "one length",
         ),
-        (lambda t: changed(t, "probabilities", [[float("nan")]] * len(t)), "not finite"),
-        (lambda t: changed(t, "probabilities", ["high"] * len(t)), "lists of numbers"),
+        (lambda t: with_column(t, "probabilities", [[float("nan")]] * len(t)), "not finite"),
+        (lambda t: with_column(t, "probabilities", ["high"] * len(t)), "lists of numbers"),
         (lambda t: t.slice(0, 0), "has no rows"),
     ],
 )
-def test_a_log_that_is_none(
+def test_a_file_that_is_not_a_training_log_is_refused(
     breaks: Any, said: str, metadata: list[Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -236,10 +217,6 @@ def test_a_log_that_is_none(
     assert run("graph", *words, "--score", "el2n") == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert said in line
-
-
-def changed(table: Any, name: str, values: Any) -> Any:
-    return table.set_column(table.column_names.index(name), name, pa.array(values))
 
 
 @pytest.mark.parametrize(
@@ -257,7 +234,7 @@ def changed(table: Any, name: str, values: Any) -> Any:
         (("--score", "el2n", "--training-log", "none.parquet"), 1, "is neither a .parquet file"),
     ],
 )
-def test_a_score_that_cannot_be_computed(
+def test_a_score_that_cannot_be_computed_is_refused(
     words: tuple[Any, ...], code: int, said: str, metadata: list[Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -270,11 +247,11 @@ def test_a_named_clip_score_is_computed_and_a_column_can_be_turned(tmp_path: Pat
     folder = pools.write(
         tmp_path / "m", POOL, columns={"clip_l14_similarity_score": column.tolist()}
     )
-    plain = made(folder, tmp_path / "a")
+    plain = graph_difficulties(folder, tmp_path / "a")
     assert plain == dict(zip(POOL["uid"], column.tolist(), strict=True))
-    turned = made(folder, tmp_path / "b", "--keep-first", "low")
+    turned = graph_difficulties(folder, tmp_path / "b", "--keep-first", "low")
     assert turned == {uid: -value for uid, value in plain.items()}
-    computed = made(folder, tmp_path / "c", "--score", "clip_score")
+    computed = graph_difficulties(folder, tmp_path / "c", "--score", "clip_score")
     expected = scores.clip_score(POOL["img"], POOL["txt"])
     assert computed == dict(zip(POOL["uid"], expected.tolist(), strict=True))
 
@@ -292,18 +269,18 @@ def test_any_embeddings_make_a_graph_without_an_image(
     np.savez(folder / "a.npz", sentence=vectors, topic=POOL["img"])
     words = ("graph", "--metadata-dir", folder, "--score", "prototypicality")
     assert run(*words, "--out-dir", tmp_path / "o", "--feature-keys", "sentence") == 0
-    stats = json.loads((tmp_path / "o" / "stats.json").read_text())
-    assert stats["catalog"]["bad_reasons"] == {"zero embedding": 1, "non-finite embedding": 1}
-    assert stats["catalog"]["dimension"] == 8
+    figures = stats(tmp_path / "o")
+    assert figures["catalog"]["bad_reasons"] == {"zero embedding": 1, "non-finite embedding": 1}
+    assert figures["catalog"]["dimension"] == 8
     both = ("--feature-keys", "sentence", "topic")
     assert run(*words, "--out-dir", tmp_path / "p", *both) == 0
-    assert json.loads((tmp_path / "p" / "stats.json").read_text())["catalog"]["dimension"] == 16
+    assert stats(tmp_path / "p")["catalog"]["dimension"] == 16
     assert run("verify", tmp_path / "p") == 1  # no ranking yet
     assert run(*words, "--out-dir", tmp_path / "q", "--feature-keys", "words") == 1
     assert "has no words" in capsys.readouterr().err
 
 
-def test_a_target_set_of_another_model(
+def test_a_target_set_of_another_model_is_refused(
     metadata: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     np.save(tmp_path / "target.npy", np.ones((3, 9), np.float32))
@@ -320,8 +297,8 @@ def test_the_lowest_score_is_in_the_units_of_the_score(tmp_path: Path) -> None:
     words = ("run", "--metadata-dir", folder, "--out-dir", tmp_path / "o", "--fraction", 1)
     words = (*words, "--score-column", "loss", "--keep-first", "low", "--min-score", 0.25)
     assert run(*words) == 0
-    stats = json.loads((tmp_path / "o" / "stats.json").read_text())
-    assert stats["samples"]["kept"] == (column >= 0.25).sum()
+    figures = stats(tmp_path / "o")
+    assert figures["samples"]["kept"] == (column >= 0.25).sum()
     assert run("verify", tmp_path / "o") == 0
 
 
@@ -358,32 +335,32 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, before: str) -> None:
 
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("before", ["merge", "batches", "score"])
-def test_a_score_of_the_pool_goes_on_where_it_was_stopped(
+def test_an_interrupted_score_of_the_pool_continues(
     before: str, metadata: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("--score", "negclip_loss", "--score-batch", 50)
-    undisturbed = made(metadata[1], tmp_path / "a", *words)
+    undisturbed = graph_difficulties(metadata[1], tmp_path / "a", *words)
     with monkeypatch.context() as patch:
         interrupt(patch, before)
         command = ("graph", "--metadata-dir", metadata[1], "--out-dir", tmp_path / "b", *words)
         assert run(*command) == 130
-    assert made(metadata[1], tmp_path / "b", *words) == undisturbed
+    assert graph_difficulties(metadata[1], tmp_path / "b", *words) == undisturbed
 
 
 @pytest.mark.parametrize("before", ["merge", "score"])
-def test_another_size_of_tasks_begins_the_catalog_again(
+def test_another_task_size_builds_the_catalog_again(
     before: str, metadata: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As another --memory-per-worker makes them: groups of the same name hold other files."""
     words = ("--score", "prototypicality")
-    undisturbed = made(metadata[1], tmp_path / "a", *words)
+    undisturbed = graph_difficulties(metadata[1], tmp_path / "a", *words)
     with monkeypatch.context() as patch:
         interrupt(patch, before)
         command = ("graph", "--metadata-dir", metadata[1], "--out-dir", tmp_path / "b", *words)
         assert run(*command) == 130
-    monkeypatch.setattr(catalog_stage, "_GROUP_BYTES", 1000)
-    monkeypatch.setattr(catalog_stage, "_PART_BYTES", 16_000)
-    assert made(metadata[1], tmp_path / "b", *words) == undisturbed
-    stats = json.loads((tmp_path / "b" / "stats.json").read_text())
-    assert stats["samples"]["read"] == N
-    assert stats["samples"]["duplicate"] == 0
+    monkeypatch.setattr(sizes, "CATALOG_GROUP", 1000)
+    monkeypatch.setattr(sizes, "CATALOG_PART", 16_000)
+    assert graph_difficulties(metadata[1], tmp_path / "b", *words) == undisturbed
+    figures = stats(tmp_path / "b")
+    assert figures["samples"]["read"] == N
+    assert figures["samples"]["duplicate"] == 0

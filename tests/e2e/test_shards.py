@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import shards as made
 from PIL import Image
+from support import shard_files
+from support.runs import run, stats
 
 from d2filter.algorithm.scores import registry as scores
 from d2filter.cli.main import main
@@ -21,17 +22,9 @@ from d2filter.formats import uid as uid_format
 pytestmark = pytest.mark.usefixtures("cluster")
 
 
-def run(*words: object) -> int:
-    return main([str(word) for word in words])
-
-
-def stats(out: Path) -> dict:
-    return json.loads((out / "stats.json").read_text())
-
-
 def bomb() -> bytes:
     """A small PNG that claims 60,000 × 60,000 pixels."""
-    content = bytearray(made.black_png_with_alpha())
+    content = bytearray(shard_files.black_png_with_alpha())
     content[16:24] = (60000).to_bytes(4, "big") * 2
     import zlib
 
@@ -46,19 +39,21 @@ def finished(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
     for number in range(2):
         files = []
         for i in range(70):
-            files += made.members(f"{number}{i:04d}", 100 * number + i)
+            files += shard_files.members(f"{number}{i:04d}", 100 * number + i)
         files += [
-            (f"{number}a.jpg", made.picture(1)[:200]), (f"{number}a.txt", b"cut off"),
+            (f"{number}a.jpg", shard_files.picture(1)[:200]), (f"{number}a.txt", b"cut off"),
             (f"{number}b.png", bomb()), (f"{number}b.txt", b"a bomb"),
             (f"{number}c.txt", b"nothing to see"),
-            (f"{number}d.png", made.black_png_with_alpha()), (f"{number}d.txt", b"alpha"),
-            (f"{number}e.png", made.picture(5, "PNG", "P")), (f"{number}e.txt", b"palette"),
-            (f"{number}f.webp", made.picture(6, "WEBP")), (f"{number}f.txt", "été 雪".encode()),
-            (f"{number}g.png", made.picture(7, "PNG", "LA")), (f"{number}g.txt", b"gray alpha"),
-            (f"{number}h.jpg", made.picture(8, "JPEG", "CMYK")), (f"{number}h.txt", b"cmyk"),
-            (f"{number}i.jpg", made.picture(9)), (f"{number}i.txt", b"word " * 500),
+            (f"{number}d.png", shard_files.black_png_with_alpha()), (f"{number}d.txt", b"alpha"),
+            (f"{number}e.png", shard_files.picture(5, "PNG", "P")), (f"{number}e.txt", b"palette"),
+            (f"{number}f.webp", shard_files.picture(6, "WEBP")),
+            (f"{number}f.txt", "été 雪".encode()),
+            (f"{number}g.png", shard_files.picture(7, "PNG", "LA")),
+            (f"{number}g.txt", b"gray alpha"),
+            (f"{number}h.jpg", shard_files.picture(8, "JPEG", "CMYK")), (f"{number}h.txt", b"cmyk"),
+            (f"{number}i.jpg", shard_files.picture(9)), (f"{number}i.txt", b"word " * 500),
         ]  # fmt: skip
-        made.write(folder / f"s/{number:05d}.tar", files)
+        shard_files.write(folder / f"s/{number:05d}.tar", files)
     words = ("--shards", folder / "s", "--fraction", "0.5", "--batch-size", 32)
     assert run("run", *words, "--max-bad", "0.1", "--out-dir", folder / "o") == 0
     return folder
@@ -82,7 +77,7 @@ def test_everything_is_accounted_for(finished: Path) -> None:
     assert run("verify", out) == 0
 
 
-def test_reading_the_shards_again_finds_what_was_changed_under_their_names(
+def test_rereading_shards_finds_content_that_changed_under_the_same_name(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = finished / "o"
@@ -139,10 +134,12 @@ def test_embeddings_are_those_of_open_clip_itself(finished: Path) -> None:
     )
     model.eval()
     tokenize = open_clip.get_tokenizer(tiny.MODEL_NAME)
-    pictures = [Image.open(io.BytesIO(made.picture(i))) for i in range(20)]
+    pictures = [Image.open(io.BytesIO(shard_files.picture(i))) for i in range(20)]
     with torch.inference_mode():
         image = model.encode_image(torch.stack([transform(p) for p in pictures]), normalize=True)
-        text = model.encode_text(tokenize([made.caption(i) for i in range(20)]), normalize=True)
+        text = model.encode_text(
+            tokenize([shard_files.caption(i) for i in range(20)]), normalize=True
+        )
     with np.load(finished / "o/metadata/00000.npz") as arrays:
         assert np.abs(arrays["tiny_img"][:20] - image.numpy()).max() < 2e-3
         assert np.abs(arrays["tiny_txt"][:20] - text.numpy()).max() < 2e-3
@@ -190,11 +187,11 @@ def test_embed_and_graph_run_alone(finished: Path, tmp_path: Path) -> None:
 def test_a_truncated_shard_is_reported_after_everything_is_done(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = [f for i in range(30) for f in made.members(f"{i:03d}", i)]
-    path = made.write(tmp_path / "s/00000.tar", files)
+    files = [f for i in range(30) for f in shard_files.members(f"{i:03d}", i)]
+    path = shard_files.write(tmp_path / "s/00000.tar", files)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    made.write(
-        tmp_path / "s/00001.tar", [f for i in range(9) for f in made.members(f"{i}", 50 + i)]
+    shard_files.write(
+        tmp_path / "s/00001.tar", [f for i in range(9) for f in shard_files.members(f"{i}", 50 + i)]
     )
     (tmp_path / "s/00002.tar").write_bytes(b"this is no tar file" * 100)
     out = tmp_path / "o"
@@ -222,7 +219,7 @@ def test_a_truncated_shard_is_reported_after_everything_is_done(
         (["--metadata-dir", "x"], 2, "shards and metadata-dir are both given"),
     ],
 )
-def test_unusable_models_and_options(
+def test_unusable_models_and_options_are_refused(
     finished: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -239,20 +236,20 @@ def test_unusable_models_and_options(
     assert not (tmp_path / "o/metadata").exists()
 
 
-def test_odd_names_shapes_and_depths(tmp_path: Path) -> None:
+def test_unusual_names_shapes_and_depths_do_not_lose_the_shard(tmp_path: Path) -> None:
     """None of these may cost the shard; a 16-bit gray picture is the 8-bit one."""
-    gray = Image.open(io.BytesIO(made.picture(3))).convert("L")
+    gray = Image.open(io.BytesIO(shard_files.picture(3))).convert("L")
     deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
     files = [
-        *made.members("a", 1),
-        ("b\udcff.jpg", made.picture(2)), ("b\udcff.txt", b"name that is no text"),
-        ("c.jpg", made.picture(3)), ("c.json", b'{"caption": "c", "url": "http://x/\\udc80"}'),
-        ("d.png", made.png(Image.new("L", (1, 60000)))), ("d.txt", b"a line"),
-        ("e.png", made.png(gray)), ("e.txt", b"gray"),
-        ("f.png", made.png(deep)), ("f.txt", b"gray"),
+        *shard_files.members("a", 1),
+        ("b\udcff.jpg", shard_files.picture(2)), ("b\udcff.txt", b"name that is no text"),
+        ("c.jpg", shard_files.picture(3)), ("c.json", b'{"caption": "c", "url": "http://x/\\udc80"}'),
+        ("d.png", shard_files.png(Image.new("L", (1, 60000)))), ("d.txt", b"a line"),
+        ("e.png", shard_files.png(gray)), ("e.txt", b"gray"),
+        ("f.png", shard_files.png(deep)), ("f.txt", b"gray"),
         ("g.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), ("g.txt", b"PostScript"),
     ]  # fmt: skip
-    made.write(tmp_path / "s/0.tar", files)
+    shard_files.write(tmp_path / "s/0.tar", files)
     out = tmp_path / "o"
     assert run("embed", "--shards", tmp_path / "s", "--max-bad", "1", "--out-dir", out) == 0
     bad = pq.read_table(out / "bad_samples.parquet").to_pylist()
@@ -264,19 +261,23 @@ def test_odd_names_shapes_and_depths(tmp_path: Path) -> None:
     assert image[3] @ image[4] > 0.999
 
 
-def test_shards_that_changed_came_or_went_are_taken_up(
+def test_changed_added_and_removed_shards_are_noticed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One shard changed, one new, one gone: as a run that never knew the others."""
     for number in range(4):
-        files = [f for i in range(6) for f in made.members(f"{i}", 10 * number + i)]
-        made.write(tmp_path / f"s/{number}.tar", files)
+        files = [f for i in range(6) for f in shard_files.members(f"{i}", 10 * number + i)]
+        shard_files.write(tmp_path / f"s/{number}.tar", files)
     out = tmp_path / "o"
     words = ("run", "--shards", tmp_path / "s", "--fraction", "0.5", "--out-dir", out)
     assert run(*words) == 0
-    made.write(tmp_path / "s/1.tar", [f for i in range(3) for f in made.members(f"{i}", 70 + i)])
+    shard_files.write(
+        tmp_path / "s/1.tar", [f for i in range(3) for f in shard_files.members(f"{i}", 70 + i)]
+    )
     (tmp_path / "s/2.tar").unlink()
-    made.write(tmp_path / "s/4.tar", [f for i in range(5) for f in made.members(f"{i}", 90 + i)])
+    shard_files.write(
+        tmp_path / "s/4.tar", [f for i in range(5) for f in shard_files.members(f"{i}", 90 + i)]
+    )
     capsys.readouterr()
     assert run(*words) == 1
     assert "input file 1 has changed" in capsys.readouterr().err
@@ -308,8 +309,8 @@ def test_shards_whose_names_collide_lose_nothing(tmp_path: Path) -> None:
     names = ["a/0.tar", "b/0.tar", f"c/{marked}.tar", f"d/{marked.upper()}.TAR"]
     names += ["a/x.tar", "a/X.tar", "a/tasks.tar", f"a/{'n' * 240}.tar", f"b/{'n' * 240}.tar"]
     for number, name in enumerate(names):
-        files = [f for i in range(3) for f in made.members(f"{i}", 900 + 10 * number + i)]
-        made.write(tmp_path / "s" / name, files)
+        files = [f for i in range(3) for f in shard_files.members(f"{i}", 900 + 10 * number + i)]
+        shard_files.write(tmp_path / "s" / name, files)
     out = tmp_path / "o"
     words = ("run", "--shards", *(tmp_path / "s" / f for f in "abcd"), "--out-dir", out)
     assert run(*words) == 0
@@ -321,15 +322,19 @@ def test_shards_whose_names_collide_lose_nothing(tmp_path: Path) -> None:
     assert run(*words) == 0
 
 
-def test_what_is_seen_through_a_transparent_picture_can_be_chosen(
+def test_the_background_of_transparent_pictures_is_an_option(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And another choice is another making."""
-    drawn = Image.open(io.BytesIO(made.picture(3))).convert("RGBA")
+    """Another choice changes the fingerprint of embed."""
+    drawn = Image.open(io.BytesIO(shard_files.picture(3))).convert("RGBA")
     drawn.paste((0, 0, 0, 0), (0, 0, 64, 40))
-    files = [("a.png", made.png(drawn)), ("a.txt", b"a red star"), *made.members("b", 5)]
-    files += [("c.png", made.black_png_with_alpha()), ("c.txt", b"nothing")]
-    made.write(tmp_path / "s/0.tar", files)
+    files = [
+        ("a.png", shard_files.png(drawn)),
+        ("a.txt", b"a red star"),
+        *shard_files.members("b", 5),
+    ]
+    files += [("c.png", shard_files.black_png_with_alpha()), ("c.txt", b"nothing")]
+    shard_files.write(tmp_path / "s/0.tar", files)
     rows = {}
     for alpha in ("drop", "black", "white"):
         out = tmp_path / alpha
@@ -354,7 +359,7 @@ def test_other_weights_at_the_same_path_are_noticed(
 
     weights = tmp_path / "w.safetensors"
     weights.write_bytes(tiny.WEIGHTS.read_bytes())
-    made.write(tmp_path / "s/0.tar", made.members("a", 1))
+    shard_files.write(tmp_path / "s/0.tar", shard_files.members("a", 1))
     words = (
         "embed",
         "--shards",
@@ -373,7 +378,9 @@ def test_other_weights_at_the_same_path_are_noticed(
     assert "weights was" in capsys.readouterr().err
 
 
-def test_shards_without_a_usable_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made.write(tmp_path / "s/0.tar", [("a.txt", b"x"), ("b.txt", b"y")])
+def test_shards_without_a_usable_sample_fail_with_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard_files.write(tmp_path / "s/0.tar", [("a.txt", b"x"), ("b.txt", b"y")])
     assert run("run", "--shards", tmp_path / "s", "--out-dir", tmp_path / "o") == 1
     assert "none of 2 samples in 1 shards can be embedded (2 no image)" in capsys.readouterr().err

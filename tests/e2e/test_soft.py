@@ -8,26 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
-import pyarrow.parquet as pq
 import pytest
-import shards as shards_of
 import webdataset as wds
+from support import pools, shard_files
+from support.runs import ranking_columns, run, stats
 
 import d2filter
 from d2filter.algorithm import soft
 from d2filter.algorithm.greedy import messages
-from d2filter.cli import main as cli
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
 N = 60
 POOL = pools.make(N, 8, seed=3)
 OWN = np.random.default_rng(4).random(N).astype(np.float32)
-
-
-def run(*words: Any) -> int:
-    return cli.main([str(word) for word in words])
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +31,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(3):
         files = []
         for row in range(number, N, 3):
-            files += shards_of.members(f"{row:04d}", row % 5, uid=POOL["uid"][row])
-        shards_of.write(folder / f"{number:05d}.tar", files)
+            files += shard_files.members(f"{row:04d}", row % 5, uid=POOL["uid"][row])
+        shard_files.write(folder / f"{number:05d}.tar", files)
     return folder
 
 
@@ -64,12 +58,6 @@ def outs(cluster: None, shards: Path, tmp_path_factory: pytest.TempPathFactory) 
     return made
 
 
-def ranking(out: Path) -> dict[str, np.ndarray]:
-    parts = [pq.read_table(path) for path in sorted((out / "ranking").glob("*.parquet"))]
-    names = parts[0].column_names
-    return {n: np.concatenate([part.column(n).to_numpy() for part in parts]) for n in names}
-
-
 def counts(path: Path) -> Counter[str]:
     found = np.load(path)
     assert found.dtype == np.dtype("u8,u8")
@@ -81,7 +69,7 @@ def counts(path: Path) -> Counter[str]:
 def test_copies_follow_the_ranking_and_no_layout(outs: list[Path]) -> None:
     subsets = [(out / "subset.npy").read_bytes() for out in outs]
     assert len(set(subsets)) == 1
-    r = ranking(outs[0])
+    r = ranking_columns(outs[0])
     for name, size in (
         ("subset.npy", 36),
         ("subsets/d2_l14_60_percent.npy", 36),
@@ -97,10 +85,10 @@ def test_copies_follow_the_ranking_and_no_layout(outs: list[Path]) -> None:
         }
         assert found == expected
         assert max(found.values()) > 1
-    stats = json.loads((outs[0] / "stats.json").read_text())
+    figures = stats(outs[0])
     distinct = len(counts(outs[0] / "subset.npy"))
-    assert (stats["samples"]["kept"], stats["samples"]["pruned"]) == (distinct, N - distinct)
-    assert (stats["select"]["budget"], stats["select"]["total"]) == (36, 36)
+    assert (figures["samples"]["kept"], figures["samples"]["pruned"]) == (distinct, N - distinct)
+    assert (figures["select"]["budget"], figures["select"]["total"]) == (36, 36)
     for out in outs:
         assert run("verify", out) == 0
 
@@ -149,13 +137,13 @@ def test_explain_and_report_know_who_is_in(
     assert (outs[0] / "report.html").exists()
 
 
-def test_late_samples_and_low_scores_get_no_copy(outs: list[Path], tmp_path: Path) -> None:
+def test_demoted_samples_and_low_scores_get_no_copy(outs: list[Path], tmp_path: Path) -> None:
     words = ("--overwrite", "rank", "--collapse-copies", "--method", "score")
     out = outs[2]
     assert run("rank", "--out-dir", out, *words) == 0
     words = ("--soft", "--budget", 50, "--min-score", 0.3)
     assert run("select", "--out-dir", out, *words) == 0
-    r = ranking(out)
+    r = ranking_columns(out)
     among = (r["forward"] != messages.FLOOR) & (r["difficulty"] >= np.float32(0.3))
     assert not (r["forward"] != messages.FLOOR).all()
     times = soft.copies(r["difficulty"][among], r["uid_hi"][among], r["uid_lo"][among], 50, 0.1)
@@ -176,7 +164,7 @@ def test_late_samples_and_low_scores_get_no_copy(outs: list[Path], tmp_path: Pat
         (("--soft", "--min-score", 9), "no sample has a score of at least min-score 9"),
     ],
 )
-def test_soft_selections_that_cannot_be(
+def test_impossible_soft_selections_are_refused(
     words: tuple[Any, ...], said: str, outs: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("select", "--out-dir", outs[0], *words) == 2
@@ -199,7 +187,7 @@ def test_each_class_gets_its_share_in_copies(tmp_path: Path) -> None:
         assert run("run", *words, "--soft", 0.05, "--fraction", "0.6,0.2") == 0
         assert run("verify", out) == 0
         subsets.add((out / "subset.npy").read_bytes())
-        r = ranking(out)
+        r = ranking_columns(out)
         uid = [f"{hi:016x}{lo:016x}" for hi, lo in zip(r["uid_hi"], r["uid_lo"], strict=True)]
         for name, size in (("subset.npy", 36), ("subsets/d2_l14_20_percent.npy", 12)):
             found = counts(out / name)

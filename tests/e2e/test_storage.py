@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
 import pyarrow.parquet as pq
 import pytest
-import shards
-from flaky_proxy import KINDS, FlakyProxy
+from support import pools, shard_files
+from support.flaky_proxy import KINDS, FlakyProxy
+from support.runs import stats
 
 from d2filter.errors import StorageError
 from d2filter.formats import retry
@@ -214,11 +214,7 @@ def same_outputs(out: Path, expected: Path) -> None:
         for path in files:
             inside = path.relative_to(expected)
             assert (out / inside).read_bytes() == path.read_bytes(), inside
-    assert samples(out) == samples(expected)
-
-
-def samples(out: Path) -> Any:
-    return json.loads((out / "stats.json").read_text())["samples"]
+    assert stats(out)["samples"] == stats(expected)["samples"]
 
 
 def one_line(err: str) -> str:
@@ -301,17 +297,17 @@ def test_a_server_that_fails_every_fifth_time_loses_nothing(
     same_outputs(tmp_path / "out", expected)
 
 
-def test_shards_on_s3_arrive_whole_from_a_server_that_breaks_off(
+def test_shards_on_s3_are_read_completely_from_a_server_that_breaks_connections(
     commands: Commands, proxy: FlakyProxy, bucket: Any, tmp_path: Path
 ) -> None:
     expected = set()
     for number in range(2):
         files = []
         for i in range(20):
-            files += shards.members(f"{number}{i:04d}", seed := 100 * number + i)
-            content, caption = shards.picture(seed), shards.caption(seed)
+            files += shard_files.members(f"{number}{i:04d}", seed := 100 * number + i)
+            content, caption = shard_files.picture(seed), shard_files.caption(seed)
             expected.add(uid_format.content_uid(content, caption))
-        shards.write(tmp_path / f"shards/{number:05d}.tar", files)
+        shard_files.write(tmp_path / f"shards/{number:05d}.tar", files)
     bucket.put(f"{tmp_path}/shards/", "pool/shards", recursive=True)
     proxy.faults.clear()
     proxy.rate = 0.25
@@ -328,7 +324,7 @@ def test_shards_on_s3_arrive_whole_from_a_server_that_breaks_off(
     # ids made of the content: they are right when every byte is
     tables = [pq.read_table(path) for path in (tmp_path / "out/metadata").glob("*.parquet")]
     assert {u for table in tables for u in table.column("uid").to_pylist()} == expected
-    assert samples(tmp_path / "out")["read"] == len(expected) == 40
+    assert stats(tmp_path / "out")["samples"]["read"] == len(expected) == 40
 
 
 def test_an_upload_in_parts_that_fails_leaves_the_object_of_before(
@@ -364,7 +360,7 @@ def test_an_upload_in_parts_that_fails_leaves_the_object_of_before(
 
 
 @pytest.mark.parametrize("what", GONE)
-def test_a_server_that_is_gone_is_one_line(
+def test_a_store_that_does_not_answer_fails_with_one_line(
     gone: Mapping[str, tuple[subprocess.Popen[str], Path]], what: str
 ) -> None:
     process, out = gone[what]
@@ -386,7 +382,7 @@ def _mounts_are_permitted() -> bool:
 
 
 @pytest.mark.skipif(not _mounts_are_permitted(), reason="no mount namespace: unshare -rm fails")
-def test_a_full_and_a_read_only_disk_are_one_line_and_the_same_command_goes_on(
+def test_a_full_or_read_only_disk_fails_with_one_line_and_the_same_command_continues(
     metadata: Path, expected: Path, tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk"

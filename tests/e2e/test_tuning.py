@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
 import pytest
+from support import pools
+from support.runs import stats
 
 from d2filter import rank as rank_arrays
 from d2filter.algorithm import sizes
@@ -42,11 +43,6 @@ def run(tmp: Path, pool: dict[str, Any], score: np.ndarray, *options: str, **lay
     return out
 
 
-def rank_of(out: Path) -> dict[str, Any]:
-    figures: dict[str, Any] = json.loads((out / "stats.json").read_text())["rank"]
-    return figures
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -57,7 +53,7 @@ def rank_of(out: Path) -> dict[str, Any]:
         ["--cut-hardest", "auto", "--method", "ccs"],
     ],
 )
-def test_layout_partitions_and_size_cannot_be_seen_in_what_is_chosen(
+def test_layout_partitions_and_task_sizes_do_not_change_automatic_settings(
     tmp_path: Path, pool: dict[str, Any], score: np.ndarray, options: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -66,7 +62,7 @@ def test_layout_partitions_and_size_cannot_be_seen_in_what_is_chosen(
     monkeypatch.setattr(sizes, "SETTLED_WHOLE", 0)
     parts = run(tmp_path / "b", pool, score, *options, "--partitions", "3", files=4, shuffle=9)
     assert (whole / "subset.npy").read_bytes() == (parts / "subset.npy").read_bytes()
-    a, b = rank_of(whole), rank_of(parts)
+    a, b = stats(whole)["rank"], stats(parts)["rank"]
     found = ["copies_sqdist", "cut_hardest", "late"]
     if "--method" not in options:
         found += ["gamma", "gamma_floor", "gamma_unit", "effective_share"]
@@ -89,7 +85,7 @@ def test_a_notebook_gets_the_bits_of_the_command_line(
     kept = sorted(pool["uid"][row] for row in found.select("0.2"))
     pairs = np.load(out / "subset.npy")
     assert kept == [f"{hi:016x}{lo:016x}" for hi, lo in pairs.tolist()]
-    assert found.gamma == rank_of(out)["gamma"]
+    assert found.gamma == stats(out)["rank"]["gamma"]
 
 
 def test_another_budget_is_a_prefix_of_the_ranking_that_is_there(
@@ -97,19 +93,19 @@ def test_another_budget_is_a_prefix_of_the_ranking_that_is_there(
 ) -> None:
     out = run(tmp_path, pool, score, "--fraction", "0.2")
     ranking = (out / "ranking" / "part-00000.parquet").read_bytes()
-    gamma = rank_of(out)["gamma"]
+    gamma = stats(out)["rank"]["gamma"]
     capsys.readouterr()
     run(tmp_path, pool, score, "--fraction", "0.6")
     assert "rank      done before" in capsys.readouterr().out
     assert (out / "ranking" / "part-00000.parquet").read_bytes() == ranking
-    assert rank_of(out)["tuned_for"] == "0.2"
+    assert stats(out)["rank"]["tuned_for"] == "0.2"
     # asked for, it is another ranking
     told = ["--out-dir", str(out), "--recipe", "web", "--tuned-for", "0.6"]
     assert cli.main(["rank", *told]) == 1
     assert "tuned_for" in capsys.readouterr().err
     assert cli.main(["rank", *told, "--overwrite", "rank"]) == 0
-    assert rank_of(out)["tuned_for"] == "0.6"
-    assert rank_of(out)["gamma"] != gamma
+    assert stats(out)["rank"]["tuned_for"] == "0.6"
+    assert stats(out)["rank"]["gamma"] != gamma
 
 
 def test_a_sweep_and_the_self_check_fit_gamma_as_the_ranking_does(
@@ -149,7 +145,7 @@ def test_a_gamma_that_is_not_the_one_that_was_found_is_a_breach(
     assert any("cut_hardest is 0, found again" in line for line in lines)
 
 
-def test_what_counts_as_not_learned_is_known_of_a_margin(
+def test_the_labels_recipe_cuts_samples_with_a_margin_below_zero(
     tmp_path: Path, pool: dict[str, Any]
 ) -> None:
     """A tenth of the labels is wrong, by a margin below 0; the middle of its range is another."""
@@ -159,8 +155,8 @@ def test_what_counts_as_not_learned_is_known_of_a_margin(
     told = ["--metadata-dir", str(metadata), "--out-dir", str(tmp_path / "out")]
     told += ["--score-column", "margin", "--keep-first", "low", "--recipe", "labels"]
     assert cli.main(["run", *told, "--fraction", "0.9"]) == 0
-    assert rank_of(tmp_path / "out")["cut_hardest"] == "0.100000"
-    assert rank_of(tmp_path / "out")["late"]["hardest"] == 70
+    assert stats(tmp_path / "out")["rank"]["cut_hardest"] == "0.100000"
+    assert stats(tmp_path / "out")["rank"]["late"]["hardest"] == 70
     wrong = {pool["uid"][row] for row in range(70)}
     kept = {f"{hi:016x}{lo:016x}" for hi, lo in np.load(tmp_path / "out" / "subset.npy").tolist()}
     assert len(kept) == 630
@@ -176,7 +172,7 @@ def test_what_counts_as_not_learned_is_known_of_a_margin(
         ("--tuned-for", "2", "2"),
     ],
 )
-def test_values_that_cannot_be(
+def test_impossible_values_are_refused(
     tmp_path: Path, option: str, value: str, summary: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = ["run", "--metadata-dir", str(tmp_path), "--out-dir", str(tmp_path / "o")]

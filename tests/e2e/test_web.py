@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import shards as made
-from webserver import WebServer
+from support import pools, shard_files
+from support.web_server import WebServer
 
 from d2filter.cli import main as cli
 
@@ -41,8 +40,8 @@ def files() -> dict[str, bytes]:
     for number in range(2):
         members = [(f"{number}bad.txt", b"no picture")]
         for i in range(30):
-            members += made.members(f"{number}{i:04d}", 100 * number + i)
-        found[f"p/{number:05d}.tar"] = made.tar(members)
+            members += shard_files.members(f"{number}{i:04d}", 100 * number + i)
+        found[f"p/{number:05d}.tar"] = shard_files.tar(members)
     return found
 
 
@@ -215,8 +214,8 @@ def test_shards_with_names_as_long_as_file_systems_allow(tmp_path: Path) -> None
     names = []
     for n, letter in enumerate("xü雪👩"):
         names.append(f"{letter * ((255 - len('0.tar')) // len(letter.encode()))}{n}.tar")
-        files = [m for i in range(8) for m in made.members(f"{n}{i}", 10 * n + i)]
-        made.write(tmp_path / "p" / names[-1], [*files, (f"{n}bad.txt", b"no picture")])
+        files = [m for i in range(8) for m in shard_files.members(f"{n}{i}", 10 * n + i)]
+        shard_files.write(tmp_path / "p" / names[-1], [*files, (f"{n}bad.txt", b"no picture")])
     out, new = tmp_path / "out", tmp_path / "new"
     run("run", "--shards", tmp_path / "p", "--out-dir", out, "--max-bad", "0.5", *OPTIONS)
     run("verify", out, "--deep")

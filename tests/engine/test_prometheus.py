@@ -8,8 +8,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-import pools
 import pytest
+from support import pools
 
 from d2filter.cli.main import main
 

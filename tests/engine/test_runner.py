@@ -1,3 +1,5 @@
+"""Tasks on Ray: results, failures, retries after a killed worker, progress and logs."""
+
 from __future__ import annotations
 
 import io
@@ -65,7 +67,7 @@ def out(tmp_path: Path) -> Folder:
     return Folder(str(tmp_path))
 
 
-def test_results_come_in_order_and_are_not_made_twice(out: Folder) -> None:
+def test_results_come_in_order_and_finished_tasks_do_not_run_again(out: Folder) -> None:
     runner = Runner(out)
     first = runner.map("s", tasks(out, write, "b", "a"), fingerprint="1", label="s")
     assert [f["name"] for f in first] == ["b", "a"]
@@ -87,11 +89,11 @@ def test_one_failure_does_not_stop_the_others_and_is_not_retried(out: Folder) ->
     assert not out.exists("completions/s/x.json")
 
 
-def test_tasks_that_others_make_possible_run_before_those_that_wait(
+def test_tasks_that_a_finished_task_adds_run_before_the_waiting_ones(
     out: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of the first ones calls for another, which calls for a third."""
-    monkeypatch.setattr(fanout, "_AHEAD", 0)  # one at a time
+    monkeypatch.setattr(fanout, "TASKS_AHEAD", 0)  # one at a time
     told: list[str] = []
 
     def then(name: str, figures: dict[str, Any]) -> list[Task]:
@@ -118,7 +120,7 @@ def test_tasks_that_others_make_possible_run_before_those_that_wait(
     assert [name for name in expected if made[name] != again[name]] == ["bx"]
 
 
-def test_what_a_failed_task_would_make_possible_is_not_run(out: Folder) -> None:
+def test_a_failed_task_adds_no_tasks(out: Folder) -> None:
     def then(name: str, figures: dict[str, Any]) -> list[Task]:
         return tasks(out, write, f"{name}x") if len(name) < 2 else []
 
@@ -144,10 +146,10 @@ def test_a_fault_of_ours_keeps_its_traceback_in_the_logs(out: Folder) -> None:
     assert "in stumble" in failed["traceback"]
 
 
-def test_a_killed_worker_is_tried_again_after_a_pause_and_told_of_at_once(
+def test_a_task_of_a_killed_worker_is_tried_again_after_a_pause_and_the_loss_is_printed_at_once(
     out: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fanout, "_FIRST_PAUSE", 0.5)
+    monkeypatch.setattr(fanout, "FIRST_PAUSE", 0.5)
     task = Task(name="t", run=die_once, arguments={"out": out})
     begun = time.monotonic()
     (figures,) = Runner(out).map("s", [task], fingerprint="1", label="s")
@@ -161,10 +163,10 @@ def test_a_killed_worker_is_tried_again_after_a_pause_and_told_of_at_once(
     assert attempts == [1, 2]
 
 
-def test_a_task_whose_worker_always_dies_is_given_up_and_the_others_are_kept(
+def test_a_task_whose_worker_always_dies_is_given_up_and_the_others_finish(
     out: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fanout, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(fanout, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(fanout, "ATTEMPTS", 3)
     mixed = [*tasks(out, die_always, "d"), *tasks(out, write, "y", "z")]
     with pytest.raises(StageError, match=r"s task d: its worker died 3 times \("):
@@ -180,14 +182,14 @@ def test_a_lost_counter_costs_the_bar_and_nothing_else(
 ) -> None:
     import ray
 
-    started = fanout._start_counter
+    started = fanout.start_counter
 
     def dead(module: Any) -> Any:
         counter = started(module)
         ray.kill(counter)
         return counter
 
-    monkeypatch.setattr(fanout, "_start_counter", dead)
+    monkeypatch.setattr(fanout, "start_counter", dead)
     runner = Runner(out, show_progress=True)
     found = runner.map("s", tasks(out, write, "a", "b"), fingerprint="1", label="s", total=6)
     assert [f["name"] for f in found] == ["a", "b"]
@@ -212,22 +214,22 @@ def fan_out(out: Folder, ray: Any, asked: list[dict[str, float]]) -> fanout.FanO
     return fanout.FanOut(ray, out, "s", "1", lambda: asked.pop(0), bar)
 
 
-def test_tasks_that_no_node_can_take_any_more_ask_for_less(
+def test_tasks_that_no_node_can_take_any_more_request_less(
     out: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A node of 99 CPUs was lost while tasks for it were waiting."""
-    monkeypatch.setattr(fanout, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(fanout, "LOOK_SECONDS", 0.1)
     ray = FewerNodes(Runner(out).ray(), [{"Alive": True, "Resources": {"CPU": 2.0}}])
     work = fan_out(out, ray, [{"num_cpus": 99}, {"num_cpus": 1}])
     assert [o.error for o in work.run(tasks(out, write, "a", "b"))] == [None, None]
     assert out.names(".txt") == ["a.txt", "b.txt"]
 
 
-def test_a_cluster_that_stays_without_nodes_is_not_waited_for_without_end(
+def test_waiting_for_a_cluster_without_nodes_has_a_time_limit(
     out: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fanout, "_LOOK_SECONDS", 0.1)
-    monkeypatch.setattr(fanout, "_PLACE_SECONDS", 0.3)
+    monkeypatch.setattr(fanout, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(fanout, "PLACE_SECONDS", 0.3)
     ray = FewerNodes(Runner(out).ray(), [{"Alive": False, "Resources": {"CPU": 99.0}}])
     work = fan_out(out, ray, [{"num_cpus": 99}] * 20)
     with pytest.raises(StageError, match=r"no node of the cluster could take a task \(cpus 99\)"):
@@ -235,12 +237,12 @@ def test_a_cluster_that_stays_without_nodes_is_not_waited_for_without_end(
     assert "s: no node of the cluster can take a task (cpus 99)" in capsys.readouterr().err
 
 
-def test_a_cluster_without_a_node_is_still_asked_for_one_cpu(
+def test_on_a_cluster_without_nodes_a_task_requests_one_cpu(
     out: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = FewerNodes(Runner(out).ray(), [])
     monkeypatch.setattr(Runner, "ray", lambda runner: ray)
-    monkeypatch.setattr(fanout, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(fanout, "LOOK_SECONDS", 0.1)
     runner = Runner(out)
     found = runner.map(
         "s", tasks(out, write, "a"), fingerprint="1", label="s", share_node=True, memory=1
@@ -248,7 +250,7 @@ def test_a_cluster_without_a_node_is_still_asked_for_one_cpu(
     assert [f["name"] for f in found] == ["a"]
 
 
-def test_logs_tell_where_a_task_ran_on_what_and_what_came_of_it(out: Folder) -> None:
+def test_logs_contain_the_node_the_arguments_and_the_outcome_of_a_task(out: Folder) -> None:
     Runner(out).map("s", tasks(out, write, "a"), fingerprint="1", label="writing", total=3)
     started, finished = logs.read(out, "logs/s/a.jsonl")
     assert (started["event"], started["attempt"]) == ("started", 1)
@@ -284,7 +286,7 @@ def idle(report: Any) -> dict[str, Any]:
 def test_the_clock_of_a_bar_goes_on_while_nothing_is_done(
     out: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "_TICK_SECONDS", 0.1)
+    monkeypatch.setattr(progress, "TICK_SECONDS", 0.1)
     shown = io.StringIO()
     monkeypatch.setattr(sys, "stderr", shown)
     runner = Runner(out, show_progress=True)
@@ -294,7 +296,7 @@ def test_the_clock_of_a_bar_goes_on_while_nothing_is_done(
 
 
 def test_a_bar_that_is_closed_prints_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "_TICK_SECONDS", 0.001)
+    monkeypatch.setattr(progress, "TICK_SECONDS", 0.001)
     shown = io.StringIO()
     monkeypatch.setattr(sys, "stderr", shown)
     for _ in range(20):
@@ -348,7 +350,7 @@ def work(report):
     import time
     time.sleep(60)
 
-fanout._FIRST_PAUSE, fanout.ATTEMPTS = 0.1, 2
+fanout.FIRST_PAUSE, fanout.ATTEMPTS = 0.1, 2
 runner = Runner(Folder(sys.argv[1]))
 try:
     runner.map("s", [Task(name="t", run=work, arguments={})], fingerprint="1", label="s")
@@ -357,7 +359,9 @@ finally:
 """
 
 
-def test_a_worker_that_ray_kills_for_memory_is_told_of_with_the_figures(out: Folder) -> None:
+def test_a_worker_that_ray_kills_for_memory_is_reported_with_the_memory_figures(
+    out: Folder,
+) -> None:
     """In a Ray of its own, which takes a hundredth of this machine's memory for too much."""
     limit = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
     done = subprocess.run(

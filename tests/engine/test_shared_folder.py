@@ -31,7 +31,7 @@ from d2filter.engine.runner import Runner
 from d2filter.engine.task import Task, assigned_cpus, assigned_gpu
 
 out = Folder(sys.argv[1])
-fanout._FIRST_PAUSE = 0.1
+fanout.FIRST_PAUSE = 0.1
 ray.init(address="local", num_cpus=5, num_gpus=2, include_dashboard=False,
          object_store_memory=80_000_000, log_to_driver=False, logging_level="ERROR")
 
@@ -151,7 +151,7 @@ MANY = {"CPU": 64.0, "memory": 256e9}
         ((MANY, {"CPU": 2.0, "memory": 4e9}), {"memory": 10**10}, {"num_cpus": 1, "memory": 4e9}),
     ],
 )
-def test_what_a_task_asks_for_follows_from_the_nodes(
+def test_the_cpus_and_gpus_of_a_task_follow_from_the_nodes(
     nodes: tuple[dict[str, float], ...],
     options: dict[str, Any],
     needs: dict[str, float],
@@ -162,11 +162,11 @@ def test_what_a_task_asks_for_follows_from_the_nodes(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_tasks_that_must_have_a_gpu_wait_for_one_but_not_without_end(
+def test_tasks_that_need_a_gpu_wait_for_one_until_a_time_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fanout, "_LOOK_SECONDS", 0.1)
-    monkeypatch.setattr(fanout, "_PLACE_SECONDS", 0.3)
+    monkeypatch.setattr(fanout, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(fanout, "PLACE_SECONDS", 0.3)
     task = Task(name="t", run=len, arguments={})
     with pytest.raises(StageError, match=r"no node .* could take a task \(cpus 1, gpus 1\)"):
         Runner(Folder(str(tmp_path)), device="cuda").map(
@@ -211,7 +211,7 @@ def test_a_model_is_on_the_gpu_only_where_the_task_has_one(monkeypatch: pytest.M
     assert made == ["cuda", "cpu", "cpu"]
 
 
-def test_a_batch_too_large_for_the_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_too_large_for_the_gpu_fails_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     def encode(self: Any, batch: Any) -> Any:
@@ -223,10 +223,10 @@ def test_a_batch_too_large_for_the_gpu_is_one_line(monkeypatch: pytest.MonkeyPat
         clip.rehearse(model, 512)
 
 
-def test_a_word_that_others_left_is_not_that_of_this_run(
+def test_a_token_of_another_run_is_not_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_folder, "_PAUSES", (0.0, 0.01))
+    monkeypatch.setattr(shared_folder, "PAUSES", (0.0, 0.01))
     out = Folder(str(tmp_path))
     assert shared_folder.not_shared(out, "") is None
     assert "cannot see what was written" in str(shared_folder.not_shared(out, "1234"))
@@ -245,7 +245,7 @@ def test_an_object_store_is_the_same_from_everywhere() -> None:
 
 
 @pytest.mark.parametrize("own", ["", "5000"])
-def test_a_cluster_that_turns_us_away_is_one_line_and_lost_machines_are_noticed(
+def test_a_cluster_that_refuses_the_driver_fails_with_one_line_and_keepalives_are_set(
     own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: dict[str, str] = {"RAY_grpc_client_keepalive_time_ms": own} if own else {}
@@ -265,12 +265,11 @@ def test_a_cluster_that_turns_us_away_is_one_line_and_lost_machines_are_noticed(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_node_that_came_later_and_sees_another_folder_fails_its_tasks_with_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_tasks_on_a_new_node_with_another_folder_fail_with_one_line(
+    tmp_path: Path,
 ) -> None:
     out = Folder(str(tmp_path))
-    several = Runner(out)
-    monkeypatch.setattr(Runner, "_cluster", lambda self: "a:1")
+    several = Runner(out, address="a:1")
     several._owns_ray = True
     several.ray()
     several._owns_ray = False
@@ -285,7 +284,7 @@ def done(report: Any) -> dict[str, Any]:
     return {}
 
 
-def test_processes_that_never_begin_are_not_asked_for_without_end() -> None:
+def test_gpu_processes_that_never_start_are_given_up() -> None:
     class Stillborn:
         exceptions = ray.exceptions
         ended = 0

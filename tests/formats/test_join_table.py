@@ -1,3 +1,5 @@
+"""Tables by uid that are split into buckets on disk."""
+
 from __future__ import annotations
 
 import itertools
@@ -18,7 +20,7 @@ from d2filter.formats.paths import Folder
     seed=st.integers(0, 2**32), n=st.integers(0, 60), blocks=st.integers(1, 4),
     buckets=st.integers(1, 5), tasks=st.integers(1, 5),
 )  # fmt: skip
-def test_a_table_is_a_dictionary_however_it_is_cut(
+def test_a_table_equals_a_dictionary_for_any_number_of_buckets(
     seed: int,
     n: int,
     blocks: int,

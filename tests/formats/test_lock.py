@@ -40,7 +40,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Folder]:
 
 
 def elsewhere(folder: Folder, **more: object) -> lock.Holder:
-    """An owner on another machine, as its lock.json says."""
+    """An owner on another machine, according to its lock.json."""
     with lock.hold(folder, "run"):
         mine = lock.read(folder)
     assert mine is not None
@@ -90,7 +90,7 @@ def test_a_killed_owner_is_replaced_at_once(tmp_path: Path, started: subprocess.
         assert found.pid == os.getpid()
 
 
-def test_a_pid_that_is_used_again_is_no_owner(tmp_path: Path) -> None:
+def test_a_reused_process_id_is_not_the_owner(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     there = elsewhere(folder)
     with lock.hold(Folder(str(tmp_path / "other")), "run"):
@@ -101,7 +101,7 @@ def test_a_pid_that_is_used_again_is_no_owner(tmp_path: Path) -> None:
     assert lock.alive_here(there) is None
 
 
-def test_a_process_that_cannot_be_seen_is_watched(
+def test_an_owner_whose_process_is_hidden_is_judged_by_its_heartbeat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """/proc may hide the processes of other users."""
@@ -109,12 +109,12 @@ def test_a_process_that_cannot_be_seen_is_watched(
     with lock.hold(folder, "run"):
         holder = lock.read(folder)
         assert holder is not None
-        monkeypatch.setattr(lock, "_born", lambda pid: "")
+        monkeypatch.setattr(lock, "birth_of", lambda pid: "")
         assert lock.alive_here(holder) is None
         assert lock.alive_here(replace(holder, pid=2**22 + 1)) is False
 
 
-def test_what_is_no_lock_is_refused_and_not_replaced(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_lock_is_refused_and_not_replaced(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     (tmp_path / LOCK).write_text('{"other": 1}')
     with pytest.raises(InputError, match="is not a lock"), lock.hold(folder, "run"):
@@ -139,7 +139,7 @@ def test_a_lock_that_is_away_for_a_moment_is_not_lost(monkeypatch: pytest.Monkey
     assert lock.read(folder) is None
 
 
-def test_a_living_owner_elsewhere_is_seen_by_its_heartbeat(folder: Folder) -> None:
+def test_a_living_owner_on_another_machine_is_recognized_by_its_heartbeat(folder: Folder) -> None:
     there = elsewhere(folder)
     ended = threading.Event()
 
@@ -165,7 +165,7 @@ def test_a_living_owner_elsewhere_is_seen_by_its_heartbeat(folder: Folder) -> No
     assert "checking" in said[0]
 
 
-def test_a_silent_owner_elsewhere_is_replaced(folder: Folder) -> None:
+def test_an_owner_without_heartbeats_on_another_machine_is_replaced(folder: Folder) -> None:
     elsewhere(folder)
     began = time.monotonic()
     with lock.hold(folder, "rank", stale=1.0) as owned:
@@ -190,14 +190,14 @@ def test_an_owner_that_was_replaced_writes_and_removes_nothing_more(folder: Fold
     assert folder.read_json(LOCK)["token"] == "f" * 32, "the lock of another is not removed"
 
 
-def test_what_outlives_the_owner_writes_nothing(folder: Folder) -> None:
+def test_tasks_that_outlive_the_owner_write_nothing(folder: Folder) -> None:
     with lock.hold(folder, "run") as owned:
         pass
     with pytest.raises(LockedError):
         owned.publish_json("a.json", 1)
 
 
-def test_the_heartbeat_counts(folder: Folder) -> None:
+def test_the_owner_counts_its_heartbeats(folder: Folder) -> None:
     with lock.hold(folder, "run", beat=0.05):
         time.sleep(0.5)
         found = lock.read(folder)
@@ -205,7 +205,7 @@ def test_the_heartbeat_counts(folder: Folder) -> None:
     assert found.beat >= 2
 
 
-def test_what_a_living_owner_writes_is_no_leftover(tmp_path: Path) -> None:
+def test_files_that_a_living_owner_writes_are_not_removed(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     dead = folder.owned_by(Owner(folder.url, "a" * 32))
     mine = folder.owned_by(Owner(folder.url, "b" * 32))

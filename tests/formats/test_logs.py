@@ -8,7 +8,7 @@ from d2filter.formats import logs, webdataset
 from d2filter.formats.paths import FileInfo, Folder
 
 
-def test_addresses_are_told_alone_and_in_lists_and_large_things_are_not() -> None:
+def test_logs_contain_addresses_and_lists_of_them_but_no_large_values() -> None:
     shards = [
         webdataset.Shard(f"/x/{i}.tar", FileInfo(f"{i}.tar", 1, ""), str(i)) for i in range(3)
     ]

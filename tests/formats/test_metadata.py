@@ -103,7 +103,7 @@ def test_a_key_may_be_a_number_and_need_not_be_text(tmp_path: Path) -> None:
     assert rows.shard == rows.key
 
 
-def test_uids_of_nothing(tmp_path: Path) -> None:
+def test_null_uids_are_malformed_and_an_empty_file_has_no_rows(tmp_path: Path) -> None:
     rows = read(pair(tmp_path, uid=pa.nulls(6)))
     assert {metadata.REASONS[r] for r in rows.reason} == {"malformed uid"}
     empty = {"l14_img": np.empty((0, 4)), "l14_txt": np.empty((0, 4))}
@@ -156,13 +156,13 @@ def test_a_dictionary_that_points_outside_is_refused(tmp_path: Path) -> None:
 
 
 def npy(shape: str, payload: bytes, descr: str = "'<f2'") -> bytes:
-    """An .npy file whose header says what it likes."""
+    """An .npy file with a false header."""
     header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + payload
 
 
 def lying(folder: Path, content: bytes, method: int = zipfile.ZIP_STORED, **told: int) -> None:
-    """An npz with these bytes as both arrays; told: what its directory says instead."""
+    """An npz with these bytes as both arrays; told: the size that its directory claims."""
     with zipfile.ZipFile(folder / "0.npz", "w", method) as archive:
         for key in ("l14_img", "l14_txt"):
             archive.writestr(f"{key}.npy", content)
@@ -201,7 +201,7 @@ BOMB = npy(f"(6, {1 << 16})", bytes(6 * (1 << 17)))
         ),
     ],
 )  # fmt: skip
-def test_what_headers_claim_is_not_believed(
+def test_npz_headers_with_false_sizes_are_refused(
     tmp_path: Path, damage: Callable[[Path], None], said: str
 ) -> None:
     pair(tmp_path)
@@ -232,7 +232,7 @@ def test_floats_of_another_machine_are_the_same_numbers(tmp_path: Path, kind: st
     assert other.difficulty.tobytes() == plain.difficulty.tobytes()
 
 
-def test_a_score_target_is_not_believed_either(tmp_path: Path) -> None:
+def test_a_score_target_with_a_false_size_is_refused(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     path = tmp_path / "t.npy"
     for content, said in [
@@ -267,7 +267,7 @@ def test_names_out_of_a_file_do_not_break_the_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("column", ["uid", "shard", "key", "kind", "mine"])
 @pytest.mark.parametrize("shape", ["list", "struct", "map", "fixed list", "bytes of one length"])
-def test_what_a_column_holds_is_judged_before_it_is_read(
+def test_the_types_of_columns_are_checked_before_they_are_read(
     tmp_path: Path, column: str, shape: str
 ) -> None:
     """Of 2,000 rows each repeats one text of a megabyte: 2 GB from a small file."""
@@ -306,7 +306,7 @@ def test_texts_that_arrow_calls_views_stay_as_small_as_their_file(tmp_path: Path
     assert read(tmp_path).key.to_pylist() == ["x" * 100_000] * 6
 
 
-def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+def test_a_repeated_column_is_refused(tmp_path: Path) -> None:
     pair(tmp_path)
     table = pa.table([pa.array(UIDS), pa.array(UIDS)], names=["uid", "uid"])
     pq.write_table(table, tmp_path / "0.parquet")
@@ -316,7 +316,7 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("column", ["uid", "epoch", "label", "probabilities"])
 @pytest.mark.parametrize("odd", [[["a"]] * 2, [{"a": 1}] * 2])
-def test_a_training_log_is_judged_before_it_is_read(
+def test_the_types_of_a_training_log_are_checked_before_it_is_read(
     tmp_path: Path, column: str, odd: list[Any]
 ) -> None:
     columns: dict[str, Any] = {
@@ -328,7 +328,7 @@ def test_a_training_log_is_judged_before_it_is_read(
         traininglog.score(str(tmp_path / "log.parquet"), "el2n")
 
 
-def test_a_run_of_one_value_is_no_log(tmp_path: Path) -> None:
+def test_a_compressed_log_that_claims_too_many_values_is_refused(tmp_path: Path) -> None:
     n = 40_000_000
     ones = pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int8)), pa.array([UIDS[0]]))
     empty = pa.ListArray.from_arrays(np.zeros(n + 1, np.int32), pa.array([], pa.float32()))
@@ -342,7 +342,7 @@ def test_a_run_of_one_value_is_no_log(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("odd", ["beauty", "", 7])
-def test_uids_in_other_spellings_are_the_same_and_what_is_none_is_shown(
+def test_uids_in_other_spellings_are_equal_and_malformed_ones_are_shown(
     tmp_path: Path, odd: Any
 ) -> None:
     spelled = [UIDS[0], str(uuid.UUID(UIDS[1])), f"{0xABC:032X}", str(odd), f"{4:032x}"[:-1], None]
@@ -353,7 +353,7 @@ def test_uids_in_other_spellings_are_the_same_and_what_is_none_is_shown(
     assert tables.quoted(rows.uid[5]) == "null"
 
 
-def test_a_missing_key_or_column_says_what_it_is_for_and_which_was_meant(tmp_path: Path) -> None:
+def test_a_missing_key_or_column_is_named_with_its_purpose_and_a_suggestion(tmp_path: Path) -> None:
     score = {"clip_l14_similarity_score": [0.5] * 6}
     one = np.ones((6, 4), np.float16)
     pair(tmp_path, arrays={"sentence": one, "b32_img": one}, **score)
@@ -415,7 +415,7 @@ def test_the_order_in_memory_changes_no_bit(tmp_path: Path, key: str) -> None:
     assert results[0] == results[1]
 
 
-def test_a_score_that_nothing_computes_is_said(
+def test_an_unknown_score_is_refused_with_a_suggestion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair(tmp_path)
@@ -453,7 +453,7 @@ def test_files_beside_the_metadata_have_names_of_their_own(tmp_path: Path) -> No
     assert names == ["training-log/00000.parquet"]
 
 
-def test_what_is_left_out_of_a_folder_is_counted_in_one_line(tmp_path: Path) -> None:
+def test_files_of_a_folder_that_are_not_read_are_counted_in_one_line(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     pair(tmp_path)
     (tmp_path / ".DS_Store").touch()
@@ -472,7 +472,7 @@ def test_what_is_left_out_of_a_folder_is_counted_in_one_line(tmp_path: Path) -> 
     assert len(metadata.list_pairs(folder)[0]) == 1
 
 
-def test_a_folder_of_folders_says_where_the_pairs_are(tmp_path: Path) -> None:
+def test_a_folder_of_folders_is_refused_with_the_place_of_the_pairs(tmp_path: Path) -> None:
     (tmp_path / "part").mkdir()
     pair(tmp_path / "part")
     with pytest.raises(InputError, match=r"no .parquet file.*1 pairs in 1 folders inside it"):

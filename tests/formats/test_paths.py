@@ -1,3 +1,5 @@
+"""Folders on local disks and object stores: publishing, reading, retries, removal, errors."""
+
 from __future__ import annotations
 
 import contextlib
@@ -33,7 +35,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
     }[request.param]
 
 
-def test_a_published_file_is_whole(folder: Folder) -> None:
+def test_a_published_file_is_complete(folder: Folder) -> None:
     with folder.publish("deep/inside.bin") as path:
         path.write_bytes(b"abc")
         assert not folder.exists("deep/inside.bin")
@@ -58,7 +60,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(folder: Folder) -> None
         assert os.listdir(folder.local) == ["a.json"]
 
 
-def test_missing_files_and_folders(folder: Folder) -> None:
+def test_missing_files_and_folders_are_empty_or_named(folder: Folder) -> None:
     assert folder.names() == []
     assert folder.read_json("none.json") is None
     assert not folder.exists()
@@ -84,7 +86,7 @@ def test_broken_json_is_named(folder: Folder) -> None:
         folder.read_json("x.json")
 
 
-def test_unknown_protocol() -> None:
+def test_an_unknown_protocol_is_refused() -> None:
     with pytest.raises(UsageError, match="not a usable location"):
         Folder("nonsense://x/y").exists()
 
@@ -156,7 +158,7 @@ def test_a_folder_is_no_file(folder: Folder) -> None:
 
 
 class Flaky(MemoryFileSystem):
-    """A file system in memory whose methods fail as `plan` says, one entry a call."""
+    """A file system in memory whose calls fail according to `plan`, one entry a call."""
 
     protocol = "flaky"
     store: dict[str, Any] = {}  # noqa: RUF012  # as its base has it
@@ -233,7 +235,9 @@ def put(folder: Folder, name: str, content: bytes) -> None:
         path.write_bytes(content)
 
 
-def test_broken_and_short_answers_are_asked_for_again(flaky: Folder, waits: list[float]) -> None:
+def test_broken_and_short_answers_of_a_store_are_requested_again(
+    flaky: Folder, waits: list[float]
+) -> None:
     put(flaky, "a.bin", b"0123456789")
     Flaky.plan["cat_file"] = [gone(), cut, RuntimeError("a library's own"), TimeoutError()]
     assert content_of(flaky, "a.bin") == b"0123456789"
@@ -253,7 +257,9 @@ def test_each_kind_of_request_is_tried_again(flaky: Folder, method: str) -> None
     assert Flaky.plan[method] == []
 
 
-def test_what_stays_broken_is_one_line_with_the_tries(flaky: Folder, waits: list[float]) -> None:
+def test_a_lasting_failure_is_one_line_with_the_number_of_attempts(
+    flaky: Folder, waits: list[float]
+) -> None:
     put(flaky, "a.bin", b"abc")
     Flaky.plan["cat_file"] = [gone("it is gone\nreally")] * 99
     with pytest.raises(StorageError) as caught:
@@ -281,7 +287,7 @@ def test_patience_ends_with_time_too(flaky: Folder, monkeypatch: pytest.MonkeyPa
         (OSError(errno.EROFS, "Read-only"), "Read-only; make it writable and run"),
     ],
 )
-def test_what_waiting_does_not_change_is_told_at_once(
+def test_failures_that_waiting_does_not_cure_are_not_retried(
     flaky: Folder, waits: list[float], error: OSError, told: str
 ) -> None:
     Flaky.plan["put_file"] = [error] * 99
@@ -291,7 +297,7 @@ def test_what_waiting_does_not_change_is_told_at_once(
     assert not flaky.exists("a.bin")
 
 
-def test_our_own_mistakes_are_not_tried_again(flaky: Folder, waits: list[float]) -> None:
+def test_programming_errors_are_not_retried(flaky: Folder, waits: list[float]) -> None:
     Flaky.plan["info"] = [TypeError("a mistake of ours")]
     with pytest.raises(TypeError):
         flaky.exists("a.bin")
@@ -329,7 +335,7 @@ def test_large_files_come_in_ranges_and_a_break_costs_one(
     flaky: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "RANGE", 1000)
-    monkeypatch.setattr(remote, "_BUFFER", 300)
+    monkeypatch.setattr(remote, "BUFFER", 300)
     content = np.random.default_rng(0).bytes(3500)
     put(flaky, "a.bin", content)
     Flaky.calls.clear()
@@ -346,7 +352,7 @@ def test_large_files_come_in_ranges_and_a_break_costs_one(
 
 def test_any_place_of_a_file_can_be_read(flaky: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "RANGE", 64)
-    monkeypatch.setattr(remote, "_BUFFER", 16)
+    monkeypatch.setattr(remote, "BUFFER", 16)
     content = bytes(range(200))
     put(flaky, "a.bin", content)
     local = io.BytesIO(content)
@@ -375,7 +381,7 @@ def test_a_known_file_is_not_looked_up(flaky: Folder) -> None:
 
 
 @pytest.mark.parametrize("now", [b"longer than before", b"short"])
-def test_a_file_that_changed_since_it_was_listed_is_told(
+def test_a_file_that_changed_after_the_listing_is_an_error(
     flaky: Folder, waits: list[float], now: bytes
 ) -> None:
     put(flaky, "a.bin", b"ten bytes.")
@@ -386,7 +392,7 @@ def test_a_file_that_changed_since_it_was_listed_is_told(
     assert waits == []
 
 
-def test_a_file_that_changed_between_two_ranges_is_told(
+def test_a_file_that_changed_between_two_ranges_is_an_error(
     flaky: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "RANGE", 4)
@@ -396,7 +402,7 @@ def test_a_file_that_changed_between_two_ranges_is_told(
         content_of(flaky, "a.bin")
 
 
-def test_a_file_that_goes_while_it_is_read_is_told(flaky: Folder) -> None:
+def test_a_file_that_is_removed_while_it_is_read_is_an_error(flaky: Folder) -> None:
     put(flaky, "a.bin", b"abc")
     (info,) = flaky.files()
     flaky.remove("a.bin")
@@ -413,7 +419,7 @@ def test_a_server_that_knows_no_ranges_is_read(
     assert content_of(flaky, "a.bin") == b"ten bytes."
 
 
-def test_json_is_one_request_and_read_again_when_it_was_cut_off(flaky: Folder) -> None:
+def test_json_is_one_request_and_is_read_again_if_it_was_cut_off(flaky: Folder) -> None:
     flaky.publish_json("a.json", {"a": 1})
     Flaky.calls.clear()
     assert flaky.read_json("a.json") == {"a": 1}
@@ -436,7 +442,7 @@ def test_tables_and_arrays_tell_of_the_storage_and_not_of_a_broken_file(flaky: F
         table.read()
 
 
-def test_a_name_that_reads_like_a_pattern_removes_nothing_else() -> None:
+def test_a_file_name_with_wildcards_removes_only_that_file() -> None:
     folder = Folder("memory://pattern")
     folder.publish_json("run1/a.json", 1)
     folder.publish_json("run[1]/a.json", 1)
@@ -447,7 +453,7 @@ def test_a_name_that_reads_like_a_pattern_removes_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
-def test_a_disk_that_takes_nothing_is_one_line(
+def test_a_full_disk_fails_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     folder = Folder(str(tmp_path))
@@ -466,7 +472,7 @@ def test_a_disk_that_takes_nothing_is_one_line(
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_numpys_own_words_for_a_full_disk_are_looked_into() -> None:
+def test_the_full_disk_error_of_numpy_is_recognized() -> None:
     # numpy says "N requested and M written" and no reason
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
@@ -523,13 +529,13 @@ def test_names_as_long_as_a_file_system_allows_are_written(folder: Folder, name:
         assert os.listdir(folder.local) == []
 
 
-def test_temporary_files_keep_the_suffix_that_tells_their_format(folder: Folder) -> None:
+def test_temporary_files_keep_the_suffix_of_their_format(folder: Folder) -> None:
     with folder.publish("plot.svg") as path:
         path.write_bytes(b"")
         assert path.suffix == ".svg"
 
 
-def test_a_name_too_long_is_one_line(tmp_path: Path) -> None:
+def test_a_name_that_is_too_long_fails_with_one_line(tmp_path: Path) -> None:
     with pytest.raises((StorageError, OSError)) as caught:
         Folder(str(tmp_path)).publish_json("x" * 300, 1)
     assert os.strerror(errno.ENAMETOOLONG) in str(caught.value)
@@ -550,7 +556,7 @@ def test_double_colons_in_a_local_path_are_part_of_the_name(tmp_path: Path, pref
 
 
 @pytest.mark.parametrize("url", ["a::s3://b/c", "nonsense::memory://b", "::", "s3::"])
-def test_a_chain_that_is_none_is_no_traceback(url: str) -> None:
+def test_a_malformed_chain_of_urls_raises_an_error_of_d2filter(url: str) -> None:
     with contextlib.suppress(UsageError, DependencyError, InputError, StorageError):
         Folder(url).exists()
 
@@ -567,7 +573,7 @@ def test_a_chain_that_is_none_is_no_traceback(url: str) -> None:
         ("https://u:p@h/b.tar", "https://u:p@h", "b.tar", "b.tar"),
     ],
 )
-def test_where_a_file_lies_and_what_it_is_called(
+def test_a_url_is_split_into_its_folder_and_file_name(
     url: str, folder: str, name: str, recorded: str
 ) -> None:
     assert place_of(url) == (Folder(folder), name)
@@ -575,7 +581,7 @@ def test_where_a_file_lies_and_what_it_is_called(
     assert addresses.file_name(url) == recorded
 
 
-def test_a_file_looked_up_is_that_of_the_listing(folder: Folder) -> None:
+def test_the_information_about_one_file_equals_the_listing(folder: Folder) -> None:
     folder.publish_json("a/x.json", 1)
     inner = folder.sub("a")
     assert [inner.info(info.name) for info in inner.files()] == inner.files()
@@ -612,7 +618,7 @@ class Silent(Flaky):
         return [{name: one[name] for name in ("name", "size", "type")} for one in found]
 
 
-def test_where_nothing_tells_of_a_change_the_content_does(flaky: Folder) -> None:
+def test_without_version_information_the_content_identifies_a_file(flaky: Folder) -> None:
     fsspec.register_implementation("silent", Silent, clobber=True)
     folder = Folder("silent://pool/run")
     put(folder, "a.bin", b"one")
@@ -625,7 +631,7 @@ def test_where_nothing_tells_of_a_change_the_content_does(flaky: Folder) -> None
     assert folder.files() == [before]
 
 
-def test_json_is_what_was_published_and_a_terminal_obeys_nothing_in_it(folder: Folder) -> None:
+def test_published_json_reads_back_equal_and_contains_no_terminal_escapes(folder: Folder) -> None:
     value = {"https://me:pw@host/?class=1": ["a\x1b[2J", "\u2028", "\udc80", "l\n", "\x9b", "é"]}
     folder.publish_json("a.json", value)
     assert folder.read_json("a.json") == value

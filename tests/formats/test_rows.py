@@ -1,3 +1,5 @@
+"""Rows read from numpy arrays on disk and on object stores."""
+
 from __future__ import annotations
 
 import gc
@@ -25,7 +27,7 @@ from d2filter.formats.rows import (
 )
 
 
-def test_few_rows_of_a_remote_part_are_asked_for_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_of_a_remote_part_are_requested_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Folder("memory://few/rows")
     whole = np.arange(4000, dtype=np.int64).reshape(2000, 2)
     write_array(folder, "x-00000.npy", whole)
@@ -46,10 +48,10 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
 
 
 @pytest.mark.parametrize("a_range", [1, 2, 512])
-def test_rows_of_any_part_come_in_the_order_asked_for(
+def test_rows_of_any_part_come_in_the_requested_order(
     folder: Folder, a_range: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows_module, "_ROWS_A_RANGE", a_range)
+    monkeypatch.setattr(rows_module, "ROWS_A_RANGE", a_range)
     rng = np.random.default_rng(0)
     whole = rng.integers(0, 100, (10, 3)).astype(np.int32)
     starts = (0, 4, 4, 10)
@@ -99,7 +101,7 @@ def test_arrays_without_values_keep_their_shape(folder: Folder, shape: tuple[int
 
 
 @pytest.mark.parametrize("size", [0, 1, 5000])
-def test_a_mapped_array_is_equal_and_its_file_is_nobody_elses(size: int) -> None:
+def test_a_mapped_array_is_equal_and_its_file_is_private(size: int) -> None:
     array = np.arange(size, dtype=np.int32)
     held = mapped(array)
     assert held.dtype == array.dtype
@@ -109,7 +111,7 @@ def test_a_mapped_array_is_equal_and_its_file_is_nobody_elses(size: int) -> None
         assert array[0] == 0
 
 
-def test_no_room_for_a_mapped_array_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_for_a_mapped_array_fails_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     # /dev/full takes nothing, like a disk that is full
     full = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115  # closed by what is tested
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda: full)

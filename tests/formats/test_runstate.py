@@ -124,7 +124,7 @@ def test_a_death_while_a_stage_is_cleared_leaves_no_record_without_its_files(
 
 
 @pytest.mark.parametrize("stage", ["embed", "graph"])
-def test_a_death_while_a_damaged_stage_is_healed_does_not_hide_the_damage(
+def test_a_death_during_the_repair_of_a_stage_does_not_hide_the_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     """The next that heals makes the damaged part again, and of independent parts no other."""

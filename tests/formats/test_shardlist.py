@@ -1,3 +1,5 @@
+"""The list of shards from folders, patterns and addresses, and their unique names."""
+
 from __future__ import annotations
 
 import itertools
@@ -8,9 +10,9 @@ from pathlib import Path
 
 import braceexpand
 import pytest
-import shards as made
 from hypothesis import given
 from hypothesis import strategies as st
+from support import shard_files
 
 from d2filter.errors import InputError, UsageError
 from d2filter.formats import braces, shardlist, webdataset
@@ -18,21 +20,21 @@ from d2filter.formats.paths import Folder
 
 
 def test_a_shard_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
-    made.write(tmp_path / os.fsdecode(b"\xff.tar"), [])
+    shard_files.write(tmp_path / os.fsdecode(b"\xff.tar"), [])
     with pytest.raises(InputError, match=r"dcff\.tar has a name that is not UTF-8"):
         webdataset.list_shards([str(tmp_path)])
 
 
-def test_names_with_brackets_are_taken_literally_where_they_exist(tmp_path: Path) -> None:
+def test_names_with_brackets_are_literal_if_they_exist(tmp_path: Path) -> None:
     for folder in ("my [sh] 1", "plain {x}"):
-        made.write(tmp_path / folder / "0.tar", [])
+        shard_files.write(tmp_path / folder / "0.tar", [])
         assert len(webdataset.list_shards([str(tmp_path / folder)])) == 1
         assert len(webdataset.list_shards([str(tmp_path / folder / "0.tar")])) == 1
 
 
 def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(30):
-        made.write(tmp_path / f"{i:02d}.tar", [])
+        shard_files.write(tmp_path / f"{i:02d}.tar", [])
     listed = []
     plain = Folder.files
 
@@ -46,9 +48,9 @@ def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert listed == [str(tmp_path)]
 
 
-def test_patterns(tmp_path: Path) -> None:
+def test_patterns_list_the_matching_files(tmp_path: Path) -> None:
     for name in ("00", "01", "02", "10"):
-        made.write(tmp_path / f"{name}.tar", [])
+        shard_files.write(tmp_path / f"{name}.tar", [])
     (tmp_path / "01_stats.json").write_text("{}")
 
     def names(*patterns: str) -> list[str]:
@@ -66,15 +68,15 @@ def test_patterns(tmp_path: Path) -> None:
         names("{00..02.tar")
 
 
-def test_shards_of_one_name_in_two_folders_stay_apart(tmp_path: Path) -> None:
+def test_shards_of_one_name_in_two_folders_are_distinguished(tmp_path: Path) -> None:
     for folder in ("x", "y"):
-        made.write(tmp_path / folder / "0.tar", [])
+        shard_files.write(tmp_path / folder / "0.tar", [])
     got = webdataset.list_shards([str(tmp_path / "x"), str(tmp_path / "y")])
     assert len({s.name for s in got}) == 2
 
 
 def empty(path: Path) -> str:
-    return str(made.write(path, []))
+    return str(shard_files.write(path, []))
 
 
 def test_no_two_shards_of_a_run_have_one_name() -> None:
@@ -119,12 +121,12 @@ def test_names_are_unique_for_any_urls(urls: list[str]) -> None:
 
 def test_names_that_still_collide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A collision of hashes, which nobody can make on purpose."""
-    monkeypatch.setattr(shardlist, "_marked", lambda base, url: f"{base}-0")
+    monkeypatch.setattr(shardlist, "marked_name", lambda base, url: f"{base}-0")
     with pytest.raises(InputError, match=r"shards /a/0\.tar and /b/0\.tar would get the same name"):
         shardlist.unique_names(["/a/0.tar", "/b/0.tar"])
 
 
-def test_what_a_folder_holds_beside_shards_is_counted(tmp_path: Path) -> None:
+def test_other_files_in_a_folder_of_shards_are_counted(tmp_path: Path) -> None:
     for name in ("00000.tar", "00001.tar.gz", "00002.TAR", "00003.tgz", "00004.tar.zst"):
         empty(tmp_path / name)
     for name in ("00000_stats.json", "00001_stats.json", "README", "a.with-a-long-ending", ".x"):
@@ -163,7 +165,7 @@ def test_files_that_a_wildcard_names_need_no_suffix(tmp_path: Path) -> None:
         ((), "no shards match"),
     ],
 )
-def test_a_folder_without_shards_says_what_it_holds(
+def test_a_folder_without_shards_is_refused_with_its_content(
     tmp_path: Path, names: tuple[str, ...], said: str
 ) -> None:
     (tmp_path / "s").mkdir()

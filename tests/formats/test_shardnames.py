@@ -48,7 +48,9 @@ def test_a_shard_is_found_wherever_it_lies(url: str, number: int) -> None:
 
 @pytest.mark.parametrize("url", ["00000.tar", "/c/00000.tar", "pipe:cat 00000.tar"])
 def test_a_name_that_may_be_several_is_an_error(url: str) -> None:
-    with pytest.raises(InputError, match=r"may be s3://pool/a/00000\.tar or s3://pool/b/0"):
+    with pytest.raises(
+        InputError, match=r"may be the shard s3://pool/a/00000\.tar or s3://pool/b/0"
+    ):
         ShardNames(RUN).find(url)
 
 
@@ -78,7 +80,7 @@ def test_the_longest_common_end_wins(paths: list[str], wanted: str) -> None:
         assert ShardNames(names).find(name) == number  # its own name is always its own
 
 
-def test_the_example_in_the_docstring() -> None:
+def test_the_example_in_the_docstring_works() -> None:
     result = doctest.testmod(shardnames)
     assert result.failed == 0
     assert result.attempted == 2

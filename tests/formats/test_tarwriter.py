@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import shards as made
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support import shard_files
 
 from d2filter.formats import tarwriter
 from d2filter.formats.paths import Folder
@@ -50,7 +50,7 @@ FILES = [
 def test_members_written_in_any_order_make_the_same_archive(
     tmp_path: Path, order: tuple[int, ...]
 ) -> None:
-    assert published(tmp_path, FILES, list(order)) == made.tar(FILES)
+    assert published(tmp_path, FILES, list(order)) == shard_files.tar(FILES)
     assert (tmp_path / "00000003_stats.json").read_text() == '{\n  "successes": 2\n}\n'
 
 
@@ -84,7 +84,7 @@ PIECES = st.tuples(st.integers(0, 3400), st.one_of(st.integers(0, 60), st.intege
 
 
 @given(st.lists(PIECES, min_size=1, max_size=12), st.randoms(), st.booleans())
-def test_members_are_copied_whatever_lies_between_them(
+def test_members_are_copied_with_any_bytes_between_them(
     pieces: list[tuple[int, int]], order: object, on_disk: bool
 ) -> None:
     """Also those that overlap, and those that are larger than what is read at one go."""
@@ -95,15 +95,15 @@ def test_members_are_copied_whatever_lies_between_them(
     run, apart = 500, 100
     source = Counted(SOURCE)
     with pytest.MonkeyPatch.context() as patched, tempfile.TemporaryFile() as out:
-        for name in ("_RUN", "_RUN_ON_DISK"):
+        for name in ("RUN", "RUN_ON_DISK"):
             patched.setattr(tarwriter, name, run)
-        for name in ("_APART_ELSEWHERE", "_APART_ON_DISK"):
+        for name in ("APART_ELSEWHERE", "APART_ON_DISK"):
             patched.setattr(tarwriter, name, apart)
-        patched.setattr(tarwriter, "_PIECES", 7)
+        patched.setattr(tarwriter, "PIECES", 7)
         writer = tarwriter.Writer(out.fileno(), members)
         writer.copy(source, places, on_disk=on_disk)
         writer.finish()
-        assert out.read() == made.tar(files)
+        assert out.read() == shard_files.tar(files)
     assert all(end - begin <= run for begin, end in source.ranges)
     asked = {byte for at, size in pieces for byte in range(at, at + size)}
     near = {byte + d for byte in (at + size for at, size in pieces) for d in range(apart + 1)}
@@ -111,7 +111,7 @@ def test_members_are_copied_whatever_lies_between_them(
     assert got <= asked | near
 
 
-def test_neighbors_are_read_at_one_go_and_others_apart() -> None:
+def test_adjacent_members_are_read_at_once_and_others_separately() -> None:
     members = [tarwriter.Member(f"{n}.bin", 100) for n in range(4)]
     at = [3_000_000, 0, 1000, 3_000_200]
     places = [tarwriter.Place(offset, number) for number, offset in enumerate(at)]
@@ -129,7 +129,7 @@ def test_a_source_that_ends_too_soon_is_an_error(on_disk: bool) -> None:
             writer.copy(io.BytesIO(b"x" * 199), [tarwriter.Place(100, 0)], on_disk=on_disk)
 
 
-def test_what_the_system_writes_only_in_part_is_written_on(
+def test_a_partial_write_of_the_system_is_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = os.pwritev
@@ -138,4 +138,4 @@ def test_what_the_system_writes_only_in_part_is_written_on(
         return whole(file, [b"".join(pieces)[:700]], at)
 
     monkeypatch.setattr(os, "pwritev", some)
-    assert published(tmp_path, FILES, [2, 3, 0, 1]) == made.tar(FILES)
+    assert published(tmp_path, FILES, [2, 3, 0, 1]) == shard_files.tar(FILES)

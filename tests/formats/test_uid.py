@@ -1,3 +1,5 @@
+"""uids as text and as two 64-bit numbers; uids from content."""
+
 from __future__ import annotations
 
 import re
@@ -56,7 +58,7 @@ def test_parse_takes_exactly_the_uids(texts: list[str | None], kind: str) -> Non
 
 
 @given(st.one_of(SPELLED, ODD))
-def test_a_uid_is_one_number_however_it_is_spelled(text: str | None) -> None:
+def test_all_spellings_of_a_uid_give_one_number(text: str | None) -> None:
     """The standard library's reading of UUIDs, and nothing that could be two."""
     found = uid.normalized(text)
     usual = isinstance(text, str) and (
@@ -86,5 +88,5 @@ def test_content_ids_know_where_the_image_ends() -> None:
     assert uid.content_uid(b"x", "\ud800") != uid.content_uid(b"x", "")
 
 
-def test_to_hex_of_nothing() -> None:
+def test_to_hex_of_no_uids_is_empty() -> None:
     assert uid.to_hex(np.empty(0, np.uint64), np.empty(0, np.uint64)) == []

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from webserver import WebServer
+from support.web_server import WebServer
 
 from d2filter.errors import DependencyError, InputError, StorageError, UsageError
 from d2filter.formats import content_hash, remote, retry, shardlist, webdataset
@@ -41,7 +41,7 @@ def index(request: pytest.FixtureRequest) -> int:
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ranges so small that files have several, and no waits."""
     monkeypatch.setattr(remote, "RANGE", 40_000)
-    monkeypatch.setattr(remote, "_BUFFER", 10_000)
+    monkeypatch.setattr(remote, "BUFFER", 10_000)
     monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
     return
 
@@ -52,7 +52,7 @@ def content(size: int = 150_000, seed: int = 0) -> bytes:
 
 @pytest.mark.parametrize("kind", SERVERS)
 @pytest.mark.parametrize("size", [0, 1, 150_000])
-def test_a_named_file_is_read_whole_whatever_its_server_tells(
+def test_a_named_file_is_read_completely_from_any_kind_of_server(
     kind: str, size: int, index: int
 ) -> None:
     options = {"index": index, **SERVERS[kind]}
@@ -117,11 +117,11 @@ def test_the_query_of_a_folder_goes_behind_the_names_in_it() -> None:
         assert folder.where("0.json") == f"http://{web.host}/a/0.json"
 
 
-def test_a_signature_is_sent_as_it_was_given() -> None:
+def test_a_signature_is_sent_unchanged() -> None:
     with serving({"a ü.bin": b"x"}, query=SIGNED) as web:
         folder, name = place_of(web.url("a%20%C3%BC.bin"))
         assert folder.info(name) is not None
-        assert {path for _, path, _ in web.asked} == {f"/a%20%C3%BC.bin?{SIGNED}"}
+        assert {path for _, path, _ in web.requests} == {f"/a%20%C3%BC.bin?{SIGNED}"}
 
 
 @pytest.mark.parametrize("kind", SERVERS)
@@ -149,7 +149,7 @@ def test_a_copy_with_another_time_has_the_same_content() -> None:
 
 
 @pytest.mark.parametrize("kind", ["all", "no etags and times"])
-def test_a_file_that_changed_since_it_was_listed_is_refused(kind: str) -> None:
+def test_a_file_that_changed_after_it_was_listed_is_refused(kind: str) -> None:
     with serving({"0.tar": content()}, **SERVERS[kind]) as web:
         folder = Folder(web.url())
         (info,) = folder.files()
@@ -176,7 +176,7 @@ def test_a_server_without_ranges_sends_a_file_once_or_twice() -> None:
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-def test_what_breaks_off_or_fails_for_a_while_is_asked_for_again(kind: str) -> None:
+def test_broken_and_failed_answers_are_requested_again(kind: str) -> None:
     with serving({"0.tar": content()}, **SERVERS[kind]) as web:
         folder, name = place_of(web.url("0.tar"))
         info = folder.info(name)
@@ -196,13 +196,13 @@ def test_what_breaks_off_or_fails_for_a_while_is_asked_for_again(kind: str) -> N
         (400, "the server answers 400 Bad Request; check the URL"),
     ],
 )
-def test_a_refusal_is_told_at_once(status: int, told: str) -> None:
+def test_a_refusal_is_not_retried(status: int, told: str) -> None:
     with serving({"0.tar": b"x"}, fails=[status] * 99) as web:
         for look in (lambda f: f.info("0.tar"), lambda f: f.names(), lambda f: f.exists("0.tar")):
-            web.asked.clear()
+            web.requests.clear()
             with pytest.raises(StorageError, match=told):
                 look(Folder(web.url()))
-            assert len(web.asked) <= 2
+            assert len(web.requests) <= 2
 
 
 def test_a_server_that_stays_broken_is_no_missing_file() -> None:
@@ -216,7 +216,7 @@ def test_a_server_that_stays_broken_is_no_missing_file() -> None:
         Folder(f"http://{web.host}").exists("0.tar")
 
 
-def test_content_that_is_encoded_on_its_way_is_read_as_it_is_meant() -> None:
+def test_content_with_a_content_encoding_is_decoded() -> None:
     packed = gzip.compress(content(), mtime=0)
     with serving({"0.tar": packed}, encoding="gzip") as web:
         folder = Folder(web.url())
@@ -268,7 +268,7 @@ def test_named_shards_need_no_listing(kind: str, index: int) -> None:
         # a signature may hold what are wildcards elsewhere, and slashes
         with pytest.raises(InputError, match=r"/p/4\.tar does not exist"):
             webdataset.list_shards([web.url("p/{0..9}.tar")])
-        assert not any(path.partition("?")[0].endswith("/") for _, path, _ in web.asked)
+        assert not any(path.partition("?")[0].endswith("/") for _, path, _ in web.requests)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SERVERS if kind != "signed"])
@@ -309,7 +309,7 @@ def test_shards_named_by_a_query_and_by_a_signature() -> None:
             webdataset.list_shards([web.url("get?id=1"), web.url("get?id=2")])
 
 
-def test_a_shard_signed_anew_is_the_same_shard() -> None:
+def test_a_shard_with_a_new_signature_is_the_same_shard() -> None:
     found = []
     for signature in ("sig=1", "sig=2"):
         with serving(dict(FILES), query=signature) as web:
@@ -322,8 +322,8 @@ def test_a_shard_signed_anew_is_the_same_shard() -> None:
 def test_many_named_shards_are_looked_up_at_once_and_a_missing_first_one_alone() -> None:
     with serving({f"{n:05d}.tar": b"x" * 9 for n in range(200)}) as web:
         assert len(shards_of(web.url("{00000..00199}.tar"))) == 200
-        assert len(web.asked) == 200
-        web.asked.clear()
+        assert len(web.requests) == 200
+        web.requests.clear()
         with pytest.raises(InputError, match="does not exist"):
             webdataset.list_shards([web.url("a/{00000..30000000}.tar")])
-        assert len({path for _, path, _ in web.asked}) == 1
+        assert len({path for _, path, _ in web.requests}) == 1

@@ -1,3 +1,5 @@
+"""Samples read from tar shards, whole, damaged and unusual ones."""
+
 from __future__ import annotations
 
 import bz2
@@ -13,10 +15,10 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
-import shards as made
 import webdataset as wds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import shard_files
 
 from d2filter.errors import InputError
 from d2filter.formats import tarindex, uid, webdataset
@@ -62,7 +64,7 @@ def test_samples_are_those_of_webdataset(tmp_path: Path, names: list[str]) -> No
     """Whatever webdataset leaves out is no sample here, neither good nor bad; and of what a Mac
     hides in folders, which webdataset takes for samples without picture and caption, nothing.
     """
-    path = made.write(tmp_path / "0.tar", [(name, b"x") for name in names])
+    path = shard_files.write(tmp_path / "0.tar", [(name, b"x") for name in names])
     with path.open("rb") as stream:
         files = wds.tariterators.tar_file_expander([{"url": "0.tar", "stream": stream}])
         theirs = list(wds.tariterators.group_by_keys(files))
@@ -81,15 +83,15 @@ def test_samples_are_those_of_webdataset(tmp_path: Path, names: list[str]) -> No
 def test_a_tar_made_on_a_mac_has_the_samples_of_its_pictures(tmp_path: Path) -> None:
     files = []
     for i in range(3):
-        for name, content in made.members(f"pool/{i}", i):
+        for name, content in shard_files.members(f"pool/{i}", i):
             folder, _, base = name.rpartition("/")
             files += [(f"{folder}/._{base}", b"\0\5\x16\7" * 40), (name, content)]
     noise = [("._pool", b"\0\5\x16\7"), ("pool/.DS_Store", b"Bud1"), ("README", b"hello")]
     noise += [("__MACOSX/._pool", b"\0"), ("__MACOSX/pool/._0.jpg", b"\0")]
-    got = read(made.write(tmp_path / "0.tar", noise + files))
+    got = read(shard_files.write(tmp_path / "0.tar", noise + files))
     assert [(s.key, s.reason) for s in got] == [(f"pool/{i}", "") for i in range(3)]
     # and one that breaks off loses what it loses without them
-    content = made.tar(noise + files)
+    content = shard_files.tar(noise + files)
     (tmp_path / "0.tar").write_bytes(content[: content.rindex(b"pool/2.txt") - 5])
     got, _ = lost(tmp_path / "0.tar")
     assert [(s.key, s.reason) for s in got] == [
@@ -102,8 +104,8 @@ def test_pictures_whose_names_hold_dots_are_counted(tmp_path: Path) -> None:
     files = []
     for i in range(20):
         files += [(f"d/photo.{i:05d}.{e}", b"x") for e in ("jpg", "txt", "json")]
-    files += [*made.members("whole", 1), ("whole.mask.png", b"x"), ("left.0.npy", b"x")]
-    got = read(made.write(tmp_path / "0.tar", files))
+    files += [*shard_files.members("whole", 1), ("whole.mask.png", b"x"), ("left.0.npy", b"x")]
+    got = read(shard_files.write(tmp_path / "0.tar", files))
     bad = [s for s in got if s.reason == "dot in the name"]
     assert [s.key for s in bad] == [f"d/photo.{i:05d}" for i in range(20)]
     assert bad[0].message == (
@@ -114,15 +116,15 @@ def test_pictures_whose_names_hold_dots_are_counted(tmp_path: Path) -> None:
     assert [one.uid for one in located] == [got[20].uid]
 
 
-def test_uids_are_taken_however_they_are_spelled(tmp_path: Path) -> None:
+def test_uids_are_accepted_in_every_spelling(tmp_path: Path) -> None:
     plain = "0123456789abcdef0123456789abcdef"
     spelled = [plain, plain.upper(), str(UUID(plain)), str(UUID(plain)).upper(), "x", 7, "", None]
-    files = [f for i, told in enumerate(spelled) for f in made.members(f"{i}", i, uid=told)]
-    path = made.write(tmp_path / "0.tar", files)
+    files = [f for i, told in enumerate(spelled) for f in shard_files.members(f"{i}", i, uid=told)]
+    path = shard_files.write(tmp_path / "0.tar", files)
     got = read(path)
     assert [s.uid for s in got[:4]] == [plain] * 4
     assert [s.uid for s in got[4:]] == [
-        uid.content_uid(made.picture(i), made.caption(i)) for i in range(4, 8)
+        uid.content_uid(shard_files.picture(i), shard_files.caption(i)) for i in range(4, 8)
     ]
     # a uid that is not there is no uid that is replaced
     assert [s.replaced for s in got] == [False] * 4 + [True] * 3 + [False]
@@ -140,10 +142,15 @@ def test_uids_are_taken_however_they_are_spelled(tmp_path: Path) -> None:
         (b"\x04\x22\x4d\x18" + bytes(600), "it is an lz4 file: unpack it, shards are plain tar"),
         (b"\x28\xb5\x2f\xfd" + bytes(600), "it is a zstd file: unpack it, shards are plain tar"),
         (b"PK\x03\x04" + bytes(600), "it is a zip file: unpack it, shards are plain tar files"),
-        (made.picture(1), "it is a JPEG picture, not a tar: `d2filter pack` makes shards of a"),
+        (
+            shard_files.picture(1),
+            "it is a JPEG picture, not a tar: `d2filter pack` makes shards of a",
+        ),
     ],
 )
-def test_what_is_given_for_a_shard_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_file_that_is_not_a_shard_is_named_by_its_type(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
     path = tmp_path / "0.tar"
     path.write_bytes(content)
     got, message = lost(path)
@@ -154,10 +161,10 @@ def test_what_is_given_for_a_shard_is_named(tmp_path: Path, content: bytes, said
 
 
 @pytest.mark.parametrize("name", ["BZh9.jpg", "PAR1.jpg", "GIF8.jpg", '{"a.jpg', "PK\3\4.jpg"])
-def test_a_tar_is_a_tar_whatever_its_first_member_is_called(tmp_path: Path, name: str) -> None:
+def test_a_tar_is_recognized_for_any_name_of_its_first_member(tmp_path: Path, name: str) -> None:
     stem = name.removesuffix(".jpg")
-    files = [(name, made.picture(1)), (f"{stem}.txt", b"x")]
-    assert [s.reason for s in read(made.write(tmp_path / "0.tar", files))] == [""]
+    files = [(name, shard_files.picture(1)), (f"{stem}.txt", b"x")]
+    assert [s.reason for s in read(shard_files.write(tmp_path / "0.tar", files))] == [""]
 
 
 def test_a_pipe_is_no_shard(tmp_path: Path) -> None:
@@ -183,32 +190,35 @@ def test_descriptions_of_errors_are_the_same_in_every_run() -> None:
     assert len(webdataset.describe(Odd("x" * 9999))) == 300
 
 
-def test_clean_samples_are_read_whole(tmp_path: Path) -> None:
+def test_clean_samples_are_read_completely(tmp_path: Path) -> None:
     told = "0123456789abcdef0123456789abcdef"
-    files = made.members("a", 1, uid=told) + made.members("dir/b", 2, uid="NOT A UID")
-    first, second = read(made.write(tmp_path / "0.tar", files))
+    files = shard_files.members("a", 1, uid=told) + shard_files.members("dir/b", 2, uid="NOT A UID")
+    first, second = read(shard_files.write(tmp_path / "0.tar", files))
     assert (first.key, first.uid, first.reason) == ("a", told, "")
-    assert first.image == made.picture(1)
-    assert first.caption == made.caption(1)
+    assert first.image == shard_files.picture(1)
+    assert first.caption == shard_files.caption(1)
     assert second.key == "dir/b"
-    assert second.uid == uid.content_uid(made.picture(2), made.caption(2))
+    assert second.uid == uid.content_uid(shard_files.picture(2), shard_files.caption(2))
 
 
 def test_members_of_a_key_may_lie_apart(tmp_path: Path) -> None:
-    a, b = made.members("a", 1), made.members("b", 2)
+    a, b = shard_files.members("a", 1), shard_files.members("b", 2)
     files = [a[0], b[0], b[1], a[2], a[1], b[2]]
-    got = read(made.write(tmp_path / "0.tar", files))
-    assert [(s.key, s.caption) for s in got] == [("a", made.caption(1)), ("b", made.caption(2))]
+    got = read(shard_files.write(tmp_path / "0.tar", files))
+    assert [(s.key, s.caption) for s in got] == [
+        ("a", shard_files.caption(1)),
+        ("b", shard_files.caption(2)),
+    ]
 
 
-def test_a_key_that_comes_again_is_another_sample(tmp_path: Path) -> None:
-    files = made.members("a", 1) + made.members("a", 2)
-    got = read(made.write(tmp_path / "0.tar", files))
-    assert [s.caption for s in got] == [made.caption(1), made.caption(2)]
+def test_a_repeated_key_is_another_sample(tmp_path: Path) -> None:
+    files = shard_files.members("a", 1) + shard_files.members("a", 2)
+    got = read(shard_files.write(tmp_path / "0.tar", files))
+    assert [s.caption for s in got] == [shard_files.caption(1), shard_files.caption(2)]
 
 
 def test_unusable_samples_carry_their_reason(tmp_path: Path) -> None:
-    jpg = made.picture(1)
+    jpg = shard_files.picture(1)
     files = [
         ("a.txt", b"no picture"),
         ("b.jpg", jpg),
@@ -222,7 +232,7 @@ def test_unusable_samples_carry_their_reason(tmp_path: Path) -> None:
         ("j.jpg", jpg), ("j.json", json.dumps({"caption": "from json"}).encode()),
         ("k.JPG", jpg), ("k.txt", "héllo 🐸".encode()),
     ]  # fmt: skip
-    got = {s.key: s for s in read(made.write(tmp_path / "0.tar", files))}
+    got = {s.key: s for s in read(shard_files.write(tmp_path / "0.tar", files))}
     assert {key: s.reason for key, s in got.items() if s.reason} == {
         "a": "no image", "b": "no caption", "c": "empty caption", "d": "broken json",
         "e": "broken json", "f": "caption is no UTF-8", "g": "empty image", "h": "no caption",
@@ -233,9 +243,9 @@ def test_unusable_samples_carry_their_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [0.2, 0.3, 0.5, 0.7])
-def test_a_truncated_shard_gives_what_came_before(tmp_path: Path, cut: float) -> None:
-    files = [f for i in range(8) for f in made.members(f"{i}", i)]
-    path = made.write(tmp_path / "0.tar", files)
+def test_a_truncated_shard_gives_the_samples_before_the_cut(tmp_path: Path, cut: float) -> None:
+    files = [f for i in range(8) for f in shard_files.members(f"{i}", i)]
+    path = shard_files.write(tmp_path / "0.tar", files)
     whole = read(path)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * cut)])
     (shard,) = webdataset.list_shards([str(path)])
@@ -253,7 +263,7 @@ def test_a_truncated_shard_gives_what_came_before(tmp_path: Path, cut: float) ->
     ("content", "said"),
     [(b"", "empty"), (b"not a tar" * 200, "header"), (b"\0" * 100, "header")],
 )
-def test_what_is_no_tar_is_lost_whole(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_file_that_is_no_tar_is_a_lost_shard(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "0.tar"
     path.write_bytes(content)
     with pytest.raises(webdataset.LostTail) as caught:
@@ -262,7 +272,9 @@ def test_what_is_no_tar_is_lost_whole(tmp_path: Path, content: bytes, said: str)
 
 
 def test_a_damaged_header_in_the_middle_is_not_the_end(tmp_path: Path) -> None:
-    path = made.write(tmp_path / "0.tar", made.members("a", 1) + made.members("b", 2))
+    path = shard_files.write(
+        tmp_path / "0.tar", shard_files.members("a", 1) + shard_files.members("b", 2)
+    )
     content = bytearray(path.read_bytes())
     at = content.rindex(b"b.jpg")
     content[at : at + 200] = b"\xaa" * 200
@@ -272,13 +284,13 @@ def test_a_damaged_header_in_the_middle_is_not_the_end(tmp_path: Path) -> None:
 
 
 def test_text_that_utf8_cannot_hold_is_bad_or_spelled_out(tmp_path: Path) -> None:
-    jpg = made.picture(1)
+    jpg = shard_files.picture(1)
     files = [
         ("q\udcff.jpg", jpg), ("q\udcff.txt", b"fine"),
         ("r.jpg", jpg), ("r.json", b'{"caption": "\\ud800 x"}'),
         ("s\udcff.txt", b"no picture"),
     ]  # fmt: skip
-    got = read(made.write(tmp_path / "0.tar", files))
+    got = read(shard_files.write(tmp_path / "0.tar", files))
     assert [(s.key, s.reason) for s in got] == [
         ("q\\udcff", ""), ("r", "caption is no UTF-8"), ("s\\udcff", "no image"),
     ]  # fmt: skip
@@ -323,27 +335,30 @@ def lost(path: Path) -> tuple[list[webdataset.Sample], str]:
     ("compress", "said"),
     [(gzip.compress, "a gzip"), (bz2.compress, "a bzip2"), (lzma.compress, "an xz")],
 )
-def test_a_compressed_shard_is_named_so(
+def test_a_compressed_shard_is_lost_with_this_reason(
     tmp_path: Path, compress: Callable[[bytes], bytes], said: str
 ) -> None:
     path = tmp_path / "0.tar"
-    path.write_bytes(compress(made.tar(made.members("a", 1))))
+    path.write_bytes(compress(shard_files.tar(shard_files.members("a", 1))))
     assert lost(path) == ([], f"it is {said} file: unpack it, shards are plain tar files")
 
 
 def test_a_shard_without_members_has_no_samples(tmp_path: Path) -> None:
-    assert read(made.write(tmp_path / "0.tar", [])) == []
+    assert read(shard_files.write(tmp_path / "0.tar", [])) == []
 
 
-def test_what_follows_the_end_mark_is_not_lost_silently(tmp_path: Path) -> None:
+def test_content_after_the_end_mark_is_reported(tmp_path: Path) -> None:
     """Two archives joined, and a header that a disk filled with zeros."""
     path = tmp_path / "0.tar"
-    first, second = made.tar(made.members("a", 1)), made.tar(made.members("b", 2))
+    first, second = (
+        shard_files.tar(shard_files.members("a", 1)),
+        shard_files.tar(shard_files.members("b", 2)),
+    )
     path.write_bytes(first + second)
     got, said = lost(path)
     assert [s.key for s in got] == ["a"]
     assert "data behind the end-of-archive mark" in said
-    whole = bytearray(made.tar(made.members("a", 1) + made.members("b", 2)))
+    whole = bytearray(shard_files.tar(shard_files.members("a", 1) + shard_files.members("b", 2)))
     at = whole.index(b"b.txt")
     whole[at : at + 512] = bytes(512)
     path.write_bytes(whole)
@@ -358,8 +373,8 @@ def test_a_sample_whose_json_was_cut_off_gets_no_other_uid(
 ) -> None:
     """The json holds the uid: without it the sample would go by the id of its content."""
     told = "0123456789abcdef0123456789abcdef"
-    files = made.members("a", 1, uid=told) + made.members("b", 2, uid=told[::-1])
-    content = made.tar([files[i] for i in order])
+    files = shard_files.members("a", 1, uid=told) + shard_files.members("b", 2, uid=told[::-1])
+    content = shard_files.tar([files[i] for i in order])
     last = [files[i][0] for i in order][-1]
     path = tmp_path / "0.tar"
     path.write_bytes(content[: content.rindex(last.encode())])
@@ -372,7 +387,7 @@ def test_a_sample_whose_json_was_cut_off_gets_no_other_uid(
 def test_members_beyond_the_limits_are_not_read(tmp_path: Path) -> None:
     """Files with holes: they claim gigabytes and take none."""
     path = tmp_path / "0.tar"
-    jpg = made.picture(1)
+    jpg = shard_files.picture(1)
     limits = webdataset.MAX_IMAGE_BYTES, webdataset.MAX_TEXT_BYTES, webdataset.MAX_JSON_BYTES
     with path.open("wb") as stream:
         for name, content in [
@@ -404,7 +419,7 @@ def test_members_beyond_the_limits_are_not_read(tmp_path: Path) -> None:
 
 def test_links_and_devices_are_no_samples(tmp_path: Path) -> None:
     path = tmp_path / "0.tar"
-    jpg = made.picture(1)
+    jpg = shard_files.picture(1)
     with tarfile.open(path, "w") as stream:
         for name, kind, content in [
             ("a.jpg", tarfile.SYMTYPE, b""), ("a.txt", tarfile.REGTYPE, b"x"),
@@ -428,10 +443,12 @@ def test_links_and_devices_are_no_samples(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("last", ["folder", "a.jpg", "link"])
-def test_a_shard_that_ends_in_what_is_no_sample_is_whole(tmp_path: Path, last: str) -> None:
+def test_a_shard_whose_last_member_belongs_to_no_sample_is_complete(
+    tmp_path: Path, last: str
+) -> None:
     path = tmp_path / "0.tar"
     with tarfile.open(path, "w") as stream:
-        for name, content in made.members("a", 1):
+        for name, content in shard_files.members("a", 1):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             stream.addfile(info, io.BytesIO(content))
@@ -441,7 +458,7 @@ def test_a_shard_that_ends_in_what_is_no_sample_is_whole(tmp_path: Path, last: s
     assert [(s.key, s.reason) for s in read(path)] == [("a", "")]
 
 
-def test_a_sparse_member_is_not_taken_for_its_content(tmp_path: Path) -> None:
+def test_a_sparse_member_is_not_read_as_plain_content(tmp_path: Path) -> None:
     records = {"GNU.sparse.map": "0,1,9,1", "GNU.sparse.size": "100"}
     path = tmp_path / "0.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as stream:
@@ -458,9 +475,9 @@ def test_names_that_lead_elsewhere_are_only_names(tmp_path: Path) -> None:
     files = [
         (f"{key}{suffix}", content)
         for i, key in enumerate(keys)
-        for suffix, content in ((".jpg", made.picture(i)), (".txt", b"x"))
+        for suffix, content in ((".jpg", shard_files.picture(i)), (".txt", b"x"))
     ]
-    path = made.write(tmp_path / "inside/deeper/0.tar", files)
+    path = shard_files.write(tmp_path / "inside/deeper/0.tar", files)
     before = sorted(tmp_path.rglob("*"))
     expected = [tarindex.split_name(f"{key}.jpg")[0] for key in keys]
     assert [(s.key, s.reason) for s in read(path)] == [(key, "") for key in expected]
@@ -503,7 +520,7 @@ def test_headers_that_loop_or_swell_lose_the_tail(
     tmp_path: Path, hostile: bytes, said: str
 ) -> None:
     path = tmp_path / "0.tar"
-    content = made.tar(made.members("a", 1))
+    content = shard_files.tar(shard_files.members("a", 1))
     after = content.rstrip(b"\0")
     after += b"\0" * (-len(after) % 512)
     path.write_bytes(after + hostile + content)

@@ -50,7 +50,7 @@ BOTH = pytest.mark.parametrize("which", ["trainer", "heads"])
 
 
 @BOTH
-def test_a_network_learns_what_it_is_given_and_is_begun_anew(
+def test_a_network_learns_its_samples_and_each_training_starts_from_scratch(
     which: str, request: pytest.FixtureRequest, label: np.ndarray
 ) -> None:
     trainer: cifar_pools.Trainer = request.getfixturevalue(which)
@@ -98,7 +98,7 @@ def test_every_method_gives_an_order_and_the_cut_takes_wrong_labels(
     assert np.mean(auto[:60] < 12) < np.mean(pool.hardest("margin")[:60] < 12)
 
 
-def test_the_report_has_each_method_and_says_where_it_is_behind(tmp_path: Path) -> None:
+def test_the_report_lists_each_method_and_where_it_is_worse(tmp_path: Path) -> None:
     rows = []
     for method in cifar_report.SAYS:
         name = cifar_report._BEST.get(method, method)

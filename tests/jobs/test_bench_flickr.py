@@ -44,7 +44,7 @@ def pairs() -> flickr_pool.Pairs:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.4, 1.0])
-def test_as_many_captions_are_swapped_as_said(share: float) -> None:
+def test_the_requested_share_of_captions_is_swapped(share: float) -> None:
     owner = np.repeat(np.arange(40), 5)
     caption = np.arange(50, 200)
     found = flickr_pool.swapped_captions(caption, owner, share, 3)
@@ -86,7 +86,7 @@ def test_every_entry_ranks_the_whole_pool(
     assert sorted(pairs.order(entry.config("0.3"), entry.k)) == list(range(pairs.score.size))
 
 
-def test_finished_figures_are_not_made_again(tmp_path: Path) -> None:
+def test_finished_figures_are_not_computed_again(tmp_path: Path) -> None:
     finished = bench_flickr.Finished(tmp_path / "out", print)
     finished.add([{"kind": "rank", "name": "score", "share": 0.2, "list": [1]}])
     again = bench_flickr.Finished(tmp_path / "out", print)

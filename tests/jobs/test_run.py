@@ -123,7 +123,7 @@ def test_set_stands_for_what_the_run_has_and_may_come_several_times(
         ),
     ],
 )
-def test_what_cannot_be_run_is_one_line(
+def test_a_run_that_cannot_start_fails_with_one_line(
     words: list[str],
     line: str,
     capsys: pytest.CaptureFixture[str],

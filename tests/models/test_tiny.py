@@ -126,7 +126,7 @@ def test_a_cache_that_cannot_be_written_falls_back_to_a_temporary_one(
 
 
 def test_another_merge_list_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiny, "_MERGES_SHA256", "0" * 64)
+    monkeypatch.setattr(tiny, "MERGES_SHA256", "0" * 64)
     with pytest.raises(DependencyError, match=r"merges of .* was trained with 0000"):
         tiny._first_merges(8000)
 
@@ -158,7 +158,9 @@ def test_captions_of_scenes_are_not_cut(loaded: tuple[Any, Any, Any], drawn: Any
     assert max(lengths) <= 40
 
 
-def test_retrieval_on_fresh_held_out_pairs(loaded: tuple[Any, Any, Any], drawn: Any) -> None:
+def test_the_bundled_model_retrieves_held_out_pairs(
+    loaded: tuple[Any, Any, Any], drawn: Any
+) -> None:
     model, transform, tokenize = loaded
     kept, pictures, _ = drawn
     rng = np.random.default_rng(1)
@@ -191,7 +193,7 @@ def test_near_copies_are_closer_than_nearly_all_others(
     assert np.diagonal(similarity).mean() >= FIGURES["near_copy"]["cosine_mean"] - 0.02
 
 
-def test_figures_tell_how_they_came_about() -> None:
+def test_figures_contain_the_settings_of_their_measurement() -> None:
     assert FIGURES["held_out_pairs"] == 1000
     assert FIGURES["image_to_text"]["r@1"] >= 0.5
     assert FIGURES["weights_bytes"] == tiny.WEIGHTS.stat().st_size

@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import shards as made
 from PIL import Image
+from support import shard_files
 
 from d2filter.algorithm import sizes as memory_of
 from d2filter.config import EmbedConfig
 from d2filter.errors import UsageError
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import Plan
-from d2filter.formats.webdataset import LostTail, Sample, list_shards
+from d2filter.formats.webdataset import LostTail, Sample, list_shards, shard_at
 from d2filter.models.clip import Clip
 from d2filter.stages import decode, embed
 
@@ -52,18 +52,12 @@ def sample(content: bytes, key: str = "a") -> Sample:
     return Sample(key=key, image=content, caption="x")
 
 
-def saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    picture.save(stream, kind, **options)
-    return stream.getvalue()
-
-
 @pytest.mark.parametrize(("bound", "ahead"), [(1 << 30, 17), (10_000, 9)])
 def test_encoded_pictures_wait_within_bounds(
     monkeypatch: pytest.MonkeyPatch, bound: int, ahead: int
 ) -> None:
     monkeypatch.setattr(memory_of, "PICTURES_AHEAD", bound)
-    picture = made.picture(1).ljust(1250, b"\0")[:1250]
+    picture = shard_files.picture(1).ljust(1250, b"\0")[:1250]
     begun = 0
     most = 0
 
@@ -83,7 +77,7 @@ def test_encoded_pictures_wait_within_bounds(
     assert most == ahead
 
 
-def test_the_next_batch_is_made_ready_while_the_model_runs(
+def test_the_next_batch_is_decoded_while_the_model_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And no more than two wait: the model is slower than what comes before it."""
@@ -91,8 +85,8 @@ def test_the_next_batch_is_made_ready_while_the_model_runs(
 
     files: list[tuple[str, bytes]] = []
     for i in range(21):
-        files += made.members(f"{i:03d}", i)
-    made.write(tmp_path / "0.tar", files)
+        files += shard_files.members(f"{i:03d}", i)
+    shard_files.write(tmp_path / "0.tar", files)
     (shard,) = list_shards([str(tmp_path / "0.tar")])
     config = EmbedConfig(shards=(str(tmp_path),), batch_size=4)
     model = embed._load(config)
@@ -139,7 +133,7 @@ def test_the_next_batch_is_made_ready_while_the_model_runs(
         ((1600, 1200), "PNG", (1600, 1200)),
     ],
 )
-def test_fast_decoding_keeps_the_side_that_was_asked_for(
+def test_fast_decoding_keeps_the_requested_side(
     size: tuple[int, int], kind: str, seen: tuple[int, int]
 ) -> None:
     got: list[Any] = []
@@ -148,17 +142,19 @@ def test_fast_decoding_keeps_the_side_that_was_asked_for(
         got.append(picture.size)
         return first_pixel(picture)
 
-    one = sample(saved(Image.new("RGB", size, "red"), kind))
+    one = sample(shard_files.encoded(Image.new("RGB", size, "red"), kind))
     (ready,) = decoded(iter([one]), transform, fast_decode=True)  # of 200 pixels: keeps 400
     assert got == [seen]
     assert (ready.width, ready.height) == size
 
 
-def test_fast_decoding_leaves_embeddings_near_and_is_another_making(tmp_path: Path) -> None:
-    picture = Image.open(io.BytesIO(made.picture(3))).convert("RGB").resize((900, 700))
+def test_fast_decoding_changes_embeddings_little_and_changes_the_fingerprint(
+    tmp_path: Path,
+) -> None:
+    picture = Image.open(io.BytesIO(shard_files.picture(3))).convert("RGB").resize((900, 700))
     stream = io.BytesIO()
     picture.save(stream, "JPEG")
-    made.write(tmp_path / "0.tar", [("a.jpg", stream.getvalue()), ("a.txt", b"a red star")])
+    shard_files.write(tmp_path / "0.tar", [("a.jpg", stream.getvalue()), ("a.txt", b"a red star")])
     (shard,) = list_shards([str(tmp_path / "0.tar")])
     rows = []
     for fast in (False, True):
@@ -174,7 +170,7 @@ def test_fast_decoding_leaves_embeddings_near_and_is_another_making(tmp_path: Pa
 def test_a_model_that_fails_ends_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from d2filter.models import clip
 
-    made.write(tmp_path / "0.tar", made.members("a", 1) + made.members("b", 2))
+    shard_files.write(tmp_path / "0.tar", shard_files.members("a", 1) + shard_files.members("b", 2))
     (shard,) = list_shards([str(tmp_path / "0.tar")])
 
     def fail(self: Any, batch: clip.Batch) -> Any:
@@ -205,10 +201,11 @@ def test_pictures_in_memory_at_once_are_bounded(monkeypatch: pytest.MonkeyPatch)
         del inside[threading.get_ident()]
         return first_pixel(picture)
 
-    monkeypatch.setattr(decode, "_BYTES_A_PIXEL", {})
+    monkeypatch.setattr(decode, "BYTES_A_PIXEL", {})
     sizes = [40] * 6 + [20] * 24 + [40] * 6
     samples = [
-        sample(made.png(Image.new("RGB", (size, size))), str(i)) for i, size in enumerate(sizes)
+        sample(shard_files.png(Image.new("RGB", (size, size))), str(i))
+        for i, size in enumerate(sizes)
     ]
     got = list(decoded(iter(samples), transform, max_pixels=40 * 40))
     assert [item.sample.key for item in got] == [str(i) for i in range(36)]
@@ -249,19 +246,21 @@ for path in sys.argv[3:]:
 """
 
 
-def test_decoding_takes_no_more_memory_than_is_asked_for(tmp_path: Path) -> None:
+def test_decoding_takes_no_more_memory_than_the_task_requests(tmp_path: Path) -> None:
     """Four of the largest pictures that are allowed, by four threads."""
     wide, high = size = (2700, 2000)
     deep = np.arange(wide * high, dtype=np.uint32).astype(np.uint16).reshape(high, wide)
     layered = Image.new("RGBA", size, (9, 8, 7, 6))
     kinds = {
-        "small": made.picture(1),
-        "gray16.png": saved(Image.fromarray(deep), "PNG", compress_level=1),
-        "rgba.png": saved(layered, "PNG", compress_level=1),
-        "progressive.jpg": saved(layered.convert("RGB"), "JPEG", progressive=True, subsampling=0),
-        "rgba.webp": saved(layered, "WEBP", method=0),
-        "rgba.tiff": saved(layered, "TIFF", compression="tiff_lzw"),
-        "rgba.avif": saved(layered, "AVIF", speed=10),
+        "small": shard_files.picture(1),
+        "gray16.png": shard_files.encoded(Image.fromarray(deep), "PNG", compress_level=1),
+        "rgba.png": shard_files.encoded(layered, "PNG", compress_level=1),
+        "progressive.jpg": shard_files.encoded(
+            layered.convert("RGB"), "JPEG", progressive=True, subsampling=0
+        ),
+        "rgba.webp": shard_files.encoded(layered, "WEBP", method=0),
+        "rgba.tiff": shard_files.encoded(layered, "TIFF", compression="tiff_lzw"),
+        "rgba.avif": shard_files.encoded(layered, "AVIF", speed=10),
     }
     for name, content in kinds.items():
         (tmp_path / name).write_bytes(content)
@@ -288,8 +287,13 @@ def test_pictures_with_too_many_pixels_are_bad_and_say_so() -> None:
 
     assert config.MAX_PIXELS == Image.MAX_IMAGE_PIXELS
     large, fair = Image.new("L", (101, 100)), Image.new("L", (100, 100))
-    contents = [made.png(large), made.png(fair), saved(large, "WEBP"), saved(large, "TIFF")]
-    contents.append(made.png(Image.new("L", (300, 300))))  # which Pillow refuses by itself
+    contents = [
+        shard_files.png(large),
+        shard_files.png(fair),
+        shard_files.encoded(large, "WEBP"),
+        shard_files.encoded(large, "TIFF"),
+    ]
+    contents.append(shard_files.png(Image.new("L", (300, 300))))  # which Pillow refuses by itself
     got = list(decoded((sample(c, str(i)) for i, c in enumerate(contents)), max_pixels=10_000))
     assert [getattr(item, "reason", "") for item in got] == [
         "too many pixels", "", "too many pixels", "too many pixels", "too many pixels"
@@ -329,7 +333,9 @@ def test_a_tile_of_a_small_tiff_may_not_be_large() -> None:
         ),
     ],
 )
-def test_what_is_no_picture_that_is_read_is_named(begin: bytes, reason: str, said: str) -> None:
+def test_a_file_of_an_unsupported_format_is_bad_and_its_format_is_named(
+    begin: bytes, reason: str, said: str
+) -> None:
     (got,) = decoded(iter([sample(begin + bytes(100))]))
     assert got.reason == reason
     assert said in got.message
@@ -338,14 +344,14 @@ def test_what_is_no_picture_that_is_read_is_named(begin: bytes, reason: str, sai
 
 @pytest.mark.parametrize("kind", ["AVIF", "TIFF", "JPEG", "PNG", "WEBP", "GIF", "BMP"])
 def test_formats_are_read_by_their_content(kind: str) -> None:
-    picture = Image.open(io.BytesIO(made.picture(1)))
-    (got,) = decoded(iter([sample(saved(picture, kind))]))
+    picture = Image.open(io.BytesIO(shard_files.picture(1)))
+    (got,) = decoded(iter([sample(shard_files.encoded(picture, kind))]))
     assert (got.width, got.height) == picture.size
 
 
 def translucent(mode: str) -> Image.Image:
     """A square picture of a mode, with what lies below transparent pixels in another color."""
-    base = Image.open(io.BytesIO(made.picture(4))).convert("RGB").resize((300, 300))
+    base = Image.open(io.BytesIO(shard_files.picture(4))).convert("RGB").resize((300, 300))
     mask = Image.new("L", base.size, 255)
     mask.paste(0, (60, 40, 250, 200))
     mask.paste(99, (10, 210, 200, 290))
@@ -371,7 +377,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_pictures_are_seen_as_open_clips_training_sees_them(mode: str) -> None:
+def test_pictures_are_preprocessed_like_in_open_clips_training(mode: str) -> None:
     """webdataset's decoder as open_clip's trainer calls it, then the transform for training, with
     the whole picture in place of a part by chance.
     """
@@ -379,7 +385,7 @@ def test_pictures_are_seen_as_open_clips_training_sees_them(mode: str) -> None:
     import torch
     import webdataset as wds
 
-    content = saved(translucent(mode), MODES[mode])
+    content = shard_files.encoded(translucent(mode), MODES[mode])
     whole = open_clip.transform.AugmentationCfg(scale=(1.0, 1.0))
     train = open_clip.image_transform(64, is_train=True, aug_cfg=whole)
     extension = "jpg" if MODES[mode] == "JPEG" else "png"
@@ -403,7 +409,7 @@ def test_transparent_pictures_are_put_on_a_ground(mode: str, alpha: str, value: 
         return first_pixel(picture)
 
     picture = translucent(mode)
-    (got,) = decoded(iter([sample(saved(picture, "PNG"))]), transform, alpha=alpha)
+    (got,) = decoded(iter([sample(shard_files.encoded(picture, "PNG"))]), transform, alpha=alpha)
     assert got.alpha
     layered = np.asarray(picture.convert("RGBA")).astype(float)
     share = layered[..., 3:] / 255
@@ -413,19 +419,21 @@ def test_transparent_pictures_are_put_on_a_ground(mode: str, alpha: str, value: 
         assert (seen[0][50:190, 70:240] == value).all()
 
 
-def test_opaque_pictures_have_no_alpha_whatever_their_mode() -> None:
-    opaque = Image.open(io.BytesIO(made.picture(1))).convert("RGBA")
-    (got,) = decoded(iter([sample(made.png(opaque))]))
+def test_opaque_pictures_have_no_alpha_in_any_mode() -> None:
+    opaque = Image.open(io.BytesIO(shard_files.picture(1))).convert("RGBA")
+    (got,) = decoded(iter([sample(shard_files.png(opaque))]))
     assert not got.alpha
     # 16 bits of gray with a transparent value: Pillow cannot layer it
     deep = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257)
-    (got,) = decoded(iter([sample(saved(deep, "PNG", transparency=0))]))
+    (got,) = decoded(iter([sample(shard_files.encoded(deep, "PNG", transparency=0))]))
     assert isinstance(got, decode.Ready)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_deep_gray_is_scaled_in_parts_as_whole(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(decode, "_ROWS", 1000)
+def test_gray_of_16_bits_is_scaled_in_parts_like_at_once(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(decode, "GRAY_PIXELS", 1000)
     values = np.random.default_rng(0).integers(0, 65536, (77, 90), dtype=np.uint16)
     seen: list[Any] = []
 
@@ -433,7 +441,7 @@ def test_deep_gray_is_scaled_in_parts_as_whole(monkeypatch: pytest.MonkeyPatch, 
         seen.append(np.asarray(picture))
         return first_pixel(picture)
 
-    list(decoded(iter([sample(saved(Image.fromarray(values), kind))]), transform))
+    list(decoded(iter([sample(shard_files.encoded(Image.fromarray(values), kind))]), transform))
     assert (seen[0] == values // 257).all()
     wide = Image.fromarray(values.astype(np.int32) * 3 - 40_000)
     whole = (np.asarray(wide).astype(np.float64) / 257).clip(0, 255).astype("u1")
@@ -447,7 +455,7 @@ def test_pictures_of_one_color_are_counted() -> None:
     spot = Image.new("RGB", (64, 64), "white")
     spot.paste("black", (30, 30, 40, 40))
     flat = [Image.new("RGBA", (50, 40), (9, 9, 9, 0)), Image.new("L", (70, 70), 255), spot]
-    samples = [sample(made.png(picture)) for picture in flat]
+    samples = [sample(shard_files.png(picture)) for picture in flat]
     assert [got.one_color for got in decoded(iter(samples), transform)] == [True, True, False]
 
 
@@ -468,23 +476,27 @@ embed.embed_shard(report=lambda done: None, out=Folder(out), shard=shard_at(shar
 
 def test_the_ledger_of_a_dirty_shard_is_the_same_in_every_run(tmp_path: Path) -> None:
     """To the last byte: messages hold no addresses, and no order of threads."""
-    jpg = made.picture(1)
+    jpg = shard_files.picture(1)
     bad = {
         "noise": bytes(range(256)), "cut": jpg[:300], "html": b"<html>", "gif": b"GIF89a",
         "jp2": b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(99), "tiff": b"II*\0" + bytes(50),
         "webp": b"RIFF....WEBPVP8 ", "bmp": b"BM" + bytes(60), "png": b"\x89PNG\r\n\x1a\n",
         "avif": b"\0\0\0\x20ftypavif" + bytes(40),
     }  # fmt: skip
-    files = made.members("whole", 1)
+    files = shard_files.members("whole", 1)
     for key, content in bad.items():
         files += [(f"{key}.jpg", content), (f"{key}.txt", b"x")]
     for key, text in (("half", b'{"a":'), ("list", b"[]"), ("deep", b"[" * 99_999)):
         files += [(f"{key}.jpg", jpg), (f"{key}.json", text)]
     files += [("latin.jpg", jpg), ("latin.txt", b"\xff"), ("a.b.jpg", jpg), ("c.txt", b"x")]
-    path = made.write(tmp_path / "0.tar", files)
-    for out in ("o", "p"):
-        words = [sys.executable, "-c", REPEAT, str(path), str(tmp_path / out)]
-        subprocess.run(words, check=True, timeout=120)
+    path = shard_files.write(tmp_path / "0.tar", files)
+    # in another process, whose addresses differ, and in this one
+    words = [sys.executable, "-c", REPEAT, str(path), str(tmp_path / "o")]
+    subprocess.run(words, check=True, timeout=120)
+    embed.embed_shard(
+        report=lambda done: None, out=Folder(str(tmp_path / "p")),
+        shard=shard_at(str(path)), config=EmbedConfig(shards=(str(path),), batch_size=4),
+    )  # fmt: skip
     one, two = (tmp_path / out / "ledger/embed/0.parquet" for out in ("o", "p"))
     assert one.read_bytes() == two.read_bytes()
     told = pq.read_table(one).to_pylist()
@@ -492,8 +504,8 @@ def test_the_ledger_of_a_dirty_shard_is_the_same_in_every_run(tmp_path: Path) ->
     assert not [entry for entry in told if re.search("0x[0-9a-f]{6}", entry["message"])]
 
 
-def test_what_waits_for_its_batch_holds_no_encoded_picture() -> None:
-    picture = made.picture(1)
+def test_a_decoded_sample_that_waits_for_its_batch_holds_no_encoded_picture() -> None:
+    picture = shard_files.picture(1)
     (ready,) = decoded(iter([sample(picture)]))
     assert ready.sample.image == b""
     assert embed._row(ready, shard())["sha256"] == hashlib.sha256(picture).hexdigest()
@@ -506,14 +518,14 @@ def shard() -> Any:
     return Shard("s/0.tar", FileInfo("0.tar", 0, ""), "0")
 
 
-def test_sizes_that_a_json_tells_must_be_sensible() -> None:
+def test_picture_sizes_of_a_json_must_be_plausible() -> None:
     assert [embed._size(told, 7) for told in (640, "640", 0, -1, True, 2**31, 6.5, None)] == [
         640, 7, 7, 7, 7, 7, 7, 7
     ]  # fmt: skip
 
 
 class Rehearsed:
-    """A runner that notes what is asked of it; the rehearsal took 3 GB on some device."""
+    """A runner that records its calls; the rehearsal took 3 GB on some device."""
 
     def __init__(self, device: str, found: str) -> None:
         self.device = device
@@ -541,7 +553,7 @@ def build(runner: Any, batch_size: int) -> dict[str, Any]:
     ("device", "found", "on_gpu"),
     [("auto", "cuda", True), ("auto", "cpu", False), ("cpu", "cpu", False), ("cuda", "cuda", True)],
 )
-def test_shards_run_where_the_rehearsal_ran_and_ask_for_the_memory_that_it_took(
+def test_shards_run_on_the_device_of_the_rehearsal_and_request_the_memory_that_it_took(
     device: str, found: str, on_gpu: bool
 ) -> None:
     """A GPU that torch cannot use is left to others, and the CPUs are shared."""
@@ -560,14 +572,14 @@ def test_shards_run_where_the_rehearsal_ran_and_ask_for_the_memory_that_it_took(
     )
 
 
-def test_what_people_should_know_of_a_pool_is_in_the_figures() -> None:
+def test_alerts_about_a_pool_are_in_the_figures() -> None:
     figures = build(Rehearsed("cpu", "cpu"), 64)
     counts = {name: figures[name] for name in ("alpha", "one_color", "uids_replaced", "left_out")}
     assert counts == {"alpha": 4, "one_color": 6, "uids_replaced": 8, "left_out": {".json": 5}}
     assert figures["alerts"] == ["not read, beside the shards: 5 .json"]
 
 
-def test_a_torch_without_cuda_is_told_to_those_who_must_have_it() -> None:
+def test_a_torch_without_cuda_is_an_error_if_a_gpu_is_required() -> None:
     runner = Rehearsed("cuda", "cpu")
     with pytest.raises(UsageError, match="device is cuda, but torch finds no GPU on a node"):
         build(runner, 64)

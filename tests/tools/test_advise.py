@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
 import pytest
+from support import pools
 
 from d2filter.algorithm.measures import selfcheck as checks
 from d2filter.cli.main import main
@@ -38,7 +41,7 @@ def pairs(seed: int = 0, noise: float = 0.4) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> dict[str, Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> dict[str, Path]:
     """One pool with its graph: in one part, in three of shuffled files, and with other scores."""
     folder = tmp_path_factory.mktemp("advised")
     outs = {}
@@ -58,9 +61,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> dict[str, P
     return outs
 
 
-def test_the_self_check_agrees_with_the_captions_that_are_wrong(made: dict[str, Path]) -> None:
+def test_the_self_check_agrees_with_the_captions_that_are_wrong(runs: dict[str, Path]) -> None:
     """The pool has wrong captions of its own: they are kept about as often as those made here."""
-    folder = Folder(str(made["one"]))
+    folder = Folder(str(runs["one"]))
     known = selfcheck.load(folder)
     prepared = selfcheck.prepare(folder, known)
     assert isinstance(prepared, selfcheck.Prepared)
@@ -83,30 +86,48 @@ def test_the_self_check_agrees_with_the_captions_that_are_wrong(made: dict[str, 
             assert row["low"] <= row["kept"] <= row["high"]
 
 
-def test_advice_is_the_same_for_any_partitions_and_files(
-    made: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """What `d2filter advise` printed and wrote for a run."""
+
+    printed: str
+    data: dict[str, Any]
+    page: str
+
+
+@pytest.fixture(scope="module")
+def advice(runs: dict[str, Path]) -> dict[str, Advice]:
+    """The advice for the two layouts of the pool, without options."""
     found = {}
     for name in ("one", "three"):
-        assert main(["advise", str(made[name])]) == 0
-        data = json.loads((made[name] / "advise.json").read_text())
-        found[name] = {k: data[k] for k in ("options", "fraction", "near", "trials")}
-        assert (made[name] / "advise.html").exists()
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            assert main(["advise", str(runs[name])]) == 0
+        found[name] = Advice(
+            printed=printed.getvalue(),
+            data=json.loads((runs[name] / "advise.json").read_text()),
+            page=(runs[name] / "advise.html").read_text(),
+        )
+    return found
+
+
+def test_advice_is_the_same_for_any_partitions_and_files(advice: dict[str, Advice]) -> None:
+    found = {name: one.data for name, one in advice.items()}
     assert found["one"]["options"] == found["three"]["options"]
     for mine, theirs in zip(found["one"]["trials"], found["three"]["trials"], strict=True):
         assert mine["setting"] == theirs["setting"]
         for fraction, row in mine["measures"].items():
             assert row == pytest.approx(theirs["measures"][fraction], rel=1e-9)
-    said = capsys.readouterr().out
-    for what in ("k ", "gamma ", "copies ", "budget "):
-        assert re.search(f"^{what}", said, re.MULTILINE)
-    assert "the graph has 5 neighbors a sample" in said
+    for one in advice.values():
+        for what in ("k ", "gamma ", "copies ", "budget "):
+            assert re.search(f"^{what}", one.printed, re.MULTILINE)
+        assert "the graph has 5 neighbors a sample" in one.printed
 
 
-def test_what_is_recommended_keeps_its_promise(
-    made: dict[str, Path], capsys: pytest.CaptureFixture[str]
+def test_the_recommended_setting_keeps_few_wrong_pairs_and_covers_the_pool(
+    runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = made["one"]
+    out = runs["one"]
     assert main(["advise", str(out), "--fraction", "0.3"]) == 0
     data = json.loads((out / "advise.json").read_text())
     trials = {trial["setting"]: trial["measures"]["0.3"] for trial in data["trials"]}
@@ -128,37 +149,36 @@ def test_what_is_recommended_keeps_its_promise(
     assert record["options"]["gamma"] == data["options"]["gamma"]
 
 
-def test_without_a_cosine_it_says_so_and_goes_by_the_score(
-    made: dict[str, Path], capsys: pytest.CaptureFixture[str]
+def test_without_a_clip_score_the_advice_uses_the_score_and_names_this(
+    runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["advise", str(made["column"])]) == 0
+    assert main(["advise", str(runs["column"])]) == 0
     said = capsys.readouterr().out
     assert "no self-check: the score is not the cosine of the two halves" in said
-    data = json.loads((made["column"] / "advise.json").read_text())
+    data = json.loads((runs["column"] / "advise.json").read_text())
     assert all(row["wrong"] is None for t in data["trials"] for row in t["measures"].values())
     (chosen,) = (t["measures"]["0.3"] for t in data["trials"] if t["options"] == data["options"])
     alone = data["trials"][0]["measures"]["0.3"]
     assert chosen["difficulty"] > 0.5 + (alone["difficulty"] - 0.5) / 2 - 0.02
 
 
-def test_a_large_pool_is_advised_on_a_sample_and_says_so(
-    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_advice_on_a_large_pool_uses_a_sample_and_names_its_size(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(selfcheck, "MOST", 500)
     monkeypatch.setattr(selfcheck, "SAMPLED", 200)
-    chosen = [selfcheck.load(Folder(str(made[name]))).part for name in ("one", "three")]
+    chosen = [selfcheck.load(Folder(str(runs[name]))).part for name in ("one", "three")]
     np.testing.assert_array_equal(chosen[0].lo, chosen[1].lo)
     np.testing.assert_array_equal(chosen[0].neighbors, chosen[1].neighbors)
     assert len(chosen[0].hi) == 200
-    assert main(["advise", str(made["three"])]) == 0
+    assert main(["advise", str(runs["three"])]) == 0
     said = capsys.readouterr().out
     assert "on 200 of 600 samples, chosen by a hash of the uid" in said
     assert "measured on 200 of 600 samples" in said
 
 
-def test_the_page_asks_for_nothing(made: dict[str, Path]) -> None:
-    assert main(["advise", str(made["one"])]) == 0
-    page = (made["one"] / "advise.html").read_text()
+def test_the_page_loads_nothing_from_the_network(advice: dict[str, Advice]) -> None:
+    page = advice["one"].page
     assert "default-src 'none'" in page
     # but for names in the code of the plots' script, which the policy stops
     markup = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
@@ -171,14 +191,14 @@ def test_the_page_asks_for_nothing(made: dict[str, Path]) -> None:
     ("words", "said"),
     [(("--fraction", "2"), "fraction is 2"), (("--fraction", "0.0001"), "keeps nothing of 600")],
 )
-def test_what_cannot_be_is_one_line(
-    made: dict[str, Path], words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+def test_impossible_requests_for_advice_fail_with_one_line(
+    runs: dict[str, Path], words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["advise", str(made["one"]), *words]) == 2
+    assert main(["advise", str(runs["one"]), *words]) == 2
     assert said in capsys.readouterr().err
 
 
-def test_without_a_graph_it_names_the_command(
+def test_advice_without_a_graph_names_the_missing_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["advise", str(tmp_path)]) == 1

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
 import pytest
+from support import pools
 
 from d2filter.cli.main import main
 from d2filter.formats.paths import Folder
@@ -135,7 +135,7 @@ def of_arch(arch: str) -> alerts.Facts:
         ),
     ],
 )
-def test_an_alert_fires_where_it_should(
+def test_each_alert_fires_on_its_condition_only(
     alert: alerts.Alert, fires: list[alerts.Facts], summary: str, quiet: list[alerts.Facts]
 ) -> None:
     assert alert in alerts.ALERTS
@@ -146,12 +146,14 @@ def test_an_alert_fires_where_it_should(
 
 
 def test_every_alert_is_tested() -> None:
-    (mark,) = (m for m in test_an_alert_fires_where_it_should.pytestmark if m.name == "parametrize")
+    (mark,) = (
+        m for m in test_each_alert_fires_on_its_condition_only.pytestmark if m.name == "parametrize"
+    )
     assert {case[0] for case in mark.args[1]} == set(alerts.ALERTS)
 
 
 @pytest.mark.parametrize(("by_score", "cure"), [(0.05, "advise OUT"), (0.25, "the score hardly")])
-def test_a_failed_self_check_tells_whether_score_or_setting_is_to_blame(
+def test_a_failed_self_check_names_the_score_or_the_setting_as_the_cause(
     by_score: float, cure: str
 ) -> None:
     at_budget = {**CHECK, "kept": 0.28, "high": 0.31, "by_score": by_score}

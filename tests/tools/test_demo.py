@@ -1,3 +1,5 @@
+"""The demo: it draws, embeds and ranks a pool, and shows that d2 keeps the useful pairs."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -34,7 +36,7 @@ def test_usefulness_equals_its_definition(n: int, seed: int) -> None:
     assert best.groups_covered >= got.groups_covered - 1e-12
 
 
-def test_the_layout_has_what_was_asked_for() -> None:
+def test_the_demo_writes_the_requested_layout() -> None:
     layout = demo.lay_out(4200, 0)
     assert layout.copy.mean() == pytest.approx(0.3, abs=0.001)
     assert layout.swapped.mean() == pytest.approx(0.2, abs=0.005)
@@ -56,7 +58,7 @@ def test_pairs_are_drawn_from_the_seed_alone() -> None:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_the_demo_shows_what_it_promises(
+def test_d2_keeps_more_useful_pairs_than_the_baselines_in_the_demo(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = demo.demo(str(tmp_path), pairs=1200, seed=5, say=print)
@@ -87,7 +89,7 @@ def test_another_demo_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         demo._claim(folder, 120, 1)
 
 
-def test_too_few_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_few_pairs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--pairs", "3", "--out-dir", str(tmp_path)]) == 2
     assert "pairs is 3" in capsys.readouterr().err
     assert not Folder(str(tmp_path)).names()

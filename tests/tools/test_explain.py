@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
-import pools
 import pyarrow.parquet as pq
 import pytest
+from support import oracle, pools
+from support.runs import ranking_columns, stats
 
 from d2filter.cli.main import main
 from d2filter.formats import graph, ranking, sparse
@@ -38,17 +38,12 @@ def run(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
     return folder / "o"
 
 
-def columns(out: Path) -> dict[str, np.ndarray]:
-    parts = list(ranking.iter_columns(Folder(str(out)).sub("ranking")))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
 def test_every_figure_is_that_of_the_files_and_adds_up(run: Path) -> None:
     folder = Folder(str(run))
-    r, g = columns(run), graph.read(folder.sub("graph"))
+    r, g = ranking_columns(run), graph.read(folder.sub("graph"))
     hexes = uid_format.to_hex(r["uid_hi"], r["uid_lo"])
-    stats = json.loads((run / "stats.json").read_text())
-    rank = stats["rank"]
+    figures = stats(run)
+    rank = figures["rank"]
     low, high = r["difficulty"].min(), r["difficulty"].max()
     normalized = (r["difficulty"].astype(float) - low) / (float(high) - low)
     sigma = np.maximum(g.sqdist[:, -1], np.float32(rank["gamma_floor"])).astype(float)
@@ -82,17 +77,17 @@ def test_every_figure_is_that_of_the_files_and_adds_up(run: Path) -> None:
 
 def test_a_sample_alone_is_explained_as_among_all(run: Path) -> None:
     folder = Folder(str(run))
-    r = columns(run)
+    r = ranking_columns(run)
     hexes = uid_format.to_hex(r["uid_hi"], r["uid_lo"])
     together = explain.explain(folder, hexes)
     for row in range(0, len(hexes), 7):
         assert explain.explain(folder, [hexes[row]]) == [together[row]]
 
 
-def test_people_and_programs_are_told_the_same(
+def test_text_and_json_contain_the_same_facts(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    r = columns(run)
+    r = ranking_columns(run)
     best = int(np.argmin(r["rank"]))
     worst = int(np.argmax(r["rank"]))
     uids = uid_format.to_hex(r["uid_hi"][[best, worst]], r["uid_lo"][[best, worst]])
@@ -108,7 +103,9 @@ def test_people_and_programs_are_told_the_same(
     assert len(first["neighbors"]) == 4
 
 
-def test_samples_that_are_not_ranked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_that_are_not_ranked_are_explained_with_the_reason(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     capsys.readouterr()
     assert main(["explain", str(run), "f" * 32]) == 1
     assert "is not a sample of" in capsys.readouterr().err
@@ -119,7 +116,7 @@ def test_samples_that_are_not_ranked(run: Path, capsys: pytest.CaptureFixture[st
     assert "bad: malformed uid (" in explain.lines(found)[1]
 
 
-def test_a_sample_is_told_from_others_with_its_uid(
+def test_a_sample_is_distinguished_from_others_with_its_uid(
     tmp_path: Path,
 ) -> None:
     """The one that was ranked by shard and key; of one that was not, all that are left out."""
@@ -149,18 +146,20 @@ def test_a_sample_is_told_from_others_with_its_uid(
     assert sorted(str(entry["key"]) for entry in left_out.entries) == ["00020", "00055"]
 
 
-def test_only_what_holds_the_rows_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_row_groups_with_requested_rows_are_read(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows in any order and repeated are those of the whole table, at one read a row group."""
-    whole = columns(run)
+    whole = ranking_columns(run)
     parts = sparse.Sparse(Folder(str(run)).sub("ranking"))
     reads: list[int] = []
-    plain = sparse.Sparse._read
+    plain = sparse.Sparse.read_row_group
 
     def counted(self: sparse.Sparse, place: int, names: Any) -> Any:
         reads.append(place)
         return plain(self, place, names)
 
-    monkeypatch.setattr(sparse.Sparse, "_read", counted)
+    monkeypatch.setattr(sparse.Sparse, "read_row_group", counted)
     asked = np.array([5, 390, 5, 0, 200])
     found = parts.rows(asked, ("rank", "uid_hi"))
     assert found["rank"].tolist() == whole["rank"][asked].tolist()
@@ -169,30 +168,30 @@ def test_only_what_holds_the_rows_is_read(run: Path, monkeypatch: pytest.MonkeyP
     assert parts.find(1, 1) == -1
 
 
-def test_many_samples_are_told_of_as_one_by_one_and_no_part_is_read_twice_for_it(
+def test_many_samples_are_explained_like_each_alone_and_no_row_group_is_read_twice(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Folder(str(run))
-    r = columns(run)
+    r = ranking_columns(run)
     hexes = uid_format.to_hex(r["uid_hi"], r["uid_lo"])
     asked = [hexes[row] for row in (390, 5, 200, 5, 77, 0)]
     alone = [one for uid in asked for one in explain.explain(folder, [uid])]
     assert [one.uid for one in alone] == asked
     reads: Counter[tuple[str, int, tuple[str, ...]]] = Counter()
-    plain = sparse.Sparse._read
+    plain = sparse.Sparse.read_row_group
 
     def counted(self: sparse.Sparse, place: int, names: Any) -> Any:
         reads[self._folder.url, place, tuple(names)] += 1
         return plain(self, place, names)
 
-    monkeypatch.setattr(sparse.Sparse, "_read", counted)
+    monkeypatch.setattr(sparse.Sparse, "read_row_group", counted)
     assert explain.explain(folder, asked) == alone
     assert len(reads) > 3
     assert max(reads.values()) == 1
     assert explain.explain(folder, []) == []
 
 
-def test_uids_that_share_their_first_half_are_told_apart(tmp_path: Path) -> None:
+def test_uids_with_equal_first_halves_are_distinguished(tmp_path: Path) -> None:
     halves = [(1, 5), (7, 2), (7, 9), (8, 0)], [(2, 1), (7, 3), (7, 4)]
     for number, pairs in enumerate(halves):
         hi, lo = np.array(pairs, np.uint64).T

@@ -1,3 +1,5 @@
+"""`d2filter pack`: shards from a folder of pictures and captions."""
+
 from __future__ import annotations
 
 import csv
@@ -7,8 +9,8 @@ import os
 from pathlib import Path
 
 import pytest
-import shards as made
 import webdataset as wds
+from support import shard_files
 
 from d2filter.cli.main import main
 from d2filter.formats import uid
@@ -22,23 +24,23 @@ def folder(tmp_path: Path) -> Path:
     root = tmp_path / "pictures"
     (root / "deep").mkdir(parents=True)
     for i in range(7):
-        (root / f"{i}.jpg").write_bytes(made.picture(i))
-        (root / f"{i}.txt").write_text(made.caption(i))
-    (root / "deep/a.png").write_bytes(made.black_png_with_alpha())
+        (root / f"{i}.jpg").write_bytes(shard_files.picture(i))
+        (root / f"{i}.txt").write_text(shard_files.caption(i))
+    (root / "deep/a.png").write_bytes(shard_files.black_png_with_alpha())
     (root / "deep/a.txt").write_text("Une étoile.\nde.utf8=Ein Stern.\n", "utf-8")
-    (root / "deep/b.WEBP").write_bytes(made.picture(9, "WEBP"))
+    (root / "deep/b.WEBP").write_bytes(shard_files.picture(9, "WEBP"))
     (root / "deep/b.json").write_text('{"caption": "from json", "url": "https://example.org/b"}')
     (root / "drawing.svg").write_text("<svg/>")
     (root / "drawing.txt").write_text("A drawing.")
     (root / "bare.svg").write_text("<svg/>")
-    (root / "alone.jpg").write_bytes(made.picture(20))
+    (root / "alone.jpg").write_bytes(shard_files.picture(20))
     (root / "broken.jpg").write_bytes(b"\xff\xd8 no")
     (root / "broken.txt").write_text("x")
     (root / "nothing.jpg").write_bytes(b"")
     (root / "nothing.txt").write_text("x")
-    (root / "silent.jpg").write_bytes(made.picture(21))
+    (root / "silent.jpg").write_bytes(shard_files.picture(21))
     (root / "silent.txt").write_text(" \n")
-    (root / "latin.jpg").write_bytes(made.picture(22))
+    (root / "latin.jpg").write_bytes(shard_files.picture(22))
     (root / "latin.txt").write_bytes(b"caf\xe9")
     (root / "orphan.txt").write_text("nobody")
     (root / "sound.ogg").write_bytes(b"x")
@@ -68,7 +70,7 @@ def test_everything_is_packed_or_has_a_reason(folder: Path, tmp_path: Path) -> N
     assert {row["path"] for row in listed} >= {"sound.ogg", "drawing.svg"}
 
 
-def test_webdataset_reads_what_was_packed(folder: Path, tmp_path: Path) -> None:
+def test_webdataset_reads_packed_shards(folder: Path, tmp_path: Path) -> None:
     pack.pack(folder, Folder(str(tmp_path / "out")), shard_size=4)
     urls = sorted(str(p) for p in (tmp_path / "out").glob("*.tar"))
     assert [Path(u).name for u in urls] == ["00000.tar", "00001.tar", "00002.tar"]
@@ -81,10 +83,10 @@ def test_webdataset_reads_what_was_packed(folder: Path, tmp_path: Path) -> None:
     assert by_caption["Une étoile."]["png"] == (folder / "deep/a.png").read_bytes()
     assert by_caption["from json"]["webp"] == (folder / "deep/b.WEBP").read_bytes()
     for i in range(7):
-        sample = by_caption[made.caption(i)]
+        sample = by_caption[shard_files.caption(i)]
         meta = json.loads(sample["json"])
         assert sample["jpg"] == (folder / f"{i}.jpg").read_bytes()
-        assert meta["uid"] == uid.content_uid(sample["jpg"], made.caption(i))
+        assert meta["uid"] == uid.content_uid(sample["jpg"], shard_files.caption(i))
         assert meta["sha256"] == hashlib.sha256(sample["jpg"]).hexdigest()
         assert (meta["width"], meta["original_height"], meta["status"]) == (64, 64, "success")
     stats = [json.loads(p.read_text()) for p in sorted((tmp_path / "out").glob("*_stats.json"))]
@@ -98,13 +100,15 @@ def test_the_same_folder_gives_the_same_bytes(folder: Path, tmp_path: Path) -> N
     assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
 
 
-def test_all_lines_of_a_caption(folder: Path, tmp_path: Path) -> None:
+def test_a_caption_keeps_all_its_lines(folder: Path, tmp_path: Path) -> None:
     pack.pack(folder, Folder(str(tmp_path / "out")), caption_lines="all")
     got = wds.WebDataset(str(tmp_path / "out/00000.tar"), shardshuffle=False)
     assert "Une étoile. de.utf8=Ein Stern." in [s["txt"].decode() for s in got]
 
 
-def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_queries_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(*words: object) -> tuple[int, str]:
         code = main(["pack", *(str(w) for w in words)])
         lines = capsys.readouterr().err.splitlines()
@@ -126,7 +130,7 @@ def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def one(root: Path, name: str, **sidecars: bytes) -> None:
-    (root / name).write_bytes(made.picture(len(name)))
+    (root / name).write_bytes(shard_files.picture(len(name)))
     for suffix, content in sidecars.items():
         (root / f"{Path(name).stem}.{suffix}").write_bytes(content)
 
@@ -137,7 +141,7 @@ def captions(out: Path) -> list[str]:
     )
 
 
-def test_suffixes_in_either_case(tmp_path: Path) -> None:
+def test_suffixes_are_accepted_in_either_case(tmp_path: Path) -> None:
     root = tmp_path / "pictures"
     root.mkdir()
     one(root, "A.JPG", TXT=b"upper")
@@ -171,7 +175,7 @@ def test_nothing_below_the_folder_is_lost_silently(tmp_path: Path) -> None:
     (root / "gone.jpg").symlink_to(tmp_path / "nowhere")
     os.mkfifo(root / "pipe.jpg")
     bad = os.fsencode(root) + b"/caf\xe9.jpg"
-    Path(os.fsdecode(bad)).write_bytes(made.picture(4))
+    Path(os.fsdecode(bad)).write_bytes(shard_files.picture(4))
     packed = pack.pack(root, Folder(str(tmp_path / "out")))
     assert packed.skipped == {
         "link to a folder (not followed)": 1,
@@ -182,7 +186,9 @@ def test_nothing_below_the_folder_is_lost_silently(tmp_path: Path) -> None:
     assert "caf\\udce9.jpg" in (tmp_path / "out/skipped.csv").read_text()
 
 
-def test_what_cannot_be_read_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_files_are_skipped_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "pictures"
     root.mkdir()
     one(root, "a.jpg", txt=b"good")
@@ -206,18 +212,18 @@ def test_an_interrupted_pack_starts_over(tmp_path: Path, monkeypatch: pytest.Mon
     for i in range(6):
         one(root, f"{'x' * (i + 1)}.jpg", txt=b"caption")
     out = Folder(str(tmp_path / "out"))
-    plain = pack._read
+    plain = Path.read_bytes
 
-    def stopping(path: Path, *rest: object) -> object:
+    def stopping(path: Path) -> bytes:
         if path.stem == "xxxxx":
             raise KeyboardInterrupt
-        return plain(path, *rest)  # type: ignore[arg-type]
+        return plain(path)
 
-    monkeypatch.setattr(pack, "_read", stopping)
+    monkeypatch.setattr(Path, "read_bytes", stopping)
     with pytest.raises(KeyboardInterrupt):
         pack.pack(root, out, shard_size=2)
     assert out.names(".tar")
-    monkeypatch.setattr(pack, "_read", plain)
+    monkeypatch.setattr(Path, "read_bytes", plain)
     assert pack.pack(root, out, shard_size=3).shards == 2
     assert out.names(".tar") == ["00000.tar", "00001.tar"]
     assert not out.exists("pack-unfinished.json")

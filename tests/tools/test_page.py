@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pools
 import pytest
-import shards as made
+from support import pools, shard_files
 
 from d2filter.cli.main import main
 from d2filter.tools import sweep, sweep_plots
@@ -43,9 +42,9 @@ def page(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
     pool = pools.make(200, 6, copies=0.5)
     files = []
     for i, uid in enumerate(pool["uid"]):
-        files += made.members(f"{i:05d}", i % 10, uid=uid)[::2]
+        files += shard_files.members(f"{i:05d}", i % 10, uid=uid)[::2]
         files.append((f"{i:05d}.txt", f"{EVIL} {'long' * 40}".encode()))
-    shard = str(made.write(folder / "s.tar", files))
+    shard = str(shard_files.write(folder / "s.tar", files))
     columns = {"shard": [shard] * 200, "key": [f"{i:05d}" for i in range(200)]}
     pools.write(folder / "m", pool, columns=columns)
     out = str(folder / "o")
@@ -90,7 +89,7 @@ def as_if(browser: Any, scheme: str) -> None:
 
 
 def drawn(browser: Any) -> list[str]:
-    """Plots that have a canvas with something on it, of those that are seen."""
+    """Visible plots whose canvas is not empty."""
     script = """
       const found = [];
       const roots = (node) => [node, ...[...node.querySelectorAll('*')]

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import pools
+from support.runs import stats
 
 from d2filter.algorithm import sizes
 from d2filter.algorithm.knn import in_memory as knn
@@ -41,7 +42,7 @@ def every_rate() -> cost_model.Rates:
     return rates(**{name: Rate(fixed=0.1, unit=1e-9) for name in names})
 
 
-def test_work_of_a_step_is_shared_by_its_tasks_and_the_cpus() -> None:
+def test_the_work_of_a_step_is_divided_among_its_tasks_and_the_cpus() -> None:
     one = plan_steps.Step(stage="graph", name="x", units=1000.0, tasks=1, threads=False)
     known = rates(x=Rate(fixed=2.0, unit=0.01))
     eight = Cluster(nodes=2, cpus=4)
@@ -55,7 +56,7 @@ def test_work_of_a_step_is_shared_by_its_tasks_and_the_cpus() -> None:
     assert cost_model.seconds(replace(one, name="y"), eight, known) == 0
 
 
-def test_a_row_costs_more_in_a_larger_pool_by_the_growth_that_was_told() -> None:
+def test_the_cost_of_a_row_grows_with_the_pool_by_the_given_rate() -> None:
     root = plan_steps.habits_at(HABITS, 5_000_000, 5)
     third = plan_steps.habits_at(replace(HABITS, growth=1 / 3), 5_000_000, 5)
     assert root.evaluations / HABITS.evaluations == pytest.approx(10, rel=0.05)
@@ -75,7 +76,7 @@ def test_a_step_takes_as_long_as_storage_needs_where_that_is_slower() -> None:
     assert cost_model.seconds(step, replace(four, storage=10**10), known) == pytest.approx(1)
 
 
-def test_what_waits_for_storage_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_time_spent_waiting_for_storage_is_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--samples", "128e6", "--nodes", "4", "--cpus", "32", "--memory", "256GB"]
     words += ["--shards", "--images-per-second", "1000"]
     assert main(words) == 0
@@ -89,7 +90,7 @@ def test_what_waits_for_storage_is_said(capsys: pytest.CaptureFixture[str]) -> N
     assert "keeps up" not in slow
 
 
-def test_rates_come_back_from_what_two_runs_took() -> None:
+def test_rates_are_recovered_from_the_seconds_of_two_runs() -> None:
     true = {"catalog": Rate(fixed=1.5, unit=2e-7), "find": Rate(fixed=0.5, unit=3e-9)}
     cluster = Cluster(nodes=1, cpus=2)
     halves = []
@@ -144,8 +145,8 @@ def test_the_counts_are_those_of_a_real_run(tmp_path: Path) -> None:
     words = ["run", "--metadata-dir", str(tmp_path / "m"), "--out-dir", str(tmp_path / "o")]
     more = ["--exact-below", "0", "--n-neighbors", "3", "--partitions", "4", "--target-recall"]
     assert main([*words, *more, "0.8"]) == 0
-    stats = json.loads((tmp_path / "o/stats.json").read_text())
-    graph = stats["graph"]
+    figures = stats(tmp_path / "o")
+    graph = figures["graph"]
     h = Habits(
         samples=3000,
         cells=graph["nlist"],
@@ -158,8 +159,8 @@ def test_the_counts_are_those_of_a_real_run(tmp_path: Path) -> None:
     steps = {step.name: step for step in plan_steps.count(pool, h, 4)}
     # every step of the run is planned, and no other
     planned = {name for name, step in steps.items() if step.units}
-    assert planned - {"catalog", "select"} >= set(stats["seconds_detail"])
-    assert plan_steps.parts_of(pool) == stats["catalog"]["parts"]
+    assert planned - {"catalog", "select"} >= set(figures["seconds_detail"])
+    assert plan_steps.parts_of(pool) == figures["catalog"]["parts"]
     assert plan_steps.habits_at(h, 3000, 3).cells == pytest.approx(graph["nlist"], rel=0.1)
     marks = tmp_path / "o/completions/graph"
     names = ("route", "find", "merge", "finish", "measure")
@@ -176,7 +177,7 @@ def test_rates_are_measured_on_the_pool_that_is_planned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(plan, "PILOTS", (500, 2500))
-    monkeypatch.setattr(plan, "_GREEDY_ROWS", 5000)
+    monkeypatch.setattr(plan, "GREEDY_ROWS", 5000)
     pools.write(tmp_path / "m", pools.make(4000, 16), files=4)
     saved = str(tmp_path / "rates.json")
     words = ["plan", "--metadata-dir", str(tmp_path / "m"), "--n-neighbors", "2", "--memory", "4GB"]
@@ -226,7 +227,7 @@ def test_only_valid_rows_of_real_metadata_are_measured(tmp_path: Path) -> None:
         (("--samples", "1e6", "--rates", "/nowhere/rates.json"), "/nowhere/rates.json"),
     ],
 )
-def test_what_cannot_work_is_refused_and_says_what_would(
+def test_a_plan_that_cannot_work_is_refused_with_the_remedy(
     words: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", *words]) in (1, 2)
@@ -246,7 +247,7 @@ def test_samples_are_counted_as_people_write_them(text: str, count: int) -> None
     assert values.count(text) == count
 
 
-def test_what_a_refusal_asks_for_is_enough() -> None:
+def test_the_number_of_partitions_that_a_refusal_names_is_enough() -> None:
     known = every_rate()
     pool = replace(POOL, samples=100_000_000)
     tight = Cluster(nodes=1, cpus=4, memory=32_000_000_000, partitions=3)
@@ -293,7 +294,7 @@ def predicted_row(name: str, samples: int, nodes: int) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def test_the_table_of_datacomps_pools_is_what_plan_predicts() -> None:
+def test_the_published_table_of_datacomp_pools_equals_the_plan() -> None:
     pools_ = {"small": 1, "medium": 4, "large": 32, "xlarge": 256}
     rows = [
         predicted_row(n, 12_800_000 * 10**i, nodes) for i, (n, nodes) in enumerate(pools_.items())

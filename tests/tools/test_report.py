@@ -15,16 +15,16 @@ from typing import Any
 
 import fsspec
 import numpy as np
-import pools
 import pytest
-import shards as made
 from bokeh.models import ColumnDataSource
 from PIL import Image
+from support import pools, shard_files
+from support.runs import copy_of, ranking_columns
 
 from d2filter.algorithm.greedy import demoted
 from d2filter.cli.main import main
 from d2filter.errors import RunStateError, StorageError, UsageError
-from d2filter.formats import catalog, graph, ranking, webdataset
+from d2filter.formats import catalog, graph, webdataset
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import RunState
@@ -40,19 +40,19 @@ EVIL = (
 
 
 @pytest.fixture(scope="module")
-def made_run(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
+def reported_run(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
     """A run of three partitions whose samples lie in two shards; ranked without a report."""
     folder = tmp_path_factory.mktemp("reported")
     pool = pools.make(N, 8, copies=0.5)
     files: dict[int, list[tuple[str, bytes]]] = {0: [], 1: []}
     shard, key = [], []
     for i, uid in enumerate(pool["uid"]):
-        members = made.members(f"{i:05d}", i % 20, uid=uid)
+        members = shard_files.members(f"{i:05d}", i % 20, uid=uid)
         files[i % 2] += [members[0], (f"{i:05d}.txt", f"number {i} {EVIL}".encode()), members[2]]
         shard.append(str(folder / f"s{i % 2}.tar"))
         key.append(f"{i:05d}")
     for number, members in files.items():
-        made.write(folder / f"s{number}.tar", members)
+        shard_files.write(folder / f"s{number}.tar", members)
     pools.write(folder / "m", pool, files=2, columns={"shard": shard, "key": key})
     words = ["run", "--metadata-dir", str(folder / "m"), "--out-dir", str(folder / "o")]
     more = ["--n-neighbors", "4", "--partitions", "3", "--min-score", "0.65", "--no-report"]
@@ -62,19 +62,14 @@ def made_run(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:
 
 
 @pytest.fixture
-def run(made_run: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made_run, tmp_path / "o"))
-
-
-def columns(out: Path) -> dict[str, np.ndarray]:
-    parts = list(ranking.iter_columns(Folder(str(out)).sub("ranking")))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+def run(reported_run: Path, tmp_path: Path) -> Path:
+    return copy_of(reported_run, tmp_path)
 
 
 def test_the_measures_are_those_of_the_whole_files(run: Path) -> None:
     folder = Folder(str(run))
     m = measures.measure(folder, 7)
-    rows, g = columns(run), graph.read(folder.sub("graph"))
+    rows, g = ranking_columns(run), graph.read(folder.sub("graph"))
     features = np.concatenate([p.features for p in catalog.iter_parts(folder.sub("catalog"))])
     order = np.lexsort((rows["uid_lo"], rows["uid_hi"]))
     assert m.whole
@@ -140,7 +135,7 @@ def test_a_large_pool_is_measured_on_samples_that_only_their_uids_choose(
     assert three.own.coverage == one.own.coverage
     assert three.first.rank.tolist() == list(range(5))
     assert three.last.rank.tolist() == list(range(N - 5, N))
-    whole = columns(run)
+    whole = ranking_columns(run)
     at = three.drawn.id
     np.testing.assert_array_equal(whole["uid_hi"][at], three.drawn.hi)
     page = Path(report.report(Folder(str(run)), each=0)).read_text()
@@ -150,7 +145,7 @@ def test_a_large_pool_is_measured_on_samples_that_only_their_uids_choose(
 def test_the_galleries_show_who_suppressed_whom(run: Path) -> None:
     folder = Folder(str(run))
     m = measures.measure(folder, 12)
-    rows = columns(run)
+    rows = ranking_columns(run)
     kept = set(m.drawn.id[m.drawn.kept].tolist())
     score = set(m.drawn.id[m.by_score.kept].tolist())
     titled = {one.title: one for one in gallery.choose(folder, m, 12)}
@@ -226,13 +221,13 @@ def test_the_policy_lets_in_the_scripts_of_the_page_and_nothing_else(run: Path) 
     assert not re.search(r"<(link|iframe|object|embed|base)\b|<script[^>]+src=", page)
 
 
-def test_what_is_no_json_cannot_leave_a_script_element() -> None:
+def test_embedded_data_cannot_close_its_script_element() -> None:
     text = pages._script_json({"a": "</script><script>alert(1)</script>"})
     assert "<" not in text
     assert json.loads(text) == {"a": "</script><script>alert(1)</script>"}
 
 
-def test_pictures_that_do_not_fit_are_left_out_and_told(
+def test_pictures_that_do_not_fit_are_left_out_and_counted(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare = len(Path(report.report(Folder(str(run)), each=0)).read_bytes())
@@ -249,29 +244,31 @@ def test_pictures_that_do_not_fit_are_left_out_and_told(
     assert len(Path(report.report(Folder(str(run)), each=12)).read_bytes()) <= report.MOST_BYTES
 
 
-def test_shards_that_are_gone_are_told_and_the_report_is_made(
-    run: Path, tmp_path: Path, made_run: Path
+def test_missing_shards_are_reported_and_the_report_is_written(
+    run: Path, tmp_path: Path, reported_run: Path
 ) -> None:
     folder = Folder(str(run))
     m = measures.measure(folder, 4)
     galleries = gallery.choose(folder, m, 4)
-    places = albums._places(folder, {s.uid for g in galleries for group in g.groups for s in group})
-    assert set(places) == {str(made_run.parent / f"s{i}.tar") for i in (0, 1)}
+    places = albums.places_of(
+        folder, {s.uid for g in galleries for group in g.groups for s in group}
+    )
+    assert set(places) == {str(reported_run.parent / f"s{i}.tar") for i in (0, 1)}
     # as if the shards had been moved: found again by uid where one says they are
     for i in (0, 1):
-        shutil.copy(made_run.parent / f"s{i}.tar", tmp_path / f"moved{i}.tar")
+        shutil.copy(reported_run.parent / f"s{i}.tar", tmp_path / f"moved{i}.tar")
     by_uid = albums.look_up(folder, galleries, [str(tmp_path / "moved{0,1}.tar")], False, print)
     by_key = albums.look_up(folder, galleries, [], True, print)
     assert by_uid.pictures == by_key.pictures
     assert not by_uid.troubles
     assert not by_key.troubles
-    hidden = made_run.parent / "hidden.tar"
-    (made_run.parent / "s0.tar").rename(hidden)
+    hidden = reported_run.parent / "hidden.tar"
+    (reported_run.parent / "s0.tar").rename(hidden)
     try:
         album = albums.look_up(folder, galleries, [], True, print)
         page = report.render(folder, m, galleries, album)
     finally:
-        hidden.rename(made_run.parent / "s0.tar")
+        hidden.rename(reported_run.parent / "s0.tar")
     assert 0 < len(album.pictures) < len(by_key.pictures)
     trouble, missing = album.troubles
     assert "s0.tar does not exist" in trouble
@@ -280,18 +277,20 @@ def test_shards_that_are_gone_are_told_and_the_report_is_made(
     assert "no picture" in page
 
 
-def test_pictures_far_away_are_not_fetched_unasked(
+def test_remote_pictures_are_fetched_only_on_request(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Folder(str(run))
     m = measures.measure(folder, 2)
     galleries = gallery.choose(folder, m, 2)
-    places = albums._places(folder, {s.uid for g in galleries for group in g.groups for s in group})
+    places = albums.places_of(
+        folder, {s.uid for g in galleries for group in g.groups for s in group}
+    )
     fs = fsspec.filesystem("memory")
     for url in places:
         fs.pipe(f"/far/{Path(url).name}", Path(url).read_bytes())
     elsewhere = {f"memory://far/{Path(url).name}": found for url, found in places.items()}
-    monkeypatch.setattr(albums, "_places", lambda folder, wanted: elsewhere)
+    monkeypatch.setattr(albums, "places_of", lambda folder, wanted: elsewhere)
     album = albums.look_up(folder, galleries, [], False, print)
     assert not album.pictures
     assert "only the metadata names" in album.troubles[0]
@@ -318,16 +317,16 @@ def test_pictures_far_away_are_not_fetched_unasked(
         "x" * 5000,
     ],
 )
-def test_a_shard_by_any_name_is_looked_up_as_it_is_and_costs_only_its_pictures(
+def test_a_shard_of_any_name_is_found_and_only_its_wanted_pictures_are_read(
     run: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     folder = Folder(str(run))
     m = measures.measure(folder, 2)
     galleries = gallery.choose(folder, m, 2)
     wanted = {s.uid for g in galleries for group in g.groups for s in group}
-    places = albums._places(folder, wanted)
+    places = albums.places_of(folder, wanted)
     odd = {**places, name: {"00000": min(wanted)}}
-    monkeypatch.setattr(albums, "_places", lambda folder, wanted: odd)
+    monkeypatch.setattr(albums, "places_of", lambda folder, wanted: odd)
     started = time.monotonic()
     album = albums.look_up(folder, galleries, [], True, print)
     assert time.monotonic() - started < 20
@@ -357,13 +356,13 @@ def test_only_files_are_opened(
             place = Path("/dev/zero")
         wanted = {s.uid for g in galleries for group in g.groups for s in group}
         places = {str(place): {"00000": min(wanted)}}
-        monkeypatch.setattr(albums, "_places", lambda folder, wanted: places)
+        monkeypatch.setattr(albums, "places_of", lambda folder, wanted: places)
         album = albums.look_up(folder, galleries, [], True, print)
     assert not album.pictures
     assert f"1 pictures: {place} is not a regular file" in album.troubles
 
 
-def test_shards_that_only_metadata_names_are_not_opened_unasked(
+def test_shards_that_only_metadata_names_are_opened_only_on_request(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(*arguments: Any) -> Any:
@@ -383,24 +382,28 @@ def test_shards_that_only_metadata_names_are_not_opened_unasked(
     assert "which are opened only on request" in report.render(folder, m, galleries, album)
 
 
-def test_a_twin_of_a_sample_is_not_shown_for_it(run: Path, made_run: Path, tmp_path: Path) -> None:
+def test_a_twin_of_a_sample_is_not_shown_for_it(
+    run: Path, reported_run: Path, tmp_path: Path
+) -> None:
     """Where one tells where the shards are now, those of the run are searched by key."""
     folder = Folder(str(run))
     galleries = gallery.choose(folder, measures.measure(folder, 4), 4)
     wanted = sorted({s.uid for g in galleries for group in g.groups for s in group})
     twins = [
-        m for n, uid in enumerate(wanted) for m in made.members(f"twin{n}", 19 - n % 3, uid=uid)
+        m
+        for n, uid in enumerate(wanted)
+        for m in shard_files.members(f"twin{n}", 19 - n % 3, uid=uid)
     ]
-    made.write(tmp_path / "t/a.tar", twins)
+    shard_files.write(tmp_path / "t/a.tar", twins)
     for n in (0, 1):
-        shutil.copy(made_run.parent / f"s{n}.tar", tmp_path / f"t/s{n}.tar")
+        shutil.copy(reported_run.parent / f"s{n}.tar", tmp_path / f"t/s{n}.tar")
     by_key = albums.look_up(folder, galleries, [], True, print)
     moved = albums.look_up(folder, galleries, [str(tmp_path / "t")], False, print)
     assert moved == by_key
     assert not by_key.troubles
 
 
-def test_a_storage_that_does_not_answer_is_asked_once(
+def test_a_storage_that_does_not_answer_is_tried_once(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Folder(str(run))
@@ -412,7 +415,7 @@ def test_a_storage_that_does_not_answer_is_asked_once(
         raise StorageError("no answer")
 
     places = {f"{run}/far/{i}.tar": {str(i): f"{i:032x}"} for i in range(5)}
-    monkeypatch.setattr(albums, "_places", lambda folder, wanted: places)
+    monkeypatch.setattr(albums, "places_of", lambda folder, wanted: places)
     monkeypatch.setattr(webdataset, "shard_at", silent)
     album = albums.look_up(folder, galleries, [], True, print)
     assert len(asked) == 1
@@ -422,8 +425,8 @@ def test_a_storage_that_does_not_answer_is_asked_once(
 def test_pictures_go_by_shard_and_key_where_the_run_knows_them(tmp_path: Path) -> None:
     """Metadata may have its own uids."""
     pool = pools.make(60, 6)
-    files = [member for i in range(60) for member in made.members(f"{i:05d}", i % 10)]
-    shard = str(made.write(tmp_path / "s.tar", files))
+    files = [member for i in range(60) for member in shard_files.members(f"{i:05d}", i % 10)]
+    shard = str(shard_files.write(tmp_path / "s.tar", files))
     columns = {"shard": [shard] * 60, "key": [f"{i:05d}" for i in range(60)]}
     pools.write(tmp_path / "m", pool, columns=columns)
     words = ["run", "--metadata-dir", str(tmp_path / "m"), "--out-dir", str(tmp_path / "o")]
@@ -443,23 +446,23 @@ def test_pictures_go_by_shard_and_key_where_the_run_knows_them(tmp_path: Path) -
     assert "were not found in the shards" not in page
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", made.picture(1)[:300]])
-def test_what_cannot_be_decoded_is_no_thumbnail(content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"no picture", shard_files.picture(1)[:300]])
+def test_a_picture_that_cannot_be_decoded_has_no_thumbnail(content: bytes) -> None:
     assert albums.thumbnail(content) == b""
 
 
-def test_odd_pictures_have_thumbnails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusual_pictures_have_thumbnails(monkeypatch: pytest.MonkeyPatch) -> None:
     for content in (
-        made.black_png_with_alpha(),
-        made.picture(2, "WEBP"),
-        made.picture(3, mode="L"),
+        shard_files.black_png_with_alpha(),
+        shard_files.picture(2, "WEBP"),
+        shard_files.picture(3, mode="L"),
     ):
         assert albums.thumbnail(content)
-    monkeypatch.setattr(albums, "_MOST_PIXELS", 100)
-    assert albums.thumbnail(made.picture(1)) == b""
+    monkeypatch.setattr(albums, "MOST_PIXELS", 100)
+    assert albums.thumbnail(shard_files.picture(1)) == b""
 
 
-def test_a_run_writes_its_report_and_another_budget_makes_it_again(
+def test_a_run_writes_its_report_and_another_budget_writes_it_again(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = json.loads((run / "completions/catalog.json").read_text())["sources"]["metadata"]
@@ -483,15 +486,19 @@ def test_a_run_writes_its_report_and_another_budget_makes_it_again(
     assert not page.exists()
 
 
-def test_a_report_stays_until_the_next_is_whole(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_stays_until_the_next_one_is_complete(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A kill at any point leaves a whole report, which is taken for no other selection's."""
     folder, state = Folder(str(run)), RunState(Folder(str(run)))
-    page = Path(report.report(folder, each=0))
     selections = {}
-    for fraction in ("0.1", "0.3"):
+
+    def select(fraction: str) -> None:
         main(["select", "--out-dir", str(run), "--fraction", fraction, "--min-score", "0.65"])
         selections[fraction] = state.require("select")["fingerprint"]
-        report.report(folder, each=0)
+
+    select("0.3")
+    page = Path(report.report(folder, each=0))
     whole = page.read_text()
     assert state.has_report(selections["0.3"])
 
@@ -505,7 +512,7 @@ def test_a_report_stays_until_the_next_is_whole(run: Path, monkeypatch: pytest.M
             raise Killed
         return plain(self, name, *more)
 
-    main(["select", "--out-dir", str(run), "--fraction", "0.1", "--min-score", "0.65"])
+    select("0.1")
     page.write_text(whole)
     state.note_report(selections["0.3"])
     plain = Folder.publish
@@ -537,7 +544,7 @@ def test_a_selection_that_changes_meanwhile_has_no_report_of_the_one_before(
     assert not (run / "report.html").exists()
 
 
-def test_what_was_swept_is_in_it(run: Path) -> None:
+def test_the_report_contains_the_sweep(run: Path) -> None:
     words = ["sweep", str(run), "--method", "score,semdedup", "--fraction", "0.1,0.3"]
     assert main(words) == 0
     m = measures.measure(Folder(str(run)), 1)
@@ -564,7 +571,7 @@ def test_other_methods_have_a_report_too(run: Path, method: str) -> None:
     assert "Most suppressed groups" not in page
 
 
-def test_a_column_with_an_odd_name_is_only_a_name(tmp_path: Path) -> None:
+def test_a_column_name_with_markup_is_shown_as_text(tmp_path: Path) -> None:
     name = "$$x$$ @{y} <u>SPOOF</u>"
     pool = pools.make(60, 6)
     pools.write(tmp_path / "m", pool, columns={name: np.arange(60.0)})
@@ -597,7 +604,7 @@ def test_a_column_with_an_odd_name_is_only_a_name(tmp_path: Path) -> None:
         ("--score-column", "random", "--fraction", "1"),
     ],
 )
-def test_odd_runs_have_a_report(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_unusual_runs_have_a_report(tmp_path: Path, words: tuple[str, ...]) -> None:
     pool = pools.make(80, 6, copies=0.5)
     columns = {
         "c": [f"class {i % 3}" for i in range(80)],
@@ -633,7 +640,7 @@ def test_a_report_that_fails_does_not_fail_the_run(
     assert "warning: no report: no room; `d2filter report OUT`" in capsys.readouterr().err
 
 
-def test_a_run_of_another_version_is_one_line(
+def test_a_report_of_a_run_of_another_version_fails_with_one_line(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run / "completions/select.json"
@@ -655,7 +662,9 @@ def test_one_sample_has_no_report_and_the_run_is_done(
     assert "1 ranked sample, a report needs 2" in capsys.readouterr().err
 
 
-def test_features_far_away_are_not_read_unasked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_features_are_read_only_on_request(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert report.obstacle(Folder(str(run))) == ""
     elsewhere = Folder("memory://far/run")
     elsewhere.publish_json(
@@ -666,7 +675,7 @@ def test_features_far_away_are_not_read_unasked(run: Path, monkeypatch: pytest.M
     assert "features lie elsewhere" in report.obstacle(elsewhere)
 
 
-def test_an_unfinished_run_and_a_negative_gallery_are_one_line(
+def test_a_report_of_an_unfinished_run_or_a_negative_gallery_fails_with_one_line(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", str(tmp_path / "nothing")]) == 1

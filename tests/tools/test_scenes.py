@@ -36,7 +36,7 @@ def changed(first: Thing) -> Scene:
     return replace(BASE, things=(first, BASE.things[1]))
 
 
-def test_variety_is_what_the_model_card_claims() -> None:
+def test_scenes_have_the_variety_that_the_model_card_states() -> None:
     assert len(scene_words.COLORS) >= 10
     assert len(scene_words.SHAPE_WORDS) >= 10
     assert len(scene_words.SIZE_WORDS) == 3
@@ -71,7 +71,7 @@ def test_random_scenes_are_valid_varied_and_often_have_two_things() -> None:
 
 
 @pytest.mark.parametrize("side", [16, 64, 97])
-def test_picture_is_rgb_of_the_asked_size(side: int) -> None:
+def test_a_picture_is_rgb_of_the_requested_size(side: int) -> None:
     image = scenes.draw(BASE, side)
     assert (image.mode, image.size) == ("RGB", (side, side))
 
@@ -115,7 +115,7 @@ def test_order_of_things_changes_nothing() -> None:
     assert scenes.held_out(swapped) == scenes.held_out(BASE)
 
 
-def test_thing_stands_where_and_in_the_color_that_the_scene_says() -> None:
+def test_a_thing_has_the_place_and_color_of_its_scene() -> None:
     for index, place in enumerate(scene_words.PLACE_WORDS):
         thing = Thing(color="yellow", shape="square", size="large", place=place)
         scene = replace(BASE, things=(thing,))

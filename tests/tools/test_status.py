@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
 import pyarrow.parquet as pq
 import pytest
+from support import pools
 
 from d2filter.cli.main import main
 from d2filter.formats import logs
@@ -21,7 +21,7 @@ from d2filter.tools import status
 pytestmark = pytest.mark.usefixtures("cluster")
 
 
-def told(out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, Any]]:
+def status_of(out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict[str, Any]]:
     """Lines for people, and the same for programs."""
     capsys.readouterr()
     assert main(["status", str(out)]) == 0
@@ -30,19 +30,19 @@ def told(out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], dict
     return lines, json.loads(capsys.readouterr().out)
 
 
-def test_a_run_from_its_first_failure_to_its_end(
+def test_status_follows_a_run_from_its_first_failure_to_its_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from d2filter.stages.catalog import build as build_catalog
+    from d2filter.algorithm import sizes
 
-    monkeypatch.setattr(build_catalog, "_GROUP_BYTES", 1)
+    monkeypatch.setattr(sizes, "CATALOG_GROUP", 1)
     folder = pools.write(tmp_path / "m", pools.make(300, 8), files=3)
     whole = (folder / "00001.npz").read_bytes()
     (folder / "00001.npz").write_bytes(whole[:-40])
     out = tmp_path / "o"
     words = ["run", "--metadata-dir", str(folder), "--out-dir", str(out)]
     assert main(words) == 1
-    lines, found = told(out, capsys)
+    lines, found = status_of(out, capsys)
     assert [(s["stage"], s["state"]) for s in found["stages"]] == [
         ("catalog", "failed"), ("graph", "waiting"), ("rank", "waiting"), ("select", "waiting")
     ]  # fmt: skip
@@ -55,7 +55,7 @@ def test_a_run_from_its_first_failure_to_its_end(
     (folder / "00001.npz").write_bytes(whole)
     os.utime(folder / "00001.npz", (1, 1))
     assert main(words) == 0
-    lines, found = told(out, capsys)
+    lines, found = status_of(out, capsys)
     assert {s["state"] for s in found["stages"]} == {"done"}
     assert found["next"] == found["error"] == ""
     assert lines[-1] == "finished"
@@ -87,7 +87,9 @@ def test_a_stage_under_way_counts_tasks_and_samples_a_second(tmp_path: Path) -> 
     assert "last line of its log 5 min ago" in status.lines(found, later)[-1]
 
 
-def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_not_a_run_directory_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["status", str(tmp_path / "none")]) == 1
     assert "is not a run directory: no command has started there" in capsys.readouterr().err
 
@@ -99,7 +101,7 @@ def snapshot(folder: Path) -> dict[str, Any]:
     }
 
 
-def test_a_dry_run_says_what_a_run_would_do_and_touches_nothing(
+def test_a_dry_run_prints_what_a_run_would_do_and_changes_no_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = pools.write(tmp_path / "m", pools.make(300, 8), files=3)
@@ -156,7 +158,7 @@ def test_a_dry_run_says_what_a_run_would_do_and_touches_nothing(
     assert "input file 00000.npz has changed" in capsys.readouterr().err
 
 
-def test_a_stage_that_cannot_go_on_says_why(
+def test_a_stage_that_cannot_continue_is_shown_with_the_reason(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = pools.write(tmp_path / "m", pools.make(300, 8))
@@ -175,13 +177,13 @@ def test_each_retry_is_shown_with_its_reason(
     logs.append(out, logs.DRIVER, "run", stages=["rank"])
     logs.append(out, logs.DRIVER, "stage started", stage="rank")
     logs.append(out, logs.DRIVER, "task tried again", stage="rank", task="0", reason="no memory")
-    lines, found = told(tmp_path, capsys)
+    lines, found = status_of(tmp_path, capsys)
     assert any(line.startswith("rank tried again: 0 at ") for line in lines)
     assert any(line.endswith(": no memory") for line in lines)
     for number in range(7):
         found_settings = {"partitions": f"partitions {number}", "reason": f"reason {number}"}
         logs.append(out, logs.DRIVER, "worker lost", stage="rank", **found_settings)
-    lines, found = told(tmp_path, capsys)
+    lines, found = status_of(tmp_path, capsys)
     assert found["stages"][0]["tried_again"] == 8
     assert len(found["stages"][0]["retries"]) == 8
     shown = [line for line in lines if line.startswith("rank tried again: ")]

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pools
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support import pools
+from support.runs import copy_of
 
 from d2filter.cli.main import main
 from d2filter.formats.paths import Folder
@@ -135,14 +136,14 @@ BREACHES: list[tuple[Callable[[Path], None], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "said"), BREACHES, ids=[said for _, said in BREACHES])
-def test_a_breach_is_found(
+def test_every_damage_is_found(
     sound: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     damage: Callable[[Path], None],
     said: str,
 ) -> None:
-    out = Path(shutil.copytree(sound, tmp_path / "o"))
+    out = copy_of(sound, tmp_path)
     damage(out)
     assert main(["verify", str(out)]) == 1
     captured = capsys.readouterr()
@@ -154,7 +155,7 @@ def test_a_breach_is_found(
 def test_another_subset_of_the_same_size_is_found(
     sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = Path(shutil.copytree(sound, tmp_path / "o"))
+    out = copy_of(sound, tmp_path)
     ranking = pq.read_table(out / "ranking/part-00000.parquet").to_pydict()
     worst = int(np.argmax(ranking["rank"]))
 
@@ -177,10 +178,10 @@ def breaches(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
     return found
 
 
-def test_other_bytes_than_were_published_are_found_whatever_they_mean(
+def test_changed_bytes_are_found_even_if_their_values_are_valid(
     sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = Path(shutil.copytree(sound, tmp_path / "o"))
+    out = copy_of(sound, tmp_path)
     part = out / "graph/part-00000.parquet"
     # the same table in other bytes
     pq.write_table(pq.read_table(part), part, compression="none")
@@ -189,10 +190,10 @@ def test_other_bytes_than_were_published_are_found_whatever_they_mean(
     assert "part-00000.parquet is not what graph wrote" in first
 
 
-def test_a_stage_made_from_another_is_found(
+def test_a_stage_built_from_another_predecessor_is_found(
     sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = Path(shutil.copytree(sound, tmp_path / "o"))
+    out = copy_of(sound, tmp_path)
     path = out / "completions/rank.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "upstream": "0" * 32}))
     assert "rank was made from another graph" in breaches(capsys, str(out))[1]

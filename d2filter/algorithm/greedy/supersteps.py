@@ -31,7 +31,7 @@ Nodes = npt.NDArray[np.integer]
 
 UNKNOWN = 2**62 - 1  # a score that none beats
 
-_IN_A_BUCKET = 4  # nodes, about
+IN_A_BUCKET = 4  # nodes, about
 _SAMPLED = 4096  # scores that choose the width of a bucket
 _FALL = 4  # buckets reach so far down, in units of the range of scores at the beginning
 
@@ -207,7 +207,7 @@ def _make_queue(state: _State, work: Nodes) -> _Queue:
     # a few outliers must not make all buckets wide
     few = scores.size // 1000
     low, high = int(scores[few]), int(scores[-1 - few])
-    wanted = max(1, work.size // _IN_A_BUCKET)
+    wanted = max(1, work.size // IN_A_BUCKET)
     shift = max(0, ((high - low) // wanted).bit_length())
     m, kind = state.packed.size, work.dtype
     buckets = min(_FALL * wanted, (high - low >> shift) * _FALL) + 1

@@ -36,7 +36,7 @@ _TRAINING_ROWS_A_PARENT = 256
 _ITERATIONS = 5
 _OVER_FETCH = 4  # centroids are not as alike as samples
 _COMMON_ITERATIONS = 1
-_BLOCK = 65536
+BLOCK = 65536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,9 +116,9 @@ def assign(rows: F16, cells: Cells, probes: int, *, progress: Progress = lambda 
         return out
     numbers = np.arange(cells.count, dtype=np.int64)
     under = make_members(cells.centroids, numbers, cells.parent, len(cells.parents))
-    for begin in range(0, len(rows), _BLOCK):
+    for begin in range(0, len(rows), BLOCK):
         # a copy, of a memory map too: compiled code is made anew for read-only arrays
-        block = np.array(rows[begin : begin + _BLOCK])
+        block = np.array(rows[begin : begin + BLOCK])
         looked = _nearest(block, cells.parents, cells.looked_under)
         found = search(
             under, block, _before_all(block), looked, probes, cells.count + 1,

@@ -25,10 +25,10 @@ I64 = npt.NDArray[np.int64]
 
 UNIT_ROUNDOFF = 2.0**-24
 
-_QUERIES = 1024  # rows of one product on a CPU: with _MEMBERS it bounds the product to 16 MB
-_MEMBERS = 4096
+QUERIES = 1024  # rows of one product on a CPU: with MEMBERS it bounds the product to 16 MB
+MEMBERS = 4096
 _STRIP = 16  # values of a product that are compared at once with what a list still takes
-_GPU_BYTES = 2**31  # of one block on a GPU: queries, members and faiss's own tiles
+GPU_BYTES = 2**31  # of one block on a GPU: queries, members and faiss's own tiles
 
 _threads = 0
 _forked = False
@@ -137,12 +137,12 @@ def improve_inplace(
     if gpus():
         _improve_on_gpu_inplace(queries, askers, members, which, names, held)
         return
-    for begin in range(0, which.size, _MEMBERS):
-        part = slice(begin, begin + _MEMBERS)
+    for begin in range(0, which.size, MEMBERS):
+        part = slice(begin, begin + MEMBERS)
         y = _scratch.take("members", which[part].size, center.size)
         y_norm = features.centered_into(members, which[part], center, y)
-        for start in range(0, askers.size, _QUERIES):
-            block = askers[start : start + _QUERIES]
+        for start in range(0, askers.size, QUERIES):
+            block = askers[start : start + QUERIES]
             x = _scratch.take("queries", block.size, center.size)
             x_norm = features.centered_into(queries, block, center, x)
             product = _scratch.take("product", block.size, len(y))
@@ -187,8 +187,8 @@ class Nearest:
 
 
 def gpu_block(members: int, dim: int, places: int) -> int:
-    """Queries of one `knn_gpu` call so that it stays within _GPU_BYTES."""
-    free = _GPU_BYTES - 4 * dim * members
+    """Queries of one `knn_gpu` call so that it stays within GPU_BYTES."""
+    free = GPU_BYTES - 4 * dim * members
     return max(256, free // (4 * dim + 12 * places + 4 * min(members, 65536)))
 
 
@@ -199,7 +199,7 @@ def _improve_on_gpu_inplace(
     what `relative_error` allows, and no faster (jobs/results/bench_gpu.md).
     """
     places = min(held.ids.shape[1], which.size)
-    rows_at_once = max(places, _GPU_BYTES // (8 * members.shape[1]))
+    rows_at_once = max(places, GPU_BYTES // (8 * members.shape[1]))
     for begin in range(0, which.size, rows_at_once):
         part = slice(begin, begin + rows_at_once)
         y = members[which[part]].astype(np.float32)

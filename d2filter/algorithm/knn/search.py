@@ -30,7 +30,7 @@ Progress = Callable[[int], None]
 OVER_FETCH = 16  # proposals beyond k (docs/method.md#exact-search)
 EVERY_CELL = -2  # in the first column of `probed`: this query searches all members
 
-_QUERY_BLOCK = 65536  # distinct queries whose lists a thread holds at a time
+QUERY_BLOCK = 65536  # distinct queries whose lists a thread holds at a time
 _SMALLEST_BLOCK = 128  # below it a thread of its own does not pay
 _WIDE_BLOCK = 256
 _WIDE_PAIRS = 2_000_000
@@ -121,7 +121,7 @@ def search(
     begins = probed[groups.first, 0]
     # queries that begin in one cell share most of the others, and the members that they measure
     order = np.argsort(begins, kind="stable")[np.count_nonzero(begins == EVERY_CELL) :]
-    blocks = -(-order.size // _QUERY_BLOCK)
+    blocks = -(-order.size // QUERY_BLOCK)
     blocks = max(blocks, min(threads.count(), order.size // _SMALLEST_BLOCK))
     bounds = np.linspace(0, order.size, blocks + 1).astype(np.int64)
 
@@ -159,7 +159,7 @@ def _search_block(
     begin = 0
     while begin < positions.size:
         which = positions[begin : begin + step]
-        start, candidates = _within_limits(
+        start, candidates = within_limits(
             members, queries[first[which]], asked[which], limit[which].astype(np.float64) * _ROUNDED
         )
         begin += which.size
@@ -198,7 +198,7 @@ def _by_cell(asked: I32, cells: int) -> list[tuple[int, I64]]:
     return [(int(c), who[start[c] : start[c + 1]]) for c in np.flatnonzero(np.diff(start))]
 
 
-def _within_limits(
+def within_limits(
     members: Members, queries: F16, asked: I32, limit: npt.NDArray[np.float64]
 ) -> tuple[I64, I64]:
     """Groups of the probed cells that may lie within each query's limit: CSR (start, groups)."""

@@ -34,7 +34,7 @@ _EXACT = 2**24  # sums of products up to it are exact in float32
 _STEP = 32  # axes are a multiple of it
 LOOKED_AT = 32768  # rows of the sample
 JUDGED = 400  # of which the sketches must find the neighbors
-_ENOUGH = 0.98  # share of them, with shortlists of half the length: the pool is denser
+ENOUGH = 0.98  # share of them, with shortlists of half the length: the pool is denser
 _NEIGHBORS = 5
 _BLOCK = 2048  # what one block holds stays in the cache
 _STEP_ROWS = 4096
@@ -145,7 +145,7 @@ def _fewest_axes(sample: F16, sketches: F16, least: int) -> int:
     def enough(steps: int) -> bool:
         some = np.ascontiguousarray(sketches[:, : steps * _STEP])
         found = search.search_all(some, numbers, some[judged], judged, SHORTLIST // 2, total)
-        return bool(truth.share_in(found.numbers).mean() >= _ENOUGH)
+        return bool(truth.share_in(found.numbers).mean() >= ENOUGH)
 
     low, high = max(1, -(-least // _STEP)), sketches.shape[1] // _STEP
     if not enough(high):

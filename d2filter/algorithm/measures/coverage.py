@@ -21,7 +21,7 @@ Bools = npt.NDArray[np.bool_]
 DECILES = 10
 
 LOOKED_THROUGH = 256  # nearest ones of a sample, before all that is kept is
-_BLOCK = 8192
+BLOCK = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,8 +120,8 @@ def cells(rows: features.F16, hi: uids.U64, lo: uids.U64, count: int, *, seed: i
     out = np.empty(len(hi), np.int64)
     middle = rows[chosen].astype(np.float32)
     norms = np.square(middle).sum(axis=1)
-    for begin in range(0, len(hi), _BLOCK):
-        some = slice(begin, begin + _BLOCK)
+    for begin in range(0, len(hi), BLOCK):
+        some = slice(begin, begin + BLOCK)
         out[some] = np.argmin(norms - 2 * (rows[some].astype(np.float32) @ middle.T), axis=1)
     return out
 
@@ -137,8 +137,8 @@ def nearest(rows: features.F16, queries: features.F16, among: I64, m: int) -> tu
     wide = queries.astype(np.float32)
     near = np.empty((len(queries), 0), np.int64)
     distance = np.empty((len(queries), 0), np.float32)
-    for begin in range(0, among.size, _BLOCK):
-        some = among[begin : begin + _BLOCK]
+    for begin in range(0, among.size, BLOCK):
+        some = among[begin : begin + BLOCK]
         block = rows[some].astype(np.float32)
         gap = np.square(block).sum(axis=1) - 2 * (wide @ block.T)
         near = np.concatenate([near, np.broadcast_to(some, gap.shape)], axis=1)

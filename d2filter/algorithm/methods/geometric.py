@@ -25,7 +25,7 @@ I64 = npt.NDArray[np.int64]
 _TRAINING_ROWS_A_CLUSTER = 256
 _ITERATIONS = 20
 _BLOCK = 65536  # rows read at once: 270 MB of float64 at 512 columns
-_TILE = 4096  # rows of a cluster compared at once
+TILE = 4096  # rows of a cluster compared at once
 _VALUES = 1 << 19  # that a thread takes at a time: about a millisecond
 _RAISED = 64  # rows of a tile that a thread takes at a time
 
@@ -139,16 +139,16 @@ def least_alike_first(rows: Array, cell: I64, centroids: F32) -> I64:
     for c in range(len(centroids)):
         inside = copies.first[members[start[c] : start[c + 1]]]
         typical = np.empty(inside.size, np.float32)
-        for begin in range(0, inside.size, _TILE):
-            tile = slice(begin, begin + _TILE)
+        for begin in range(0, inside.size, TILE):
+            tile = slice(begin, begin + TILE)
             typical[tile] = _cosines(_as_float32(rows[inside[tile]]), centroids[c])
         inside = inside[pools.ascending(typical)]
         found = np.full(inside.size, -1, np.float32)
-        for begin in range(0, inside.size, _TILE):
-            tile = slice(begin, begin + _TILE)
+        for begin in range(0, inside.size, TILE):
+            tile = slice(begin, begin + TILE)
             later = _as_float32(rows[inside[tile]])
-            for before in range(0, begin + 1, _TILE):
-                earlier = _as_float32(rows[inside[before : before + _TILE]])
+            for before in range(0, begin + 1, TILE):
+                earlier = _as_float32(rows[inside[before : before + TILE]])
                 _raise_inplace(later, earlier, before == begin, found[tile])
         largest[inside] = found
     return pools.ascending(largest)

@@ -14,7 +14,7 @@ F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
 # float64 values that are held at once: 32 MB, a few times over for what is computed of them
-_BLOCK = 2**22
+BLOCK = 2**22
 
 
 def softmax(logits: Floats) -> F64:
@@ -147,6 +147,6 @@ def _margins(p: F64, y: I64) -> F64:
 
 
 def blocks(n: int, width: int) -> list[tuple[int, int]]:
-    """Ranges of rows that hold about _BLOCK values of `width` a row."""
-    step = max(1, _BLOCK // max(1, width))
+    """Ranges of rows that hold about BLOCK values of `width` a row."""
+    step = max(1, BLOCK // max(1, width))
     return [(start, min(start + step, n)) for start in range(0, n, step)]

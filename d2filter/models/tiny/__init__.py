@@ -33,7 +33,7 @@ CONFIG = Path(__file__).parent / "config.json"
 
 # 256 bytes, each also as the end of a word, and the start and end tokens.
 _TOKENS_WITHOUT_MERGES = 2 * 256 + 2
-_MERGES_SHA256 = "4a54700c613d9e463f2c36cf4727ac5080e2737e0a4c4da53e5ec2a34a80922c"
+MERGES_SHA256 = "4a54700c613d9e463f2c36cf4727ac5080e2737e0a4c4da53e5ec2a34a80922c"
 
 
 def register() -> None:
@@ -70,10 +70,10 @@ def _first_merges(count: int) -> bytes:
     # The tokenizer drops the first line, and would take an empty last one for a merge.
     merges = "\n".join(lines).encode("utf-8")
     found = hashlib.sha256(merges).hexdigest()
-    if found != _MERGES_SHA256:
+    if found != MERGES_SHA256:
         raise DependencyError(
             f"the first {count} merges of {default_bpe()} have sha256 {found}, but {MODEL_NAME} was"
-            f" trained with {_MERGES_SHA256}; install open_clip_torch as pinned by d2filter"
+            f" trained with {MERGES_SHA256}; install open_clip_torch as pinned by d2filter"
         )
     return merges
 

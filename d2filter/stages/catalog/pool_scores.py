@@ -43,7 +43,7 @@ FOLDER = "scores"
 
 _CLUSTERS = 1000
 _ROWS_A_CLUSTER = 64  # that train it
-_KEYS = 4_000_000  # of the pool, at a time
+KEYS_AT_ONCE = 4_000_000  # of the pool, at a time
 
 
 def build(
@@ -236,13 +236,13 @@ def _ranks(folder: Folder, at: int, keys: I64, total: int) -> npt.NDArray[np.flo
     order = np.argsort(keys, kind="stable")
     begin = done = 0
     while done < keys.size:
-        rows = slice(begin, begin + _KEYS)
+        rows = slice(begin, begin + KEYS_AT_ONCE)
         some = read_columns(folder, stem, "key", "count", "below", rows=rows)
         end = int(np.searchsorted(keys[order], some["key"][-1], side="right"))
         mine = order[done:end]
         pool = (some["key"], some["count"])
         ranks[mine] = terms.percentile(keys[mine], pool, some["below"], total)
-        begin, done = begin + _KEYS, end
+        begin, done = begin + KEYS_AT_ONCE, end
     return ranks
 
 

@@ -47,7 +47,7 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
     Raises RecallError when the calibration finds the target out of reach and --best-effort is not
     given: before the long part, with nothing thrown away.
     """
-    steps = _Steps(runner, out, config, fingerprint)
+    steps = Steps(runner, out, config, fingerprint)
     k = config.graph.n_neighbors
     trained, choice, more = steps.choose(knn.LEAST)
     while more is not None:
@@ -109,7 +109,7 @@ def tidy(out: Folder) -> None:
         list(pool.map(index.remove, names))
 
 
-class _Steps:
+class Steps:
     """The fan-outs of one graph, with seconds and peak memory of their tasks."""
 
     def __init__(self, runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> None:
@@ -141,7 +141,7 @@ class _Steps:
         more = calibrate.harder(effort, choice, target, **so_far)
         self._made = kind
         if choice.probes > cells.STORED_PROBES and figures["pays"] and more is None:
-            self._assign(f"{kind}-{choice.probes}", choice.probes)
+            self.assign(f"{kind}-{choice.probes}", choice.probes)
         return trained, figures, more
 
     def _calibrate(self, kind: str) -> Figures:
@@ -174,10 +174,11 @@ class _Steps:
     def _train(self, kind: str, *, exact: bool, effort: Effort) -> Figures:
         asked = {"config": self._config.graph, "exact": exact, "effort": effort}
         trained = self._alone("train", train.train, asked, kind)
-        self._assign(kind, cells.STORED_PROBES)
+        self.assign(kind, cells.STORED_PROBES)
         return trained
 
-    def _assign(self, kind: str, probes: int) -> None:
+    def assign(self, kind: str, probes: int) -> None:
+        """Find the nearest cells of all samples; kind: the cells that were trained."""
         names = [f"assign-{kind}-{part:05d}" for part in range(self._parts)]
         arguments = [{"part": part, "probes": probes} for part in range(self._parts)]
         self._map("assign", train.assign, names, arguments, self.total, variant=kind)

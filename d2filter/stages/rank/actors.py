@@ -39,10 +39,10 @@ Figures = dict[str, Any]
 
 SAMPLED = 1024  # keys of a partition from which splitters are chosen
 
-_SAVE_SECONDS = 120.0  # between snapshots
-_RESTARTS = 10  # largest number of restarts of one actor
+SAVE_SECONDS = 120.0  # between snapshots
+RESTARTS = 10  # largest number of restarts of one actor
 _LOOK_SECONDS = 5.0  # between checks of the cluster
-_PLACE_SECONDS = 600.0  # time limit for the cluster to start all actors
+PLACE_SECONDS = 600.0  # time limit for the cluster to start all actors
 
 
 def run(
@@ -62,7 +62,7 @@ def run(
     needs = {"num_cpus": 1}
     if made["memory"]:
         needs["memory"] = min(made["memory"], runner.resources()[2])
-    driver = _Driver(
+    driver = Driver(
         ray, numbers, needs, (out, parts, made), lambda: runner.processes(parts, made["memory"])
     )
     try:
@@ -87,7 +87,7 @@ def rank_single_partition(*, report: Report, out: Folder, made: Figures) -> Figu
     return {"supersteps": 1, "rounds": step["rounds"], "bytes": 0, "restarts": 0}
 
 
-class _Driver:
+class Driver:
     """Calls the actors, passes references between them, and replaces actors that died."""
 
     def __init__(
@@ -104,7 +104,7 @@ class _Driver:
         self._numbers = numbers
         self._crew_of = {p: a for a, some in enumerate(numbers) for p in some}
         self._arguments = arguments
-        self._actors: list[Any] = [self._new(some, needs) for some in numbers]
+        self._actors: list[Any] = [self.start_actor(some, needs) for some in numbers]
         self._live = [1] * len(numbers)
         self._inbox: list[list[Any]] = [[] for _ in numbers]
         self._restarts = [0] * len(numbers)
@@ -118,7 +118,7 @@ class _Driver:
         """
         waiting = {actor.ping.remote(): a for a, actor in enumerate(self._actors)}
         moved: set[int] = set()
-        until = time.monotonic() + _PLACE_SECONDS
+        until = time.monotonic() + PLACE_SECONDS
         while waiting:
             there, unanswered = self._ray.wait(
                 list(waiting), num_returns=len(waiting), timeout=_LOOK_SECONDS
@@ -133,12 +133,12 @@ class _Driver:
                         del waiting[ping]
                         moved.add(a)
                         self._ray.kill(self._actors[a])
-                        self._actors[a] = self._new(self._numbers[a], {"num_cpus": 0})
+                        self._actors[a] = self.start_actor(self._numbers[a], {"num_cpus": 0})
                         waiting[self._actors[a].ping.remote()] = a
             elif unanswered and time.monotonic() > until:
                 raise StageError(
                     f"rank: {len(self._actors)} processes are needed at once, the cluster started "
-                    f"{len(self._actors) - len(unanswered)} in {_PLACE_SECONDS:.0f} s: free its "
+                    f"{len(self._actors) - len(unanswered)} in {PLACE_SECONDS:.0f} s: free its "
                     "CPUs and run again"
                 )
 
@@ -149,7 +149,7 @@ class _Driver:
         supersteps = 0
         written: set[int] = set()
         while len(written) < len(self._actors):
-            news = self._superstep()
+            news = self.superstep()
             supersteps += 1
             report(sum(self._live))
             if any(self._live):
@@ -171,7 +171,7 @@ class _Driver:
             with contextlib.suppress(self._ray.exceptions.RayError):
                 self._ray.kill(actor)
 
-    def _superstep(self) -> bool:
+    def superstep(self) -> bool:
         """One superstep of all actors that have live samples: they receive states, advance, and
         send states. Returns whether anything changed.
         """
@@ -200,7 +200,7 @@ class _Driver:
         return news
 
     def _save(self) -> None:
-        if time.monotonic() - self._saved > _SAVE_SECONDS:
+        if time.monotonic() - self._saved > SAVE_SECONDS:
             self._call(range(len(self._actors)), "save")
             self._saved = time.monotonic()
 
@@ -233,7 +233,7 @@ class _Driver:
         gone = [b for b in range(len(self._actors)) if not self._alive(b)]
         for b in {a, *gone}:
             self._restarts[b] += 1
-        if self._restarts[a] > _RESTARTS:
+        if self._restarts[a] > RESTARTS:
             raise StageError(
                 f"rank: the worker of {self._partitions_of(a)} failed {self._restarts[a]} times: "
                 f"{first_line(error)}; give the ranking more memory or more nodes"
@@ -248,7 +248,7 @@ class _Driver:
             )  # fmt: skip
         for b in gone:
             # without a CPU of its own: if a node was lost, there may be none
-            self._actors[b] = self._new(self._numbers[b], {"num_cpus": 0})
+            self._actors[b] = self.start_actor(self._numbers[b], {"num_cpus": 0})
             self._live[b] = 1
         for b in {a, *gone}:
             for c, other in enumerate(self._actors):
@@ -258,7 +258,8 @@ class _Driver:
             if c != a and a not in gone:
                 self._inbox[c] += [self._actors[a].everything_for.remote(p) for p in numbers]
 
-    def _new(self, numbers: list[int], needs: Figures) -> Any:
+    def start_actor(self, numbers: list[int], needs: Figures) -> Any:
+        """Start an actor for some partitions; needs: the resources that it requests from Ray."""
         made = self._remote.options(max_restarts=0, **needs)
         return made.remote(numbers, *self._arguments, same_code.own())
 

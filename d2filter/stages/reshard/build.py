@@ -53,7 +53,7 @@ _CPUS_A_TASK = 0.5  # it waits for the disk half of the time
 # most input shards of a task that finds, and their bytes where it has several; some web servers
 # tell no sizes
 _SHARDS_A_TASK = 64
-_BYTES_A_TASK = 128 << 20
+BYTES_A_TASK = 128 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,8 +283,8 @@ def _bounds(shards: Sequence[webdataset.Shard]) -> list[int]:
     """Where the shards of one task end and those of the next start; small shards share a task."""
     bounds, held = [0], 0
     for number, shard in enumerate(shards):
-        held += max(shard.info.size, _BYTES_A_TASK // _SHARDS_A_TASK)
-        if held > _BYTES_A_TASK and number > bounds[-1]:
+        held += max(shard.info.size, BYTES_A_TASK // _SHARDS_A_TASK)
+        if held > BYTES_A_TASK and number > bounds[-1]:
             bounds.append(number)
             held = shard.info.size
     return [*bounds, len(shards)]

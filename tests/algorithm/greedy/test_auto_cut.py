@@ -34,7 +34,7 @@ def by_hand(wrong: float, kept: float) -> float:
 
 
 @given(DIFFICULTY, KEPT)
-def test_is_the_equation(difficulty: F32, kept: Decimal) -> None:
+def test_the_automatic_cut_equals_its_equation(difficulty: F32, kept: Decimal) -> None:
     wrong = float(np.mean(difficulty >= 0))
     expected = by_hand(wrong, float(kept)) if quantile_bins(difficulty) > 1 else 0.0
     assert float(cut(difficulty, kept)) == pytest.approx(expected, abs=2e-6)
@@ -60,7 +60,7 @@ def test_order_and_partitions_cannot_change_it(
 
 
 @given(DIFFICULTY, KEPT)
-def test_what_is_left_has_room_for_the_budget(difficulty: F32, kept: Decimal) -> None:
+def test_the_cut_leaves_enough_samples_for_the_budget(difficulty: F32, kept: Decimal) -> None:
     share = cut(difficulty, kept)
     assert 0 <= share <= 1 - kept
     assert share < 1
@@ -89,7 +89,7 @@ def test_without_a_middle_the_unit_of_the_difficulties_cannot_change_it(
     assert cut(scaled, kept, None) == cut(difficulty, kept, None)
 
 
-def test_figures_of_the_docstring() -> None:
+def test_the_figures_of_the_docstring_are_correct() -> None:
     # nothing above the middle, so the budget alone decides
     difficulty = np.linspace(-1, -0.5, 1000).astype(np.float32)
     shares = [float(cut(difficulty, Decimal(kept))) for kept in ("0.1", "0.2", "0.3", "0.5", "1")]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Case, graphs
+from support.graph_strategies import Case, graphs
 
 from d2filter.algorithm import quantile
 from d2filter.algorithm.greedy import (
@@ -83,7 +83,7 @@ def test_gamma_is_the_smallest_that_reaches_the_target(
     assert found.target == pytest.approx(float(kept) ** found.exponent, abs=2**-20)
 
 
-def test_the_rule_says_what_it_promises() -> None:
+def test_the_exponent_falls_with_the_share_of_wrong_pairs_and_is_zero_without_redundancy() -> None:
     redundant, half = 0.6, Fraction(1, 2)
     # a pool of nothing but right pairs is thinned most, and less with every wrong one
     exponents = [auto_gamma.exponent(half, Fraction(u, 10), redundant) for u in range(7)]
@@ -100,7 +100,7 @@ def test_the_rule_says_what_it_promises() -> None:
 
 @given(graphs(), st.sampled_from(["local", "rbf", "exp"]), st.booleans(), wrongs)
 @settings(max_examples=60)
-def test_the_order_of_rows_cannot_be_seen_in_a_tuned_ranking(
+def test_the_order_of_rows_does_not_change_a_tuned_ranking(
     case: Case, kernel: str, undirected: bool, wrong: Fraction | None
 ) -> None:
     n = len(case.uid)
@@ -127,7 +127,7 @@ def test_the_order_of_rows_cannot_be_seen_in_a_tuned_ranking(
     assert ranked(rows) == ranked(np.random.default_rng(1).permutation(rows))
 
 
-def test_a_width_for_each_sample_suppresses_what_lies_alone() -> None:
+def test_a_local_kernel_suppresses_an_isolated_pair_like_a_close_one() -> None:
     """Two that lie apart from everything, but are each other's nearest, are thinned as a close pair
     is; with one width for all of them neither is touched.
     """

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from strategies import Case, graphs
+from support.graph_strategies import Case, graphs
 
 from d2filter.algorithm import by_class, quantile
 from d2filter.algorithm.greedy import demoted, schemes
@@ -71,7 +71,7 @@ def test_the_mask_is_that_of_the_definition(
 
 
 @given(graphs(), st.sampled_from(list(schemes.KERNELS)), st.floats(0.1, 20))
-def test_gamma_in_units_of_the_median_does_not_see_the_scale(
+def test_gamma_in_units_of_the_median_does_not_depend_on_the_scale(
     case: Case, kernel: str, factor: float
 ) -> None:
     # powers of two scale exactly
@@ -153,7 +153,7 @@ def test_large_classes_and_many_tiny_ones_get_their_share_of_every_budget(sizes:
         assert off.max() < len(set(sizes))
 
 
-def test_the_budget_of_one_large_class_among_singletons() -> None:
+def test_one_large_class_among_singletons_gets_its_share_of_the_budget() -> None:
     taken, share = counts_of([1000] + [1] * 1000)
     assert np.abs(taken - share).max() <= 1
     assert taken[200, 0] in (99, 100, 101)
@@ -184,7 +184,7 @@ def test_phases_are_of_the_class_and_no_two_of_one_size_are_near() -> None:
     st.sampled_from([1, 3, 128]),
     st.integers(0, 2**32),
 )
-def test_small_classes_together_are_what_they_are_alone(
+def test_small_classes_compared_together_give_the_results_of_each_alone(
     sizes: list[int], k: int, together: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -195,8 +195,8 @@ def test_small_classes_together_are_what_they_are_alone(
     results = []
     with pytest.MonkeyPatch.context() as patch:
         for limit in (0, together):
-            patch.setattr(by_class, "_COMPARED_TOGETHER", limit)
-            patch.setattr(by_class, "_PAIRS", 20)
+            patch.setattr(by_class, "COMPARED_TOGETHER", limit)
+            patch.setattr(by_class, "PAIRS", 20)
             results.append(by_class.graph(rows, np.zeros(n, np.uint64), uid, group, k))
     (alone, classes), (found, _) = results
     assert found.neighbors.tolist() == alone.neighbors.tolist()

@@ -1,14 +1,16 @@
+"""The greedy on a whole graph and its certificate, compared with the sequential definition."""
+
 from __future__ import annotations
 
 import time
 from typing import Any
 
-import greedy_in_one_piece as greedy
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
-from strategies import Case, graphs
+from support import greedy_in_one_piece as greedy
+from support import oracle
+from support.graph_strategies import Case, graphs
 
 from d2filter.algorithm.greedy import certificate, halo, in_memory, messages, schemes
 
@@ -132,7 +134,7 @@ def test_a_long_descending_chain_ends() -> None:
     assert chosen.rank[0] == 0
 
 
-def test_a_hub_with_many_in_edges_is_not_quadratic() -> None:
+def test_a_hub_with_many_in_edges_takes_no_quadratic_time() -> None:
     n = 200_000
     rng = np.random.default_rng(0)
     x = rng.integers(1, 2**40, n)
@@ -174,7 +176,7 @@ def test_the_certificate_accepts_the_greedy_and_nothing_else(case: Case) -> None
     assert check(suppressed_by=other) == (0, 0, 1)
 
 
-def test_the_certificate_sees_a_sample_taken_too_late() -> None:
+def test_the_certificate_finds_a_sample_that_was_selected_too_late() -> None:
     # 0 → 1 with weight 1: the greedy takes 1 (the better one) first and nothing is lowered
     forward = np.array([10, 20], np.int64)
     edge = (np.array([0]), np.array([1]), np.ones(1, np.float32))

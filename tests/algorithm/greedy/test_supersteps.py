@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Case, graphs
+from support import oracle
+from support.graph_strategies import Case, graphs
 
 from d2filter.algorithm.greedy import merge, messages, ranker, schemes
 from d2filter.algorithm.greedy import supersteps as kernel
@@ -25,7 +25,7 @@ SCHEMES = [
 @pytest.fixture(autouse=True)
 def narrow_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many buckets even where there is hardly anything to put into them."""
-    monkeypatch.setattr(kernel, "_IN_A_BUCKET", 2)
+    monkeypatch.setattr(kernel, "IN_A_BUCKET", 2)
 
 
 def symmetric(case: Case) -> Case:
@@ -258,7 +258,7 @@ def test_any_partitions_and_any_scheme_equal_the_sequential_definition(
     case=graphs(), parts=st.sampled_from([2, 3, 5]), both_ways=st.booleans(),
     seed=st.integers(0, 2**32),
 )  # fmt: skip
-def test_states_may_come_late_repeated_out_of_order_and_partitions_may_forget(
+def test_states_may_arrive_late_twice_or_out_of_order_and_partitions_may_restart(
     case: Case, parts: int, both_ways: bool, seed: int
 ) -> None:
     """Every message waits in a pool from which any is delivered, some twice; a partition goes back
@@ -333,7 +333,7 @@ def test_a_hub_with_thousands_of_in_edges_from_everywhere() -> None:
         assert pool.result() == naive(case, difficulty, scheme, both_ways)
 
 
-def test_a_hub_that_falls_often_while_many_wait_is_not_quadratic() -> None:
+def test_a_hub_whose_score_falls_often_takes_no_quadratic_time() -> None:
     """20,000 better samples wait for another partition, the hub for them, and 100,000 worse ones
     for the hub. Then the better ones lower it one by one.
     """
@@ -364,7 +364,7 @@ def test_a_hub_that_falls_often_while_many_wait_is_not_quadratic() -> None:
     assert seconds[1] < 1
 
 
-def test_only_what_changed_is_sent() -> None:
+def test_only_changed_states_are_sent() -> None:
     rng = np.random.default_rng(1)
     n, parts = 3000, 4
     neighbors = rng.integers(0, n, (n, 3))

@@ -1,8 +1,10 @@
+"""The neighbor search in memory: exact pools, cells, calibration, refinement, measured recall."""
+
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
+from support import oracle
 
 from d2filter.algorithm import features
 from d2filter.algorithm.knn import calibrate, cells, products, refine, sketch
@@ -37,7 +39,9 @@ def test_a_small_pool_is_compared_all_with_all() -> None:
 
 
 @pytest.mark.parametrize("target", [0.8, 0.95])
-def test_calibration_keeps_its_promise_and_recall_is_measured_right(target: float) -> None:
+def test_calibration_reaches_its_prediction_and_the_recall_is_measured_correctly(
+    target: float,
+) -> None:
     n, k = 12_000, 5
     p = pool(n, 16, clusters=200)
     graph, index = knn.build(p, k, target_recall=target, exact_below=100)
@@ -57,9 +61,9 @@ def test_threads_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     whole, index = knn.build(p, 3, target_recall=0.9, exact_below=10)
     try:
         products.use_threads(1)
-        monkeypatch.setattr(cells, "_BLOCK", 777)
+        monkeypatch.setattr(cells, "BLOCK", 777)
         monkeypatch.setattr(refine, "BLOCK", 555)
-        monkeypatch.setattr(products, "_QUERIES", 99)
+        monkeypatch.setattr(products, "QUERIES", 99)
         again, its_index = knn.build(p, 3, target_recall=0.9, exact_below=10)
     finally:
         products.use_threads(2)
@@ -84,7 +88,7 @@ def test_a_large_pool_is_never_compared_all_with_all(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("equal", [1.0, 0.9, 0.5])
-def test_copies_in_their_thousands(equal: float) -> None:
+def test_thousands_of_copies_are_searched_in_time(equal: float) -> None:
     """Each copy gets k other copies, round the ring; all rows equal is one cell."""
     n, k = 6000, 3
     rng = np.random.default_rng(0)
@@ -100,7 +104,7 @@ def test_copies_in_their_thousands(equal: float) -> None:
     assert (graph.sqdist[members] == 0).all()
 
 
-def test_more_neighbors_than_rows() -> None:
+def test_more_neighbors_than_rows_give_shorter_lists() -> None:
     p = pool(40, 5)
     graph, _ = knn.build(p, 60, exact_below=0)
     assert ((graph.neighbors >= 0).sum(axis=1) == 39).all()
@@ -210,7 +214,7 @@ def test_the_interval_of_recall_is_wilsons(
     assert found == pytest.approx((low, high), abs=2e-6)
 
 
-def test_hits_of_every_query_leave_something_open_unless_all_were_asked() -> None:
+def test_the_interval_of_a_full_recall_has_a_width_unless_all_samples_were_queried() -> None:
     assert knn._wilson(1.0, 0.0, 3000, 3000) == (1.0, 1.0)
     assert knn._wilson(1.0, 0.0, 3000, 6000)[0] == pytest.approx(0.99936, abs=1e-4)
     lows = [knn._wilson(1.0, 0.0, 3000, n)[0] for n in (3001, 4000, 10**4, 10**6)]
@@ -222,7 +226,7 @@ def test_hits_of_every_query_leave_something_open_unless_all_were_asked() -> Non
     assert knn._wilson(one, variance, 3000, 10**9)[0] < none + 1e-4
 
 
-def test_ten_neighbors_that_are_found_or_missed_alone_tell_more_than_one() -> None:
+def test_independent_hits_of_ten_neighbors_give_a_narrower_interval_than_one() -> None:
     rng = np.random.default_rng(0)
     hits = rng.random((3000, 10)) < 0.9
     alone, together = hits.mean(axis=1), np.repeat(hits[:, :1], 10, axis=1).mean(axis=1)

@@ -1,3 +1,5 @@
+"""The layout of cells in partitions: balanced, and few neighbors lie in different ones."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,10 +1,12 @@
+"""The exact search in probed cells, compared with the oracle, on CPUs and GPUs."""
+
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import oracle
 
 from d2filter.algorithm import features
 from d2filter.algorithm.knn import exact_lists, products, search
@@ -98,12 +100,14 @@ def test_thousands_of_copies_point_round_the_ring() -> None:
 
 
 @pytest.mark.parametrize("shift", [0, 1, 7])
-def test_block_boundaries_do_not_matter(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_boundaries_do_not_change_the_result(
+    shift: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = pool(700, 24)
     whole = exact(rows, 5)
-    monkeypatch.setattr(search, "_QUERY_BLOCK", 50 + shift)
-    monkeypatch.setattr(products, "_QUERIES", 30 + shift)
-    monkeypatch.setattr(products, "_MEMBERS", 90 + shift)
+    monkeypatch.setattr(search, "QUERY_BLOCK", 50 + shift)
+    monkeypatch.setattr(products, "QUERIES", 30 + shift)
+    monkeypatch.setattr(products, "MEMBERS", 90 + shift)
     again = exact(rows, 5)
     assert (whole.numbers == again.numbers).all()
     assert (whole.sqdist == again.sqdist).all()
@@ -132,7 +136,9 @@ def offer(held: products.Nearest, q: int, distance: np.ndarray, names: np.ndarra
     held.near[q], held.ids[q] = near[best], ids[best]
 
 
-def test_proposals_off_by_the_whole_bound_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proposals_with_the_largest_allowed_error_change_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A worse matrix product, wrong by up to the bound in either direction: the same lists."""
     rows = pool(600, 16)
     right = exact(rows, 4)
@@ -187,7 +193,7 @@ def test_the_gpu_path_gives_the_same_lists_in_blocks_that_fit(
     right = exact(rows, 5)
     fake = FakeGpu()
     monkeypatch.setattr(products, "load_faiss", lambda: fake)
-    monkeypatch.setattr(products, "_GPU_BYTES", 60_000)
+    monkeypatch.setattr(products, "GPU_BYTES", 60_000)
     products._gpu_resources.cache_clear()
     again = exact(rows, 5)
     products._gpu_resources.cache_clear()
@@ -213,7 +219,7 @@ def test_a_real_gpu_gives_the_same_lists() -> None:
     assert (on_gpu.sqdist == on_cpu.sqdist).all()
 
 
-def test_unnormalized_features() -> None:
+def test_unnormalized_features_are_searched_exactly() -> None:
     rng = np.random.default_rng(0)
     rows = features.fix([rng.normal(size=(200, 5)) * 300], normalize=False)
     neighbors, _ = oracle.knn(rows, list(range(200)), 3)
@@ -222,13 +228,13 @@ def test_unnormalized_features() -> None:
 
 def count_second_looks(monkeypatch: pytest.MonkeyPatch, rows: np.ndarray, k: int) -> int:
     looked = []
-    original = search._within_limits
+    original = search.within_limits
 
     def counted(members, queries, asked, limit):  # type: ignore[no-untyped-def]
         looked.append(len(queries))
         return original(members, queries, asked, limit)
 
-    monkeypatch.setattr(search, "_within_limits", counted)
+    monkeypatch.setattr(search, "within_limits", counted)
     exact(rows, k)
     return sum(looked)
 

@@ -1,3 +1,5 @@
+"""Sketches, the shortlists that they give, and the calibration of both."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -75,7 +77,7 @@ def test_training_gives_the_same_bits_on_any_number_of_threads() -> None:
         assert (other.mean == found[0].mean).all()
 
 
-def test_as_few_axes_as_the_pool_needs() -> None:
+def test_the_sketch_has_as_few_axes_as_the_pool_needs() -> None:
     numbers = [sketch.train(drawn(3000, 256, decay=d)).axes.shape[1] for d in (1.5, 0.3)]
     assert 0 < numbers[0] < numbers[1] <= 128
     # spread alike along all axes, too few rows, all rows equal
@@ -145,7 +147,7 @@ def test_shortlists_of_any_split_settle_to_the_lists_of_the_oracle(
     assert measured.tolist() == settled.sqdist.tolist()
 
 
-def test_a_graph_by_sketches_reaches_the_recall_that_was_asked_for() -> None:
+def test_a_graph_from_sketches_reaches_the_target_recall() -> None:
     rows = drawn(20_000, 128, decay=0.8)
     hi = np.arange(20_000, dtype=np.uint64)
     pool = knn.make_pool(rows, hi, np.zeros_like(hi))
@@ -159,10 +161,12 @@ def test_a_graph_by_sketches_reaches_the_recall_that_was_asked_for() -> None:
     assert (features.sqdist_pairs(rows, graph.neighbors) == graph.sqdist).all()
 
 
-def test_calibration_counts_what_shortlists_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_counts_the_neighbors_that_shortlists_lose(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Shortlists no longer than the lists lose neighbors: predicted, not overlooked."""
     monkeypatch.setattr(sketch, "SHORTLIST", 6)
-    monkeypatch.setattr(sketch, "_ENOUGH", 0.0)
+    monkeypatch.setattr(sketch, "ENOUGH", 0.0)
     rows = drawn(20_000, 128, decay=0.5)
     hi = np.arange(20_000, dtype=np.uint64)
     pool = knn.make_pool(rows, hi, np.zeros_like(hi))
@@ -210,7 +214,7 @@ def test_a_sample_that_is_thinner_than_its_pool_does_not_cost_the_recall(
     assert knn.measure_recall(pool, graph).value >= 0.94
 
 
-def test_groups_that_parents_cut_through_are_looked_for_under_more_of_them() -> None:
+def test_groups_that_parent_cells_split_are_searched_under_more_parents() -> None:
     """All groups lie as far from each other: no parent has those of a row, and eight not all."""
     pool = groups_without_shape(500, 96, scatter=1.1, seed=1)
     rows = pool.rows
@@ -225,7 +229,7 @@ def test_groups_that_parents_cut_through_are_looked_for_under_more_of_them() -> 
     assert knn.measure_recall(pool, graph).value >= 0.965
 
 
-def test_what_is_tried_after_a_miss_comes_to_an_end() -> None:
+def test_the_efforts_after_a_missed_target_end() -> None:
     def miss(short_of: str) -> calibrate.Choice:
         return calibrate.Choice(
             probes=64, passes=0, predicted=0.5, evaluations=1.0, reached=False, short_of=short_of

@@ -28,7 +28,7 @@ def test_aucpr_is_the_mean_distance_to_the_nearest_kept(
     rows, hi, lo = pool(seed, n)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coverage, "LOOKED_THROUGH", looked_through)
-        patch.setattr(coverage, "_BLOCK", 7)
+        patch.setattr(coverage, "BLOCK", 7)
         held = coverage.hold_out(rows, hi, lo, size)
         kept = np.random.default_rng(seed).random(n) < share
         found = coverage.aucpr(rows, held, kept)
@@ -42,7 +42,7 @@ def test_aucpr_is_the_mean_distance_to_the_nearest_kept(
     assert found == pytest.approx(np.mean(nearest), abs=1e-6)
 
 
-def test_who_is_held_out_does_not_depend_on_the_order_of_rows() -> None:
+def test_the_held_out_samples_do_not_depend_on_the_order_of_rows() -> None:
     rows, hi, lo = pool(0, 50)
     held = coverage.hold_out(rows, hi, lo, 10)
     turn = np.random.default_rng(1).permutation(50)

@@ -62,7 +62,7 @@ def test_the_measures_are_those_of_their_definitions(
     kept = np.random.default_rng(seed + 1).random(n) < share
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coverage, "LOOKED_THROUGH", through)
-        patch.setattr(coverage, "_BLOCK", 7)
+        patch.setattr(coverage, "BLOCK", 7)
         stick = distinct.Yardstick(**p, watched=watched)
         found = stick.measure(kept)
         distances = stick.distances(kept)

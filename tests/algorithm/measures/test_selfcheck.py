@@ -85,7 +85,7 @@ def test_who_is_swapped_depends_on_uids_alone_and_gets_another_text(seed: int, n
         assert np.square(wide[a, :4] - wide[b, :4]).sum() > 0.01
 
 
-def test_one_in_a_hundred_within_bounds() -> None:
+def test_the_size_of_a_sample_is_one_percent_within_bounds() -> None:
     def count(n: int) -> int:
         lo = np.arange(n, dtype=np.uint64)
         rows = np.random.default_rng(0).normal(size=(n, 4)).astype(np.float16)
@@ -120,7 +120,7 @@ def test_a_score_that_is_no_cosine_has_no_line() -> None:
     assert selfcheck.fit(cosine, np.ones(300, np.float32)).correlation == 0
 
 
-def test_the_score_alone_drops_what_is_swapped_and_random_does_not() -> None:
+def test_the_score_drops_swapped_captions_and_random_does_not() -> None:
     p = pool(3, 1000, 5)
     line = selfcheck.fit(selfcheck.cosines(p["rows"]), p["difficulty"])
     swapped, partner = selfcheck.choose(p["rows"], p["hi"], p["lo"], 0.0)

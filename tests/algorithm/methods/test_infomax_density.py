@@ -6,11 +6,11 @@ import math
 from fractions import Fraction
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Case, graphs
+from support import oracle
+from support.graph_strategies import Case, graphs
 
 from d2filter.algorithm.methods import density, selectors, submodular
 from d2filter.algorithm.methods.pool import Pool
@@ -63,7 +63,7 @@ def test_infomax_takes_one_of_each_pair_of_copies_first() -> None:
 
 
 @pytest.mark.parametrize("redundancy", [-0.1, 17.0, math.nan])
-def test_infomax_refuses(redundancy: float) -> None:
+def test_infomax_refuses_impossible_options(redundancy: float) -> None:
     with pytest.raises(UsageError, match="redundancy is"):
         submodular.infomax(
             np.zeros(2, np.float32), np.empty((2, 0), np.int64), np.empty((2, 0), np.float32),
@@ -159,7 +159,7 @@ def test_one_cluster_is_a_ranking_by_score() -> None:
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"rows_a_cluster": 0}])
-def test_density_refuses(options: dict[str, float]) -> None:
+def test_density_refuses_impossible_options(options: dict[str, float]) -> None:
     pool = pool_of(np.zeros((3, 2), np.float16), np.zeros(3, np.float32))
     with pytest.raises(UsageError, match=f"{next(iter(options))} is 0"):
         density.density(pool, **options)  # type: ignore[arg-type]  # one or the other

@@ -1,3 +1,5 @@
+"""Each selection method, compared with a naive implementation in Python."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -7,11 +9,11 @@ from collections.abc import Callable
 from random import Random
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Case, graphs
+from support import oracle
+from support.graph_strategies import Case, graphs
 
 from d2filter.algorithm import uids
 from d2filter.algorithm.methods import baselines, geometric, selectors, submodular
@@ -252,7 +254,7 @@ def test_ccs_draws_inside_a_stratum_by_the_seed() -> None:
 
 
 @pytest.mark.parametrize(("cut", "strata"), [(1.0, 50), (-0.1, 50), (float("nan"), 50), (0.5, 0)])
-def test_ccs_refuses(cut: float, strata: int) -> None:
+def test_ccs_refuses_impossible_options(cut: float, strata: int) -> None:
     with pytest.raises(UsageError, match="allowed is"):
         selectors.ccs(make_pool(np.zeros((3, 1), np.float16)), cut=cut, strata=strata)
 
@@ -393,7 +395,7 @@ def test_row_numbers_may_be_narrow_and_arrays_read_only(case: Case) -> None:
 
 
 @pytest.mark.parametrize("relevance", [0, 17])
-def test_graph_cut_refuses(relevance: int) -> None:
+def test_graph_cut_refuses_impossible_options(relevance: int) -> None:
     with pytest.raises(UsageError, match=f"relevance is {relevance}, allowed is 1 to 16"):
         submodular.graph_cut(
             np.empty((2, 0), np.int64), np.empty((2, 0), np.float32), relevance=relevance
@@ -437,7 +439,7 @@ def test_least_alike_first_in_tiles_of_any_size(pool: Pool, c: int, tile: int, s
     cell = [numbers.setdefault(bits, int(rng.integers(0, c))) for bits in same_rows(pool)]
     centroids = (rng.integers(-2, 3, (c, pool.features.shape[1])) / 2).astype(np.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geometric, "_TILE", tile)
+        patch.setattr(geometric, "TILE", tile)
         found = geometric.least_alike_first(pool.features, np.array(cell), centroids)
     assert found.tolist() == least_alike_first(pool.features, cell, centroids)
 
@@ -503,7 +505,7 @@ def test_semdedup_refuses_empty_clusters() -> None:
 
 
 @pytest.mark.parametrize("name", SELECTORS)
-def test_one_sample_and_samples_that_are_all_the_same(name: str) -> None:
+def test_one_sample_and_identical_samples_are_ranked(name: str) -> None:
     assert selectors.order(name, make_pool(np.ones((1, 3), np.float16))).tolist() == [0]
     found = selectors.order(name, make_pool(np.ones((9, 3), np.float32))).tolist()
     assert sorted(found) == list(range(9))
@@ -540,7 +542,7 @@ def test_an_unknown_name_lists_those_that_exist() -> None:
 
 
 @pytest.mark.parametrize("name", SELECTORS)
-def test_features_are_asked_for_where_they_are_wanted_only(name: str) -> None:
+def test_features_are_read_only_for_methods_that_use_them(name: str) -> None:
     pool = make_pool(np.empty((5, 0), np.float16))
     if "features" in SELECTORS[name].wants:
         with pytest.raises(UsageError, match=f"selector {name} needs features"):

@@ -36,7 +36,7 @@ def judged(scores: np.ndarray) -> clipping.Squeezed | None:
 
 
 @given(st.integers(1, 10**7), st.sampled_from(SHARES))
-def test_as_many_are_left_out_as_the_share_says(n: int, share: Decimal) -> None:
+def test_the_given_share_is_left_out(n: int, share: Decimal) -> None:
     first, last = clipping.places(n, share)
     assert 0 <= first <= last < n
     assert first == n - 1 - last
@@ -48,7 +48,7 @@ NORMAL = np.random.default_rng(0).normal(0.25, 0.05, 2000)
 
 @pytest.mark.parametrize("extreme", [-9999.0, 1e20, 3e38, -3e38])
 @pytest.mark.parametrize("many", [1, 15, 150])
-def test_a_sentinel_is_seen_however_often_it_is_there(extreme: float, many: int) -> None:
+def test_a_sentinel_is_found_at_any_frequency(extreme: float, many: int) -> None:
     found = judged(np.concatenate([NORMAL, np.full(many, extreme)]))
     assert found is not None
     assert found.at_low_end == (extreme < 0)
@@ -73,7 +73,7 @@ def test_a_sentinel_is_seen_however_often_it_is_there(extreme: float, many: int)
         np.arange(19),
     ],
 )
-def test_what_scores_usually_look_like_is_no_alert(scores: np.ndarray) -> None:
+def test_usual_score_distributions_give_no_alert(scores: np.ndarray) -> None:
     assert judged(scores) is None
 
 

@@ -1,3 +1,5 @@
+"""Each score, compared with its formula computed one sample at a time."""
+
 from __future__ import annotations
 
 import math
@@ -90,7 +92,7 @@ def test_negclip_loss_is_of_a_set(
         scores.negclip_loss(image[turn], text[turn]), once[turn], rtol=1e-12, atol=1e-12
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_dynamics, "_BLOCK", block)
+        patch.setattr(training_dynamics, "BLOCK", block)
         np.testing.assert_allclose(scores.negclip_loss(image, text), once, rtol=1e-12, atol=1e-12)
 
 
@@ -108,7 +110,7 @@ def test_a_bad_pair_is_not_in_the_batch(bad: float) -> None:
     assert scores.negclip_loss(image[:0], text[:0]).shape == (0,)
 
 
-def test_a_pair_alike_to_everything_loses_what_the_clip_score_gives_it() -> None:
+def test_a_pair_similar_to_all_pairs_gets_a_lower_score_than_its_clip_score() -> None:
     hub = np.ones(16)
     image = np.vstack([np.eye(16)[:4] + 0.3, [hub]])
     text = np.vstack([np.eye(16)[:4] + 0.3, [hub]])
@@ -220,7 +222,7 @@ def test_a_row_has_the_same_bits_alone_and_among_others(name: str, width: int, k
     assert (bits(f(x[turn], y)) == whole[turn]).all()
     assert (bits(f(np.asfortranarray(x), np.asfortranarray(y))) == whole).all()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_dynamics, "_BLOCK", 5000)
+        patch.setattr(training_dynamics, "BLOCK", 5000)
         assert (bits(f(x, y)) == whole).all()
     if "p=" not in name:
         assert (bits(f(x, y[::-1])) == whole).all(), "the order of the references counts"
@@ -240,7 +242,7 @@ def test_products_have_the_same_float64_bits_in_any_shape(squared: bool, width: 
 
 
 @pytest.mark.parametrize("name", REFERENCED)
-def test_bad_rows_are_nan_and_disturb_nobody(name: str) -> None:
+def test_bad_rows_are_nan_and_change_no_other_row(name: str) -> None:
     rng = np.random.default_rng(1)
     x, y = rng.standard_normal((9, 4)).astype(np.float16), rng.standard_normal((5, 4))
     f = REFERENCED[name]
@@ -292,7 +294,7 @@ def test_a_score_of_a_log_is_the_formula(name: str, log: tuple[np.ndarray, np.nd
     assert (p == before).all(), "the caller's log was modified"
 
 
-def test_forgetting_by_hand() -> None:
+def test_forgetting_counts_match_a_count_by_hand() -> None:
     def log_of(words: list[str]) -> np.ndarray:
         one = {"r": [0.7, 0.3], "w": [0.3, 0.7], "t": [0.5, 0.5]}
         return np.array([[one[letter] for letter in word] for word in words])
@@ -319,7 +321,7 @@ def test_a_sample_of_a_log_has_the_same_bits_alone(name: str, epochs: int, class
     assert (bits(f(p[turn], y[turn])) == whole[turn]).all()
     assert (bits(f(np.asfortranarray(p), y)) == whole).all()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_dynamics, "_BLOCK", 1000)
+        patch.setattr(training_dynamics, "BLOCK", 1000)
         assert (bits(f(p, y)) == whole).all()
 
 
@@ -353,7 +355,7 @@ def test_softmax_is_the_formula(log: tuple[np.ndarray, np.ndarray], shift: float
         np.testing.assert_allclose(q, [math.exp(v) / total for v in z], rtol=1e-9, atol=1e-300)
 
 
-def test_softmax_of_extremes() -> None:
+def test_softmax_of_extreme_logits_is_finite() -> None:
     rows = np.array([[1e308, -1e308], [-np.inf, 3], [np.nan, 1], [np.inf, 1], [-np.inf, -np.inf]])
     before = rows.copy()
     got = training_dynamics.softmax(rows)
@@ -397,7 +399,7 @@ def test_the_better_pair_goes_first() -> None:
     assert first_of("prototypicality", scores.prototypicality(image, image[:2] + 0.1)) == 2
 
 
-def test_difficulty_turns_and_copies() -> None:
+def test_difficulty_copies_scores_and_turns_their_sign() -> None:
     values = np.array([1.5, -0.0, 0.0, -2, np.nan], np.float32)
     high, low = scores.difficulty(values, "high"), scores.difficulty(values, "low")
     np.testing.assert_array_equal(high, [1.5, 0, 0, -2, np.nan])
@@ -444,7 +446,7 @@ BROKEN = np.array([[1, 1, 1], [np.nan, 1, 1]])
         ),
     ],
 )
-def test_what_cannot_be_meant_is_refused(call: Callable[[], Any], message: str) -> None:
+def test_impossible_options_of_a_score_are_refused(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
 

@@ -1,3 +1,5 @@
+"""Sums of scores: parsing, percentile ranks, and addition in float64."""
+
 from __future__ import annotations
 
 import re
@@ -23,7 +25,7 @@ some_terms = st.lists(
 
 
 @given(some_terms)
-def test_what_is_written_is_read_again(given_terms: list[Term]) -> None:
+def test_the_canonical_text_of_terms_parses_to_the_same_terms(given_terms: list[Term]) -> None:
     text = terms.canonical(given_terms)
     assert terms.parse(text) == tuple(given_terms)
     assert terms.canonical(terms.parse(re.sub(r"(?<!e)\+", " +  ", text))) == terms.canonical(
@@ -80,9 +82,7 @@ def test_a_sum_is_that_of_python_floats(given_terms: list[Term], seed: int, n: i
     st.lists(st.lists(st.sampled_from([-2.5, -0.0, 0.0, 1e-30, 0.3, 7.0])), min_size=1, max_size=7),
     st.integers(0, 2**32),
 )
-def test_percentile_ranks_are_counted_whatever_the_parts(
-    parts: list[list[float]], seed: int
-) -> None:
+def test_percentile_ranks_do_not_depend_on_the_parts(parts: list[list[float]], seed: int) -> None:
     rng = np.random.default_rng(seed)
     arrays = [np.array(part, np.float32) for part in parts]
     arrays[0] = np.concatenate([arrays[0], rng.standard_normal(9).astype(np.float32)])

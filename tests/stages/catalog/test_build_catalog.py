@@ -1,15 +1,17 @@
+"""The external sort of the catalog: sorted runs, merged ranges, dropped duplicates, alerts."""
+
 from __future__ import annotations
 
 import uuid
 from pathlib import Path
 
 import numpy as np
-import pools
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import pools
 
 from d2filter.algorithm import features
 from d2filter.algorithm.scores import registry as scores
@@ -57,7 +59,7 @@ def test_the_row_that_stays_does_not_depend_on_the_order(rows: list[tuple], rand
     assert [r[0] for r in first] == sorted({r[0] for r in rows})
 
 
-def test_parts_ascend_whatever_their_number(tmp_path: Path) -> None:
+def test_parts_ascend_for_any_number_of_parts(tmp_path: Path) -> None:
     """Passes one and two by hand, with 1 and 5 ranges, over files cut and ordered differently."""
     pool = pools.make(300, 6, seed=4)
     pool["uid"][7] = pool["uid"][8]
@@ -105,10 +107,10 @@ def test_parts_ascend_whatever_their_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["sequential", "one upper half", "random"])
-def test_parts_are_of_one_size_whatever_the_uids(
+def test_parts_have_equal_size_for_any_uids(
     tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalog, "_ROW_GROUP", 10)
+    monkeypatch.setattr(catalog, "ROW_GROUP", 10)
     n = 400
     pool = pools.make(n, 3)
     if pattern != "random":
@@ -142,7 +144,7 @@ def test_features_in_the_catalog_are_the_fixed_ones(tmp_path: Path) -> None:
     assert only.difficulty.tobytes() == rows.difficulty.tobytes()
 
 
-def test_scores_that_merge_and_files_that_are_left_are_told(tmp_path: Path) -> None:
+def test_merged_scores_and_unread_files_give_alerts(tmp_path: Path) -> None:
     pool = pools.make(20, 4)
     times = [1_700_000_000 + i for i in range(20)]
     source = Folder(str(pools.write(tmp_path / "m", pool, files=2, columns={"when": times})))

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import pools
 import pytest
+from support import pools
 
 from d2filter.algorithm import sizes
 from d2filter.config import RunConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,32 +52,63 @@ class Actor:
         self.save = Method(lambda: True)
 
 
+Start = Callable[[list[int], dict[str, int]], Actor]
+
+
+class ActorClass:
+    """What `ray.remote` makes of a class."""
+
+    def __init__(self, start: Start, needs: dict[str, int]) -> None:
+        self.start, self.needs = start, needs
+
+    def options(self, *, max_restarts: int, **needs: int) -> ActorClass:
+        return ActorClass(self.start, needs)
+
+    def remote(self, numbers: list[int], *arguments: Any) -> Actor:
+        return self.start(numbers, self.needs)
+
+
 class Ray:
+    """A cluster; start: makes the actor of some partitions, which requests some resources."""
+
     exceptions = ray.exceptions
+
+    def __init__(self, start: Start) -> None:
+        self.start = start
+        self.killed: list[Any] = []
+
+    def remote(self, kind: type) -> ActorClass:
+        return ActorClass(self.start, {})
 
     def get(self, reference: Answer) -> Any:
         if isinstance(reference.value, Exception):
             raise reference.value
         return reference.value
 
+    def wait(self, pings: list[Answer], num_returns: int, timeout: float) -> Any:
+        late = [ping for ping in pings if ping.value == "no place"]
+        return [ping for ping in pings if ping not in late], late
 
-def test_what_an_actor_answered_before_its_node_was_lost_is_not_taken_for_its_successors(
-    tmp_path: Path,
-) -> None:
+    def kill(self, actor: Any) -> None:
+        self.killed.append(actor)
+
+
+def driver_of(cluster: Ray, *, places: int = 2) -> actors.Driver:
+    """The driver of two actors with a partition each, on a cluster with room for some."""
+    return actors.Driver(cluster, [[0], [1]], {"num_cpus": 1}, (Folder(""), 2, {}), lambda: places)
+
+
+def test_an_answer_of_a_lost_actor_does_not_count_for_its_successor() -> None:
     """Both actors of a node are gone; the answer of one of them, that it is done, came before."""
     dead = ray.exceptions.ActorDiedError()
     calls: list[str] = []
-    driver = actors._Driver.__new__(actors._Driver)
-    driver._ray = Ray()
-    driver._numbers = [[0], [1]]
-    driver._crew_of = {0: 0, 1: 1}
-    driver._arguments = (Folder(str(tmp_path)), 2, {})
-    driver._actors = [Actor("old 0", calls, dead, dead), Actor("old 1", calls, 0, dead)]
-    driver._live, driver._inbox, driver._restarts = [1, 1], [[], []], [0, 0]
-    driver._figures = {"rounds": 0, "bytes": 0, "peak_rss_bytes": 0}
-    driver._saved = float("inf")
-    driver._new = lambda numbers, needs: Actor(f"new {numbers[0]}", calls, 0)  # type: ignore[method-assign]
-    figures = driver.run(lambda live: None)
+
+    def start(numbers: list[int], needs: dict[str, int]) -> Actor:
+        if needs == {"num_cpus": 0}:  # in place of one that died
+            return Actor(f"new {numbers[0]}", calls, 0)
+        return Actor(f"old {numbers[0]}", calls, 0 if numbers == [1] else dead, dead)
+
+    figures = driver_of(Ray(start)).run(lambda live: None)
     assert calls == [
         "old 0 steps", "old 1 steps", "new 0 steps", "new 1 steps", "new 0 finishes",
         "new 1 finishes",
@@ -96,42 +128,26 @@ def test_scores_that_are_not_final_are_never_written(tmp_path: Path) -> None:
     assert not np.any([p.name.startswith("scores") for p in tmp_path.rglob("*")])
 
 
-class Slow(Ray):
-    """Actors with a CPU of their own find no place but for the first."""
+def one_place(started: list[Actor]) -> Ray:
+    """Only the first actor finds a CPU; actors that need none start."""
 
-    def __init__(self) -> None:
-        self.killed: list[Any] = []
+    def start(numbers: list[int], needs: dict[str, int]) -> Actor:
+        waits = numbers == [1] and needs["num_cpus"] > 0
+        started.append(Actor(f"{numbers}", [], 0, ping="no place" if waits else None))
+        return started[-1]
 
-    def wait(self, pings: list[Answer], num_returns: int, timeout: float) -> Any:
-        late = [ping for ping in pings if ping.value == "no place"]
-        return [ping for ping in pings if ping not in late], late
-
-    def kill(self, actor: Any) -> None:
-        self.killed.append(actor)
+    return Ray(start)
 
 
-def gathering(places: int) -> tuple[Any, Slow]:
-    driver, cluster = actors._Driver.__new__(actors._Driver), Slow()
-    driver._ray = cluster
-    driver._numbers = [[0], [1]]
-    calls: list[str] = []
-    driver._actors = [Actor("first", calls, 0), Actor("second", calls, 0, ping="no place")]
-    driver._new = lambda numbers, needs: Actor(f"{numbers} with {needs}", calls, 0)  # type: ignore[method-assign]
-    driver._gather(lambda: places)
-    return driver, cluster
+def test_if_a_node_is_lost_before_its_actor_starts_the_actor_starts_without_a_cpu() -> None:
+    started: list[Actor] = []
+    cluster = one_place(started)
+    driver_of(cluster, places=1)
+    assert len(started) == 3
+    assert cluster.killed == [started[1]]
 
 
-def test_where_a_node_is_lost_before_its_actor_starts_the_others_make_room() -> None:
-    driver, cluster = gathering(places=1)
-    first, second = driver._actors
-    assert len(cluster.killed) == 1
-    assert second not in cluster.killed
-    assert first not in cluster.killed
-
-
-def test_a_cluster_that_is_busy_is_waited_for_and_then_named(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(actors, "_PLACE_SECONDS", 0.1)
+def test_a_busy_cluster_is_waited_for_and_then_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actors, "PLACE_SECONDS", 0.1)
     with pytest.raises(StageError, match="2 processes are needed at once, the cluster started 1"):
-        gathering(places=2)
+        driver_of(one_place([]), places=2)

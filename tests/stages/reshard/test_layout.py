@@ -25,7 +25,7 @@ def columns(samples: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
     st.integers(1, 5),
     st.sampled_from([None, 0, 7]),
 )
-def test_every_shard_is_settled_as_soon_as_it_can_be(
+def test_a_new_shard_is_settled_as_soon_as_its_samples_are_known(
     asked: list[tuple[int, int]], indexes: list[list[tuple[int, int]]], size: int, seed: int | None
 ) -> None:
     subset = np.sort(np.array(asked, DTYPE))
@@ -61,7 +61,7 @@ def test_every_shard_is_settled_as_soon_as_it_can_be(
     assert placing.repeated == sum(map(len, indexes)) - len(seen)
 
 
-def test_a_shuffle_does_not_tell_in_which_order_samples_were_found() -> None:
+def test_a_shuffle_does_not_depend_on_the_order_of_discovery() -> None:
     asked = [(0, n) for n in range(20)]
     subset = np.array(asked, DTYPE)
     orders = []

@@ -53,3 +53,8 @@ def write(
             **{f"{arch}_img": pool["img"][chunk], f"{arch}_txt": pool["txt"][chunk]},
         )
     return folder
+
+
+def with_column(table: pa.Table, name: str, values: Any) -> pa.Table:
+    """The table with other values in one of its columns."""
+    return table.set_column(table.column_names.index(name), name, pa.array(values))

@@ -2,7 +2,7 @@
 folder in PYTHONPATH loads it when it starts.
 
 A point is the moment before a file is renamed to its final name, or before a file or folder is
-removed. The points of all processes are counted together. See `tests/points.py`.
+removed. The points of all processes are counted together. See `tests/support/kill_points.py`.
 """
 
 import contextlib

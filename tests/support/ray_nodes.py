@@ -22,9 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import faults
+from support import faults, processes
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (ROOT / "d2filter", ROOT / "jobs")
 
 _KINDS = ("--net", "--mount", "--pid", "--uts")
@@ -34,8 +34,8 @@ _STORE_BYTES = 80_000_000
 _START_SECONDS = 120.0
 
 
-class Outside:
-    """Who may make namespaces: root, or a user who is root in a namespace of users."""
+class NamespaceRights:
+    """The right to make namespaces: of root, or of a user in a user namespace of its own."""
 
     def __init__(self) -> None:
         self._holder: subprocess.Popen[bytes] | None = None
@@ -47,7 +47,7 @@ class Outside:
             ]  # fmt: skip
 
     def close(self) -> None:
-        """Let it go."""
+        """Give it up."""
         if self._holder is not None:
             self._holder.kill()
             self._holder.wait()
@@ -103,21 +103,21 @@ class Machine:
         except OSError:
             return []
         found = []
-        for pid in faults.parents():
+        for pid in processes.parents():
             with contextlib.suppress(OSError):
                 if os.readlink(f"/proc/{pid}/ns/pid") == here:
                     found.append(pid)
         return found
 
     def end(self) -> None:
-        """Power off."""
+        """Kill all its processes at once, like a loss of power."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
         self._holder.wait()
 
 
-class Corner:
-    """Processes of this machine, where there may be no namespaces."""
+class LocalMachine:
+    """In place of `Machine` where namespaces are not allowed: processes of this machine."""
 
     isolated = False
 
@@ -136,7 +136,7 @@ class Corner:
     on_network = inside
 
     def adopt(self, process: subprocess.Popen[bytes]) -> None:
-        """This process goes with the machine, and whatever it has begun."""
+        """Count a process, and all processes that it starts, as those of this machine."""
         self._started.append(process)
 
     def processes(self) -> list[int]:
@@ -158,7 +158,7 @@ def namespaces() -> bool:
     """Whether this system lets this user make all kinds that a machine needs."""
     if not all(shutil.which(name) for name in ("unshare", "nsenter", "ip", "mount")):
         return False
-    outside = Outside()
+    outside = NamespaceRights()
     try:
         machines = [Machine(number, outside.words) for number in (1, 2)]
         machines[0].plug(machines[1])
@@ -183,7 +183,7 @@ class Cluster:
     def __init__(self) -> None:
         self.isolated = namespaces()
         self._place = Path(tempfile.mkdtemp(prefix="d2f-", dir="/tmp"))  # for paths of sockets
-        self._outside = Outside() if self.isolated else None
+        self._outside = NamespaceRights() if self.isolated else None
         self._port, self._dashboard, agent = (_free_port() for _ in range(3))
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
         kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS")}
@@ -202,10 +202,10 @@ class Cluster:
         for source in SOURCES:
             left_out = shutil.ignore_patterns("*.pyc", "results")
             shutil.copytree(source, self._ship / source.name, ignore=left_out)
-        self._make: Any = Corner
+        self._make: Any = LocalMachine
         if self._outside is not None:
             self._make = functools.partial(Machine, outside=self._outside.words)
-        self._machines: dict[int, Machine | Corner] = {1: self._make(1)}
+        self._machines: dict[int, Machine | LocalMachine] = {1: self._make(1)}
         try:
             self._start(
                 1, "--head", "--port", self._port,
@@ -223,12 +223,12 @@ class Cluster:
         return f"{self.head.address}:{self._port}"
 
     @property
-    def head(self) -> Machine | Corner:
+    def head(self) -> Machine | LocalMachine:
         """Where jobs begin."""
         return self._machines[1]
 
     @property
-    def second(self) -> Machine | Corner:
+    def second(self) -> Machine | LocalMachine:
         """The other node."""
         return self._machines[2]
 
@@ -256,16 +256,16 @@ class Cluster:
                 machine.inside(begin), stdin=subprocess.DEVNULL, stdout=out,
                 stderr=subprocess.STDOUT, env=self.environment, cwd=folder,
             )  # fmt: skip
-        if isinstance(machine, Corner):
+        if isinstance(machine, LocalMachine):
             machine.adopt(process)
 
         def started() -> bool:
-            said = log.read_text(errors="replace")
+            text = log.read_text(errors="replace")
             if process.poll() is not None:
-                raise RuntimeError(f"node {number} does not start: {said}")
-            return "Ray runtime started" in said
+                raise RuntimeError(f"node {number} does not start: {text}")
+            return "Ray runtime started" in text
 
-        faults.wait_for(started, f"the start of node {number}", _START_SECONDS)
+        processes.wait_for(started, f"the start of node {number}", _START_SECONDS)
 
     def submit(self, *words: object) -> subprocess.Popen[str]:
         """`ray job submit` of a command, with this source tree as it was at first; what it streams
@@ -278,9 +278,9 @@ class Cluster:
             cwd=self._place,
         )  # fmt: skip
 
-    def at_work(self, machine: Machine | Corner) -> bool:
+    def at_work(self, machine: Machine | LocalMachine) -> bool:
         """Whether a task runs there, or an actor."""
-        return any(faults.works(faults.title_of(pid)) for pid in machine.processes())
+        return any(processes.runs_task(pid) for pid in machine.processes())
 
     def close(self) -> None:
         """End all."""
@@ -304,12 +304,12 @@ def _hold(words: Sequence[str]) -> subprocess.Popen[bytes]:
 
 
 def _child(pid: int) -> int:
-    return next(child for child, parent in faults.parents().items() if parent == pid)
+    return next(child for child, parent in processes.parents().items() if parent == pid)
 
 
 def _below(pid: int) -> list[int]:
     """A process and all that it or they have begun."""
-    parents = faults.parents()
+    parents = processes.parents()
     found = [pid]
     for one in found:
         found += [child for child, parent in parents.items() if parent == one]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import random
+import re
 import socket
 import threading
 from collections import Counter
@@ -28,7 +29,8 @@ class FlakyProxy:
     fails, but never more than `in_a_row` of the same: a server that gets over it. `only`: what
     must be in the path of those that fail.
 
-    `faults` counts the failures by kind, `requests` those and the others by method.
+    `faults` counts the failures by kind, `requests` those and the others by method. `ranges` lists
+    path and bytes of each request for a part of a file.
     """
 
     def __init__(self, upstream: str, *, seed: int = 0, rate: float = 0) -> None:
@@ -38,6 +40,7 @@ class FlakyProxy:
         self.only = ""
         self.faults: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
+        self.ranges: list[tuple[str, int]] = []
         self._rng = random.Random(seed)
         self._in_a_row: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -77,6 +80,13 @@ class FlakyProxy:
             possible += ["cut"] * 3 * (method == "GET") + ["cut upload"] * 3 * (upload > 1)
             return self._rng.choice(possible)
 
+    def note_range(self, path: str, asked: str) -> None:
+        """asked: the header Range of a request."""
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", asked)
+        if found is not None:
+            with self._lock:
+                self.ranges.append((path, int(found[2]) + 1 - int(found[1])))
+
     def happened(self, fault: str) -> None:
         with self._lock:
             self.faults[fault] += 1
@@ -101,6 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         proxy = self.server.proxy
         length = int(self.headers.get("Content-Length") or 0)
+        proxy.note_range(self.path, self.headers.get("Range", ""))
         fault = proxy.next_fault(self.command, self.path, length)
         if fault == "cut upload":
             self.rfile.read(length // 2)

@@ -22,13 +22,15 @@ from typing import Any
 
 import numpy as np
 
+from support import processes, runs
+
 KINDS = ("worker", "raylet", "writer", "actor", "driver", "publisher")
 
 # many small tasks, and a snapshot after every superstep, from which what was lost goes on
 SMALL_TASKS = """
 from d2filter.algorithm import sizes
 from d2filter.stages.rank import actors
-sizes.CATALOG_GROUP, sizes.CATALOG_PART, actors._SAVE_SECONDS = 1, 150_000, 0.0
+sizes.CATALOG_GROUP, sizes.CATALOG_PART, actors.SAVE_SECONDS = 1, 150_000, 0.0
 """
 _ENTER = "\nfrom d2filter.cli.main import entry\nentry()\n"
 
@@ -41,7 +43,6 @@ QUICK_DEATH = {  # a raylet without a pulse is given up after some seconds, not 
 }
 _POLL_SECONDS = 0.02
 _WATCH_SECONDS = 0.001  # while a victim is looked for
-_NO_TASK = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +71,11 @@ class Killed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Played:
-    """How a run ended, and what was done to it."""
+class RunResult:
+    """How a command ended, and the faults that fired."""
 
     code: int
-    said: str
+    stderr: str
     """stderr of the last driver"""
     killed: tuple[Killed, ...]
 
@@ -104,12 +105,12 @@ def draw(seed: int, attempt: int = 0, *, marks: int, snapshots: int) -> list[Fau
 
 
 def kinds_of(seed: int) -> list[str]:
-    """What the schedule of a seed kills in any case; three seeds in a row have all kinds."""
+    """Kinds that every schedule of a seed kills; three seeds in a row have all kinds."""
     return [KINDS[(seed + turn) % len(KINDS)] for turn in (0, len(KINDS) // 2)]
 
 
 class Machines:
-    """A cluster: a head without CPUs, where drivers connect, and nodes beside it.
+    """A Ray cluster: a head without CPUs, to which drivers connect, and other nodes.
 
     Nothing in this process is connected to it, so a Ray of this process is not disturbed.
     """
@@ -166,17 +167,17 @@ class Machines:
         """Pids of worker processes that run a task or are an actor, ascending."""
         nodes = self._workers if node is None else [self._workers[node]]
         raylets = {_pid(node, "raylet") for node in nodes}
-        found = [pid for pid, parent in parents().items() if parent in raylets]
-        return sorted(pid for pid in found if works(title_of(pid)))
+        found = [pid for pid, parent in processes.parents().items() if parent in raylets]
+        return sorted(pid for pid in found if processes.runs_task(pid))
 
-    def lose(self, pick: int) -> str | None:
-        """Kill a raylet that has work, and add a node in its place. Returns a title of its work;
-        None when no raylet has any.
+    def kill_node(self, pick: int) -> str | None:
+        """Kill the raylet of a node that runs tasks, and add a node in its place. Returns the title
+        of one of its tasks; None if no node runs any.
         """
         return self._replace(pick, self._kill)
 
-    def stop(self, pick: int) -> str | None:
-        """The same, but the raylet and its workers only stand still until `wait_until_idle`."""
+    def freeze_node(self, pick: int) -> str | None:
+        """Like `kill_node`, but raylet and workers are only stopped, until `wait_until_idle`."""
         return self._replace(pick, self._halt)
 
     def _replace(self, pick: int, end: Callable[[Any], None]) -> str | None:
@@ -184,7 +185,7 @@ class Machines:
             number = (pick + turn) % self._nodes
             working = self.at_work(number)
             if working:
-                title = title_of(working[0])
+                title = processes.title_of(working[0])
                 end(self._workers[number])
                 with self._apart():
                     self._workers[number] = self._add()
@@ -197,7 +198,7 @@ class Machines:
 
     def _halt(self, node: Any) -> None:
         raylet = _pid(node, "raylet")
-        pids = [raylet, *(pid for pid, parent in parents().items() if parent == raylet)]
+        pids = [raylet, *(pid for pid, parent in processes.parents().items() if parent == raylet)]
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
@@ -212,15 +213,18 @@ class Machines:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
         for node, pids in absent:
-            wait_for(lambda pids=pids: not any(works(title_of(pid)) for pid in pids), "a lost node")
+            processes.wait_for(
+                lambda pids=pids: not any(processes.runs_task(pid) for pid in pids),
+                "a lost node",
+            )
             self._cluster.remove_node(node, allow_graceful=False)
 
-    def behead(self) -> None:
+    def kill_head(self) -> None:
         """Kill the head: its raylet, and the server that knows all nodes, tasks and actors."""
         for kind in ("gcs_server", "raylet"):
             os.kill(_pid(self._cluster.head_node, kind), signal.SIGKILL)
 
-    def renew(self) -> None:
+    def restart(self) -> None:
         """Start a new cluster in place of one whose head was lost."""
         self._stop()
         self._start()
@@ -245,9 +249,9 @@ class Machines:
             self._cluster.remove_node(node, allow_graceful=False)
 
     def wait_until_idle(self) -> None:
-        """Until what a dead driver or a node given up had begun is over; every node is there."""
+        """Wait until no task of a dead driver or of a lost node runs, and all nodes are there."""
         self._resume()
-        wait_for(lambda: not self.at_work(), "a worker")
+        processes.wait_for(lambda: not self.at_work(), "a worker")
         self._cluster.wait_for_nodes()
 
 
@@ -279,9 +283,9 @@ class Command:
     def wait(
         self, step: Callable[[], bool] = lambda: False, *, seconds: float = 120.0
     ) -> tuple[int, str]:
-        """Until the driver ends, with `step` in between, soon again where it returns True: exit
-        code and stderr. Raises TimeoutError after so many seconds without a new marker or snapshot.
-        Whatever it raises, the driver is ended.
+        """Wait until the driver ends; returns its exit code and stderr. `step` is called meanwhile,
+        again after a millisecond if it returns True. Raises TimeoutError after so many seconds
+        without a new marker or snapshot. If anything is raised, the driver is killed.
         """
         assert self._driver is not None
         seen, since = self.progress(), time.monotonic()
@@ -312,18 +316,20 @@ class Command:
         self._driver.wait()
 
     def progress(self) -> tuple[int, int]:
-        """Completion markers there are, and snapshots there were."""
-        for path in _below(self.out / "ranking-work"):
+        """Number of completion markers that exist, and of snapshots so far."""
+        for path in runs.files_below(self.out / "ranking-work"):
             if path.name.startswith("state-"):
                 with contextlib.suppress(FileNotFoundError):
                     stamp = path.stat().st_mtime_ns
                     self._snapshots += self._states.get(path.name) != stamp
                     self._states[path.name] = stamp
         completions = self.out / "completions"
-        marks = [p for p in _below(completions) if p.parent != completions and p.name[0] != "."]
+        marks = [
+            p for p in runs.files_below(completions) if p.parent != completions and p.name[0] != "."
+        ]
         return len(marks), self._snapshots
 
-    def play(self, faults: Sequence[Fault] = ()) -> Played:
+    def run_with_faults(self, faults: Sequence[Fault] = ()) -> RunResult:
         """Run to the end while the faults fire."""
         waiting = list(faults)
         killed: list[Killed] = []
@@ -345,8 +351,8 @@ class Command:
             return bool(due)
 
         self.start()
-        code, said = self.wait(strike)
-        return Played(code=code, said=said, killed=tuple(killed))
+        code, stderr = self.wait(strike)
+        return RunResult(code=code, stderr=stderr, killed=tuple(killed))
 
     def _strike(self, fault: Fault) -> str | None:
         """Kill a victim; returns its title, or None when there is none just now."""
@@ -355,10 +361,10 @@ class Command:
             self.start()
             return "driver"
         if fault.kind == "raylet":
-            return self.machines.lose(fault.pick)
+            return self.machines.kill_node(fault.pick)
         if fault.kind == "absence":
-            return self.machines.stop(fault.pick)
-        if fault.kind in ("writer", "publisher") and not unpublished(self.out):
+            return self.machines.freeze_node(fault.pick)
+        if fault.kind in ("writer", "publisher") and not runs.unpublished(self.out):
             return None
         if fault.kind == "publisher":
             assert self._driver is not None
@@ -371,7 +377,7 @@ class Command:
         pids = self.machines.at_work()
         for turn in range(len(pids)):
             pid = pids[(fault.pick + turn) % len(pids)]
-            title = title_of(pid)
+            title = processes.title_of(pid)
             if _killed_while(wanted, pid):
                 return title
         return None
@@ -391,43 +397,8 @@ class Command:
         return self.out.with_name(f"{self.out.name}.stderr")
 
 
-def files(out: Path) -> dict[str, bytes]:
-    """Content of all files of a run by name; logs are left out, and what holds seconds, or where
-    the run lies, is empty.
-    """
-    found = {}
-    for path in sorted(out.rglob("*")):
-        name = path.relative_to(out).as_posix()
-        # those of new shards are in a folder of their own: .d2filter/completions, .d2filter/logs
-        place = name.removeprefix(".d2filter/")
-        if path.is_file() and not place.startswith("logs/"):
-            timed = name in ("stats.json", "report.html") or place.startswith("completions/")
-            found[name] = b"" if timed else path.read_bytes()
-    return found
-
-
-def unpublished(out: Path) -> list[Path]:
-    """Temporary files of a run."""
-    return [path for path in _below(out) if path.name.startswith(".tmp-")]
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    """All files of a folder that others write to and clear; published and temporary ones."""
-    for place, _, names in os.walk(folder):
-        for name in names:
-            yield Path(place, name)
-
-
-def wait_for(over: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not over():
-        if time.monotonic() > end:
-            raise TimeoutError(f"{what} is still at work after {seconds:.0f} s")
-        time.sleep(0.05)
-
-
 def _killed_while(wanted: Callable[[int], bool], pid: int) -> bool:
-    """Kill a process that is as wanted. Stopped first: it may soon be otherwise."""
+    """Kill a process if it meets a condition. It is stopped first, so that it cannot change."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGSTOP)
         if wanted(pid):
@@ -438,37 +409,13 @@ def _killed_while(wanted: Callable[[int], bool], pid: int) -> bool:
 
 
 def _runs_task(pid: int) -> bool:
-    title = title_of(pid)
-    return works(title) and "_Actor" not in title
+    title = processes.title_of(pid)
+    return processes.works(title) and "_Actor" not in title
 
 
 def _is_actor(pid: int) -> bool:
-    return "_Actor" in title_of(pid)
-
-
-def works(title: str) -> bool:
-    return title.startswith("ray::") and title not in _NO_TASK
+    return "_Actor" in processes.title_of(pid)
 
 
 def _pid(node: Any, kind: str) -> int:
     return int(node.all_processes[kind][0].process.pid)
-
-
-def title_of(pid: int) -> str:
-    """The command line of a process, where Ray writes what it does; empty when it is gone."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-    except OSError:
-        return ""
-
-
-def parents() -> dict[int, int]:
-    """Parent of every process."""
-    found = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):
-                status = Path(f"/proc/{entry}/stat").read_text()
-                # the name before the last parenthesis may hold anything
-                found[int(entry)] = int(status.rpartition(")")[2].split()[1])
-    return found

@@ -26,7 +26,7 @@ class WebServer:
     """user:password that a request needs"""
     head: bool = True
     lengths: bool = True
-    """whether sizes are told; else the content comes in chunks"""
+    """whether answers have a Content-Length; else the content comes in chunks"""
     ranges: bool = True
     etags: bool = True
     times: bool = True
@@ -39,7 +39,7 @@ class WebServer:
     """statuses of the next answers"""
     changed: float = 1e9
     """time of all files"""
-    asked: list[tuple[str, str, str]] = field(default_factory=list)
+    requests: list[tuple[str, str, str]] = field(default_factory=list)
     """method, path with its query, and range of each request"""
     sent: int = 0
     """bytes of content"""
@@ -91,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
         web = self.server.web
         where = urlsplit(self.path)
         path = unquote(where.path).lstrip("/")
-        web.asked.append((self.command, self.path, self.headers.get("Range", "")))
+        web.requests.append((self.command, self.path, self.headers.get("Range", "")))
         if web.fails:
             self._answer(web.fails.pop(0), b"")
         elif web.login and self.headers.get("Authorization") != _basic(web.login):
@@ -137,11 +137,11 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Last-Modified"] = formatdate(web.changed, usegmt=True)
         if web.encoding:
             headers["Content-Encoding"] = web.encoding
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not web.ranges or asked is None or self.command == "HEAD":
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not web.ranges or wanted is None or self.command == "HEAD":
             self._answer(200, content, headers)
             return
-        begin, last = int(asked[1]), int(asked[2] or len(content))
+        begin, last = int(wanted[1]), int(wanted[2] or len(content))
         if begin >= len(content):
             self._answer(416, b"", {"Content-Range": f"bytes */{len(content)}"})
             return

@@ -15,13 +15,13 @@ from d2filter.tools import scenes
 
 
 def picture(seed: int, kind: str = "JPEG", mode: str = "RGB") -> bytes:
-    drawn = scenes.draw(scenes.random_scene(np.random.default_rng(seed))).convert(mode)
-    stream = io.BytesIO()
-    drawn.save(stream, kind)
-    return stream.getvalue()
+    """An image file of the scene of a seed."""
+    scene = scenes.random_scene(np.random.default_rng(seed))
+    return encoded(scenes.draw(scene).convert(mode), kind)
 
 
 def caption(seed: int) -> str:
+    """What the scene of a seed shows."""
     scene = scenes.random_scene(np.random.default_rng(seed))
     return scenes.caption(scene, np.random.default_rng(seed))
 
@@ -36,6 +36,7 @@ def members(key: str, seed: int, **meta: Any) -> list[tuple[str, bytes]]:
 
 
 def tar(files: list[tuple[str, bytes]]) -> bytes:
+    """A tar of files, given as name and content."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as archive:
         for name, content in files:
@@ -46,15 +47,21 @@ def tar(files: list[tuple[str, bytes]]) -> bytes:
 
 
 def write(path: Path, files: list[tuple[str, bytes]]) -> Path:
+    """Write a tar of files, and the folders above it; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(tar(files))
     return path
 
 
-def png(picture: Image.Image) -> bytes:
+def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    """The file of a picture; kind and options as `Image.save` takes them."""
     stream = io.BytesIO()
-    picture.save(stream, "PNG")
+    picture.save(stream, kind, **options)
     return stream.getvalue()
+
+
+def png(picture: Image.Image) -> bytes:
+    return encoded(picture, "PNG")
 
 
 def black_png_with_alpha() -> bytes:

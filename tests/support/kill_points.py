@@ -1,7 +1,7 @@
 """Kills processes at chosen points: before a file gets its final name, or before a removal.
 
-No hook in d2filter is needed: `kill_points/sitecustomize.py` installs an audit hook of Python in
-the driver and in every worker.
+d2filter needs no hook for this: `kill_points_hook/sitecustomize.py` installs an audit hook of
+Python in the driver and in every worker.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Points:
-    """The points of the processes that were started with `environment`."""
+    """Kill points of all processes that are started with `environment`."""
 
     place: Path
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs in its environment to have points."""
-        here = str(Path(__file__).parent / "kill_points")
+        """Environment variables that install the audit hook in a process."""
+        here = str(Path(__file__).parent / "kill_points_hook")
         path = os.environ.get("PYTHONPATH", "")
         return {
             "KILL_POINTS": str(self.place / "control.json"),
@@ -32,7 +32,7 @@ class Points:
         }
 
     def watch(self, folder: Path, kill: Sequence[int] = ()) -> None:
-        """Count the points below a folder from 0, and kill whoever comes to one of these."""
+        """Count the points below a folder, from 0; kill the process that reaches one of `kill`."""
         log = self.place / "log"
         log.write_text("")
         control = self.place / "control.json"
@@ -41,13 +41,13 @@ class Points:
         aside.replace(control)
 
     def passed(self) -> list[str]:
-        """What was about to be done at each point so far: process, operation, path."""
+        """Process, operation and path of each point so far."""
         return (self.place / "log").read_text().splitlines()
 
 
 @contextmanager
 def points() -> Iterator[Points]:
-    """Points for processes that are started meanwhile, workers of a new cluster too."""
+    """Kill points of all processes that are started inside the `with` block."""
     with tempfile.TemporaryDirectory(prefix="d2f-points-") as place:
         found = Points(Path(place))
         before = {name: os.environ.get(name) for name in found.environment}
