@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,15 +117,15 @@ def test_refinement_is_the_same_in_partitions(
     scattered = {"uid": [rng.bytes(16).hex() for _ in range(n)], "img": wide, "txt": wide}
     metadata = pools.write(tmp_path / "m", scattered, files=2)
     words = ("graph", "--metadata-dir", metadata, "--feature-type", "image", *GRAPH)
-    original = graph_stage._Steps.choose
     passes = 0
 
-    def chosen(steps: Any, effort: Any) -> Any:
-        trained, choice, _ = original(steps, effort)
-        mine = {**choice, "probes": 2, "passes": passes, "pays": True, "predicted": 1.0}
-        return trained, mine, None
+    def chosen(trials: calibrate.Trials, target: float) -> calibrate.Choice:
+        trials.train(calibrate.LEAST)
+        return calibrate.Choice(
+            probes=2, passes=passes, predicted=1.0, evaluations=0.0, reached=True
+        )
 
-    monkeypatch.setattr(graph_stage._Steps, "choose", chosen)
+    monkeypatch.setattr(calibrate, "fit", chosen)
     plain = tmp_path / "plain"
     assert run(*words, "--best-effort", "--out-dir", plain) == 0
     passes = 1
@@ -153,7 +154,7 @@ def test_harder_tries_leave_no_trace_of_the_easier_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows look under one parent first, then under four, where that misses the target."""
-    monkeypatch.setattr(knn, "LEAST", calibrate.Effort(looked_under=1))
+    monkeypatch.setattr(calibrate, "LEAST", calibrate.Effort(looked_under=1))
     rng = np.random.default_rng(1)
     n = 10_000
     centers = rng.normal(size=(100, 64))
@@ -168,12 +169,12 @@ def test_harder_tries_leave_no_trace_of_the_easier_ones(
     # another one, of several parts, is interrupted between the tries
     monkeypatch.setattr(catalog_stage, "_PART_BYTES", 300_000)
     out = tmp_path / "three"
-    original = graph_stage._Steps._assign
+    original = graph_stage.Trials._assign
 
-    def cut_off(steps: Any, kind: str, probes: int) -> None:
+    def cut_off(trials: Any, kind: str, probes: int) -> None:
         if kind != "cells":
             raise KeyboardInterrupt
-        original(steps, kind, probes)
+        original(trials, kind, probes)
 
     def cut_off_in_a_turn(pool: Any, requests: Any) -> None:
         raise KeyboardInterrupt
@@ -186,7 +187,7 @@ def test_harder_tries_leave_no_trace_of_the_easier_ones(
     assert len(asked) > 3
     assert not (turns / "choose-cells.json").exists()
     with monkeypatch.context() as patched:
-        patched.setattr(graph_stage._Steps, "_assign", cut_off)
+        patched.setattr(graph_stage.Trials, "_assign", cut_off)
         assert run(*words, out, "--partitions", 3) == 130
     # what was answered was not asked again
     assert asked == {path.name: path.stat().st_mtime_ns for path in turns.glob("choose-cells-00-*")}
@@ -218,13 +219,12 @@ def test_a_target_out_of_reach_is_said_before_the_long_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     metadata = pools.write(tmp_path / "m", pools.make(6000, 24), files=2)
-    original = graph_stage._Steps.choose
+    original = calibrate.fit
 
-    def short(steps: Any, effort: Any) -> Any:
-        trained, choice, _ = original(steps, effort)
-        return trained, {**choice, "predicted": 0.5}, None
+    def short(trials: calibrate.Trials, target: float) -> calibrate.Choice:
+        return replace(original(trials, target), predicted=0.5)
 
-    monkeypatch.setattr(graph_stage._Steps, "choose", short)
+    monkeypatch.setattr(calibrate, "fit", short)
     words = ("graph", "--metadata-dir", metadata, "--out-dir", tmp_path / "o", *GRAPH)
     assert run(*words) == 4
     assert "is out of reach" in capsys.readouterr().err

@@ -13,20 +13,20 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from d2filter.algorithm import by_class
-from d2filter.algorithm.greedy import merge, messages, ranker
+from d2filter.algorithm.greedy import merge, messages, ranker, schemes
 from d2filter.algorithm.greedy.supersteps import Snapshot
 from d2filter.algorithm.knn import products
 from d2filter.engine import prometheus, same_code
 from d2filter.engine.fanout import reason_of
 from d2filter.engine.progress import progress_bar, tell
-from d2filter.engine.runner import Runner
-from d2filter.engine.task import Report, assigned_cpus, peak_rss_bytes
+from d2filter.engine.stage_run import StageRun
+from d2filter.engine.task import Figures, Report, assigned_cpus, peak_rss_bytes
 from d2filter.errors import D2FilterError, StageError, StorageError
 from d2filter.formats import graph, logs
 from d2filter.formats.paths import Folder
@@ -34,8 +34,6 @@ from d2filter.formats.rows import mapped, read_array, read_columns, write_column
 from d2filter.formats.tables import first_line
 from d2filter.stages.graph import by_class as graph_by_class
 from d2filter.stages.rank.auto_settings import WORK, Resolved, demoted_rows
-
-Figures = dict[str, Any]
 
 SAMPLED = 1024  # keys of a partition from which splitters are chosen
 
@@ -45,25 +43,54 @@ _LOOK_SECONDS = 5.0  # between checks of the cluster
 _PLACE_SECONDS = 600.0  # time limit for the cluster to start all actors
 
 
-def run(
-    *, report: Report, runner: Runner, out: Folder, parts: int, made: Figures, total: int
-) -> Figures:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What all partitions of a ranking have in common."""
+
+    resolved: Resolved
+    scheme: schemes.Scheme
+    both_ways: bool
+    """whether neighbors by either end of an edge exchange messages"""
+    budgets: str
+    fingerprint: str
+    """of the stage"""
+    low: float
+    """extremes of difficulty in the whole pool"""
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What an actor did in a superstep."""
+
+    live: int
+    """samples that are not final"""
+    news: bool = False
+    """whether anything changed"""
+    rounds: int = 0
+    """of the partitions, since the actor started"""
+    sent: dict[int, Any]
+    """references to states, by the partition that they are for"""
+    bytes: int = 0
+    peak: int = 0
+
+
+def run(*, report: Report, steps: StageRun, parts: int, setup: Setup, total: int) -> Figures:
     """Task of the driver: rank all partitions. Figures: supersteps, rounds, bytes, restarts, peak
     memory of an actor.
 
-    made: resolved, scheme, both_ways, budgets, fingerprint, memory (bytes of an actor, 0 if
-    unknown), and low and high, the extremes of difficulty in the whole pool. Raises StageError if a
-    partition fails too often, or if no score can become final any more.
+    Raises StageError if a partition fails too often, or if no score can become final any more.
     """
+    runner, memory = steps.runner, steps.memory
     ray = runner.ray()
-    crews = runner.processes(parts, made["memory"])
+    crews = runner.processes(parts, memory)
     numbers = [list(range(parts))[actor_index::crews] for actor_index in range(crews)]
     bar = progress_bar("rank", total, runner.show_progress)
     needs = {"num_cpus": 1}
-    if made["memory"]:
-        needs["memory"] = min(made["memory"], runner.resources()[2])
+    if memory:
+        needs["memory"] = min(memory, runner.resources()[2])
     driver = _Driver(
-        ray, numbers, needs, (out, parts, made), lambda: runner.processes(parts, made["memory"])
+        ray, numbers, needs, (steps.out, parts, setup), lambda: runner.processes(parts, memory)
     )
     try:
 
@@ -78,13 +105,13 @@ def run(
     return figures
 
 
-def rank_single_partition(*, report: Report, out: Folder, made: Figures) -> Figures:
+def rank_single_partition(*, report: Report, out: Folder, setup: Setup) -> Figures:
     """Task: rank a graph of one partition. Figures as those of `run`."""
-    actor = _Actor([0], out, 1, made, same_code.own())
+    actor = _Actor([0], out, 1, setup, same_code.own())
     step = actor.step([])
     actor.finish()
     report(actor.size())
-    return {"supersteps": 1, "rounds": step["rounds"], "bytes": 0, "restarts": 0}
+    return {"supersteps": 1, "rounds": step.rounds, "bytes": 0, "restarts": 0}
 
 
 class _Driver:
@@ -192,10 +219,12 @@ class _Driver:
             if step is None:
                 news = True
                 continue
-            news |= step["news"]
-            self._live[a] = step["live"]
-            self._note(step)
-            for peer, states in step["sent"].items():
+            news |= step.news
+            self._live[a] = step.live
+            self._figures["rounds"] = max(self._figures["rounds"], step.rounds)
+            self._figures["bytes"] += step.bytes
+            self._figures["peak_rss_bytes"] = max(self._figures["peak_rss_bytes"], step.peak)
+            for peer, states in step.sent.items():
                 self._inbox[self._crew_of[peer]].append(states)
         return news
 
@@ -274,11 +303,6 @@ class _Driver:
         shown = ", ".join(str(p) for p in numbers[:4])
         return f"partitions {shown}" + (f" and {len(numbers) - 4} more" if len(numbers) > 4 else "")
 
-    def _note(self, step: Figures) -> None:
-        self._figures["rounds"] = max(self._figures["rounds"], step["rounds"])
-        self._figures["bytes"] += step["bytes"]
-        self._figures["peak_rss_bytes"] = max(self._figures["peak_rss_bytes"], step["peak"])
-
 
 class _Actor:
     """A process that holds some partitions.
@@ -288,23 +312,22 @@ class _Actor:
     """
 
     def __init__(
-        self, numbers: list[int], out: Folder, parts: int, made: Figures, driver: same_code.Sources
+        self, numbers: list[int], out: Folder, parts: int, setup: Setup, driver: same_code.Sources
     ) -> None:
         self._driver = driver
         self._numbers = numbers
         self._out = out
         self._parts = parts
-        self._made = made
+        self._setup = setup
         self._shares: dict[int, ranker.RankingPartition] = {}
         self._rounds = 0
 
     def ping(self) -> None:
         """Return while the process lives."""
 
-    def step(self, heard: list[Any]) -> Figures:
+    def step(self, heard: list[Any]) -> Step:
         """One superstep. heard: references to states of other processes. They are fetched one by
-        one, because all of them need not fit into the object store. Returns the number of live
-        samples and references to the states to send.
+        one, because all of them need not fit into the object store.
         """
         import ray
 
@@ -333,14 +356,14 @@ class _Actor:
                 if states.ids.size:
                     sent[peer] = ray.put((peer, states))
                     size += states.nbytes
-        return {
-            "news": news or bool(sent),
-            "live": sum(one.live() for one in partitions.values()),
-            "rounds": self._rounds,
-            "sent": sent,
-            "bytes": size,
-            "peak": peak_rss_bytes(),
-        }
+        return Step(
+            live=sum(one.live() for one in partitions.values()),
+            news=news or bool(sent),
+            rounds=self._rounds,
+            sent=sent,
+            bytes=size,
+            peak=peak_rss_bytes(),
+        )
 
     def size(self) -> int:
         """Number of samples in these partitions."""
@@ -393,7 +416,7 @@ class _Actor:
         # only demoted samples have this forward score
         is_demoted = outcome.forward == messages.FLOOR
         phase = by_class.phases(graph_by_class.class_sizes(self._out))
-        return by_class.turns(order, group, is_demoted, self._made["budgets"], phase)
+        return by_class.turns(order, group, is_demoted, self._setup.budgets, phase)
 
     def _loaded(self) -> dict[int, ranker.RankingPartition]:
         if not self._shares:
@@ -404,16 +427,16 @@ class _Actor:
         return self._shares
 
     def _load(self, number: int) -> ranker.RankingPartition:
-        one = read_partition(self._out, number, self._made["resolved"])
+        one = read_partition(self._out, number, self._setup.resolved)
         work = self._out.sub(WORK)
         for peer in range(self._parts):
             if peer != number:
                 cut = read_cut(work, peer, number, "source", "target", "sqdist")
                 one.add_edges(cut["source"], cut["target"], cut["sqdist"])
-        made = self._made
+        setup = self._setup
         one.start_ranking(
-            made["scheme"], made["low"], made["high"], self._known(one, number),
-            both_ways=made["both_ways"],
+            setup.scheme, setup.low, setup.high, self._known(one, number),
+            both_ways=setup.both_ways,
             keep=mapped if len(self._numbers) > 1 else lambda array: array,
         )  # fmt: skip
         if work.exists(self._state(number)):
@@ -425,7 +448,7 @@ class _Actor:
         """The file of a snapshot. Its name contains the fingerprint, because an actor of an
         abandoned run may still write.
         """
-        return f"state-{self._made['fingerprint'][:16]}-{number:05d}.npz"
+        return f"state-{self._setup.fingerprint[:16]}-{number:05d}.npz"
 
     def _known(self, one: ranker.RankingPartition, number: int) -> ranker.HaloSamples:
         """The data of halo samples in order of graph id, that is partition after partition."""

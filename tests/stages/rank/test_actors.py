@@ -38,8 +38,7 @@ class Actor:
             calls.append(f"{name} steps")
             if isinstance(live, Exception):
                 return live
-            figures = {"news": True, "rounds": 1, "sent": {}, "bytes": 0, "peak": 0}
-            return {**figures, "live": live}
+            return actors.Step(live=live, news=True, rounds=1, sent={})
 
         def finish() -> bool:
             calls.append(f"{name} finishes")
