@@ -439,11 +439,11 @@ def _killed_while(wanted: Callable[[int], bool], pid: int) -> bool:
 
 def _runs_task(pid: int) -> bool:
     title = title_of(pid)
-    return works(title) and "_Actor" not in title
+    return works(title) and "PartitionActor" not in title
 
 
 def _is_actor(pid: int) -> bool:
-    return "_Actor" in title_of(pid)
+    return "PartitionActor" in title_of(pid)
 
 
 def works(title: str) -> bool:

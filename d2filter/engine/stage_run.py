@@ -6,6 +6,7 @@ If a task fails, the others continue. At the end the stage fails and names every
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -164,15 +165,14 @@ class StageRun:
             ray = self.runner.ray()
             bar = progress_bar(label, total, self.runner.show_progress)
 
-            def needs() -> dict[str, float]:
-                return self.runner.needs(
-                    len(waiting),
-                    cpus=cpus,
-                    share_node=self.share_node if share_node is None else share_node,
-                    on_gpu=on_gpu,
-                    memory=self.memory if memory is None else memory,
-                )
-
+            needs = functools.partial(
+                self.runner.needs,
+                len(waiting),
+                cpus=cpus,
+                share_node=self.share_node if share_node is None else share_node,
+                on_gpu=on_gpu,
+                memory=self.memory if memory is None else memory,
+            )
             try:
                 outcomes = FanOut(
                     ray, self.out, self.stage, fingerprint, needs, bar, self.runner.token or ""

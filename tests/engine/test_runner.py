@@ -14,7 +14,6 @@ import pytest
 import ray
 
 from d2filter.engine import fanout, progress
-from d2filter.engine import runner as runner_module
 from d2filter.engine.runner import Runner
 from d2filter.engine.stage_run import StageRun
 from d2filter.engine.task import Task
@@ -205,7 +204,7 @@ class FewerNodes:
 
 
 def fan_out(out: Folder, ray: Any, asked: list[dict[str, float]]) -> fanout.FanOut:
-    bar = runner_module.progress_bar("s", None, False)
+    bar = progress.progress_bar("s", None, False)
     return fanout.FanOut(ray, out, "s", "1", lambda: asked.pop(0), bar)
 
 

@@ -36,8 +36,8 @@ from d2filter.formats.rows import read_array, read_columns, write_array, write_c
 from d2filter.stages.rank import actors
 from d2filter.stages.rank import auto_settings as settings_on_parts
 from d2filter.stages.rank import in_memory as rank_in_memory
-from d2filter.stages.rank.actors import read_cut, read_partition
 from d2filter.stages.rank.auto_settings import WORK
+from d2filter.stages.rank.partition_actor import Setup, read_cut, read_partition
 
 
 def build(steps: StageRun, config: RunConfig, k: int, facts: auto_settings.PoolFacts) -> Figures:
@@ -51,7 +51,7 @@ def build(steps: StageRun, config: RunConfig, k: int, facts: auto_settings.PoolF
     resolved = settings_on_parts.resolve(steps, config.rank.requested, k, parts, total, facts)
     ends = steps.each("cut", cut, every, {"resolved": resolved}, total=total)
     steps.each("describe", halo_data, every, {"parts": parts, "resolved": resolved}, total=total)
-    setup = actors.Setup(
+    setup = Setup(
         resolved=resolved,
         scheme=config.rank.scheme(resolved),
         both_ways=config.rank.undirected,
