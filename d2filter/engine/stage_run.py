@@ -51,7 +51,7 @@ class StageRun:
     share_node: bool = False
     """whether tasks share the CPUs of a node, if there are fewer tasks than CPUs"""
     chosen: tuple[object, ...] = ()
-    """what the stage has chosen so far, and the fingerprint of steps with a variant contains"""
+    """choices of the stage that are part of the fingerprint of steps with a variant"""
     totals: Totals = field(default_factory=Totals)
 
     @property
@@ -113,15 +113,15 @@ class StageRun:
         """Run tasks; returns their figures in the order of the tasks. Tasks that an earlier run has
         finished do not run again.
 
-        label: name of the step, on the progress bar and in `totals`. variant: what the results
-        depend on besides the fingerprint and the arguments that task names stand for; None: on
-        nothing. total: expected samples, if known. on_gpu: each task gets a GPU, if the runner uses
-        GPUs, and its share of the CPUs; else it shares the node. share_node, memory: None for those
-        of the stage. cpus: CPUs of each task, at least; less than 1 for tasks that wait for disks.
-        then: called with name and figures of each finished task, in the order of arrival; returns
-        tasks that can start now. They run before the waiting ones, and their figures come last, in
-        the order in which `then` returned them. An error in `then` is raised when all other tasks
-        are done.
+        label: name of the step, on the progress bar and in `totals`. variant: what tells the step
+        from one with the same task names in an earlier attempt, such as the number of partitions;
+        it is part of the fingerprint of the tasks. None: they have that of the stage. total:
+        expected samples, if known. on_gpu: each task gets a GPU, if the runner uses GPUs, and its
+        share of the CPUs; else it shares the node. share_node, memory: None for those of the stage.
+        cpus: CPUs of each task, at least; less than 1 for tasks that wait for disks. then: called
+        with name and figures of each finished task, in the order of arrival; returns tasks that can
+        start now. They run before the waiting ones, and their figures come last, in the order in
+        which `then` returned them. An error in `then` is raised when all other tasks are done.
 
         Raises the task's own error if all failures are the same, StageError otherwise.
         """
@@ -207,7 +207,7 @@ class StageRun:
         return figures
 
     def fingerprint_of(self, label: str, variant: object) -> str:
-        """The fingerprint of the tasks of a step; None: that of the stage."""
+        """The fingerprint of the tasks of a step, see `run`."""
         if variant is None:
             return self.fingerprint
         return digest([self.fingerprint, *self.chosen, label, variant])

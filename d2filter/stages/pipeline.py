@@ -6,6 +6,7 @@ is an error that names the difference.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -57,18 +58,17 @@ class Pipeline:
         free = self.out
         with lock.hold(free, command, say=self._say) as owned:
             self._use(owned)
-            self.state.log(
-                "run", command=command, d2filter=d2filter.__version__, **logs.where(),
-                stages=list(stages),
-            )  # fmt: skip
             try:
-                try:
+                self.state.log(
+                    "run", command=command, d2filter=d2filter.__version__, **logs.where(),
+                    stages=list(stages),
+                )  # fmt: skip
+                with contextlib.closing(self._runner):
                     for stage in stages:
                         self._run_stage(STAGES[stage])
-                finally:
-                    self._runner.close()
                 self.state.join()  # a run that died while it wrote them is healed here
-                remove_leftovers(self.out, "", own=True)  # of workers that were killed
+                # of workers that were killed while they wrote
+                remove_leftovers(self.out, "", own=True)
                 stats: dict[str, Any] = self.out.read_json("stats.json")
                 then()
             finally:
@@ -125,28 +125,27 @@ class Pipeline:
             return
         plan = planned.plan
         stage.check(self._run)  # before anything is touched
-        if self._needs_work(plan):
-            self._begin(plan)
-            started = time.monotonic()
-            steps = StageRun(
-                self._runner, stage.name, plan.fingerprint, memory=self.config.memory_per_worker
-            )
-            try:
-                figures = stage.build(self._run, planned, steps)
-            except D2FilterError as error:
-                self.state.log("stage failed", stage=stage.name, error=str(error))
-                raise
-            seconds = time.monotonic() - started
-            figures["checksums"] = steps.totals.checksums
-            peak = max(steps.totals.peak_rss_bytes, peak_rss_bytes())
-            self.state.finish(plan, seconds=seconds, peak_rss_bytes=peak, stats=figures)
-            self.state.log(
-                "stage finished", stage=stage.name, seconds=round(seconds, 3),
-                **logs.plain(figures),
-            )  # fmt: skip
-            self._say(f"{stage.name:<9} {stage.brief(figures)} ({seconds:.1f} s)")
-        else:
+        if not self._needs_work(plan):
             self._say(f"{stage.name:<9} done before")
+            stage.tidy(self.out)
+            return
+        self._begin(plan)
+        started = time.monotonic()
+        memory = self.config.memory_per_worker
+        steps = StageRun(self._runner, stage.name, plan.fingerprint, memory=memory)
+        try:
+            figures = stage.build(self._run, planned, steps)
+        except D2FilterError as error:
+            self.state.log("stage failed", stage=stage.name, error=str(error))
+            raise
+        seconds = time.monotonic() - started
+        figures["checksums"] = steps.totals.checksums
+        peak = max(steps.totals.peak_rss_bytes, peak_rss_bytes())
+        self.state.finish(plan, seconds=seconds, peak_rss_bytes=peak, stats=figures)
+        self.state.log(
+            "stage finished", stage=stage.name, seconds=round(seconds, 3), **logs.plain(figures)
+        )
+        self._say(f"{stage.name:<9} {stage.brief(figures)} ({seconds:.1f} s)")
         stage.tidy(self.out)
 
     def _require_no_catalog_anew(self) -> None:

@@ -169,7 +169,7 @@ def test_harder_tries_leave_no_trace_of_the_easier_ones(
     # another one, of several parts, is interrupted between the tries
     monkeypatch.setattr(catalog_stage, "_PART_BYTES", 300_000)
     out = tmp_path / "three"
-    original = graph_stage.Trials._assign
+    original = graph_stage.PartedTrials._assign
 
     def cut_off(trials: Any, kind: str, probes: int) -> None:
         if kind != "cells":
@@ -187,7 +187,7 @@ def test_harder_tries_leave_no_trace_of_the_easier_ones(
     assert len(asked) > 3
     assert not (turns / "choose-cells.json").exists()
     with monkeypatch.context() as patched:
-        patched.setattr(graph_stage.Trials, "_assign", cut_off)
+        patched.setattr(graph_stage.PartedTrials, "_assign", cut_off)
         assert run(*words, out, "--partitions", 3) == 130
     # what was answered was not asked again
     assert asked == {path.name: path.stat().st_mtime_ns for path in turns.glob("choose-cells-00-*")}

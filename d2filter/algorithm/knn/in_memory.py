@@ -201,13 +201,13 @@ def build(
     progress: Progress = lambda done: None,
 ) -> tuple[Graph, Index]:
     """Build a graph with the target recall; returns it, and how it was searched."""
-    trials = _Trials(pool, k, target_recall, exact_below, seed)
+    trials = InMemoryTrials(pool, k, target_recall, exact_below, seed)
     choice = calibrate.fit(trials, target_recall)
     graph = build_graph(trials.held, k, choice, progress=progress)
     return graph, Index(trained=trials.trained, choice=choice)
 
 
-class _Trials:
+class InMemoryTrials:
     """Cells of a pool in memory (calibrate.Trials)."""
 
     def __init__(self, pool: Pool, k: int, target: float, exact_below: int, seed: int) -> None:

@@ -42,7 +42,8 @@ def build(steps: StageRun, config: RunConfig) -> Figures:
     layout = catalog.layout(steps.out.sub("catalog"))
     parts, total = len(layout.starts) - 1, layout.total
     steps.share_node = True
-    trials = Trials(steps, config.graph, parts, total)
+    steps.chosen = ("",)  # the kind of cells, which the first steps do not depend on
+    trials = PartedTrials(steps, config.graph, parts, total)
     choice = calibrate.fit(trials, target)
     nlist = trials.trained.nlist
     if choice.predicted < target and not config.best_effort:
@@ -118,7 +119,7 @@ def tidy(out: Folder) -> None:
         list(pool.map(index.remove, names))
 
 
-class Trials:
+class PartedTrials:
     """Cells of a catalog, trained and tried by tasks (calibrate.Trials)."""
 
     def __init__(self, steps: StageRun, config: GraphConfig, parts: int, total: int) -> None:
@@ -129,13 +130,22 @@ class Trials:
         self._steps = steps
         self._config = config
         self._parts = parts
-        # nothing is chosen yet that fingerprints of these steps could contain
-        steps.chosen = ("",)
 
-    def train(self, effort: calibrate.Effort) -> calibrate.TrainedSizes:
-        """Train, and assign all rows."""
-        kind = f"cells-{effort.looked_under}-{effort.least_axes}"
-        return self._train("cells" if effort == calibrate.LEAST else kind, effort, exact=False)
+    def train(self, effort: calibrate.Effort, *, exact: bool = False) -> calibrate.TrainedSizes:
+        """Train, and assign all rows. exact: train one cell."""
+        kind = "exact" if exact else "cells"
+        if effort != calibrate.LEAST:
+            kind = f"cells-{effort.looked_under}-{effort.least_axes}"
+        arguments = {"config": self._config, "exact": exact, "effort": effort}
+        figures = self._steps.alone(
+            "train", train.train, arguments, name=f"train-{kind}", variant=kind,
+            on_gpu=products.may_use_gpus(),
+        )  # fmt: skip
+        self.kind, self.trained = kind, figures_as(train.Trained, figures)
+        self._assign(kind, cells.STORED_PROBES)
+        return calibrate.TrainedSizes(
+            cells=self.trained.nlist, axes=self.trained.axes, parents=self.trained.parents
+        )
 
     def choose(self) -> calibrate.Choice:
         """Calibrate. The driver decides; tasks of all catalog parts search."""
@@ -156,20 +166,7 @@ class Trials:
 
     def use_one_cell(self) -> None:
         """Train one cell, regardless of the calibration."""
-        self._train("exact", calibrate.LEAST, exact=True)
-
-    def _train(self, kind: str, effort: calibrate.Effort, *, exact: bool) -> calibrate.TrainedSizes:
-        self.kind = kind
-        arguments = {"config": self._config, "exact": exact, "effort": effort}
-        figures = self._steps.alone(
-            "train", train.train, arguments, name=f"train-{kind}", variant=kind,
-            on_gpu=products.may_use_gpus(),
-        )  # fmt: skip
-        self.trained = figures_as(train.Trained, figures)
-        self._assign(kind, cells.STORED_PROBES)
-        return calibrate.TrainedSizes(
-            cells=self.trained.nlist, axes=self.trained.axes, parents=self.trained.parents
-        )
+        self.train(calibrate.LEAST, exact=True)
 
     def _assign(self, kind: str, probes: int) -> None:
         parts = [{"part": part} for part in range(self._parts)]
