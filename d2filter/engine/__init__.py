@@ -1,6 +1,7 @@
 """Runs the tasks of stages on Ray. No other package starts Ray.
 
-runner.py         starts Ray and runs the tasks of a stage
+stage_run.py      runs the tasks of one stage: skips finished ones, adds up what they took
+runner.py         starts or joins Ray, decides CPUs, GPUs and memory of a task
 fanout.py         submits tasks to Ray, retries lost ones
 task.py           runs one task in a worker and writes its completion marker
 gpu_workers.py    processes that keep a GPU and its model between tasks

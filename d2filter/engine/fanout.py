@@ -18,7 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from d2filter.engine import same_code, shared_folder
+from d2filter.engine import same_code
 from d2filter.engine.gpu_workers import GpuWorkers
 from d2filter.engine.progress import tell
 from d2filter.engine.task import Outcome, Task, execute
@@ -114,7 +114,7 @@ class FanOut:
             task = self._waiting.popleft()
             attempt = self._attempts[task.name] + 1
             arguments = (self._folder, self._stage, task, self._fingerprint, attempt, self._token)
-            packed = self._ray.cloudpickle.dumps((_execute_remotely, arguments))
+            packed = self._ray.cloudpickle.dumps((execute, arguments))
             begin = self._gpu_workers.begin if on_gpu_workers else call
             self._running[begin(same_code.own().digest, packed, self._counter)] = task
 
@@ -284,32 +284,3 @@ def start_counter(ray: Any) -> Any:
     here = ray.get_runtime_context().get_node_id()
     place = NodeAffinitySchedulingStrategy(node_id=here, soft=True)
     return ray.remote(_Counter).options(num_cpus=0, scheduling_strategy=place).remote()
-
-
-def _execute_remotely(
-    folder: Folder,
-    stage: str,
-    task: Task,
-    fingerprint: str,
-    attempt: int,
-    token: str,
-    counter: Any,
-) -> Outcome:
-    blind = shared_folder.not_shared(folder, token)
-    if blind is not None:
-        return Outcome(name=task.name, error=blind)
-    held = 0
-    last = time.monotonic()
-
-    def report(done: int) -> None:
-        nonlocal held, last
-        held += done
-        now = time.monotonic()
-        if counter is not None and now - last > _REPORT_SECONDS / 2:
-            counter.add.remote(held)
-            held, last = 0, now
-
-    outcome = execute(folder, stage, task, fingerprint, report, attempt)
-    if counter is not None and held:
-        counter.add.remote(held)
-    return outcome

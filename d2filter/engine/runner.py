@@ -1,25 +1,18 @@
-"""Runs the tasks of a stage on Ray: starts or joins Ray, skips finished tasks, submits the rest.
-
-If a task fails, the others continue. At the end the stage fails and names every failed task.
-"""
+"""Starts or joins Ray, and computes from its nodes how many CPUs, GPUs and bytes a task gets."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from d2filter import signals
 from d2filter.engine import same_code, shared_folder
-from d2filter.engine.fanout import FanOut, Needs
-from d2filter.engine.progress import progress_bar
-from d2filter.engine.task import Outcome, Task, execute, in_one_line, marker
-from d2filter.errors import D2FilterError, StageError, StorageError, UsageError
-from d2filter.formats import logs
-from d2filter.formats.paths import Folder, read_jsons
+from d2filter.engine.fanout import Needs
+from d2filter.errors import D2FilterError, StageError, UsageError
+from d2filter.formats.paths import Folder
 from d2filter.formats.tables import first_line
 
 # a machine that loses power closes no connection; without keepalive Ray waits seven minutes
@@ -27,7 +20,6 @@ _KEEPALIVE = {
     "RAY_grpc_client_keepalive_time_ms": "20000",
     "RAY_grpc_client_keepalive_timeout_ms": "20000",
 }
-Follow = Callable[[str, dict[str, Any]], Sequence[Task]]
 _SHARED_MEMORY = "/dev/shm"
 _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
 _OBJECT_STORE_BYTES = 200_000_000  # for arguments, figures and counters; samples are in files
@@ -35,7 +27,9 @@ _OBJECT_STORE_BYTES = 200_000_000  # for arguments, figures and counters; sample
 
 @dataclass(slots=True)
 class Runner:
-    """Runs tasks on Ray: starts or joins Ray when first needed, and stops a Ray that it started."""
+    """Ray for the tasks of one run directory: started or joined when first needed. A Ray that was
+    started here is stopped by `close`.
+    """
 
     folder: Folder
     address: str = ""
@@ -44,110 +38,23 @@ class Runner:
     device: str = "auto"
     """auto: use GPUs if the cluster has any; cpu: use none; cuda: wait for GPUs"""
     _owns_ray: bool = field(default=False, init=False)
-    _token: str | None = field(default=None, init=False)
+    token: str | None = field(default=None, init=False)
     """token that every node must find in the run directory; None: not checked yet; empty: no check
     is needed
     """
 
-    def map(
-        self,
-        stage: str,
-        tasks: Sequence[Task],
-        *,
-        fingerprint: str,
-        label: str,
-        total: int | None = None,
-        share_node: bool = False,
-        on_gpu: bool = False,
-        memory: int = 0,
-        cpus: float = 1,
-        then: Follow | None = None,
-    ) -> list[dict[str, Any]]:
-        """Run tasks; returns their figures in the order of the tasks. Tasks that an earlier run has
-        finished do not run again.
-
-        label: name on the progress bar. total: expected samples, if known. share_node: if there are
-        fewer tasks than CPUs, tasks share the other CPUs. on_gpu: each task gets a GPU, if
-        `uses_gpus`, and its share of the CPUs; else it shares the node. memory: bytes that each
-        task requests, so that no node starts more tasks than it can hold; 0 for none. cpus: CPUs of
-        each task, at least; less than 1 for tasks that wait for disks. then: called with name and
-        figures of each finished task, in the order of arrival; returns tasks that can start now.
-        They run before the waiting ones, and their figures come last, in the order in which `then`
-        returned them. An error in `then` is raised when all other tasks are done.
-
-        Raises the task's own error if all failures are the same, StageError otherwise.
-        """
-        # one listing: a request for each marker on an object store can take as long as a stage
-        there = set(self.folder.sub(f"completions/{stage}").names(".json"))
-        every = [task.name for task in tasks]
-        results = self._done_before(stage, there, tasks, fingerprint)
-        broken: list[D2FilterError] = []
-
-        def following(name: str, figures: dict[str, Any]) -> list[Task]:
-            try:
-                more = list(then(name, figures)) if then is not None and not broken else []
-            except (D2FilterError, OSError) as error:
-                # the error must not stop running tasks
-                broken.append(in_one_line(error, f"{stage}, after {name}", ""))
-                self._log_failed(stage, [(name, broken[-1])])
-                return []
-            every.extend(task.name for task in more)
-            known = self._done_before(stage, there, more, fingerprint)
-            results.update(known)
-            return [
-                fresh
-                for task in more
-                for fresh in (
-                    following(task.name, known[task.name]) if task.name in known else [task]
-                )
-            ]
-
-        def after(outcome: Outcome) -> list[Task]:
-            return [] if outcome.figures is None else following(outcome.name, outcome.figures)
-
-        left = [task for task in tasks if task.name not in results]
-        done = [task.name for task in tasks if task.name in results]
-        waiting = [fresh for name in done for fresh in following(name, results[name])] + left
-        logs.append(
-            self.folder, logs.DRIVER, "tasks", stage=stage, label=label, tasks=len(tasks),
-            left=len(waiting), total=total,
-        )  # fmt: skip
-        if waiting:
-            ray = self.ray()
-
-            def needs() -> Needs:
-                nodes = _alive(ray)
-                asked: Needs = {"num_cpus": cpus, "num_gpus": 0}
-                if on_gpu and self.uses_gpus():
-                    asked = {"num_cpus": _cpus_beside_gpu(nodes), "num_gpus": 1}
-                elif on_gpu or share_node:
-                    asked["num_cpus"] = _cpus_of_task(nodes, len(waiting), memory)
-                return {**asked, "memory": min(memory, _node_bytes(ray))} if memory else asked
-
-            bar = progress_bar(label, total, self.show_progress)
-            try:
-                outcomes = FanOut(
-                    ray, self.folder, stage, fingerprint, needs, bar, self._token or ""
-                ).run(waiting, after if then is not None else None)
-            finally:
-                bar.close()
-            results.update(self._figures(stage, outcomes))
-        if broken:
-            raise broken[0]
-        return [results[name] for name in every]
-
-    def run_in_driver(
-        self, stage: str, task: Task, *, fingerprint: str, skip: bool = False
-    ) -> dict[str, Any]:
-        """Run one small task in this process, with log and marker like any other task. skip: do not
-        run it if an earlier run has finished it.
-        """
-        record = self.folder.read_json(marker(stage, task.name)) if skip else None
-        if record is not None and record["fingerprint"] == fingerprint:
-            found: dict[str, Any] = record
-            return found
-        outcome = execute(self.folder, stage, task, fingerprint, lambda done: None)
-        return self._figures(stage, [outcome])[task.name]
+    def needs(
+        self, tasks: int, *, cpus: float, share_node: bool, on_gpu: bool, memory: int
+    ) -> Needs:
+        """Resources of each of so many tasks on the cluster as it is now, see `StageRun.run`."""
+        ray = self.ray()
+        nodes = _alive(ray)
+        asked: Needs = {"num_cpus": cpus, "num_gpus": 0}
+        if on_gpu and self.uses_gpus():
+            asked = {"num_cpus": _cpus_beside_gpu(nodes), "num_gpus": 1}
+        elif on_gpu or share_node:
+            asked["num_cpus"] = _cpus_of_task(nodes, tasks, memory)
+        return {**asked, "memory": min(memory, _node_bytes(ray))} if memory else asked
 
     def uses_gpus(self) -> bool:
         """Whether tasks that can use GPUs request them. Raises UsageError if they must, Ray runs on
@@ -186,43 +93,6 @@ class Runner:
                 ray.shutdown()
                 self._owns_ray = False
 
-    def _done_before(
-        self, stage: str, there: Container[str], tasks: Sequence[Task], fingerprint: str
-    ) -> dict[str, dict[str, Any]]:
-        """Figures of the tasks that are finished with the same fingerprint. there: names of all
-        markers of the stage.
-        """
-        names = {f"{task.name}.json": task for task in tasks if f"{task.name}.json" in there}
-        records = read_jsons(self.folder.sub(f"completions/{stage}"), list(names))
-        return {
-            names[name].name: record
-            for name, record in records.items()
-            if record["fingerprint"] == (names[name].fingerprint or fingerprint)
-        }
-
-    def _figures(self, stage: str, outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
-        """Figures by task name. If tasks failed, logs each error and raises one line."""
-        failed = sorted((o for o in outcomes if o.error is not None), key=lambda o: o.name)
-        self._log_failed(stage, [(o.name, o.error) for o in failed])
-        if failed and failed[0].error and len({str(o.error) for o in failed}) == 1:
-            raise failed[0].error  # one failed task, or the same error in all
-        if failed:
-            shown = "; ".join(str(o.error) for o in failed[:3])
-            more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
-            raise StageError(
-                f"{stage}: {len(failed)} tasks failed, {len(outcomes) - len(failed)} are done and "
-                f"kept: {shown}{more} (all in {self.folder.where(logs.DRIVER)})"
-            )
-        return {o.name: o.figures for o in outcomes if o.figures is not None}
-
-    def _log_failed(self, stage: str, failed: Sequence[tuple[str, Exception | None]]) -> None:
-        # if the disk is full, the error must still reach the user
-        with contextlib.suppress(OSError, StorageError):
-            records = [
-                {"stage": stage, "task": name, "error": str(error)} for name, error in failed
-            ]
-            logs.append_all(self.folder, logs.DRIVER, "task failed", records)
-
     def ray(self) -> Any:
         """The ray module, connected to a cluster, or to a Ray that this process started.
 
@@ -235,12 +105,12 @@ class Runner:
 
         if not ray.is_initialized():
             self._start(ray)
-        if self._token is None:
+        if self.token is None:
             # a cluster of one node that was joined may get more nodes
             joined = (self._owns_ray and bool(self._cluster())) or len(_alive(ray)) > 1
             token = shared_folder.write_token(self.folder) if joined else ""
             shared_folder.check_nodes(ray, self.folder, token)
-            self._token = token
+            self.token = token
         return ray
 
     def _cluster(self) -> str:

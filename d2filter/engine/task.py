@@ -12,16 +12,21 @@ import ctypes
 import os
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
-from d2filter.engine import prometheus
+from d2filter.engine import prometheus, shared_folder
 from d2filter.errors import D2FilterError, StageError, StorageError
 from d2filter.formats import logs
-from d2filter.formats.paths import Checksums, Folder
+from d2filter.formats.paths import Folder
 
 Report = Callable[[int], None]
+Figures = dict[str, Any]
+"""what a task returns, and its marker contains; JSON can hold it"""
+Kind = TypeVar("Kind")
+
+_REPORT_SECONDS = 0.125  # at least, between two reports of progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +34,7 @@ class Task:
     """One unit of work: `run(report=…, **arguments)` → figures."""
 
     name: str
-    run: Callable[..., dict[str, Any]]
+    run: Callable[..., Figures]
     arguments: dict[str, Any]
     fingerprint: str = ""
     """fingerprint of this task; empty: that of the stage"""
@@ -40,7 +45,7 @@ class Outcome:
     """The result of a task: figures, or an error."""
 
     name: str
-    figures: dict[str, Any] | None = None
+    figures: Figures | None = None
     error: D2FilterError | None = None
 
 
@@ -49,19 +54,41 @@ def marker(stage: str, task: str) -> str:
     return f"completions/{stage}/{task}.json"
 
 
+def figures_as(kind: type[Kind], figures: Mapping[str, Any]) -> Kind:
+    """The figures that are fields of a dataclass, as one; figures may contain others."""
+    return kind(**{field.name: figures[field.name] for field in fields(kind)})  # type: ignore[arg-type]  # a dataclass
+
+
 def execute(
-    folder: Folder, stage: str, task: Task, fingerprint: str, report: Report, attempt: int = 1
+    folder: Folder,
+    stage: str,
+    task: Task,
+    fingerprint: str,
+    attempt: int = 1,
+    token: str = "",
+    counter: Any = None,
 ) -> Outcome:
-    """Run a task and publish its marker. Returns errors of the task in the outcome."""
+    """Run a task and publish its marker. Returns errors of the task in the outcome.
+
+    token: content that the token file of the run directory must have, empty for any, see
+    `shared_folder`. counter: Ray actor that counts samples for the progress bar, None for no bar.
+    """
+    blind = shared_folder.not_shared(folder, token)
+    if blind is not None:
+        return Outcome(name=task.name, error=blind)
     started = time.monotonic()
-    samples = 0
+    samples = reported = 0
+    last = started
     log = logs.TaskLog(folder, logs.of_task(stage, task.name))
 
     def count(done: int) -> None:
-        nonlocal samples
+        nonlocal samples, reported, last
         samples += done
         prometheus.count_samples(stage, done)
-        report(done)
+        now = time.monotonic()
+        if counter is not None and now - last > _REPORT_SECONDS:
+            counter.add.remote(samples - reported)
+            reported, last = samples, now
 
     _give_back_memory()
     reset_peak_rss()
@@ -90,12 +117,10 @@ def execute(
             log.line("failed", error=str(failure), **whole)
             log.close()
         return Outcome(name=task.name, error=failure)
+    finally:
+        if counter is not None and samples > reported:
+            counter.add.remote(samples - reported)
     return Outcome(name=task.name, figures=record)
-
-
-def checksums_of(figures: Sequence[dict[str, Any]]) -> Checksums:
-    """Checksums of all files that tasks have published, from the tasks' figures."""
-    return {name: digest for one in figures for name, digest in one.get("checksums", {}).items()}
 
 
 def in_one_line(error: Exception, what: str, log: str) -> D2FilterError:

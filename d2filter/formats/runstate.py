@@ -28,8 +28,6 @@ from d2filter.formats.paths import FileInfo, Folder, checksum, read_jsons, remov
 STAGES = ("embed", "catalog", "graph", "rank", "select")
 REPORT = "report.html"
 REPORT_DATA = "report.json"
-# stages whose outputs stay in place while others are made, and are replaced file by file
-_REPLACED = ("select",)
 _REPORTED = "completions/report.json"
 # what each stage writes, first the folder whose files its record lists; ledger and completions go
 # with it
@@ -80,6 +78,11 @@ class Plan:
     """where the input lies, for `verify`; no part of the fingerprint"""
 
     @property
+    def is_replaced(self) -> bool:
+        """Whether the outputs stay in place while others are made; see `is_replaced`."""
+        return is_replaced(self.stage)
+
+    @property
     def fingerprint(self) -> str:
         """blake2b-128 over stage, version, options, input files and the fingerprint upstream."""
         return self._digest(self.inputs)
@@ -91,6 +94,13 @@ class Plan:
     def _digest(self, inputs: Sequence[FileInfo]) -> str:
         files = [[f.name, f.size, f.version] for f in inputs]
         return digest([self.stage, d2filter.__version__, self.options, self.upstream, files])
+
+
+def is_replaced(stage: str) -> bool:
+    """Whether the outputs of a stage stay in place while others are made, and are replaced file by
+    file. Such a stage may be repeated with other options: another budget of the same ranking.
+    """
+    return stage == "select"
 
 
 def _is_as_recorded(home: Folder, name: str, recorded: list[int | str]) -> bool:
@@ -120,7 +130,7 @@ class RunState:
     def done(self, stage: str) -> dict[str, Any] | None:
         """The record of a finished stage, or None: of none, or of one that is being replaced."""
         record: dict[str, Any] | None = self.folder.read_json(f"completions/{stage}.json")
-        if record is not None and stage in _REPLACED:
+        if record is not None and is_replaced(stage):
             begun = self.folder.read_json(f"completions/{stage}.started.json")
             if begun is not None and begun["fingerprint"] != record["fingerprint"]:
                 return None
@@ -137,26 +147,23 @@ class RunState:
         return record
 
     def is_current(self, plan: Plan) -> bool:
-        """Whether the stage is done as planned; False when it is not done at all.
+        """Whether the stage is done as planned; False when it is not done at all, or is to be
+        replaced.
 
         Raises RunStateError, naming what differs, when it is done otherwise.
         """
         record = self.done(plan.stage)
         if record is None:
             return False
-        if record["fingerprint"] == plan.fingerprint:
+        same = record["fingerprint"] == plan.fingerprint
+        if plan.is_replaced:
+            return same and all(self.folder.exists(name) for name in record["checksums"])
+        if same:
             return True
         difference = self._difference(record, plan)
         if difference:
             raise self._other_making(plan.stage, difference)
         return True
-
-    def is_selected(self, plan: Plan) -> bool:
-        """Whether the selection is the planned one, and all of its files are there."""
-        record = self.done("select")
-        if record is None or record["fingerprint"] != plan.fingerprint:
-            return False
-        return all(self.folder.exists(name) for name in record["checksums"])
 
     def begun(self, plan: Plan) -> bool:
         """Whether an attempt of this plan was begun and not finished, so that it would be
@@ -201,12 +208,11 @@ class RunState:
         why = ""
         place = f"completions/{plan.stage}.started.json"
         before = self.folder.read_json(place)
-        replaced = plan.stage in _REPLACED
         if before is None or before["fingerprint"] != plan.fingerprint:
-            if before is not None and not plan.independent and not replaced:
+            if before is not None and not plan.independent and not plan.is_replaced:
                 changed = _changed(before.get("options", plan.options), plan.options)
                 why = changed or "its input is another"
-            if not replaced:
+            if not plan.is_replaced:
                 self.make_room(plan)
             note = {"fingerprint": plan.fingerprint, "options": plan.options}
             self.folder.publish_json(place, note)
@@ -225,7 +231,7 @@ class RunState:
         record = self.done(plan.stage)
         if record is None or record["d2filter"] != d2filter.__version__:
             return False
-        if plan.stage not in _REPLACED and _changed(record["options"], plan.options):
+        if not plan.is_replaced and _changed(record["options"], plan.options):
             return False
         home = self.home(plan.stage)
         damaged = any(
@@ -234,13 +240,13 @@ class RunState:
         changed = plan.independent and record["fingerprint"] != plan.fingerprint
         if not (damaged or changed):
             return False
-        if plan.stage not in _REPLACED:
+        if not plan.is_replaced:
             self.make_room(plan, by_content=True)
         return True
 
     def home(self, stage: str) -> Folder:
         """Where the files lie that the record of a stage lists."""
-        return self.folder if stage in _REPLACED else self.folder.sub(_outputs(stage)[0])
+        return self.folder if is_replaced(stage) else self.folder.sub(_outputs(stage)[0])
 
     def make_room(self, plan: Plan, *, by_content: bool = False) -> None:
         """Remove the outputs of a stage and of later stages, except for independent parts that are
@@ -308,7 +314,7 @@ class RunState:
         for name in reversed(following):
             # a stage that is neither done nor begun starts from nothing, one that was begun goes on
             # with what is there; the record of what is being replaced counts without `started`
-            kinds = (".json", ".started.json") if name in _REPLACED else (".started.json", ".json")
+            kinds = (".json", ".started.json") if is_replaced(name) else (".started.json", ".json")
             for kind in kinds:
                 self.folder.remove(f"completions/{name}{kind}")
         for name in following:

@@ -1,6 +1,7 @@
 """The stages of a run. They exchange data through files only.
 
 pipeline.py  runs the stages of a command, skips finished ones, records results
+stage.py     the base class of a stage
 registry.py  the stages as objects: plan, build, line for people
 
 embed.py     shards → metadata; decode.py: images

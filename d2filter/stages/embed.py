@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from d2filter.algorithm import sizes
 from d2filter.config import EmbedConfig
-from d2filter.engine.runner import Runner
-from d2filter.engine.task import Report, Task, assigned_cpus, assigned_gpu, checksums_of
+from d2filter.engine.stage_run import StageRun, Totals
+from d2filter.engine.task import Figures, Report, Task, assigned_cpus, assigned_gpu
 from d2filter.errors import InputError, UsageError
 from d2filter.formats import ledger, metadata, shardlist, webdataset
 from d2filter.formats.paths import Checksums, Folder
@@ -31,36 +32,33 @@ _COUNTS = ("alpha", "one_color", "uids_replaced")
 
 
 def build(
-    runner: Runner,
-    out: Folder,
+    steps: StageRun,
     shards: Sequence[webdataset.Shard],
     config: EmbedConfig,
     plan: Plan,
     left_out: dict[str, int],
-) -> dict[str, Any]:
+) -> Figures:
     """Embed all shards into OUT/metadata; returns the stage's figures. left_out: what lies beside
     the shards, for the figures.
 
     A shard that an earlier attempt embedded in the same way, and that did not change, is kept.
     """
-    fingerprint = plan.fingerprint
-    rehearsed = _rehearse(runner, config, fingerprint)
+    rehearsed = _rehearse(steps, config)
     tasks = [
         Task(
             name=shard.name,
             run=embed_shard,
-            arguments={"out": out, "shard": shard, "config": config},
+            arguments={"out": steps.out, "shard": shard, "config": config},
             fingerprint=plan.fingerprint_of(part),
         )
         for shard, part in zip(shards, plan.inputs, strict=True)
     ]
-    done = runner.map(
-        "embed", tasks, fingerprint=fingerprint, label="embed", share_node=True,
-        on_gpu=rehearsed["device"] == "cuda",
+    done = steps.run(
+        "embed", tasks, share_node=True, on_gpu=rehearsed["device"] == "cuda",
         memory=rehearsed["peak_rss_bytes"]
         + sizes.beside_model(config.batch_size, config.max_pixels),
     )  # fmt: skip
-    reasons = sum((Counter(figures["reasons"]) for figures in done), Counter())
+    reasons: Counter[str] = sum((Counter(figures["reasons"]) for figures in done), Counter())
     read = sum(figures["read"] for figures in done)
     lost = [figures["lost"] for figures in done if figures["lost"]]
     if read == sum(reasons.values()):
@@ -79,23 +77,21 @@ def build(
         "alerts": [f"not read, beside the shards: {shardlist.counted_by_kind(left_out)}"]
         if left_out
         else [],
-        "checksums": checksums_of(done),
         "device": sorted({figures["device"] for figures in done}),
-        "peak_rss": max(figures["peak_rss_bytes"] for figures in done),
     }
 
 
-def _rehearse(runner: Runner, config: EmbedConfig, fingerprint: str) -> dict[str, Any]:
+def _rehearse(steps: StageRun, config: EmbedConfig) -> Figures:
     """Run `check_model` once on the kind of worker that will embed shards, so that a missing model
     is one error and not one per shard; returns its figures.
 
     Raises UsageError if GPUs are required and torch finds none there.
     """
+    runner = steps.runner
     kind = "gpu" if runner.uses_gpus() else "cpu"
     task = Task(name=f"model-{kind}", run=check_model, arguments={"config": config})
-    (figures,) = runner.map(
-        "embed-model", [task], fingerprint=fingerprint, label="model", on_gpu=True
-    )
+    rehearsal = replace(steps, stage="embed-model", memory=0, totals=Totals())
+    (figures,) = rehearsal.run("model", [task], on_gpu=True)
     if runner.device == "cuda" and figures["device"] != "cuda":
         raise UsageError(
             "device is cuda, but torch finds no GPU on a node where Ray counts one: install a "
@@ -104,7 +100,7 @@ def _rehearse(runner: Runner, config: EmbedConfig, fingerprint: str) -> dict[str
     return figures
 
 
-def check_model(*, report: Report, config: EmbedConfig) -> dict[str, Any]:
+def check_model(*, report: Report, config: EmbedConfig) -> Figures:
     """Task: load the model in the worker, which keeps it, and run one batch. The peak of memory is
     what a task needs beside its images.
     """
@@ -120,7 +116,7 @@ def _load(config: EmbedConfig) -> clip.Clip:
 
 def embed_shard(
     *, report: Report, out: Folder, shard: webdataset.Shard, config: EmbedConfig
-) -> dict[str, Any]:
+) -> Figures:
     """Task: decode and embed one shard, write its pair and its ledger part."""
     model = _load(config)
     cpus = assigned_cpus()

@@ -6,6 +6,7 @@ is an error that names the difference.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,12 +16,14 @@ from typing import Any
 import d2filter
 from d2filter.config import RunConfig, SelectConfig
 from d2filter.engine.runner import Runner
+from d2filter.engine.stage_run import StageRun
 from d2filter.engine.task import peak_rss_bytes
 from d2filter.errors import D2FilterError, RecallError, TooManyBadError, UsageError
 from d2filter.formats import ledger, lock, logs
 from d2filter.formats.paths import Folder, absolute, remove_leftovers
 from d2filter.formats.runstate import Plan, RunState
-from d2filter.stages.registry import STAGES, Run, stages_of
+from d2filter.stages.registry import STAGES, stages_of
+from d2filter.stages.stage import Run, Stage
 
 Say = Callable[[str], None]
 
@@ -40,7 +43,7 @@ class Pipeline:
         self.out = out
         self.state = RunState(out)
         self._runner = Runner(out, self.config.address, self._show_progress, self.config.device)
-        self._run = Run(config=self.config, state=self.state, out=out, runner=self._runner)
+        self._run = Run(config=self.config, state=self.state, out=out)
 
     def run(self, command: str, then: Callable[[], object] = lambda: None) -> dict[str, Any]:
         """Run the stages of `command`, then call `then`, which may read the results; returns
@@ -56,26 +59,21 @@ class Pipeline:
         with lock.hold(free, command, say=self._say) as owned:
             self._use(owned)
             try:
-                stats = self._run_stages(command, stages)
+                self.state.log(
+                    "run", command=command, d2filter=d2filter.__version__, **logs.where(),
+                    stages=list(stages),
+                )  # fmt: skip
+                with contextlib.closing(self._runner):
+                    for stage in stages:
+                        self._run_stage(STAGES[stage])
+                self.state.join()  # a run that died while it wrote them is healed here
+                # of workers that were killed while they wrote
+                remove_leftovers(self.out, "", own=True)
+                stats: dict[str, Any] = self.out.read_json("stats.json")
                 then()
             finally:
                 self._use(free)
         self._judge(stats, stages)
-        return stats
-
-    def _run_stages(self, command: str, stages: Sequence[str]) -> dict[str, Any]:
-        self.state.log(
-            "run", command=command, d2filter=d2filter.__version__, **logs.where(),
-            stages=list(stages),
-        )  # fmt: skip
-        try:
-            for stage in stages:
-                self._run_stage(stage)
-        finally:
-            self._runner.close()
-        self.state.join()  # a run that died while it wrote them is healed here
-        remove_leftovers(self.out, "", own=True)  # of workers that were killed while they wrote
-        stats: dict[str, Any] = self.out.read_json("stats.json")
         return stats
 
     def preview(self, command: str) -> list[str]:
@@ -95,11 +93,11 @@ class Pipeline:
                 continue
             plan = planned.plan
             asked = stage in self.config.overwrite
-            if not anew and not asked and self._is_done(plan):
+            if not anew and not asked and self.state.is_current(plan):
                 lines.append(f"{stage:<9} done before")
                 upstream = self.state.require(stage)["fingerprint"]
                 continue
-            goes_on = not (asked or anew or stage == "select") and self.state.begun(plan)
+            goes_on = not (asked or anew or plan.is_replaced) and self.state.begun(plan)
             done = self.state.tasks_done(plan) if goes_on or plan.independent else 0
             anew |= not goes_on
             remarks = [planned.summary] if planned.summary else []
@@ -118,15 +116,36 @@ class Pipeline:
         before = names[: names.index(stage)][-1:]
         return str(self.state.require(before[0])["fingerprint"]) if before else ""
 
-    def _run_stage(self, name: str) -> None:
-        stage = STAGES[name]
-        planned = stage.plan(self._run, self._upstream_of(name))
+    def _run_stage(self, stage: Stage) -> None:
+        """Run a stage, unless it is finished, and record its result."""
+        planned = stage.plan(self._run, self._upstream_of(stage.name))
         if planned is None:
             self._require_no_catalog_anew()
-            self._say(f"{name:<9} done before")
+            self._say(f"{stage.name:<9} done before")
             return
+        plan = planned.plan
         stage.check(self._run)  # before anything is touched
-        self._stage(planned.plan, lambda: stage.build(self._run, planned))
+        if not self._needs_work(plan):
+            self._say(f"{stage.name:<9} done before")
+            stage.tidy(self.out)
+            return
+        self._begin(plan)
+        started = time.monotonic()
+        memory = self.config.memory_per_worker
+        steps = StageRun(self._runner, stage.name, plan.fingerprint, memory=memory)
+        try:
+            figures = stage.build(self._run, planned, steps)
+        except D2FilterError as error:
+            self.state.log("stage failed", stage=stage.name, error=str(error))
+            raise
+        seconds = time.monotonic() - started
+        figures["checksums"] = steps.totals.checksums
+        peak = max(steps.totals.peak_rss_bytes, peak_rss_bytes())
+        self.state.finish(plan, seconds=seconds, peak_rss_bytes=peak, stats=figures)
+        self.state.log(
+            "stage finished", stage=stage.name, seconds=round(seconds, 3), **logs.plain(figures)
+        )
+        self._say(f"{stage.name:<9} {stage.brief(figures)} ({seconds:.1f} s)")
         stage.tidy(self.out)
 
     def _require_no_catalog_anew(self) -> None:
@@ -135,44 +154,24 @@ class Pipeline:
             option = "heal" if self.config.heal else "overwrite catalog"
             raise UsageError(f"{option} needs the metadata again: give --metadata-dir")
 
-    def _is_done(self, plan: Plan) -> bool:
-        """Whether a stage is done as planned. Raises RunStateError if it is done otherwise, except
-        for a selection: another budget of the same ranking is allowed.
-        """
-        if plan.stage == "select":
-            return self.state.is_selected(plan)
-        return self.state.is_current(plan)
+    def _needs_work(self, plan: Plan) -> bool:
+        """Whether a stage is not finished as planned; removes what --overwrite and --heal name."""
+        if plan.stage in self.config.overwrite:
+            # only now, when its input was looked at: a mistyped folder must not cost a finished run
+            if not plan.is_replaced:
+                self.state.clear_from(plan.stage)
+            return True
+        if self.config.heal and self.state.heal(plan):
+            self._say(f"{plan.stage:<9} is healed: files were damaged, or shards changed")
+            return True
+        return not self.state.is_current(plan)
 
-    def _stage(self, plan: Plan, build: Callable[[], dict[str, Any]]) -> None:
-        # only now, when its input was looked at: a mistyped folder must not cost a finished run
-        again = plan.stage in self.config.overwrite
-        if again and plan.stage != "select":  # its files are replaced one by one
-            self.state.clear_from(plan.stage)
-        elif not again and self.config.heal:
-            again = self.state.heal(plan)
-            if again:
-                self._say(f"{plan.stage:<9} is healed: files were damaged, or shards changed")
-        if not again and self._is_done(plan):
-            self._say(f"{plan.stage:<9} done before")
-            return
+    def _begin(self, plan: Plan) -> None:
         why = self.state.begin(plan)
         if why:
             self._say(f"{plan.stage:<9} begins again: {why}")
             self.state.log("stage begins again", stage=plan.stage, why=why)
-        started = time.monotonic()
         self.state.log("stage started", stage=plan.stage, options=plan.options)
-        try:
-            figures = build()
-        except D2FilterError as error:
-            self.state.log("stage failed", stage=plan.stage, error=str(error))
-            raise
-        seconds = time.monotonic() - started
-        peak = max(figures.pop("peak_rss", 0), peak_rss_bytes())
-        self.state.finish(plan, seconds=seconds, peak_rss_bytes=peak, stats=figures)
-        self.state.log(
-            "stage finished", stage=plan.stage, seconds=round(seconds, 3), **logs.plain(figures)
-        )
-        self._say(f"{plan.stage:<9} {STAGES[plan.stage].brief(figures)} ({seconds:.1f} s)")
 
     def _judge(self, stats: dict[str, Any], stages: Sequence[str]) -> None:
         """Raise the error of a finished command: too many bad samples, or low recall."""

@@ -9,86 +9,21 @@ makes the same plans as a run.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from decimal import Decimal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from d2filter.algorithm.greedy import auto_settings
-from d2filter.algorithm.methods import selectors
-from d2filter.config import TUNED_FOR, RankConfig, RunConfig, options_of
-from d2filter.engine.runner import Runner
-from d2filter.engine.task import Task
+from d2filter.config import RankConfig, RunConfig, options_of
+from d2filter.engine.stage_run import StageRun
+from d2filter.engine.task import Figures, Task
 from d2filter.errors import UsageError
-from d2filter.formats import (
-    content_hash,
-    graph,
-    ledger,
-    metadata,
-    shardlist,
-    side_inputs,
-    webdataset,
-)
-from d2filter.formats.paths import FileInfo, Folder, absolute, is_within
-from d2filter.formats.reading import CATALOG_SOURCES, CatalogConfig
-from d2filter.formats.runstate import Plan, RunState
-from d2filter.text import redacted
-
-Figures = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Planned:
-    """The plan of one stage of a command."""
-
-    plan: Plan
-    summary: str = ""
-    """its input, for people"""
-    shards: tuple[webdataset.Shard, ...] = ()
-    """of embed"""
-    left_out: dict[str, int] = field(default_factory=dict)
-    """what lies beside the shards, by ending"""
-    source: Folder | None = None
-    """of a catalog: the folder of metadata, and its pairs"""
-    pairs: tuple[metadata.Pair, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """What stages work on: a configuration and a run directory."""
-
-    config: RunConfig
-    state: RunState
-    out: Folder
-    runner: Runner
-
-
-class Stage:
-    """One stage. Objects hold no state; heavy packages are imported where a stage needs them."""
-
-    name: str
-
-    def plan(self, run: Run, upstream: str) -> Planned | None:
-        """The plan after a stage with the fingerprint `upstream`, empty for none. None: the stage
-        is done, and this command does not name its input.
-        """
-        raise NotImplementedError
-
-    def check(self, run: Run) -> None:
-        """Raise UsageError for options that do not fit the stages before, which are finished."""
-
-    def build(self, run: Run, planned: Planned) -> Figures:
-        """Write the outputs; returns the figures of the stage, with `checksums` of its files and
-        `peak_rss` in bytes.
-        """
-        raise NotImplementedError
-
-    def brief(self, figures: Figures) -> str:
-        """The figures in one line, for people."""
-        raise NotImplementedError
-
-    def tidy(self, out: Folder) -> None:
-        """Remove temporary files, after the stage is recorded as done."""
+from d2filter.formats import ledger, shardlist, webdataset
+from d2filter.formats.paths import FileInfo, Folder, absolute
+from d2filter.formats.runstate import Plan
+from d2filter.stages.catalog import plan as plan_catalog
+from d2filter.stages.rank import plan as plan_rank
+from d2filter.stages.stage import Planned, Run, Stage, size_of
 
 
 class Embed(Stage):
@@ -112,7 +47,7 @@ class Embed(Stage):
             plan=Plan(
                 stage=self.name, options=options, upstream="", inputs=inputs, independent=True
             ),
-            summary=f"{len(shards):,} shards, {_size(inputs)}"
+            summary=f"{len(shards):,} shards, {size_of(inputs)}"
             + (
                 f"; beside them {shardlist.counted_by_kind(found.left_out)}"
                 if found.left_out
@@ -122,15 +57,13 @@ class Embed(Stage):
             left_out=found.left_out,
         )
 
-    def build(self, run: Run, planned: Planned) -> Figures:
+    def build(self, run: Run, planned: Planned, steps: StageRun) -> Figures:
         """Embed the shards that are not embedded yet."""
         from d2filter.stages import embed
 
         config = run.config.embed
         assert config is not None
-        figures = embed.build(
-            run.runner, run.out, planned.shards, config, planned.plan, planned.left_out
-        )
+        figures = embed.build(steps, planned.shards, config, planned.plan, planned.left_out)
         ledger.collect(run.out, [self.name])
         return figures
 
@@ -145,75 +78,15 @@ class Catalog(Stage):
     name = "catalog"
 
     def plan(self, run: Run, upstream: str) -> Planned | None:
-        """The plan for metadata of a folder, or for what `embed` writes. None: the catalog is done,
-        and this command does not name its input.
-        """
-        own = run.out.sub("metadata")
-        config = run.config.catalog
-        given = run.config.metadata_dir
-        source = Folder(absolute(given)) if given else own
-        _check_apart(run, source, upstream)
-        if source == own and not upstream and run.state.done("catalog") is not None:
-            run.state.require_options("catalog", _catalog_options(config))
-            run.state.require_inputs(
-                "catalog",
-                side_inputs.files(config),
-                lambda name: side_inputs.content_of(config, name),
-            )
-            return None
-        if source == own and not upstream:
-            raise UsageError(
-                f"no metadata: give --metadata-dir (parquet + npz) or --shards; "
-                f"{own.url} was not written by `d2filter embed`"
-            )
-        beside = side_inputs.files(config)
-        pairs: list[metadata.Pair] = []
-        files: list[FileInfo] = []
-        # what is still to be embedded cannot be listed
-        if source != own or run.state.done("embed") is not None:
-            pairs, files = metadata.list_pairs(source)
-        metadata.check_score(source, pairs, config)
-        before = upstream if source == own else ""
-        known = {info.name for info in beside}
+        """Metadata of a folder, or what `embed` writes."""
+        return plan_catalog.plan(run, upstream)
 
-        def content_of(name: str) -> str:
-            return (
-                side_inputs.content_of(config, name)
-                if name in known
-                else content_hash.of(source, name)
-            )
-
-        return Planned(
-            plan=Plan(
-                stage=self.name,
-                options=_catalog_options(config),
-                upstream=before,
-                inputs=[*(() if before else files), *beside],
-                content_of=content_of,
-                sources={
-                    "metadata": redacted(source.url),
-                    **{n: redacted(absolute(getattr(config, n))) for n in CATALOG_SOURCES},
-                },
-            ),
-            summary=f"{len(pairs):,} pairs of metadata files, {_size(files)}" if files else "",
-            source=source,
-            pairs=tuple(pairs),
-        )
-
-    def build(self, run: Run, planned: Planned) -> Figures:
+    def build(self, run: Run, planned: Planned, steps: StageRun) -> Figures:
         """Read, sort and score; counts what `embed` dropped too, if it made this metadata."""
         from d2filter.stages.catalog import build as build_catalog
 
         assert planned.source is not None
-        figures = build_catalog.build(
-            run.runner,
-            run.out,
-            planned.source,
-            planned.pairs,
-            run.config.catalog,
-            planned.plan.fingerprint,
-            run.config.memory_per_worker,
-        )
+        figures = build_catalog.build(steps, planned.source, planned.pairs, run.config.catalog)
         before = run.state.done("embed") if planned.plan.upstream else None
         bad_before = before["stats"]["samples"]["bad"] if before else 0
         figures["samples"]["read"] += bad_before
@@ -239,11 +112,11 @@ class Graph(Stage):
 
     def plan(self, run: Run, upstream: str) -> Planned | None:
         """Neighbors of every sample."""
-        _check_method(run)
+        plan_rank.require_method(run)  # before the long part
         options = options_of(run.config.graph)
         return Planned(plan=Plan(stage=self.name, options=options, upstream=upstream))
 
-    def build(self, run: Run, planned: Planned) -> Figures:
+    def build(self, run: Run, planned: Planned, steps: StageRun) -> Figures:
         """Search the neighbors, inside classes where there are any."""
         from d2filter.stages.graph import build as build_graph
         from d2filter.stages.graph import by_class
@@ -253,7 +126,7 @@ class Graph(Stage):
         # lists longer than there are others would be padding, of terabytes if k is a typing error
         k = min(run.config.graph.n_neighbors, max(1, catalog["stats"]["samples"]["ranked"] - 1))
         config = replace(run.config, graph=replace(run.config.graph, n_neighbors=k))
-        return build(run.runner, run.out, config, planned.plan.fingerprint)
+        return build(steps, config)
 
     def brief(self, figures: Figures) -> str:
         """k, how it was searched, and the recall."""
@@ -284,27 +157,17 @@ class Rank(Stage):
 
     def plan(self, run: Run, upstream: str) -> Planned | None:
         """A ranking of all samples."""
-        _check_method(run)
-        rank = run.config.rank
-        options = options_of(rank)
-        options["gamma_forward"] = rank.gamma if rank.gamma_forward is None else rank.gamma_forward
-        # all neighbors that the graph has, and as many as it has, are one plan
-        options["n_neighbors"] = _neighbors(run)
-        if rank.method == "d2":
-            options["seed"] = 0  # it needs none
-        options["tuned_for"] = _tuned_for(run, options)
-        return Planned(plan=Plan(stage=self.name, options=options, upstream=upstream))
+        return plan_rank.plan(run, upstream)
 
-    def build(self, run: Run, planned: Planned) -> Figures:
+    def build(self, run: Run, planned: Planned, steps: StageRun) -> Figures:
         """Rank by D2 or another method."""
         from d2filter.stages.rank import build as build_ranking
 
-        plan = planned.plan
+        options = planned.plan.options
         facts = auto_settings.PoolFacts.from_catalog(run.state.require("catalog")["stats"])
         # the budget that it is for may be that of the selection, or of the ranking that is there
-        config = replace(run.config, rank=RankConfig.from_options(plan.options))
-        k = plan.options["n_neighbors"]
-        return build_ranking.build(run.runner, run.out, config, plan.fingerprint, k, facts)
+        config = replace(run.config, rank=RankConfig.from_options(options))
+        return build_ranking.build(steps, config, options["n_neighbors"], facts)
 
     def brief(self, figures: Figures) -> str:
         """How it was ranked."""
@@ -337,7 +200,7 @@ class Select(Stage):
 
         select.check(run.config.select, _ranked(run))
 
-    def build(self, run: Run, planned: Planned) -> Figures:
+    def build(self, run: Run, planned: Planned, steps: StageRun) -> Figures:
         """Keep the first of the ranking."""
         from d2filter.stages import select
 
@@ -354,13 +217,11 @@ class Select(Stage):
                 "arch": catalog["options"]["arch"],
             },
         )
-        figures = run.runner.run_in_driver("select", task, fingerprint=planned.plan.fingerprint)
+        figures = steps.in_driver(task, skip=False)
         return {
             "samples": {"kept": figures["kept"], "pruned": figures["pruned"]},
             "budget": figures["budget"],
             **({"total": figures["total"]} if run.config.select.soft is not None else {}),
-            "checksums": figures["checksums"],
-            "peak_rss": figures["peak_rss_bytes"],
         }
 
     def brief(self, figures: Figures) -> str:
@@ -416,88 +277,6 @@ def _ranked(run: Run) -> int:
     return int(run.state.require("catalog")["stats"]["samples"]["ranked"])
 
 
-def _check_apart(run: Run, source: Folder, upstream: str) -> None:
-    """Raise UsageError for metadata in the run directory that `embed` did not write there."""
-    own = run.out.sub("metadata")
-    if not run.config.metadata_dir or not is_within(source, run.out):
-        return
-    if is_within(own, source) and is_within(source, own) and upstream:
-        return
-    raise UsageError(
-        f"metadata-dir {source.url} lies in the run directory {run.out.url}, whose files are "
-        "replaced and removed: give another --out-dir"
-    )
-
-
-def _tuned_for(run: Run, options: dict[str, Any]) -> str | None:
-    """The kept share that automatic settings are for: the requested one; else that of an
-    existing ranking that is otherwise the same, so that another budget does not need another
-    ranking; else that of the selection.
-    """
-    rank, select = run.config.rank, run.config.select
-    if not rank.is_tuned:
-        return None
-    if rank.tuned_for is not None:
-        return str(rank.tuned_for)
-    made = run.state.done("rank")
-    if made is not None and "rank" not in run.config.overwrite:
-        before = made["options"].get("tuned_for")
-        if before and made["options"] == {**options, "tuned_for": before}:
-            return str(before)
-    if select.fraction is not None:
-        return str(select.fraction)
-    catalog = run.state.done("catalog")
-    if select.budget is not None and catalog is not None:
-        ranked = max(1, catalog["stats"]["samples"]["ranked"])
-        return str(min(Decimal(1), Decimal(select.budget) / ranked))
-    return str(TUNED_FOR)
-
-
-def _neighbors(run: Run) -> int:
-    """How many neighbors of each list count. Raises UsageError for more than there are."""
-    made = run.state.done("graph")
-    there = run.config.graph.n_neighbors
-    if made is not None:
-        there = graph.width(run.out.sub("graph"))
-    wanted = run.config.rank.n_neighbors or there
-    if made is not None and wanted == made["options"].get("n_neighbors"):
-        return min(wanted, there)  # a small pool has fewer
-    if wanted > there:
-        raise UsageError(
-            f"n-neighbors is {wanted}, the graph of {run.out.url} has {there}: rank with at "
-            "most that many, or build the graph again"
-        )
-    return wanted
-
-
-def _check_method(run: Run) -> None:
-    """Raise UsageError for a method that the pool does not allow, before anything is removed
-    for it.
-    """
-    record = run.state.done("catalog")
-    if record is None:
-        return  # a plan only: the catalog is not made yet
-    catalog, rank = record["stats"], run.config.rank
-    if rank.method != "d2":
-        selectors.check_size(rank.method, catalog["samples"]["ranked"])
-    score = catalog.get("score", {"high_is": "unknown"})
-    if rank.cut_hardest and score["high_is"] != "unknown":
-        hard_end = {"harder": "high", "easier": "low"}.get(score["high_is"])
-        if score["kept_first"] != hard_end:
-            raise UsageError(
-                "cut-hardest drops the samples that would be ranked first, but with "
-                f"{score['name']} ({score['kept_first']} goes first, high is {score['high_is']}) "
-                "these are not the hardest: use a score that puts hard samples first"
-            )
-
-
-def _catalog_options(config: CatalogConfig) -> dict[str, Any]:
-    """The options of a catalog. The location of files beside the metadata is not an option: the
-    plan's inputs list them.
-    """
-    return {**options_of(config), **{n: bool(getattr(config, n)) for n in CATALOG_SOURCES}}
-
-
 def _weights(pretrained: str) -> list[Any] | None:
     """Size and time of a weights file: other weights under the same name are another model."""
     path = Path(pretrained)
@@ -505,13 +284,3 @@ def _weights(pretrained: str) -> list[Any] | None:
         return None
     found = path.stat()
     return [found.st_size, found.st_mtime_ns]
-
-
-def _size(files: list[FileInfo]) -> str:
-    """Bytes of some files, for people."""
-    size = float(sum(file.size for file in files))
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.1f} TB"

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from d2filter.algorithm import budget, uids
 from d2filter.config import SelectConfig
-from d2filter.engine.task import Report
+from d2filter.engine.task import Figures, Report
 from d2filter.formats import graph, ranking, subset
 from d2filter.formats.paths import Checksums, Folder
 from d2filter.stages import select_soft
@@ -33,7 +32,7 @@ def select(
     kept_first: str,
     method: str,
     arch: str,
-) -> dict[str, Any]:
+) -> Figures:
     """Task: keep the first B of `ranked` samples; in a soft selection, B samples with repeats.
 
     kept_first: end of the score that is kept first, high or low; files contain low ones with the

@@ -23,6 +23,7 @@ from d2filter import config
 from d2filter.algorithm.measures import ground_truth
 from d2filter.algorithm.methods import baselines
 from d2filter.engine.runner import Runner
+from d2filter.engine.stage_run import StageRun
 from d2filter.engine.task import Report, Task
 from d2filter.errors import RunStateError, UsageError
 from d2filter.formats import graph, ranking
@@ -226,7 +227,7 @@ def draw_and_run(
     ]
     runner = Runner(out, show_progress=show_progress)
     try:
-        runner.map("draw", tasks, fingerprint=f"{pairs}-{seed}", label="draw", total=pairs)
+        StageRun(runner, "draw", f"{pairs}-{seed}").run("draw", tasks, total=pairs)
         for setting in settings:
             say("")
             say(f"{setting.name}: {setting.shown}, half kept")

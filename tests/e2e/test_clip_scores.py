@@ -132,24 +132,24 @@ def test_an_interrupted_clip_continues(
     tmp_path: Path, label: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second of the parts is never clipped before the interruption."""
-    from d2filter.engine.runner import Runner
+    from d2filter.engine.stage_run import StageRun
     from d2filter.stages.catalog import clip_scores
 
     monkeypatch.setattr(sizes, "CATALOG_PART", 6_000)
     folder = metadata(tmp_path / "m", with_sentinel(-9999))
     words = ("--metadata-dir", folder, "--score-column", "mine", "--clip-scores", "0.01")
     assert run("run", *words, "--out-dir", tmp_path / "a") == 0
-    original = Runner.map
+    original = StageRun.run
 
-    def stop(self: Runner, stage: str, tasks: Any, *, label: str, **more: Any) -> Any:
-        found = original(self, stage, tasks[:1] if label == wanted else tasks, label=label, **more)
+    def stop(self: StageRun, label: str, tasks: Any, **more: Any) -> Any:
+        found = original(self, label, tasks[:1] if label == wanted else tasks, **more)
         if label == wanted:
             raise KeyboardInterrupt
         return found
 
     wanted = label
     with monkeypatch.context() as patch:
-        patch.setattr(Runner, "map", stop)
+        patch.setattr(StageRun, "run", stop)
         assert run("run", *words, "--out-dir", tmp_path / "b") == 130
     assert (tmp_path / "b" / "catalog" / clip_scores.FOLDER).exists()
     assert run("run", *words, "--out-dir", tmp_path / "b") == 0

@@ -24,6 +24,7 @@ import sys
 from d2filter.cli import main as cli
 from d2filter.formats.paths import Folder
 from d2filter.engine.runner import Runner
+from d2filter.engine.stage_run import StageRun
 from d2filter.engine.task import Task
 
 def work(report):
@@ -36,7 +37,7 @@ def command(arguments):
         runner.ray()
         print("up", flush=True)
         tasks = [Task(name=name, run=work, arguments={}) for name in "ab"]
-        runner.map("s", tasks, fingerprint="1", label="s")
+        StageRun(runner, "s", "1").run("s", tasks)
     finally:
         runner.close()
 

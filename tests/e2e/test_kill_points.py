@@ -32,7 +32,7 @@ SIGKILLED = -9
 OTHER_TASKS = (
     faults.SMALL_TASKS
     + """
-build.GROUP_BYTES, build.PART_BYTES = 60_000, 80_000
+sizes.CATALOG_GROUP, sizes.CATALOG_PART = 60_000, 80_000
 """
 )
 OPTIONS = ("--n-neighbors", 3, "--exact-below", 100, "--target-recall", 0.9, "--no-report")

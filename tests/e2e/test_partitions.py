@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +107,15 @@ def test_refinement_is_the_same_in_partitions(
     scattered = {"uid": [rng.bytes(16).hex() for _ in range(n)], "img": wide, "txt": wide}
     metadata = pools.write(tmp_path / "m", scattered, files=2)
     words = ("graph", "--metadata-dir", metadata, "--feature-type", "image", *GRAPH)
-    original = graph_stage.Steps.choose
     passes = 0
 
-    def chosen(steps: Any, effort: Any) -> Any:
-        trained, choice, _ = original(steps, effort)
-        mine = {**choice, "probes": 2, "passes": passes, "pays": True, "predicted": 1.0}
-        return trained, mine, None
+    def chosen(trials: calibrate.Trials, target: float) -> calibrate.Choice:
+        trials.train(calibrate.LEAST)
+        return calibrate.Choice(
+            probes=2, passes=passes, predicted=1.0, evaluations=0.0, reached=True
+        )
 
-    monkeypatch.setattr(graph_stage.Steps, "choose", chosen)
+    monkeypatch.setattr(calibrate, "fit", chosen)
     plain = tmp_path / "plain"
     assert run(*words, "--best-effort", "--out-dir", plain) == 0
     passes = 1
@@ -143,7 +144,7 @@ def test_a_higher_effort_leaves_no_trace_of_a_lower_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows look under one parent first, then under four, where that misses the target."""
-    monkeypatch.setattr(knn, "LEAST", calibrate.Effort(looked_under=1))
+    monkeypatch.setattr(calibrate, "LEAST", calibrate.Effort(looked_under=1))
     rng = np.random.default_rng(1)
     n = 10_000
     centers = rng.normal(size=(100, 64))
@@ -158,12 +159,12 @@ def test_a_higher_effort_leaves_no_trace_of_a_lower_one(
     # another one, of several parts, is interrupted between the tries
     monkeypatch.setattr(sizes, "CATALOG_PART", 300_000)
     out = tmp_path / "three"
-    original = graph_stage.Steps.assign
+    original = graph_stage.PartedTrials.assign_rows
 
-    def cut_off(steps: Any, kind: str, probes: int) -> None:
+    def cut_off(trials: Any, kind: str, probes: int) -> None:
         if kind != "cells":
             raise KeyboardInterrupt
-        original(steps, kind, probes)
+        original(trials, kind, probes)
 
     def cut_off_in_a_turn(pool: Any, requests: Any) -> None:
         raise KeyboardInterrupt
@@ -176,7 +177,7 @@ def test_a_higher_effort_leaves_no_trace_of_a_lower_one(
     assert len(asked) > 3
     assert not (turns / "choose-cells.json").exists()
     with monkeypatch.context() as patched:
-        patched.setattr(graph_stage.Steps, "assign", cut_off)
+        patched.setattr(graph_stage.PartedTrials, "assign_rows", cut_off)
         assert run(*words, out, "--partitions", 3) == 130
     # what was answered was not asked again
     assert asked == {path.name: path.stat().st_mtime_ns for path in turns.glob("choose-cells-00-*")}
@@ -208,13 +209,12 @@ def test_a_target_out_of_reach_fails_before_the_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     metadata = pools.write(tmp_path / "m", pools.make(6000, 24), files=2)
-    original = graph_stage.Steps.choose
+    original = calibrate.fit
 
-    def short(steps: Any, effort: Any) -> Any:
-        trained, choice, _ = original(steps, effort)
-        return trained, {**choice, "predicted": 0.5}, None
+    def short(trials: calibrate.Trials, target: float) -> calibrate.Choice:
+        return replace(original(trials, target), predicted=0.5)
 
-    monkeypatch.setattr(graph_stage.Steps, "choose", short)
+    monkeypatch.setattr(calibrate, "fit", short)
     words = ("graph", "--metadata-dir", metadata, "--out-dir", tmp_path / "o", *GRAPH)
     assert run(*words) == 4
     assert "is out of reach" in capsys.readouterr().err

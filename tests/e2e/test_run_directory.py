@@ -311,7 +311,7 @@ _SLOW = """
 import sys, time
 from d2filter.cli import main as cli
 from d2filter.stages import pipeline
-pipeline.Pipeline._run_stages = lambda self, *more: (print("held", flush=True), time.sleep(600))
+pipeline.Pipeline._run_stage = lambda self, *more: (print("held", flush=True), time.sleep(600))
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -16,7 +16,7 @@ from support.runs import difficulties, graph_difficulties, run, stats
 from d2filter.algorithm import features, sizes
 from d2filter.algorithm.scores import registry as scores
 from d2filter.algorithm.scores import training_dynamics
-from d2filter.engine.runner import Runner
+from d2filter.engine.stage_run import StageRun
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -323,14 +323,14 @@ def test_the_hardest_are_cut_only_where_they_go_first(
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, before: str) -> None:
     """End the driver when it comes to tasks of this label."""
-    original = Runner.map
+    original = StageRun.run
 
-    def stop(self: Runner, stage: str, tasks: Any, *, label: str, **more: Any) -> Any:
+    def stop(self: StageRun, label: str, tasks: Any, **more: Any) -> Any:
         if label == before:
             raise KeyboardInterrupt
-        return original(self, stage, tasks, label=label, **more)
+        return original(self, label, tasks, **more)
 
-    monkeypatch.setattr(Runner, "map", stop)
+    monkeypatch.setattr(StageRun, "run", stop)
 
 
 @pytest.mark.usefixtures("small_parts")

@@ -16,8 +16,8 @@ import pytest
 import ray
 
 from d2filter.engine import fanout, progress
-from d2filter.engine import runner as runner_module
 from d2filter.engine.runner import Runner
+from d2filter.engine.stage_run import StageRun
 from d2filter.engine.task import Task
 from d2filter.errors import InputError, StageError
 from d2filter.formats import logs
@@ -69,21 +69,21 @@ def out(tmp_path: Path) -> Folder:
 
 def test_results_come_in_order_and_finished_tasks_do_not_run_again(out: Folder) -> None:
     runner = Runner(out)
-    first = runner.map("s", tasks(out, write, "b", "a"), fingerprint="1", label="s")
+    first = StageRun(runner, "s", "1").run("s", tasks(out, write, "b", "a"))
     assert [f["name"] for f in first] == ["b", "a"]
     assert all(f["peak_rss_bytes"] > 1e6 for f in first)
     Path(out.url, "a.txt").unlink()
-    again = runner.map("s", tasks(out, write, "b", "a", "c"), fingerprint="1", label="s")
+    again = StageRun(runner, "s", "1").run("s", tasks(out, write, "b", "a", "c"))
     assert [f["name"] for f in again] == ["b", "a", "c"]
     assert not out.exists("a.txt"), "a published task ran again"
-    runner.map("s", tasks(out, write, "a"), fingerprint="2", label="s")
+    StageRun(runner, "s", "2").run("s", tasks(out, write, "a"))
     assert out.exists("a.txt"), "another fingerprint must run"
 
 
 def test_one_failure_does_not_stop_the_others_and_is_not_retried(out: Folder) -> None:
     mixed = [*tasks(out, refuse, "x"), *tasks(out, write, "y", "z")]
     with pytest.raises(InputError, match="x is broken"):
-        Runner(out).map("s", mixed, fingerprint="1", label="s")
+        StageRun(Runner(out), "s", "1").run("s", mixed)
     assert out.names(".txt") == ["y.txt", "z.txt"]
     assert Path(out.url, "x.attempts").read_text() == "x"
     assert not out.exists("completions/s/x.json")
@@ -102,9 +102,7 @@ def test_tasks_that_a_finished_task_adds_run_before_the_waiting_ones(
         return tasks(out, write, f"{name}x") if len(name) < 3 else []
 
     def names() -> list[str]:
-        found = Runner(out).map(
-            "s", tasks(out, write, "a", "b"), fingerprint="1", label="x", then=then
-        )
+        found = StageRun(Runner(out), "s", "1").run("x", tasks(out, write, "a", "b"), then=then)
         return [figures["name"] for figures in found]
 
     expected = ["a", "b", "ax", "axx", "bx", "bxx"]
@@ -126,21 +124,19 @@ def test_a_failed_task_adds_no_tasks(out: Folder) -> None:
 
     first = [*tasks(out, refuse, "a"), *tasks(out, write, "b")]
     with pytest.raises(InputError, match="a is broken"):
-        Runner(out).map("s", first, fingerprint="1", label="x", then=then)
+        StageRun(Runner(out), "s", "1").run("x", first, then=then)
     assert sorted(p.stem for p in Path(out.url).glob("*.txt")) == ["b", "bx"]
 
 
 def test_several_failures_are_all_named(out: Folder) -> None:
     mixed = [*tasks(out, refuse, "p", "q"), *tasks(out, write, "y")]
     with pytest.raises(StageError, match=r"2 tasks failed, 1 are done.*p is broken; q is broken"):
-        Runner(out).map("s", mixed, fingerprint="1", label="s")
+        StageRun(Runner(out), "s", "1").run("s", mixed)
 
 
 def test_a_fault_of_ours_keeps_its_traceback_in_the_logs(out: Folder) -> None:
     with pytest.raises(StageError, match=r"ZeroDivisionError: a fault of ours .traceback in"):
-        Runner(out).map(
-            "s", [Task(name="t", run=stumble, arguments={})], fingerprint="1", label="s"
-        )
+        StageRun(Runner(out), "s", "1").run("s", [Task(name="t", run=stumble, arguments={})])
     started, failed = logs.read(out, "logs/s/t.jsonl")
     assert started["event"] == "started"
     assert "in stumble" in failed["traceback"]
@@ -152,7 +148,7 @@ def test_a_task_of_a_killed_worker_is_tried_again_after_a_pause_and_the_loss_is_
     monkeypatch.setattr(fanout, "FIRST_PAUSE", 0.5)
     task = Task(name="t", run=die_once, arguments={"out": out})
     begun = time.monotonic()
-    (figures,) = Runner(out).map("s", [task], fingerprint="1", label="s")
+    (figures,) = StageRun(Runner(out), "s", "1").run("s", [task])
     assert figures["survived"]
     assert time.monotonic() - begun > 0.5
     (line,) = capsys.readouterr().err.splitlines()
@@ -170,7 +166,7 @@ def test_a_task_whose_worker_always_dies_is_given_up_and_the_others_finish(
     monkeypatch.setattr(fanout, "ATTEMPTS", 3)
     mixed = [*tasks(out, die_always, "d"), *tasks(out, write, "y", "z")]
     with pytest.raises(StageError, match=r"s task d: its worker died 3 times \("):
-        Runner(out).map("s", mixed, fingerprint="1", label="s")
+        StageRun(Runner(out), "s", "1").run("s", mixed)
     assert out.names(".txt") == ["y.txt", "z.txt"]
     assert Path(out.url, "d.attempts").read_text() == "xxx"
     (failed,) = [e for e in logs.read(out, logs.DRIVER) if e["event"] == "task failed"]
@@ -191,7 +187,7 @@ def test_a_lost_counter_costs_the_bar_and_nothing_else(
 
     monkeypatch.setattr(fanout, "start_counter", dead)
     runner = Runner(out, show_progress=True)
-    found = runner.map("s", tasks(out, write, "a", "b"), fingerprint="1", label="s", total=6)
+    found = StageRun(runner, "s", "1").run("s", tasks(out, write, "a", "b"), total=6)
     assert [f["name"] for f in found] == ["a", "b"]
 
 
@@ -210,7 +206,7 @@ class FewerNodes:
 
 
 def fan_out(out: Folder, ray: Any, asked: list[dict[str, float]]) -> fanout.FanOut:
-    bar = runner_module.progress_bar("s", None, False)
+    bar = progress.progress_bar("s", None, False)
     return fanout.FanOut(ray, out, "s", "1", lambda: asked.pop(0), bar)
 
 
@@ -243,15 +239,13 @@ def test_on_a_cluster_without_nodes_a_task_requests_one_cpu(
     ray = FewerNodes(Runner(out).ray(), [])
     monkeypatch.setattr(Runner, "ray", lambda runner: ray)
     monkeypatch.setattr(fanout, "LOOK_SECONDS", 0.1)
-    runner = Runner(out)
-    found = runner.map(
-        "s", tasks(out, write, "a"), fingerprint="1", label="s", share_node=True, memory=1
-    )
+    steps = StageRun(Runner(out), "s", "1", memory=1, share_node=True)
+    found = steps.run("s", tasks(out, write, "a"))
     assert [f["name"] for f in found] == ["a"]
 
 
 def test_logs_contain_the_node_the_arguments_and_the_outcome_of_a_task(out: Folder) -> None:
-    Runner(out).map("s", tasks(out, write, "a"), fingerprint="1", label="writing", total=3)
+    StageRun(Runner(out), "s", "1").run("writing", tasks(out, write, "a"), total=3)
     started, finished = logs.read(out, "logs/s/a.jsonl")
     assert (started["event"], started["attempt"]) == ("started", 1)
     assert started["arguments"] == {"out": out.url, "name": "a"}
@@ -272,9 +266,9 @@ def test_a_driver_has_the_cpus_of_its_machine() -> None:
 
 def test_progress_shows_counts(out: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     runner = Runner(out, show_progress=True)
-    runner.map("s", tasks(out, write, "a", "b"), fingerprint="1", label="reading", total=6)
+    StageRun(runner, "s", "1").run("reading", tasks(out, write, "a", "b"), total=6)
     assert "reading" in capsys.readouterr().err
-    Runner(out, show_progress=None).map("s", tasks(out, write, "d"), fingerprint="1", label="x")
+    StageRun(Runner(out, show_progress=None), "s", "1").run("x", tasks(out, write, "d"))
     assert capsys.readouterr().err == "", "no bar away from a terminal"
 
 
@@ -290,7 +284,7 @@ def test_the_clock_of_a_bar_goes_on_while_nothing_is_done(
     shown = io.StringIO()
     monkeypatch.setattr(sys, "stderr", shown)
     runner = Runner(out, show_progress=True)
-    runner.map("s", [Task(name="t", run=idle, arguments={})], fingerprint="1", label="s", total=9)
+    StageRun(runner, "s", "1").run("s", [Task(name="t", run=idle, arguments={})], total=9)
     clocks = set(re.findall(r"\b\d\d:\d\d\b", shown.getvalue()))
     assert len(clocks) >= 3, shown.getvalue()
 
@@ -344,6 +338,7 @@ import sys
 from d2filter.formats.paths import Folder
 from d2filter.engine import fanout
 from d2filter.engine.runner import Runner
+from d2filter.engine.stage_run import StageRun
 from d2filter.engine.task import Task
 
 def work(report):
@@ -353,7 +348,7 @@ def work(report):
 fanout.FIRST_PAUSE, fanout.ATTEMPTS = 0.1, 2
 runner = Runner(Folder(sys.argv[1]))
 try:
-    runner.map("s", [Task(name="t", run=work, arguments={})], fingerprint="1", label="s")
+    StageRun(runner, "s", "1").run("s", [Task(name="t", run=work, arguments={})])
 finally:
     runner.close()
 """

@@ -13,8 +13,9 @@ import pytest
 import ray
 
 from d2filter import config
-from d2filter.engine import fanout, gpu_workers, runner, shared_folder
+from d2filter.engine import fanout, gpu_workers, runner, shared_folder, stage_run
 from d2filter.engine.runner import Runner
+from d2filter.engine.stage_run import StageRun
 from d2filter.engine.task import Task
 from d2filter.errors import StageError, UsageError
 from d2filter.formats.paths import Folder
@@ -28,6 +29,7 @@ import ray
 from d2filter.formats.paths import Folder
 from d2filter.engine import fanout
 from d2filter.engine.runner import Runner
+from d2filter.engine.stage_run import StageRun
 from d2filter.engine.task import Task, assigned_cpus, assigned_gpu
 
 out = Folder(sys.argv[1])
@@ -51,7 +53,7 @@ def look(report, name):
             "gpu": assigned_gpu(), "cpus": assigned_cpus()}
 
 tasks = [Task(name=str(n), run=look, arguments={"name": str(n)}) for n in range(12)]
-found = Runner(out).map("s", tasks, fingerprint="1", label="x", on_gpu=True)
+found = StageRun(Runner(out), "s", "1").run("x", tasks, on_gpu=True)
 end = time.monotonic() + 20
 while ray.available_resources().get("GPU") != 2 and time.monotonic() < end:
     time.sleep(0.1)
@@ -112,13 +114,11 @@ def asked(
         raise Asked(needs())
 
     monkeypatch.setattr(Runner, "ray", lambda self: ray)
-    monkeypatch.setattr(runner, "FanOut", fan_out)
+    monkeypatch.setattr(stage_run, "FanOut", fan_out)
     device = options.pop("device", "auto")
     many = [Task(name=str(n), run=len, arguments={}) for n in range(tasks)]
     with pytest.raises(Asked) as caught:
-        Runner(Folder(str(out)), device=device).map(
-            "s", many, fingerprint="1", label="x", **options
-        )
+        StageRun(Runner(Folder(str(out)), device=device), "s", "1").run("x", many, **options)
     found: dict[str, float] = caught.value.args[0]
     return found
 
@@ -168,10 +168,9 @@ def test_tasks_that_need_a_gpu_wait_for_one_until_a_time_limit(
     monkeypatch.setattr(fanout, "LOOK_SECONDS", 0.1)
     monkeypatch.setattr(fanout, "PLACE_SECONDS", 0.3)
     task = Task(name="t", run=len, arguments={})
+    steps = StageRun(Runner(Folder(str(tmp_path)), device="cuda"), "s", "1")
     with pytest.raises(StageError, match=r"no node .* could take a task \(cpus 1, gpus 1\)"):
-        Runner(Folder(str(tmp_path)), device="cuda").map(
-            "s", [task], fingerprint="1", label="x", on_gpu=True
-        )
+        steps.run("x", [task], on_gpu=True)
 
 
 def test_on_this_machine_alone_they_do_not_wait(
@@ -276,7 +275,7 @@ def test_tasks_on_a_new_node_with_another_folder_fail_with_one_line(
     (tmp_path / shared_folder.TOKEN_FILE).write_text('"what another node has there"')
     many = [Task(name=name, run=done, arguments={}) for name in "ab"]
     with pytest.raises(UsageError, match="is not the same folder on all nodes"):
-        several.map("s", many, fingerprint="1", label="x")
+        StageRun(several, "s", "1").run("x", many)
     assert not out.exists("completions/s/a.json")
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -26,6 +26,8 @@ from support import shard_files
 
 from d2filter.algorithm import sizes as memory_of
 from d2filter.config import EmbedConfig
+from d2filter.engine.runner import Runner
+from d2filter.engine.stage_run import StageRun
 from d2filter.errors import UsageError
 from d2filter.formats.paths import Folder
 from d2filter.formats.runstate import Plan
@@ -524,29 +526,35 @@ def test_picture_sizes_of_a_json_must_be_plausible() -> None:
     ]  # fmt: skip
 
 
-class Rehearsed:
-    """A runner that records its calls; the rehearsal took 3 GB on some device."""
-
-    def __init__(self, device: str, found: str) -> None:
-        self.device = device
-        self._found = found
-        self.asked: dict[str, Any] = {}
-
+class Cluster(Runner):
     def uses_gpus(self) -> bool:
         return self.device != "cpu"
 
-    def map(self, stage: str, tasks: list[Any], **options: Any) -> list[dict[str, Any]]:
-        self.asked[stage] = options
-        figures = {"device": self._found, "peak_rss_bytes": 3_000_000_000}
+
+class Rehearsed(StageRun):
+    """Notes what tasks request; the rehearsal took 3 GB on some device."""
+
+    asked: ClassVar[dict[str, Any]] = {}
+    found: ClassVar[str] = ""
+
+    def run(self, label: str, tasks: Any, **options: Any) -> list[dict[str, Any]]:
+        self.asked[self.stage] = options
+        figures = {"device": self.found, "peak_rss_bytes": 3_000_000_000}
         counts = {"alpha": 2, "one_color": 3, "uids_replaced": 4}
         return [{**figures, **counts, "read": 1, "reasons": {}, "lost": ""} for _ in tasks]
 
 
-def build(runner: Any, batch_size: int) -> dict[str, Any]:
+def rehearsed(device: str, found: str) -> Rehearsed:
+    Rehearsed.asked.clear()
+    Rehearsed.found = found
+    return Rehearsed(Cluster(Folder("memory://embed/o"), device=device), "embed", "f")
+
+
+def build(steps: StageRun, batch_size: int) -> dict[str, Any]:
     config = EmbedConfig(shards=("s",), batch_size=batch_size)
     one = shard()
     plan = Plan(stage="embed", options={}, upstream="", inputs=(one.info, one.info))
-    return embed.build(runner, Folder("memory://embed/o"), [one, one], config, plan, {".json": 5})
+    return embed.build(steps, [one, one], config, plan, {".json": 5})
 
 
 @pytest.mark.parametrize(
@@ -557,30 +565,30 @@ def test_shards_run_on_the_device_of_the_rehearsal_and_request_the_memory_that_i
     device: str, found: str, on_gpu: bool
 ) -> None:
     """A GPU that torch cannot use is left to others, and the CPUs are shared."""
-    runner = Rehearsed(device, found)
-    build(runner, 64)
-    asked = runner.asked["embed"]
+    steps = rehearsed(device, found)
+    build(steps, 64)
+    asked = steps.asked["embed"]
     assert (asked["on_gpu"], asked["share_node"]) == (on_gpu, True)
-    assert runner.asked["embed-model"]["on_gpu"]
+    assert steps.asked["embed-model"]["on_gpu"]
     # two batches of files of 1 MB, five of tensors of 336 × 336, and the largest picture
     model, decoding = 3_000_000_000, 20 * Image.MAX_IMAGE_PIXELS
     assert asked["memory"] == model + decoding + 128 * 2**20 + 5 * 64 * 3 * 336 * 336 * 4
-    build(runner, 100_000)
+    build(steps, 100_000)
     assert (
-        runner.asked["embed"]["memory"]
+        steps.asked["embed"]["memory"]
         < model + decoding + (512 << 20) + 500_000 * 3 * 336 * 337 * 4
     )
 
 
 def test_alerts_about_a_pool_are_in_the_figures() -> None:
-    figures = build(Rehearsed("cpu", "cpu"), 64)
+    figures = build(rehearsed("cpu", "cpu"), 64)
     counts = {name: figures[name] for name in ("alpha", "one_color", "uids_replaced", "left_out")}
     assert counts == {"alpha": 4, "one_color": 6, "uids_replaced": 8, "left_out": {".json": 5}}
     assert figures["alerts"] == ["not read, beside the shards: 5 .json"]
 
 
 def test_a_torch_without_cuda_is_an_error_if_a_gpu_is_required() -> None:
-    runner = Rehearsed("cuda", "cpu")
+    steps = rehearsed("cuda", "cpu")
     with pytest.raises(UsageError, match="device is cuda, but torch finds no GPU on a node"):
-        build(runner, 64)
-    assert "embed" not in runner.asked
+        build(steps, 64)
+    assert "embed" not in steps.asked

@@ -410,11 +410,11 @@ def _killed_while(wanted: Callable[[int], bool], pid: int) -> bool:
 
 def _runs_task(pid: int) -> bool:
     title = processes.title_of(pid)
-    return processes.works(title) and "_Actor" not in title
+    return processes.works(title) and "PartitionActor" not in title
 
 
 def _is_actor(pid: int) -> bool:
-    return "_Actor" in processes.title_of(pid)
+    return "PartitionActor" in processes.title_of(pid)
 
 
 def _pid(node: Any, kind: str) -> int:

@@ -28,6 +28,8 @@ QUERIES = 400
 _PLAIN = (1.0, 1.3, 1.7)
 _REFINED = (0.15, 0.3, 0.55)
 REFINED_LISTS = 11  # places beyond k of the lists that are refined
+EXACT_UP_TO = 200_000  # rows of a pool that is compared all with all when cells miss the target
+_EXACT_SHARE = 0.5  # cells that cost more than this share of comparing all with all are not used
 
 # measured costs: a distance by product has those of so many dimensions besides its own, and one to
 # a row fetched from anywhere, with the search for it, costs about as much as so many of a product
@@ -105,6 +107,73 @@ class Effort:
     """parents under which a row chooses among cells"""
     least_axes: int = 0
     """of a sketch"""
+
+
+LEAST = Effort()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedSizes:
+    """Sizes of trained cells and sketches."""
+
+    cells: int
+    axes: int
+    """of a sketch, 0 where rows are their own sketches"""
+    parents: int
+
+
+class Trials(Protocol):
+    """A pool, in memory or in files, whose cells `fit` trains and tries."""
+
+    @property
+    def total(self) -> int:
+        """n."""
+
+    def train(self, effort: Effort) -> TrainedSizes:
+        """Train sketches and cells, and assign STORED_PROBES cells to each row. One cell means that
+        the pool is small enough for an exact search.
+        """
+
+    def choose(self) -> Choice:
+        """Calibrate the search of the trained cells."""
+
+    def assign(self, probes: int) -> None:
+        """Assign more cells to each row."""
+
+    def use_one_cell(self) -> None:
+        """Replace the trained cells by one that holds everything."""
+
+
+def fit(trials: Trials, target: float) -> Choice:
+    """Train cells with more and more effort until the search is expected to reach `target`; returns
+    how to search. If cells do not pay, everything is in one cell afterwards.
+    """
+    effort: Effort | None = LEAST
+    while effort is not None:
+        trained = trials.train(effort)
+        if trained.cells == 1:
+            return exact_choice(trials.total)
+        choice = trials.choose()
+        effort = harder(effort, choice, target, axes=trained.axes, parents=trained.parents)
+    if not pays(choice, trials.total, trained.cells):
+        trials.use_one_cell()
+        return exact_choice(trials.total)
+    if choice.probes > cells.STORED_PROBES:
+        trials.assign(choice.probes)
+    return choice
+
+
+def exact_choice(total: int) -> Choice:
+    """All rows in one cell."""
+    return Choice(probes=1, passes=0, predicted=1.0, evaluations=float(total), reached=True)
+
+
+def pays(choice: Choice, total: int, nlist: int) -> bool:
+    """Whether cells cost less than half of comparing all with all, and reach the target. In pools
+    of more than EXACT_UP_TO rows they need not reach it.
+    """
+    dear = choice.evaluations + nlist > _EXACT_SHARE * total
+    return not dear and (choice.reached or total > EXACT_UP_TO)
 
 
 def harder(

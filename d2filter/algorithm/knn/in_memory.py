@@ -29,10 +29,6 @@ I64 = npt.NDArray[np.int64]
 Progress = Callable[[int], None]
 
 MEASURE_QUERIES = 3000
-EXACT_UP_TO = 200_000  # rows of a pool that is compared all with all when cells miss the target
-
-LEAST = Effort()
-_EXACT_SHARE = 0.5  # cells that cost more than this share of comparing all with all are not used
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +48,6 @@ class Trained:
     sketch: Sketch
     cells: cells.Cells
     """of sketches"""
-
-    def harder(self, effort: Effort, choice: calibrate.Choice, target: float) -> Effort | None:
-        """What to try where these, made with `effort`, are to miss the target; else None."""
-        axes, parents = self.sketch.axes.shape[1], len(self.cells.parents)
-        return calibrate.harder(effort, choice, target, axes=axes, parents=parents)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +137,7 @@ def make_pool(rows: F16, hi: uids.U64, lo: uids.U64) -> Pool:
 
 
 def train(
-    pool: Pool, k: int, *, exact_below: int = 16384, seed: int = 0, effort: Effort = LEAST
+    pool: Pool, k: int, *, exact_below: int = 16384, seed: int = 0, effort: Effort = calibrate.LEAST
 ) -> Trained:
     """Sketches and cells from rows chosen by uid hash; one cell for at most `exact_below` rows."""
     count = count_to_train(len(pool.rows), k, exact_below)
@@ -155,7 +146,7 @@ def train(
     return train_on(pool.rows[chosen], count, effort)
 
 
-def train_on(sample: F16, count: int, effort: Effort = LEAST) -> Trained:
+def train_on(sample: F16, count: int, effort: Effort = calibrate.LEAST) -> Trained:
     """Sketches and `count` cells from chosen rows (m, d); one cell holds everything."""
     if count == 1:
         trained = sketch.none(sample.shape[1])
@@ -190,23 +181,6 @@ def width(k: int, total: int) -> int:
     return min(k, max(1, total - 1))
 
 
-def exact_choice(total: int) -> calibrate.Choice:
-    """All rows in one cell."""
-    return calibrate.Choice(
-        probes=1, passes=0, predicted=1.0, evaluations=float(total), reached=True
-    )
-
-
-def pays(choice: calibrate.Choice, total: int, nlist: int) -> bool:
-    """Whether cells cost less than half of comparing all with all, and reach the target.
-
-    Where they cost more, all is compared with all; where they miss the target, so it is for pools
-    of up to EXACT_UP_TO rows.
-    """
-    dear = choice.evaluations + nlist > _EXACT_SHARE * total
-    return not dear and (choice.reached or total > EXACT_UP_TO)
-
-
 def choose(
     held: calibrate.Searcher, trained: Trained, rows: F16, queries: I64, k: int, target: float
 ) -> calibrate.Choice:
@@ -227,29 +201,54 @@ def build(
     progress: Progress = lambda done: None,
 ) -> tuple[Graph, Index]:
     """Build a graph with the target recall; returns it, and how it was searched."""
-    total = len(pool.rows)
-    trained = train(pool, k, exact_below=exact_below, seed=seed, effort=LEAST)
-    held = in_cells(pool, trained)
-    choice = exact_choice(total)
-    if trained.cells.count > 1:
-        queries = uids.hash_sample(
-            pool.hi, pool.lo, calibrate.QUERIES, salt=uids.SALT_CALIBRATE, seed=seed
+    trials = InMemoryTrials(pool, k, target_recall, exact_below, seed)
+    choice = calibrate.fit(trials, target_recall)
+    graph = build_graph(trials.held, k, choice, progress=progress)
+    return graph, Index(trained=trials.trained, choice=choice)
+
+
+class InMemoryTrials:
+    """Cells of a pool in memory (calibrate.Trials)."""
+
+    def __init__(self, pool: Pool, k: int, target: float, exact_below: int, seed: int) -> None:
+        self.total = len(pool.rows)
+        self.trained: Trained
+        self.held: InMemory
+        self._pool = pool
+        self._k = k
+        self._target = target
+        self._exact_below = exact_below
+        self._seed = seed
+
+    def train(self, effort: Effort) -> calibrate.TrainedSizes:
+        """Train on rows chosen by uid hash."""
+        self.trained = train(
+            self._pool, self._k, exact_below=self._exact_below, seed=self._seed, effort=effort
         )
-        choice = choose(held, trained, pool.rows[queries], queries, k, target_recall)
-        effort = trained.harder(LEAST, choice, target_recall)
-        while effort is not None:
-            trained = train(pool, k, exact_below=exact_below, seed=seed, effort=effort)
-            held = in_cells(pool, trained)
-            choice = choose(held, trained, pool.rows[queries], queries, k, target_recall)
-            effort = trained.harder(effort, choice, target_recall)
-        if not pays(choice, total, trained.cells.count):
-            trained = train_on(pool.rows[:1], 1)
-            held = in_cells(pool, trained)
-            choice = exact_choice(total)
-        elif choice.probes > cells.STORED_PROBES:
-            held = in_cells(pool, trained, probes=choice.probes)
-    graph = build_graph(held, k, choice, progress=progress)
-    return graph, Index(trained=trained, choice=choice)
+        self.assign(cells.STORED_PROBES)
+        return calibrate.TrainedSizes(
+            cells=self.trained.cells.count,
+            axes=self.trained.sketch.axes.shape[1],
+            parents=len(self.trained.cells.parents),
+        )
+
+    def choose(self) -> calibrate.Choice:
+        """Calibrate on rows chosen by uid hash."""
+        pool = self._pool
+        queries = uids.hash_sample(
+            pool.hi, pool.lo, calibrate.QUERIES, salt=uids.SALT_CALIBRATE, seed=self._seed
+        )
+        rows = pool.rows[queries]
+        return choose(self.held, self.trained, rows, queries, self._k, self._target)
+
+    def assign(self, probes: int) -> None:
+        """Assign all rows and gather them by cell."""
+        self.held = in_cells(self._pool, self.trained, probes=probes)
+
+    def use_one_cell(self) -> None:
+        """Put all rows in one cell."""
+        self.trained = train_on(self._pool.rows[:1], 1)
+        self.assign(cells.STORED_PROBES)
 
 
 def build_graph(

@@ -23,8 +23,8 @@ import pyarrow as pa
 
 from d2filter.algorithm import sizes, uids
 from d2filter.algorithm.scores import mismatched as pairs_of
-from d2filter.engine.runner import Runner
-from d2filter.engine.task import Report, Task, checksums_of
+from d2filter.engine.stage_run import StageRun
+from d2filter.engine.task import Figures, Report
 from d2filter.errors import InputError
 from d2filter.formats import catalog, content_hash, ledger, metadata, tables
 from d2filter.formats import side_inputs as beside
@@ -38,19 +38,13 @@ from d2filter.stages.graph.train import sample_by_hash
 
 
 def build(
-    runner: Runner,
-    out: Folder,
-    source: Folder,
-    pairs: Sequence[metadata.Pair],
-    config: CatalogConfig,
-    fingerprint: str,
-    memory: int = 0,
-) -> dict[str, Any]:
+    steps: StageRun, source: Folder, pairs: Sequence[metadata.Pair], config: CatalogConfig
+) -> Figures:
     """Run both passes; returns the stage's figures. Raises InputError when no sample is valid.
 
-    memory: bytes that a task may use, which bounds groups and parts; 0 for the usual sizes.
+    The memory of a task bounds groups and parts; 0 for the usual sizes.
     """
-    folder = out.sub("catalog")
+    out, memory = steps.out, steps.memory
     groups = grouped(pairs, sizes.catalog_group(memory))
     parts = sizes.catalog_parts(sum(pair.size for pair in pairs), memory)
     split = {"groups": [len(g) for g in groups], "parts": parts}
@@ -58,25 +52,74 @@ def build(
     split.update({"tables": cut} if cut else {})
     RunState(out).set_task_split("catalog", split)
     # with other memory the same task name means another group of files
-    fingerprint = digest([fingerprint, split])
-    reading = [
-        Task(
-            name=f"read-{number:05d}",
-            run=read_group,
-            arguments={
-                "out": out,
-                "source": source,
-                "names": [pair.name for pair in group],
-                "run_name": f"{number:05d}",
-                "config": config,
-            },
-        )
-        for number, group in enumerate(groups)
-    ]
+    steps.fingerprint = digest([steps.fingerprint, split])
     held = beside.all_contents(config)
-    joined, peak = prepare_side_inputs.prepare(runner, out, config, fingerprint, memory, cut)
-    peaks = [peak]
-    read = runner.map("catalog", reading, fingerprint=fingerprint, label="catalog", memory=memory)
+    joined = prepare_side_inputs.prepare(steps, config, cut)
+    runs = [f"{number:05d}" for number in range(len(groups))]
+    read = steps.each(
+        "catalog",
+        read_group,
+        [
+            {"names": [pair.name for pair in group], "run_name": run}
+            for group, run in zip(groups, runs, strict=True)
+        ],
+        {"source": source, "config": config},
+        name="read",
+    )
+    reasons, dimension = _require_samples(source, config, read)
+    marks = [mark for figures in read for mark in figures["marks"]]
+    merged = steps.each(
+        "merge",
+        merge_range,
+        [
+            {"number": number, "low": low, "high": high}
+            for number, (low, high) in enumerate(_ranges(marks, parts))
+        ],
+        {"runs": runs},
+    )
+    out.sub("catalog").remove("runs")
+    prepare_side_inputs.tidy(out)
+    if config.waits:
+        scored = pool_scores.build(steps, config)
+        merged = [{**a, **b} for a, b in zip(merged, scored, strict=True)]
+    described = config.describe(read[0]["has_score"], read[0]["file_column"])
+    clipped = clip_scores.clip(steps, config, merged, described["name"])
+    matched: Figures = {}
+    if all(figures["are_pairs"] for figures in read):
+        found = steps.alone("pairs", match_pairs, {})
+        matched = {"pairs": found["pairs"]} if found["pairs"] else {}
+    ranked = sum(figures["ranked"] for figures in merged)
+    left_out = {"outside": sum(f["outside"] for f in read)} if config.within else {}
+    return {
+        "samples": {
+            "read": sum(figures["read"] for figures in read),
+            "ranked": ranked,
+            "bad": sum(reasons.values()),
+            "duplicate": sum(figures["duplicate"] for figures in merged),
+            **left_out,
+        },
+        "bad_reasons": dict(reasons.most_common()),
+        **({"uids_of_tables": joined} if joined else {}),
+        "contents": {**held, **{n: found for f in read for n, found in f["contents"].items()}},
+        "dimension": dimension,
+        "score": described,
+        "parts": len(merged),
+        **clipped.figures,
+        **matched,
+        "alerts": [
+            *_alerts(source, read, described["name"]),
+            *prepare_side_inputs.alerts(joined, ranked),
+            *clipped.alerts,
+        ],
+    }
+
+
+def _require_samples(
+    source: Folder, config: CatalogConfig, read: Sequence[Figures]
+) -> tuple[Counter[str], int]:
+    """Bad rows by reason, and the dimension of the embeddings. Raises InputError when files do not
+    fit together, or no row is valid. read: figures of `read_group`.
+    """
     kinds = {figures["has_score"]: figures["first_file"] for figures in read}
     if len(kinds) > 1:
         raise _mixed_scores(source, config, kinds[True], kinds[False])
@@ -87,7 +130,7 @@ def build(
             + ", ".join(f"{name}.npz has {width}" for width, name in sorted(widths.items()))
             + "; use files of one model"
         )
-    reasons = sum((Counter(figures["reasons"]) for figures in read), Counter())
+    reasons: Counter[str] = sum((Counter(figures["reasons"]) for figures in read), Counter())
     total = sum(figures["read"] for figures in read)
     apart = Counter({metadata.REASONS[metadata.OUTSIDE]: sum(f["outside"] for f in read)})
     if total == sum((reasons + apart).values()):
@@ -95,69 +138,7 @@ def build(
         raise InputError(
             f"{source.url}: none of {total} rows is a valid sample ({what or 'no rows'})"
         )
-    marks = [mark for figures in read for mark in figures["marks"]]
-    ranges = _ranges(marks, parts)
-    merging = [
-        Task(
-            name=f"merge-{number:05d}",
-            run=merge_range,
-            arguments={
-                "out": out,
-                "runs": [task.arguments["run_name"] for task in reading],
-                "number": number,
-                "low": low,
-                "high": high,
-            },
-        )
-        for number, (low, high) in enumerate(ranges)
-    ]
-    merged = runner.map("catalog", merging, fingerprint=fingerprint, label="merge", memory=memory)
-    sums = checksums_of(merged)
-    folder.remove("runs")
-    prepare_side_inputs.tidy(out)
-    if config.waits:
-        peaks += [f["peak_rss_bytes"] for f in merged]
-        scored, peak = pool_scores.build(runner, out, config, fingerprint, memory)
-        peaks.append(peak)
-        sums.update(checksums_of(scored))
-        merged = [{**a, **b} for a, b in zip(merged, scored, strict=True)]
-    described = config.describe(read[0]["has_score"], read[0]["file_column"])
-    clipped = clip_scores.clip(runner, out, config, fingerprint, memory, merged, described["name"])
-    sums.update(checksums_of(clipped.parts))
-    matched: dict[str, Any] = {}
-    if all(figures["are_pairs"] for figures in read):
-        task = Task(name="pairs", run=match_pairs, arguments={"out": out})
-        (found,) = runner.map(
-            "catalog", [task], fingerprint=fingerprint, label="pairs", memory=memory
-        )
-        matched = {"pairs": found["pairs"]} if found["pairs"] else {}
-        peaks.append(found["peak_rss_bytes"])
-    ranked = sum(figures["ranked"] for figures in merged)
-    left_out = {"outside": sum(f["outside"] for f in read)} if config.within else {}
-    return {
-        "samples": {
-            "read": total,
-            "ranked": ranked,
-            "bad": sum(reasons.values()),
-            "duplicate": sum(figures["duplicate"] for figures in merged),
-            **left_out,
-        },
-        "bad_reasons": dict(reasons.most_common()),
-        **({"uids_of_tables": joined} if joined else {}),
-        "contents": {**held, **{n: found for f in read for n, found in f["contents"].items()}},
-        "checksums": sums,
-        "dimension": next(iter(widths)),
-        "score": described,
-        "parts": len(ranges),
-        **clipped.figures,
-        **matched,
-        "alerts": [
-            *_alerts(source, read, described["name"]),
-            *prepare_side_inputs.alerts(joined, ranked),
-            *clipped.alerts,
-        ],
-        "peak_rss": max(*peaks, clipped.peak, *(f["peak_rss_bytes"] for f in [*read, *merged])),
-    }
+    return reasons, next(iter(widths))
 
 
 def read_group(
@@ -168,7 +149,7 @@ def read_group(
     names: Sequence[str],
     run_name: str,
     config: CatalogConfig,
-) -> dict[str, Any]:
+) -> Figures:
     """Pass one: some metadata files → one run of valid rows, and ledger entries for the rest."""
     parts: list[catalog.Samples] = []
     entries: list[ledger.Entry] = []
@@ -274,7 +255,7 @@ def _outside(rows: metadata.MetadataRows, apart: npt.NDArray[np.int64]) -> Any:
 
 def merge_range(
     *, report: Report, out: Folder, runs: Sequence[str], number: int, low: str, high: str
-) -> dict[str, Any]:
+) -> Figures:
     """Pass two: the uids from `low` to below `high` of all runs → one part without repeats."""
     folder = out.sub("catalog")
     everything = catalog.concatenate([catalog.read_range(folder, run, low, high) for run in runs])
@@ -303,7 +284,7 @@ def merge_range(
     }
 
 
-def match_pairs(*, report: Report, out: Folder) -> dict[str, Any]:
+def match_pairs(*, report: Report, out: Folder) -> Figures:
     """Task: how many of some pairs match no better than random ones, see
     `algorithm/scores/mismatched.py`.
     """
@@ -352,7 +333,7 @@ def _ranges(marks: Sequence[str], parts: int) -> list[tuple[str, str]]:
     return list(pairwise(bounds))
 
 
-def _alerts(source: Folder, read: Sequence[dict[str, Any]], score_name: str) -> list[str]:
+def _alerts(source: Folder, read: Sequence[Figures], score_name: str) -> list[str]:
     """Alerts about metadata that was read without an error."""
     alerts = []
     others = metadata.left_out(source)

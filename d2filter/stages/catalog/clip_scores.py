@@ -10,7 +10,7 @@ catalog/spread/LABEL-00000.*   counts of a part, where the histograms of `part_f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from d2filter.algorithm import quantile, uids
 from d2filter.algorithm.scores import clipping
-from d2filter.engine.runner import Runner
-from d2filter.engine.task import Report, Task
+from d2filter.engine.stage_run import StageRun, TaskFunction
+from d2filter.engine.task import Figures, Report
 from d2filter.errors import InputError
 from d2filter.formats import catalog
 from d2filter.formats import uid as uid_format
@@ -28,9 +28,7 @@ from d2filter.formats.paths import Folder
 from d2filter.formats.reading import CatalogConfig
 from d2filter.formats.rows import read_columns, write_columns
 
-Figures = dict[str, Any]
 I64 = npt.NDArray[np.int64]
-Each = Callable[..., list[Figures]]
 
 FOLDER = "spread"
 _BINS = 1 << 16
@@ -51,13 +49,9 @@ class Placed:
 class ClippedScores:
     """The result of `clip`."""
 
-    parts: list[Figures]
-    """`part_figures` of each part after clipping"""
     figures: Figures
     """figures of the stage: difficulty, and clipped if scores were clipped"""
     alerts: list[str]
-    peak: int
-    """peak memory of a task in bytes"""
 
 
 def part_figures(hi: uids.U64, lo: uids.U64, difficulty: npt.NDArray[np.float32]) -> Figures:
@@ -78,40 +72,18 @@ def part_figures(hi: uids.U64, lo: uids.U64, difficulty: npt.NDArray[np.float32]
     }
 
 
-def clip(
-    runner: Runner,
-    out: Folder,
-    config: CatalogConfig,
-    fingerprint: str,
-    memory: int,
-    parts: list[Figures],
-    name: str,
-) -> ClippedScores:
+def clip(steps: StageRun, config: CatalogConfig, parts: list[Figures], name: str) -> ClippedScores:
     """Clip the scores if `--clip-scores` is given, and judge them. parts: `part_figures` of each
-    part, with at least one sample in all; name: name of the score; memory: bytes of a task.
+    part, with at least one sample in all; name: name of the score.
 
     Raises InputError if too many distinct scores become equal by scaling, so that only their uids
     would rank them.
     """
-    peaks = [0]
-
-    def each(label: str, run: Any, **arguments: Any) -> list[Figures]:
-        tasks = [
-            Task(
-                name=f"{label}-{number:05d}", run=run,
-                arguments={"out": out, "number": number, "label": label, **arguments},
-            )
-            for number in range(len(parts))
-        ]  # fmt: skip
-        found = runner.map("catalog", tasks, fingerprint=fingerprint, label=label, memory=memory)
-        peaks.extend(f["peak_rss_bytes"] for f in found)
-        return found
-
     clipped: Figures = {}
     if config.clip_scores:
         places = clipping.places(_total(parts), config.clip_scores)
-        ((low, high),) = _values(each, out, "ends", parts, [places])
-        done = each("clip", clip_part, low=low.value, high=high.value)
+        ((low, high),) = _values(steps, "ends", parts, [places])
+        done = _each(steps, "clip", clip_part, len(parts), low=low.value, high=high.value)
         parts = [{**before, **now} for before, now in zip(parts, done, strict=True)]
         clipped = {
             "clipped": {
@@ -119,11 +91,11 @@ def clip(
                 "samples": low.below + high.above,
             }
         }  # fmt: skip
-    alerts = _judge(each, out, config, parts, name)
+    alerts = _judge(steps, config, parts, name)
     there = [f for f in parts if f["ranked"]]
     ends = [min(f["min"] for f in there), max(f["max"] for f in there)]
     figures = {"difficulty": {"min": ends[0], "max": ends[1]}, **clipped}
-    return ClippedScores(parts=parts, figures=figures, alerts=alerts, peak=max(peaks))
+    return ClippedScores(figures=figures, alerts=alerts)
 
 
 def tidy(out: Folder) -> None:
@@ -131,9 +103,13 @@ def tidy(out: Folder) -> None:
     out.sub("catalog").remove(FOLDER)
 
 
-def _judge(
-    each: Each, out: Folder, config: CatalogConfig, parts: list[Figures], name: str
-) -> list[str]:
+def _each(steps: StageRun, label: str, run: TaskFunction, parts: int, **same: Any) -> list[Figures]:
+    """Run a task for each part; files of counts have its label in their names."""
+    every = [{"number": part} for part in range(parts)]
+    return steps.each(label, run, every, {"label": label, **same})
+
+
+def _judge(steps: StageRun, config: CatalogConfig, parts: list[Figures], name: str) -> list[str]:
     there = [f for f in parts if f["ranked"]]
     low, low_uid = min((f["min"], f["ends"][0]) for f in there)
     high = max(f["max"] for f in there)
@@ -141,9 +117,7 @@ def _judge(
     if clipping.surely_wide(_upper(parts), low, high):
         return []
     n = _total(parts)
-    found = _values(
-        each, out, "places", parts, [clipping.places(n, tail) for tail in clipping.TAILS]
-    )
+    found = _values(steps, "places", parts, [clipping.places(n, tail) for tail in clipping.TAILS])
     tails = [(first.value, last.value) for first, last in found]
     squeezed = clipping.judge(n, low, high, dict(zip(clipping.TAILS, tails, strict=True)))
     if squeezed is None:
@@ -156,9 +130,10 @@ def _judge(
     )
     cure = f"mend or drop such scores, or clip them with --clip-scores {squeezed.clip}"
     if clipping.few_units(squeezed.middle, low, high):
-        each("units", count_units, middle=squeezed.middle, low=low, high=high)
+        ends = {"middle": squeezed.middle, "low": low, "high": high}
+        _each(steps, "units", count_units, len(parts), **ends)
         shared, total, too_many = clipping.collapsed(
-            clipping.joined([tuple(c.values()) for c in _columns(out, "units", len(parts))])
+            clipping.joined([tuple(c.values()) for c in _columns(steps.out, "units", len(parts))])
         )
         if too_many:
             raise InputError(
@@ -181,15 +156,15 @@ def _upper(parts: Iterable[Figures]) -> I64:
 
 
 def _values(
-    each: Each, out: Folder, label: str, parts: list[Figures], places: list[tuple[int, int]]
+    steps: StageRun, label: str, parts: list[Figures], places: list[tuple[int, int]]
 ) -> list[tuple[Placed, Placed]]:
     """The scores at pairs of positions in the order of all scores of the pool."""
     upper = _upper(parts)
     located = [[quantile.locate(upper, place) for place in pair] for pair in places]
     halves = sorted({half for pair in located for half, _ in pair})
-    each(label, count_lower, halves=halves)
+    _each(steps, label, count_lower, len(parts), halves=halves)
     lower = {half: np.zeros(_BINS, np.int64) for half in halves}
-    for counted in _columns(out, label, len(parts)):
+    for counted in _columns(steps.out, label, len(parts)):
         for half in halves:
             mine = counted["key"] >> 16 == half
             lower[half][counted["key"][mine] & (_BINS - 1)] += counted["count"][mine]

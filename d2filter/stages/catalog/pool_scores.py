@@ -25,8 +25,8 @@ from d2filter.algorithm import quantile, uids
 from d2filter.algorithm.knn import cells, products
 from d2filter.algorithm.scores import registry as scores
 from d2filter.algorithm.scores import terms
-from d2filter.engine.runner import Runner
-from d2filter.engine.task import Report, Task, assigned_cpus
+from d2filter.engine.stage_run import StageRun
+from d2filter.engine.task import Figures, Report, assigned_cpus
 from d2filter.errors import InputError
 from d2filter.formats import catalog
 from d2filter.formats.paths import Folder
@@ -35,7 +35,6 @@ from d2filter.formats.rows import read_array, read_columns, write_array, write_c
 from d2filter.stages.catalog.clip_scores import part_figures
 from d2filter.stages.graph.train import sample_by_hash
 
-Figures = dict[str, Any]
 I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
 
@@ -46,40 +45,20 @@ _ROWS_A_CLUSTER = 64  # that train it
 KEYS_AT_ONCE = 4_000_000  # of the pool, at a time
 
 
-def build(
-    runner: Runner, out: Folder, config: CatalogConfig, fingerprint: str, memory: int
-) -> tuple[list[Figures], int]:
-    """Compute the scores of all parts; returns `part_figures` of each, and the peak memory of a
-    task.
-    """
-    peaks: list[int] = []
-    folder = out.sub("catalog")
-    parts = len(catalog.layout(folder).starts) - 1
-
-    def each(label: str, run: Any, count: int) -> list[Figures]:
-        tasks = [
-            Task(
-                name=f"{label}-{number:05d}",
-                run=run,
-                arguments={"out": out, "number": number, "config": config},
-            )
-            for number in range(count)
-        ]
-        found = runner.map(
-            "catalog", tasks, fingerprint=fingerprint, label=label, memory=memory,
-            share_node=True,
-        )  # fmt: skip
-        peaks.extend(f["peak_rss_bytes"] for f in found)
-        return found
-
+def build(steps: StageRun, config: CatalogConfig) -> list[Figures]:
+    """Compute the scores of all parts; returns `part_figures` of each."""
+    folder = steps.out.sub("catalog")
+    every = [{"number": part} for part in range(len(catalog.layout(folder).starts) - 1)]
+    same = {"config": config}
     for one in _of_pool(config):
-        each(one.label, one.prepare, parts if one.in_parts else 1)
+        some = every if one.in_parts else every[:1]
+        steps.each(one.label, one.prepare, some, same, share_node=True)
     if any(term.ranked for term in config.terms):
-        each("count", count_values, parts)
-        each("ranks", join_counts, 1)
-    done = each("score", score_part, parts)
+        steps.each("count", count_values, every, same, share_node=True)
+        steps.each("ranks", join_counts, every[:1], same, share_node=True)
+    done = steps.each("score", score_part, every, same, share_node=True)
     folder.remove(FOLDER)
-    return done, max(peaks)
+    return done
 
 
 def write_terms(folder: Folder, number: int, values: F32) -> None:

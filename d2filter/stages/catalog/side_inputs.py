@@ -9,16 +9,14 @@ catalog/outside/scores-00000.* buckets of the score file, and within-00000.* of 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from itertools import pairwise
 
-from d2filter.engine.runner import Runner
-from d2filter.engine.task import Report, Task
+from d2filter.engine.stage_run import StageRun
+from d2filter.engine.task import Figures, Report, Task
 from d2filter.formats import join_table, side_inputs, traininglog
 from d2filter.formats.paths import Folder
 from d2filter.formats.reading import CatalogConfig
 from d2filter.formats.rows import read_columns, write_columns
-
-Figures = dict[str, Any]
 
 FOLDER = "outside"
 _TASK_ROWS = 16_000_000  # rows of the buckets that a task makes
@@ -34,54 +32,32 @@ def cuts(config: CatalogConfig, memory: int) -> dict[str, list[int]]:
     return found
 
 
-def prepare(
-    runner: Runner,
-    out: Folder,
-    config: CatalogConfig,
-    fingerprint: str,
-    memory: int,
-    cut: Mapping[str, list[int]],
-) -> tuple[dict[str, int], int]:
-    """Make all of it; returns how many uids each table has, and the peak memory of a task. cut:
-    that of `cuts`.
-    """
-    peaks = [0]
-
-    def fan_out(label: str, tasks: list[Task]) -> list[Figures]:
-        found = runner.map("catalog", tasks, fingerprint=fingerprint, label=label, memory=memory)
-        peaks.extend(f["peak_rss_bytes"] for f in found)
-        return found
-
+def prepare(steps: StageRun, config: CatalogConfig, cut: Mapping[str, list[int]]) -> dict[str, int]:
+    """Make all of it; returns how many uids each table has. cut: that of `cuts`."""
+    home = _home(steps.out)
     logs = [
         Task(
             name=f"log-{name}",
             run=score_log,
-            arguments={"out": out, "config": config, "name": name},
+            arguments={"out": steps.out, "config": config, "name": name},
         )
         for name in config.logged
     ]
     if logs:
-        fan_out("log", logs)
+        steps.run("log", logs)
     rows = {}
     for table in side_inputs.tables_of(config):
-        buckets, parts = cut[table.name]
+        name, (buckets, parts) = table.name, cut[table.name]
         bounds = [number * buckets // parts for number in range(parts + 1)]
-        tasks = [
-            Task(
-                name=f"{table.name}-{number:05d}",
-                run=gather,
-                arguments={
-                    "out": out, "config": config, "name": table.name, "buckets": buckets,
-                    "first": bounds[number], "end": bounds[number + 1],
-                },
-            )
-            for number in range(parts)
-        ]  # fmt: skip
-        rows[table.name] = sum(f["uids"] for f in fan_out(table.name, tasks))
-        join_table.publish(
-            _home(out), table.name, buckets=buckets, columns=table.columns, rows=rows[table.name]
+        gathered = steps.each(
+            name,
+            gather,
+            [{"first": first, "end": end} for first, end in pairwise(bounds)],
+            {"config": config, "name": name, "buckets": buckets},
         )
-    return rows, max(peaks)
+        rows[name] = sum(f["uids"] for f in gathered)
+        join_table.publish(home, name, buckets=buckets, columns=table.columns, rows=rows[name])
+    return rows
 
 
 def score_log(*, report: Report, out: Folder, config: CatalogConfig, name: str) -> Figures:

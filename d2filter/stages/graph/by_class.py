@@ -24,39 +24,25 @@ from d2filter.algorithm import sizes as memory_of
 from d2filter.algorithm.knn import in_memory as knn
 from d2filter.algorithm.knn import products
 from d2filter.config import GraphConfig, RunConfig
-from d2filter.engine.runner import Runner
-from d2filter.engine.task import Report, Task, assigned_cpus, checksums_of
+from d2filter.engine.stage_run import StageRun
+from d2filter.engine.task import Figures, Report, assigned_cpus
 from d2filter.formats import catalog, graph, tables
 from d2filter.formats.paths import Folder
-from d2filter.formats.runstate import RunState, digest
-
-Figures = dict[str, Any]
+from d2filter.formats.runstate import RunState
 
 CLASSES = "classes.json"
 
 
-def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> Figures:
+def build(steps: StageRun, config: RunConfig) -> Figures:
     """Run all tasks; returns the stage's figures."""
+    out = steps.out
     layout = catalog.layout(out.sub("catalog"))
     parts = len(layout.starts) - 1
-    peaks: list[int] = []
-
-    def each(
-        label: str, run: Any, arguments: list[Figures], variant: Any = "",
-        memory: int = config.memory_per_worker,
-    ) -> list[Figures]:  # fmt: skip
-        tasks = [
-            Task(name=f"{label}-{n:05d}", run=run, arguments={"out": out, "number": n, **more})
-            for n, more in enumerate(arguments)
-        ]
-        found = runner.map(
-            "graph", tasks, fingerprint=digest([fingerprint, label, variant]), label=label,
-            total=layout.total, share_node=True, memory=memory,
-        )  # fmt: skip
-        peaks.extend(f["peak_rss_bytes"] for f in found)
-        return found
-
-    counted = each("classes", count_classes, [{} for _ in range(parts)])
+    steps.share_node = True
+    counted = steps.each(
+        "classes", count_classes, [{"number": part} for part in range(parts)], variant="",
+        total=layout.total,
+    )  # fmt: skip
     counts: Counter[str] = sum((Counter(f["counts"]) for f in counted), Counter())
     names = sorted(counts)
     sizes = np.array([counts[name] for name in names], np.int64)
@@ -66,7 +52,7 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
         0 if config.memory_per_worker else state.task_split("graph").get("partitions", 0)
     )
     row = memory_of.class_row(2 * layout.part(0).shape[1], config.graph.n_neighbors)
-    cpus, nodes, node_bytes = runner.resources()
+    cpus, nodes, node_bytes = steps.runner.resources()
     planned = memory_of.plan_partitions(
         layout.total, row, nodes=nodes, cpus=cpus, node_bytes=node_bytes,
         memory=config.memory_per_worker, partitions=min(wanted, len(names)),
@@ -81,17 +67,15 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
         kinds = np.arange(len(names), dtype=np.int32)
         table = pa.table({"cell": kinds, "partition": home.astype(np.int32), "rows": sizes})
         pq.write_table(table, path)
-    found = each(
-        "group",
-        build_part,
-        [
-            {"config": config.graph, "home": home, "first": int(starts[p]), "parts": parts}
-            for p in range(partitions)
-        ],
-        partitions,
-        # a class is not divided: the largest part may hold more than was laid out
-        max(planned.memory, memory_of.task_memory(int(rows.max()), row)) if planned.memory else 0,
-    )
+    # a class is not divided: the largest part may hold more than was laid out
+    largest = memory_of.task_memory(int(rows.max()), row)
+    found = steps.each(
+        "group", build_part,
+        [{"number": number, "first": int(starts[number])} for number in range(partitions)],
+        {"config": config.graph, "home": home, "parts": parts},
+        variant=partitions, total=layout.total,
+        memory=max(planned.memory, largest) if planned.memory else 0,
+    )  # fmt: skip
     recall = knn.pooled([(f["recall"][0], knn.Recall(**f["recall"][1])) for f in found])
     return {
         "k": config.graph.n_neighbors,
@@ -107,8 +91,6 @@ def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str) -> F
         "partitions": partitions,
         "partition_rows": rows.tolist(),
         "cross_edges": 0.0,
-        "checksums": checksums_of(found),
-        "peak_rss": max(peaks),
     }
 
 

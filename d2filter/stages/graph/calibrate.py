@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from d2filter.algorithm.knn import calibrate, products, search, shortlist
-from d2filter.algorithm.knn import in_memory as knn
 from d2filter.algorithm.knn.exact_lists import Lists, merge_inplace
 from d2filter.config import GraphConfig
-from d2filter.engine.task import Report, assigned_cpus
+from d2filter.engine.stage_run import StageRun, TaskFunction
+from d2filter.engine.task import Figures, Report, assigned_cpus
 from d2filter.formats import catalog
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_columns, write_columns
@@ -34,47 +34,46 @@ from d2filter.stages.graph.train import CALIBRATE, assigned_rows, each_count, re
 F16 = npt.NDArray[np.float16]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
-Figures = dict[str, Any]
 _READERS = 16  # threads that read the lists of parts, which may be on an object store
-Each = Callable[[str, Callable[..., Figures], Figures], object]
-"""(name of the turn, task, arguments): function that runs the task for every catalog part"""
 
 
 def choose(
-    *, report: Report, out: Folder, config: GraphConfig, parts: int, kind: str, each: Each
+    *, report: Report, steps: StageRun, config: GraphConfig, parts: int, kind: str
 ) -> Figures:
-    """Task of the driver: choose how many cells to probe, and whether to refine. kind: of cells."""
-    pool = PartedSearcher(out, parts, read_trained(out), kind, each)
-    sample = read_columns(out.sub("index"), CALIBRATE, "number", "rows", "probed")
+    """Task of the driver: choose how many cells to probe, and whether to refine. kind: of cells.
+    Figures: `calibrate.Choice`, and whether cells pay.
+    """
+    pool = PartedSearcher(steps, parts, kind)
+    sample = read_columns(steps.out.sub("index"), CALIBRATE, "number", "rows", "probed")
     choice = calibrate.choose(
         pool, sample["rows"], sample["number"], sample["probed"], config.n_neighbors,
         config.target_recall,
     )  # fmt: skip
-    return {**asdict(choice), "pays": knn.pays(choice, pool.total, pool.trained.cells.count)}
+    return {**asdict(choice), "pays": calibrate.pays(choice, pool.total, pool.trained.cells.count)}
 
 
 class PartedSearcher:
     """Searches the whole catalog with tasks (a `calibrate.Searcher`)."""
 
-    def __init__(
-        self, out: Folder, parts: int, trained: knn.Trained, kind: str, each: Each
-    ) -> None:
-        self.trained = trained
-        self.sketch = trained.sketch
+    def __init__(self, steps: StageRun, parts: int, kind: str) -> None:
+        out = steps.out
+        self.trained = read_trained(out)
+        self.sketch = self.trained.sketch
+        self._steps = steps
         self._out = out
         self._parts = parts
         self._kind = kind
-        self._each = each
         self._layout = catalog.layout(out.sub("catalog"))
         self._assigned = assigned_rows(out, self._layout)
         self.total = self._layout.total
-        self.sizes: I64 = sum(each_count(out, parts), np.zeros(trained.cells.count, np.int64))
+        nothing = np.zeros(self.trained.cells.count, np.int64)
+        self.sizes: I64 = sum(each_count(out, parts), nothing)
         self._turns = 0
 
     def truth(self, queries: F16, numbers: I64, k: int) -> Lists:
         """Exact lists (m, k) over the whole pool. queries: (m, d); numbers: (m,) catalog rows."""
         stem = self._ask([(queries, numbers, np.zeros((len(numbers), 0), np.int32))])
-        self._each(stem, exact_lists, {"stem": stem, "k": k})
+        self._search(exact_lists, {"stem": stem, "k": k})
         found = Lists.empty(len(queries), k)
         everyone = np.arange(len(queries), dtype=np.int64)
         for _, theirs in self._answers(read_lists, stem, 0):
@@ -85,7 +84,7 @@ class PartedSearcher:
         """Lists that the search of the requested cells finds, one `Lists` per request."""
         stem = self._ask([(r.queries, r.numbers, r.probed) for r in requests])
         places = [self.sketch.places(r.k) for r in requests]
-        self._each(stem, short_lists, {"stem": stem, "places": places})
+        self._search(short_lists, {"stem": stem, "places": places})
         out = []
         for number, r in enumerate(requests):
             short = shortlist.empty(len(r.queries), places[number])
@@ -102,6 +101,14 @@ class PartedSearcher:
     def probed(self, numbers: I64) -> I32:
         """The cells that catalog rows probe."""
         return self._assigned.gather(numbers)
+
+    def _search(self, run: TaskFunction, arguments: Figures) -> None:
+        """Search the queries of a turn in every catalog part."""
+        turn, parts = arguments["stem"], [{"part": part} for part in range(self._parts)]
+        self._steps.each(
+            "choose", run, parts, arguments, name=f"choose-{turn}", variant=turn,
+            on_gpu=products.may_use_gpus(),
+        )  # fmt: skip
 
     def _answers(self, read: Callable[[Folder, str], Any], stem: str, number: int) -> Iterator[Any]:
         """The lists that the parts have found for a request, in the order of parts, with

@@ -14,7 +14,7 @@ Features travel as float16 files, not through Ray's object store.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from d2filter.algorithm import features
 from d2filter.algorithm.knn import cells, partition
-from d2filter.engine.task import Report
+from d2filter.engine.task import Figures, Report
 from d2filter.formats import catalog
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import (
@@ -45,8 +45,19 @@ _WRITE_ROWS = 16384
 _OF_A_LAYOUT = ("routed-", "ids-", "found-", "lists-", "merged-", "refined-")
 
 
-def lay_out(*, report: Report, out: Folder, parts: int, partitions: int) -> dict[str, Any]:
-    """Task of the driver: cells → partitions. Removes the files of an earlier layout."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Laid:
+    """Figures of `lay_out`."""
+
+    sizes: list[int]
+    """rows of each partition"""
+    partitions: int
+
+
+def lay_out(*, report: Report, out: Folder, parts: int, partitions: int) -> Figures:
+    """Task of the driver: cells → partitions. Removes the files of an earlier layout. Figures:
+    `Laid`.
+    """
     index = out.sub("index")
     centroids = np.array(read_array(index, CENTROIDS))
     counts = read_counts(out, parts)
@@ -61,12 +72,12 @@ def lay_out(*, report: Report, out: Folder, parts: int, partitions: int) -> dict
     table = pa.table({"cell": laid.cell, "partition": laid.owner, "rows": laid.rows})
     with index.publish("cells.parquet") as path:
         pq.write_table(table, path)
-    return {"sizes": laid.sizes().tolist(), "partitions": partitions}
+    return asdict(Laid(sizes=laid.sizes().tolist(), partitions=partitions))
 
 
 def route(
     *, report: Report, out: Folder, part: int, parts: int, probes: int, k: int, partitions: int
-) -> dict[str, Any]:
+) -> Figures:
     """Task: send the rows of one catalog part to partitions. Figures: entries."""
     index = out.sub("index")
     layout = catalog.layout(out.sub("catalog"))

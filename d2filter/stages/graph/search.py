@@ -27,7 +27,7 @@ from d2filter.algorithm.knn import in_memory as knn
 from d2filter.algorithm.knn import products, refine, search, shortlist
 from d2filter.algorithm.knn.exact_lists import Lists, merge_inplace
 from d2filter.algorithm.knn.shortlist import Shortlists
-from d2filter.engine.task import Report, assigned_cpus
+from d2filter.engine.task import Figures, Report, assigned_cpus
 from d2filter.formats import catalog, graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import PartedArray, read_array, read_columns, write_columns
@@ -48,7 +48,7 @@ _REFINED_ROWS = 8192  # whose candidates are held at a time
 
 def find(
     *, report: Report, out: Folder, number: int, parts: int, partitions: int, nlist: int, width: int
-) -> dict[str, Any]:
+) -> Figures:
     """Task: search the cells of one partition for its own rows and for visiting rows.
 
     Memory: the partition's rows and sketches, the visitors from one catalog part, and shortlists.
@@ -91,9 +91,7 @@ def find(
     return {"rows": int(own.number.size), "visits": visits}
 
 
-def merge(
-    *, report: Report, out: Folder, number: int, partitions: int, width: int
-) -> dict[str, Any]:
+def merge(*, report: Report, out: Folder, number: int, partitions: int, width: int) -> Figures:
     """Task: the lists of a partition's own rows, from everywhere they were compared."""
     index = out.sub("index")
     total = catalog.layout(out.sub("catalog")).total
@@ -117,7 +115,7 @@ def merge(
 
 def improve(
     *, report: Report, out: Folder, number: int, parts: int, sizes: list[int], k: int
-) -> dict[str, Any]:
+) -> Figures:
     """Task: one refinement pass over a partition's own rows. Figures: rows measured.
 
     Reads the merged lists of all partitions where its own point to, and writes others.
@@ -161,7 +159,7 @@ def improve(
 
 def finish(
     *, report: Report, out: Folder, number: int, stem: str, k: int, first: int, rows: int
-) -> dict[str, Any]:
+) -> Figures:
     """Task: write one part of the graph. Figures: edges, and those that leave the partition.
 
     first, rows: the graph ids of this partition.
@@ -190,7 +188,7 @@ def finish(
     }
 
 
-def measure(*, report: Report, out: Folder, part: int, k: int) -> dict[str, Any]:
+def measure(*, report: Report, out: Folder, part: int, k: int) -> Figures:
     """Task: exact lists of the measured queries within one catalog part."""
     report(list_exactly(out, part, MEASURE, f"truth-{part:05d}", k))
     return {}
@@ -213,7 +211,7 @@ def list_exactly(out: Folder, part: int, asked: str, answer: str, k: int) -> int
 
 def judge(
     *, report: Report, out: Folder, parts: int, partitions: int, k: int, stem: str
-) -> dict[str, Any]:
+) -> Figures:
     """Task: recall of the graph's lists against the exact ones."""
     index = out.sub("index")
     layout = catalog.layout(out.sub("catalog"))

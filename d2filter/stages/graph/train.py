@@ -16,6 +16,7 @@ See docs/method.md#cells.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from d2filter.algorithm.knn import calibrate, cells, products
 from d2filter.algorithm.knn import in_memory as knn
 from d2filter.algorithm.knn.sketch import Sketch
 from d2filter.config import GraphConfig
-from d2filter.engine.task import Report, assigned_cpus
+from d2filter.engine.task import Figures, Report, assigned_cpus
 from d2filter.formats import catalog
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import PartedArray, read_array, read_columns, write_array, write_columns
@@ -40,11 +41,22 @@ CENTROIDS = "centroids.npy"
 CALIBRATE, MEASURE = "calibrate", "measure"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """Figures of `train`."""
+
+    nlist: int
+    """cells"""
+    sketch_dim: int
+    axes: int
+    """of a sketch, 0 where rows are their own sketches"""
+    parents: int
+
+
 def train(
     *, report: Report, out: Folder, config: GraphConfig, exact: bool, effort: calibrate.Effort
-) -> dict[str, Any]:
-    """Task: choose samples by uid hash, train sketches and centroids. Figures: nlist, sketch_dim,
-    axes (0 where rows are their own sketches), parents.
+) -> Figures:
+    """Task: choose samples by uid hash, train sketches and centroids. Figures: `Trained`.
 
     Memory: the training sample, 16 rows a cell; one part's uids.
     """
@@ -75,15 +87,16 @@ def train(
     write_array(index, "parent.npy", trained.cells.parent)
     write_array(index, "looked_under.npy", np.array([trained.cells.looked_under]))
     write_array(index, CENTROIDS, trained.cells.centroids)
-    return {
-        "nlist": trained.cells.count,
-        "sketch_dim": trained.cells.centroids.shape[1],
-        "axes": to_sketch.axes.shape[1],
-        "parents": len(trained.cells.parents),
-    }
+    made = Trained(
+        nlist=trained.cells.count,
+        sketch_dim=trained.cells.centroids.shape[1],
+        axes=to_sketch.axes.shape[1],
+        parents=len(trained.cells.parents),
+    )
+    return asdict(made)
 
 
-def assign(*, report: Report, out: Folder, part: int, probes: int) -> dict[str, Any]:
+def assign(*, report: Report, out: Folder, part: int, probes: int) -> Figures:
     """Task: the cells that each row of a catalog part probes. Memory: a block of rows."""
     products.use_threads(assigned_cpus())
     trained = read_trained(out)

@@ -1,7 +1,9 @@
 """Graph → ranking/: the order in which samples are kept.
 
-build.py          the order of the tasks; edges between partitions; the global order
-auto_settings.py  settings that depend on the whole pool
-actors.py         the greedy in partitions: actors that exchange states
-in_memory.py      other methods than D2
+plan.py             options, and the methods and settings that a pool allows
+build.py            the order of the tasks; edges between partitions; the global order
+auto_settings.py    settings that depend on the whole pool
+actors.py           the greedy in partitions: the driver calls actors that exchange states
+partition_actor.py  an actor: a process that holds some partitions
+in_memory.py        other methods than D2
 """

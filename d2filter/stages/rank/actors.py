@@ -13,31 +13,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any
 
-import numpy as np
-
-from d2filter.algorithm import by_class
-from d2filter.algorithm.greedy import merge, messages, ranker
-from d2filter.algorithm.greedy.supersteps import Snapshot
-from d2filter.algorithm.knn import products
 from d2filter.engine import prometheus, same_code
 from d2filter.engine.fanout import reason_of
 from d2filter.engine.progress import progress_bar, tell
-from d2filter.engine.runner import Runner
-from d2filter.engine.task import Report, assigned_cpus, peak_rss_bytes
+from d2filter.engine.stage_run import StageRun
+from d2filter.engine.task import Figures, Report
 from d2filter.errors import D2FilterError, StageError, StorageError
-from d2filter.formats import graph, logs
+from d2filter.formats import logs
 from d2filter.formats.paths import Folder
-from d2filter.formats.rows import mapped, read_array, read_columns, write_columns
 from d2filter.formats.tables import first_line
-from d2filter.stages.graph import by_class as graph_by_class
-from d2filter.stages.rank.auto_settings import WORK, Resolved, demoted_rows
-
-Figures = dict[str, Any]
-
-SAMPLED = 1024  # keys of a partition from which splitters are chosen
+from d2filter.stages.rank.partition_actor import PartitionActor, Setup
 
 SAVE_SECONDS = 120.0  # between snapshots
 RESTARTS = 10  # largest number of restarts of one actor
@@ -45,25 +32,22 @@ _LOOK_SECONDS = 5.0  # between checks of the cluster
 PLACE_SECONDS = 600.0  # time limit for the cluster to start all actors
 
 
-def run(
-    *, report: Report, runner: Runner, out: Folder, parts: int, made: Figures, total: int
-) -> Figures:
+def run(*, report: Report, steps: StageRun, parts: int, setup: Setup, total: int) -> Figures:
     """Task of the driver: rank all partitions. Figures: supersteps, rounds, bytes, restarts, peak
     memory of an actor.
 
-    made: resolved, scheme, both_ways, budgets, fingerprint, memory (bytes of an actor, 0 if
-    unknown), and low and high, the extremes of difficulty in the whole pool. Raises StageError if a
-    partition fails too often, or if no score can become final any more.
+    Raises StageError if a partition fails too often, or if no score can become final any more.
     """
+    runner, memory = steps.runner, steps.memory
     ray = runner.ray()
-    crews = runner.processes(parts, made["memory"])
+    crews = runner.processes(parts, memory)
     numbers = [list(range(parts))[actor_index::crews] for actor_index in range(crews)]
     bar = progress_bar("rank", total, runner.show_progress)
     needs = {"num_cpus": 1}
-    if made["memory"]:
-        needs["memory"] = min(made["memory"], runner.resources()[2])
+    if memory:
+        needs["memory"] = min(memory, runner.resources()[2])
     driver = Driver(
-        ray, numbers, needs, (out, parts, made), lambda: runner.processes(parts, made["memory"])
+        ray, numbers, needs, (steps.out, parts, setup), lambda: runner.processes(parts, memory)
     )
     try:
 
@@ -78,13 +62,13 @@ def run(
     return figures
 
 
-def rank_single_partition(*, report: Report, out: Folder, made: Figures) -> Figures:
+def rank_single_partition(*, report: Report, out: Folder, setup: Setup) -> Figures:
     """Task: rank a graph of one partition. Figures as those of `run`."""
-    actor = _Actor([0], out, 1, made, same_code.own())
+    actor = PartitionActor([0], out, 1, setup, same_code.own())
     step = actor.step([])
     actor.finish()
     report(actor.size())
-    return {"supersteps": 1, "rounds": step["rounds"], "bytes": 0, "restarts": 0}
+    return {"supersteps": 1, "rounds": step.rounds, "bytes": 0, "restarts": 0}
 
 
 class Driver:
@@ -100,7 +84,7 @@ class Driver:
     ) -> None:
         """places: how many processes the cluster has room for now."""
         self._ray = ray
-        self._remote = ray.remote(_Actor)
+        self._remote = ray.remote(PartitionActor)
         self._numbers = numbers
         self._crew_of = {p: a for a, some in enumerate(numbers) for p in some}
         self._arguments = arguments
@@ -192,10 +176,12 @@ class Driver:
             if step is None:
                 news = True
                 continue
-            news |= step["news"]
-            self._live[a] = step["live"]
-            self._note(step)
-            for peer, states in step["sent"].items():
+            news |= step.news
+            self._live[a] = step.live
+            self._figures["rounds"] = max(self._figures["rounds"], step.rounds)
+            self._figures["bytes"] += step.bytes
+            self._figures["peak_rss_bytes"] = max(self._figures["peak_rss_bytes"], step.peak)
+            for peer, states in step.sent.items():
                 self._inbox[self._crew_of[peer]].append(states)
         return news
 
@@ -274,201 +260,3 @@ class Driver:
         numbers = self._numbers[a]
         shown = ", ".join(str(p) for p in numbers[:4])
         return f"partitions {shown}" + (f" and {len(numbers) - 4} more" if len(numbers) > 4 else "")
-
-    def _note(self, step: Figures) -> None:
-        self._figures["rounds"] = max(self._figures["rounds"], step["rounds"])
-        self._figures["bytes"] += step["bytes"]
-        self._figures["peak_rss_bytes"] = max(self._figures["peak_rss_bytes"], step["peak"])
-
-
-class _Actor:
-    """A process that holds some partitions.
-
-    If it holds several, it maps their edges from files, so that the system can take the memory of a
-    partition that does not advance at the moment.
-    """
-
-    def __init__(
-        self, numbers: list[int], out: Folder, parts: int, made: Figures, driver: same_code.Sources
-    ) -> None:
-        self._driver = driver
-        self._numbers = numbers
-        self._out = out
-        self._parts = parts
-        self._made = made
-        self._shares: dict[int, ranker.RankingPartition] = {}
-        self._rounds = 0
-
-    def ping(self) -> None:
-        """Return while the process lives."""
-
-    def step(self, heard: list[Any]) -> Figures:
-        """One superstep. heard: references to states of other processes. They are fetched one by
-        one, because all of them need not fit into the object store. Returns the number of live
-        samples and references to the states to send.
-        """
-        import ray
-
-        first = not self._shares
-        partitions = self._loaded()
-        for reference in heard:
-            number, states = ray.get(reference)
-            partitions[number].receive_states(states)
-            del states
-        news = first
-        # without states of the others, samples with edges to them could only wait
-        if not first or self._parts == 1:
-            self._rounds += 1
-            for one in partitions.values():
-                news |= one.advance() > 0
-        for one in partitions.values():
-            for peer, other in partitions.items():
-                if other is not one:
-                    states = one.states_for(peer)
-                    other.receive_states(states)
-                    news |= states.ids.size > 0
-        sent, size = {}, 0
-        for peer in range(self._parts):
-            if peer not in partitions:
-                states = ranker.joined([one.states_for(peer) for one in partitions.values()])
-                if states.ids.size:
-                    sent[peer] = ray.put((peer, states))
-                    size += states.nbytes
-        return {
-            "news": news or bool(sent),
-            "live": sum(one.live() for one in partitions.values()),
-            "rounds": self._rounds,
-            "sent": sent,
-            "bytes": size,
-            "peak": peak_rss_bytes(),
-        }
-
-    def size(self) -> int:
-        """Number of samples in these partitions."""
-        return sum(one.size for one in self._loaded().values())
-
-    def everything_for(self, peer: int) -> tuple[int, ranker.States]:
-        """All states that partition `peer` needs from this actor, after it was restarted."""
-        partitions = self._loaded().values()
-        return peer, ranker.joined([one.states_for(peer, everything=True) for one in partitions])
-
-    def save(self) -> bool:
-        """Publish a snapshot of each partition."""
-        work = self._out.sub(WORK)
-        for number, one in self._loaded().items():
-            snapshot = one.snapshot()
-            state = {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}
-            with work.publish(self._state(number)) as path, path.open("wb") as stream:
-                np.savez(stream, **state)
-        return True
-
-    def finish(self) -> bool:
-        """Write the scores, and the keys best first."""
-        work = self._out.sub(WORK)
-        for number, one in self._loaded().items():
-            if one.live():
-                raise StageError(
-                    f"rank: {one.live()} scores of partition {number} are not final: a bug of "
-                    "d2filter, please report it"
-                )
-            outcome = one.outcome()
-            # rows ascend by uid, so a stable sort is (x descending, uid ascending)
-            order = np.argsort(~outcome.final, kind="stable")
-            sooner = outcome.final
-            if graph.has_groups(self._out.sub("graph")):
-                sooner = self._turns(number, order, outcome)
-                order = np.argsort(~sooner, kind="stable")
-            uid = graph.read_columns(self._out.sub("graph"), number, "uid_hi", "uid_lo")
-            best = merge.Keys(x=sooner[order], hi=uid["uid_hi"][order], lo=uid["uid_lo"][order])
-            write_columns(
-                work, f"scores-{number:05d}", forward=outcome.forward, final=outcome.final,
-                suppressed_by=outcome.suppressed_by, order=order,
-            )  # fmt: skip
-            for stem, keys in (("best", best), ("sampled", merge.sample(best, SAMPLED))):
-                write_columns(work, f"{stem}-{number:05d}", x=keys.x, hi=keys.hi, lo=keys.lo)
-        return True
-
-    def _turns(self, number: int, order: Any, outcome: ranker.Outcome) -> Any:
-        """Sort keys of a graph with classes (`by_class.turns`); a partition has whole classes."""
-        group = graph.read_columns(self._out.sub("graph"), number, "group")["group"]
-        # only demoted samples have this forward score
-        is_demoted = outcome.forward == messages.FLOOR
-        phase = by_class.phases(graph_by_class.class_sizes(self._out))
-        return by_class.turns(order, group, is_demoted, self._made["budgets"], phase)
-
-    def _loaded(self) -> dict[int, ranker.RankingPartition]:
-        if not self._shares:
-            same_code.require_same(self._driver)
-            products.use_threads(assigned_cpus())
-            # all partitions or none: after an error while loading, the next call loads them again
-            self._shares = {number: self._load(number) for number in self._numbers}
-        return self._shares
-
-    def _load(self, number: int) -> ranker.RankingPartition:
-        one = read_partition(self._out, number, self._made["resolved"])
-        work = self._out.sub(WORK)
-        for peer in range(self._parts):
-            if peer != number:
-                cut = read_cut(work, peer, number, "source", "target", "sqdist")
-                one.add_edges(cut["source"], cut["target"], cut["sqdist"])
-        made = self._made
-        one.start_ranking(
-            made["scheme"], made["low"], made["high"], self._known(one, number),
-            both_ways=made["both_ways"],
-            keep=mapped if len(self._numbers) > 1 else lambda array: array,
-        )  # fmt: skip
-        if work.exists(self._state(number)):
-            with work.reading(self._state(number)) as stream:
-                one.restore(Snapshot(**np.load(stream)))
-        return one
-
-    def _state(self, number: int) -> str:
-        """The file of a snapshot. Its name contains the fingerprint, because an actor of an
-        abandoned run may still write.
-        """
-        return f"state-{self._made['fingerprint'][:16]}-{number:05d}.npz"
-
-    def _known(self, one: ranker.RankingPartition, number: int) -> ranker.HaloSamples:
-        """The data of halo samples in order of graph id, that is partition after partition."""
-        work = self._out.sub(WORK)
-        parts = [one.halo_data(np.empty(0, np.int64))]
-        for peer in range(self._parts):
-            if peer != number:
-                start = read_array(work, f"known-{peer:05d}.start.npy")
-                some = slice(int(start[number]), int(start[number + 1]))
-                names = [field.name for field in fields(ranker.HaloSamples)]
-                parts.append(
-                    ranker.HaloSamples(**read_columns(work, f"known-{peer:05d}", *names, rows=some))
-                )
-        return ranker.HaloSamples(
-            **{
-                field.name: np.concatenate([getattr(part, field.name) for part in parts])
-                for field in fields(ranker.HaloSamples)
-            }
-        )
-
-
-def read_partition(
-    out: Folder, number: int, resolved: Resolved, *, lists: bool = True
-) -> ranker.RankingPartition:
-    """One partition, without data of other partitions. lists: whether to read its neighbors; if
-    not, the task `cut` must have run before.
-    """
-    part = graph.read_part(out.sub("graph"), number, lists=lists)
-    columns = {field.name: getattr(part, field.name) for field in fields(ranker.PartitionRows)}
-    if part.neighbors.shape[1] > resolved.k:
-        columns["neighbors"] = np.ascontiguousarray(part.neighbors[:, : resolved.k])
-        columns["sqdist"] = np.ascontiguousarray(part.sqdist[:, : resolved.k])
-    is_demoted = demoted_rows(out, number, part.difficulty, resolved)
-    reach = None if lists else read_array(out.sub(WORK), f"reach-{number:05d}.npy")
-    starts = graph.starts(out.sub("graph"))
-    return ranker.RankingPartition(
-        ranker.PartitionRows(**columns), starts, number, is_demoted, reach
-    )
-
-
-def read_cut(work: Folder, source: int, target: int, *names: str) -> dict[str, Any]:
-    """Columns of the cut edges from one partition to another."""
-    start = read_array(work, f"cut-{source:05d}.start.npy")
-    some = slice(int(start[target]), int(start[target + 1]))
-    return read_columns(work, f"cut-{source:05d}", *names, rows=some)

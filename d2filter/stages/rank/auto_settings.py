@@ -16,6 +16,7 @@ ranking-work/answers-00000.*     for those of them that are in a part: reach, la
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from decimal import Decimal
 from typing import Any
@@ -25,40 +26,38 @@ import numpy.typing as npt
 
 from d2filter.algorithm import quantile, sizes
 from d2filter.algorithm.greedy import auto_gamma, auto_settings, demoted, local_kernel, near_copies
-from d2filter.engine.task import Report
+from d2filter.engine.stage_run import StageRun
+from d2filter.engine.task import Figures, Report
 from d2filter.formats import graph
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_array, read_columns, write_columns
 
-Figures = dict[str, Any]
 I64 = npt.NDArray[np.int64]
 
 WORK = "ranking-work"
-
 
 Resolved = auto_settings.Resolved
 
 
 def resolve(
-    each: Any,
-    run: Any,
-    out: Folder,
+    steps: StageRun,
     requested: auto_settings.Requested,
     k: int,
+    parts: int,
     total: int,
     facts: auto_settings.PoolFacts,
 ) -> Resolved:
     """Fit the requested settings to the pool, like `algorithm.greedy.auto_settings.resolve`.
 
-    each(label, task, **arguments) runs a task for every part, run(label, task, **arguments) one
-    task for the whole pool; both return figures. k: number of neighbors in each list that count.
-    total: samples of the pool.
+    k: number of neighbors in each list that count. parts: of the graph. total: samples of the pool.
     """
     if total * k <= sizes.SETTLED_WHOLE:
-        return Resolved(
-            **run("settle", resolve_whole, requested=requested, k=k, facts=facts)["resolved"]
+        figures = steps.alone(
+            "settle", resolve_whole, {"requested": requested, "k": k, "facts": facts}, total=total
         )
-    values, share = _places(each, out, requested, k, total, facts)
+        return Resolved(**figures["resolved"])
+    every = [{"number": number} for number in range(parts)]
+    values, share = _places(steps, every, requested, k, total, facts)
     median_reach = values.get("reach", 0.0)
     most: float | None
     most = near_copies.threshold(median_reach) if requested.copies == "auto" else requested.copies
@@ -73,22 +72,20 @@ def resolve(
         copies_sqdist=most,
     )
     if most is not None:
-        each("near", near, k=k, most=most, above=above)
-        found = replace(found, copies=run("copies", join_copies, above=above)["copies"])
+        limits = {"k": k, "most": most, "above": above}
+        steps.each("near", near, every, limits, total=total)
+        joined = steps.alone("copies", join_copies, {"above": above}, total=total)
+        found = replace(found, copies=joined["copies"])
     if requested.tunes:
-        each("lists", write_lists, k=k, resolved=found)
-        run("asked", gather_asked)
-        answers = each("answers", answer, k=k, resolved=found)
-        last = sum(figures["last"] for figures in answers)
-        tuned = run(
-            "gamma",
-            find_gamma,
-            requested=requested,
-            resolved=found,
-            total=total,
-            facts=facts,
-            last=last,
-        )["tuned"]
+        settled = {"k": k, "resolved": found}
+        steps.each("lists", write_lists, every, settled, total=total)
+        steps.alone("asked", gather_asked, {}, total=total)
+        answers = steps.each("answers", answer, every, settled, total=total)
+        arguments = {
+            "requested": requested, "resolved": found, "total": total, "facts": facts,
+            "last": sum(figures["last"] for figures in answers),
+        }  # fmt: skip
+        tuned = steps.alone("gamma", find_gamma, arguments, total=total)["tuned"]
         found = replace(found, gamma=tuned["gamma"], tuned=tuned)
     return found
 
@@ -117,14 +114,16 @@ def resolve_whole(
 
 
 def _places(
-    each: Any,
-    out: Folder,
+    steps: StageRun,
+    every: Sequence[Figures],
     requested: auto_settings.Requested,
     k: int,
     total: int,
     facts: auto_settings.PoolFacts,
 ) -> tuple[dict[str, float], Decimal]:
-    """Quantiles of the whole pool by name, and the share of the hardest samples to demote."""
+    """Quantiles of the whole pool by name, and the share of the hardest samples to demote. every:
+    arguments of the tasks of the parts.
+    """
     share = requested.cut_hardest
     kinds = [
         name
@@ -137,8 +136,8 @@ def _places(
     ]
     if not kinds:
         return {}, share or Decimal(0)
-    each("upper", count_upper, k=k, kinds=kinds)
-    upper = _summed(out, "upper", kinds)
+    steps.each("upper", count_upper, every, {"k": k, "kinds": kinds}, total=total)
+    upper = _summed(steps.out, "upper", kinds)
     if share is None:
         share = requested.auto_cut(upper["difficulty"], facts)
     cut = demoted.cut_size(total, share)
@@ -150,8 +149,9 @@ def _places(
                 places[name] = quantile.locate(upper[name], total - 1 - cut)
         elif held:
             places[name] = quantile.locate(upper[name], (held - 1) // 2)
-    each("lower", count_lower, k=k, bins={name: at for name, (at, _) in places.items()})
-    lower = _summed(out, "lower", list(places))
+    bins = {name: at for name, (at, _) in places.items()}
+    steps.each("lower", count_lower, every, {"k": k, "bins": bins}, total=total)
+    lower = _summed(steps.out, "lower", list(places))
     return {
         name: quantile.value_of(at, quantile.locate(lower[name], rest)[0])
         for name, (at, rest) in places.items()

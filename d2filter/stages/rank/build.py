@@ -28,79 +28,50 @@ import numpy as np
 
 from d2filter.algorithm.greedy import auto_settings, merge
 from d2filter.config import RunConfig
-from d2filter.engine.runner import Runner
-from d2filter.engine.task import Report, Task, checksums_of
+from d2filter.engine.stage_run import StageRun
+from d2filter.engine.task import Figures, Report, Task
 from d2filter.formats import graph, ranking
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import read_array, read_columns, write_array, write_columns
 from d2filter.stages.rank import actors
 from d2filter.stages.rank import auto_settings as settings_on_parts
 from d2filter.stages.rank import in_memory as rank_in_memory
-from d2filter.stages.rank.actors import read_cut, read_partition
 from d2filter.stages.rank.auto_settings import WORK
+from d2filter.stages.rank.partition_actor import Setup, read_cut, read_partition
 
-Figures = dict[str, Any]
 
-
-def build(
-    runner: Runner,
-    out: Folder,
-    config: RunConfig,
-    fingerprint: str,
-    k: int,
-    facts: auto_settings.PoolFacts,
-) -> Figures:
+def build(steps: StageRun, config: RunConfig, k: int, facts: auto_settings.PoolFacts) -> Figures:
     """Run all tasks; returns the stage's figures. k: number of neighbors per list that count."""
     if config.rank.method != "d2":
-        return rank_in_memory.build(runner, out, config, fingerprint, k)
-    starts = graph.starts(out.sub("graph"))
+        return rank_in_memory.build(steps, config, k)
+    starts = graph.starts(steps.out.sub("graph"))
     parts, total = len(starts) - 1, int(starts[-1])
-    peak = 0
-    seconds: dict[str, float] = {}
+    every = [{"number": number} for number in range(parts)]
 
-    def fan_out(label: str, tasks: list[Task]) -> list[Figures]:
-        nonlocal peak
-        found = runner.map(
-            "rank", tasks, fingerprint=fingerprint, label=label, total=total,
-            memory=config.memory_per_worker,
+    resolved = settings_on_parts.resolve(steps, config.rank.requested, k, parts, total, facts)
+    ends = steps.each("cut", cut, every, {"resolved": resolved}, total=total)
+    steps.each("describe", halo_data, every, {"parts": parts, "resolved": resolved}, total=total)
+    setup = Setup(
+        resolved=resolved,
+        scheme=config.rank.scheme(resolved),
+        both_ways=config.rank.undirected,
+        budgets=config.rank.group_budgets,
+        fingerprint=steps.fingerprint,
+        low=min(f["low"] for f in ends),
+        high=max(f["high"] for f in ends),
+    )
+    if parts == 1:
+        done = steps.alone(
+            "supersteps", actors.rank_single_partition, {"setup": setup}, total=total,
+            share_node=True,
         )  # fmt: skip
-        peak = max(peak, *(f["peak_rss_bytes"] for f in found))
-        seconds[f"rank_{label}"] = max(f["seconds"] for f in found)
-        return found
-
-    def each(label: str, run: Any, **arguments: Any) -> list[Figures]:
-        return fan_out(
-            label,
-            [
-                Task(
-                    name=f"{label}-{number:05d}",
-                    run=run,
-                    arguments={"out": out, "number": number, **arguments},
-                )
-                for number in range(parts)
-            ],
-        )
-
-    def alone(label: str, run: Any, **arguments: Any) -> Figures:
-        return fan_out(label, [Task(name=label, run=run, arguments={"out": out, **arguments})])[0]
-
-    resolved = settings_on_parts.resolve(each, alone, out, config.rank.requested, k, total, facts)
-    ends = each("cut", cut, resolved=resolved)
-    each("describe", halo_data, parts=parts, resolved=resolved)
-    made = {
-        "resolved": resolved,
-        "scheme": config.rank.scheme(resolved),
-        "both_ways": config.rank.undirected,
-        "budgets": config.rank.group_budgets,
-        "fingerprint": fingerprint,
-        "memory": config.memory_per_worker,
-        "low": min(f["low"] for f in ends),
-        "high": max(f["high"] for f in ends),
-    }
-    done = _supersteps(runner, out, parts, made, fingerprint, total)
-    each("ranges", cut_keys, parts=parts)
-    each("merge", merge_range, parts=parts)
-    finished = each("finish", finish, parts=parts)
+    else:
+        arguments = {"steps": steps, "parts": parts, "setup": setup, "total": total}
+        task = Task(name="supersteps", run=actors.run, arguments=arguments)
+        done = steps.in_driver(task, label="supersteps", skip=True)
+    steps.each("ranges", cut_keys, every, {"parts": parts}, total=total)
+    steps.each("merge", merge_range, every, {"parts": parts}, total=total)
+    steps.each("finish", finish, every, {"parts": parts}, total=total)
     return {
         "method": "d2",
         "rounds": done["rounds"],
@@ -113,34 +84,13 @@ def build(
             "copies": resolved.copies,
         },
         **found_settings(resolved),
-        "difficulty_range": [made["low"], made["high"]],
+        "difficulty_range": [setup.low, setup.high],
         "partitions": parts,
-        "checksums": checksums_of(finished),
-        "seconds_detail": {**seconds, "supersteps": done["seconds"]},
-        "peak_rss": max(peak, done["peak_rss_bytes"]),
+        "seconds_detail": {
+            label if label == "supersteps" else f"rank_{label}": seconds
+            for label, seconds in steps.totals.seconds.items()
+        },
     }
-
-
-def _supersteps(
-    runner: Runner, out: Folder, parts: int, made: Figures, fingerprint: str, total: int
-) -> Figures:
-    """Run the supersteps: in actors for several partitions, in a task for one."""
-    if parts == 1:
-        task = Task(
-            name="supersteps",
-            run=actors.rank_single_partition,
-            arguments={"out": out, "made": made},
-        )
-        return runner.map(
-            "rank", [task], fingerprint=fingerprint, label="rank", total=total,
-            memory=made["memory"], share_node=True,
-        )[0]  # fmt: skip
-    task = Task(
-        name="supersteps",
-        run=actors.run,
-        arguments={"runner": runner, "out": out, "parts": parts, "made": made, "total": total},
-    )
-    return runner.run_in_driver("rank", task, fingerprint=fingerprint, skip=True)
 
 
 def found_settings(resolved: settings_on_parts.Resolved) -> Figures:

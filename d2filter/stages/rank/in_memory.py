@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,38 +16,28 @@ from d2filter.algorithm.greedy import in_memory as greedy_in_memory
 from d2filter.algorithm.knn import products
 from d2filter.algorithm.methods import selectors
 from d2filter.config import RankConfig, RunConfig
-from d2filter.engine.runner import Runner
-from d2filter.engine.task import Report, Task, assigned_cpus
+from d2filter.engine.stage_run import StageRun
+from d2filter.engine.task import Figures, Report, assigned_cpus
 from d2filter.formats import catalog, graph, ranking
 from d2filter.formats.paths import Checksums, Folder
 from d2filter.formats.runstate import RunState
 
-Figures = dict[str, Any]
 I64 = npt.NDArray[np.int64]
 
 
-def build(runner: Runner, out: Folder, config: RunConfig, fingerprint: str, k: int) -> Figures:
+def build(steps: StageRun, config: RunConfig, k: int) -> Figures:
     """Rank by `config.rank.method`; returns the stage's figures. k: neighbors that count."""
-    starts = graph.starts(out.sub("graph"))
-    task = Task(
-        name=config.rank.method,
-        run=rank_all,
-        arguments={"out": out, "config": config.rank, "k": k},
-    )
-    (found,) = runner.map(
-        "rank", [task], fingerprint=fingerprint, label=config.rank.method, total=int(starts[-1]),
-        share_node=True, memory=config.memory_per_worker,
+    starts = graph.starts(steps.out.sub("graph"))
+    found = steps.alone(
+        config.rank.method, rank_all, {"config": config.rank, "k": k}, total=int(starts[-1]),
+        share_node=True,
     )  # fmt: skip
     return {
         "method": config.rank.method,
         "supersteps": 0,
         "rounds": 0,
         "partitions": len(starts) - 1,
-        "late": found["late"],
-        "copies_sqdist": found["copies_sqdist"],
-        "cut_hardest": found["cut_hardest"],
-        "checksums": found["checksums"],
-        "peak_rss": found["peak_rss_bytes"],
+        **{name: found[name] for name in ("late", "copies_sqdist", "cut_hardest")},
     }
 
 

@@ -30,7 +30,8 @@ import pyarrow.parquet as pq
 
 from d2filter import __version__
 from d2filter.engine.runner import Runner
-from d2filter.engine.task import Report, Task, marker
+from d2filter.engine.stage_run import StageRun
+from d2filter.engine.task import Figures, Report, Task, marker
 from d2filter.errors import InputError, RunStateError, TooManyBadError, UsageError
 from d2filter.formats import lock, tables, tarwriter, webdataset
 from d2filter.formats import subset as subset_format
@@ -42,7 +43,6 @@ from d2filter.stages.reshard.layout import PlacedSamples, Placing
 from d2filter.stages.reshard.match import Searched, Wanted
 
 U64 = npt.NDArray[np.uint64]
-Figures = dict[str, Any]
 
 STATE = ".d2filter"
 _WORK = "work"
@@ -100,7 +100,8 @@ def reshard(
         remove_leftovers(own, "")
         figures: Figures | None = state.read_json(marker("reshard", "finish"))
         if figures is None or figures["fingerprint"] != fingerprint:
-            figures = _make(runner, own, shards, wanted, config, fingerprint)
+            steps = StageRun(runner, "reshard", fingerprint)
+            figures = _make(steps, own, shards, wanted, config)
         state.remove(_WORK)
         remove_leftovers(own, "", own=True)
     share = figures["missing"] / max(1, len(subset))
@@ -117,12 +118,11 @@ def reshard(
 
 
 def _make(
-    runner: Runner,
+    steps: StageRun,
     out: Folder,
     shards: Sequence[webdataset.Shard],
     wanted: Wanted,
     config: ReshardConfig,
-    fingerprint: str,
 ) -> Figures:
     """Search the inputs, and write each new shard as soon as its samples are known."""
     state = out.sub(STATE)
@@ -186,10 +186,7 @@ def _make(
 
     # a sample of the subset counts when it is found, and when it is written
     with indexes:
-        done = runner.map(
-            "reshard", finding, fingerprint=fingerprint, label="reshard", total=2 * len(subset),
-            cpus=_CPUS_A_TASK, then=then,
-        )  # fmt: skip
+        done = steps.run("reshard", finding, total=2 * len(subset), cpus=_CPUS_A_TASK, then=then)
     found, written = done[: len(finding)], done[len(finding) :]
     finishing = Task(
         name="finish",
@@ -208,7 +205,7 @@ def _make(
             },
         },
     )
-    return runner.run_in_driver("reshard", finishing, fingerprint=fingerprint)
+    return steps.in_driver(finishing, skip=False)
 
 
 class _Indexes:

@@ -80,7 +80,7 @@ def test_an_unclustered_pool_is_searched_exactly_when_cells_would_not_help() -> 
 
 def test_a_large_pool_is_never_compared_all_with_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond EXACT_UP_TO the best that cells can do is kept, and said to fall short."""
-    monkeypatch.setattr(knn, "EXACT_UP_TO", 1000)
+    monkeypatch.setattr(calibrate, "EXACT_UP_TO", 1000)
     p = pooled(features.fix([np.random.default_rng(0).normal(size=(6000, 64))]))
     _, index = knn.build(p, 5, target_recall=1.0, exact_below=100)
     assert index.trained.cells.count > 1

@@ -17,6 +17,7 @@ from d2filter.algorithm import features
 from d2filter.algorithm.scores import registry as scores
 from d2filter.config import CatalogConfig
 from d2filter.engine.runner import Runner
+from d2filter.engine.stage_run import StageRun
 from d2filter.formats import catalog, metadata
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
@@ -211,6 +212,6 @@ def test_a_score_of_the_pool_that_nothing_computes_is_an_error(
     catalog.publish_part(Folder(str(tmp_path)).sub("catalog"), 0, part)
     config, out = CatalogConfig(score="beauty"), Folder(str(tmp_path))
     with pytest.raises(ValueError, match="beauty"):
-        pool_scores.build(Runner(out), out, config, "f", 0)
+        pool_scores.build(StageRun(Runner(out), "catalog", "f"), config)
     with pytest.raises(ValueError, match="beauty"):
         pool_scores.score_part(report=lambda n: None, out=out, number=0, config=config)

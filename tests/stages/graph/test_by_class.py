@@ -12,6 +12,7 @@ from support import pools
 from d2filter.algorithm import sizes
 from d2filter.config import RunConfig
 from d2filter.engine.runner import Runner
+from d2filter.engine.stage_run import StageRun
 from d2filter.engine.task import Task, execute
 from d2filter.formats import metadata
 from d2filter.formats.paths import Folder
@@ -23,21 +24,22 @@ ROW = 4_000_000  # bytes, so that a small pool is a large one
 
 
 class Here(Runner):
-    """Runs tasks in this process, on a node of NODE bytes and four CPUs; notes what they ask."""
-
-    asked: ClassVar[dict[str, tuple[int, int]]] = {}
+    """A cluster of one node of NODE bytes and four CPUs."""
 
     def resources(self) -> tuple[int, int, int]:
         return 4, 1, NODE
 
-    def map(  # type: ignore[override]
-        self, stage: str, tasks: list[Task], *, fingerprint: str, label: str, memory: int = 0,
-        **more: Any,
-    ) -> list[dict[str, Any]]:  # fmt: skip
-        self.asked[label] = (len(tasks), memory)
-        found = [
-            execute(self.folder, stage, task, fingerprint, lambda done: None) for task in tasks
-        ]
+
+class StepsHere(StageRun):
+    """Runs tasks in this process; notes how many there are and the memory that they request."""
+
+    asked: ClassVar[dict[str, tuple[int, int]]] = {}
+
+    def run(  # type: ignore[override]
+        self, label: str, tasks: list[Task], *, memory: int | None = None, **more: Any
+    ) -> list[dict[str, Any]]:
+        self.asked[label] = (len(tasks), self.memory if memory is None else memory)
+        found = [execute(self.out, self.stage, task, self.fingerprint) for task in tasks]
         for outcome in found:
             if outcome.error is not None:
                 raise outcome.error
@@ -59,9 +61,9 @@ def test_parts_of_classes_never_take_more_together_than_the_node(
     classed = type(config.catalog)(group_column="label")
     monkeypatch.setattr(sizes, "class_row", lambda row, k: ROW)
     pairs, _ = metadata.list_pairs(source)
-    build_catalog.build(runner, out, source, pairs, classed, "f")
-    figures = graph_by_class.build(runner, out, config, "f")
-    tasks, memory = runner.asked["group"]
+    build_catalog.build(StepsHere(runner, "catalog", "f"), source, pairs, classed)
+    figures = graph_by_class.build(StepsHere(runner, "graph", "f"), config)
+    tasks, memory = StepsHere.asked["group"]
     assert tasks == figures["partitions"] == (partitions or tasks) > 1
     rows = max(figures["partition_rows"])
     assert rows >= largest

@@ -13,7 +13,7 @@ import ray.exceptions
 from d2filter.engine import same_code
 from d2filter.errors import StageError
 from d2filter.formats.paths import Folder
-from d2filter.stages.rank import actors
+from d2filter.stages.rank import actors, partition_actor
 
 
 class Answer:
@@ -39,8 +39,7 @@ class Actor:
             calls.append(f"{name} steps")
             if isinstance(live, Exception):
                 return live
-            figures = {"news": True, "rounds": 1, "sent": {}, "bytes": 0, "peak": 0}
-            return {**figures, "live": live}
+            return partition_actor.Step(live=live, news=True, rounds=1, sent={})
 
         def finish() -> bool:
             calls.append(f"{name} finishes")
@@ -121,7 +120,7 @@ def test_scores_that_are_not_final_are_never_written(tmp_path: Path) -> None:
         def live(self) -> int:
             return 3
 
-    actor = actors._Actor([0], Folder(str(tmp_path)), 2, {}, same_code.own())
+    actor = partition_actor.PartitionActor([0], Folder(str(tmp_path)), 2, {}, same_code.own())
     actor._shares = {0: Unfinished()}  # type: ignore[dict-item]
     with pytest.raises(StageError, match="3 scores of partition 0 are not final"):
         actor.finish()
