@@ -20,14 +20,14 @@ import numpy as np
 from d2filter.algorithm import compiled
 from d2filter.algorithm.greedy.messages import FLOOR
 
-OWN, CHANGED, LOWERED = 1, 2, 4  # flags of a node
+OWN, CHANGED, LOWERED = 1, 2, 4  # flags of a vertex
 
-_PAUSES = 64  # in which those that wait for fallen nodes are looked at, until the last bucket
+_PAUSES = 64  # in which those that wait for fallen vertices are looked at, until the last bucket
 
 
 @compiled.njit()
 def transpose(start, target, own):  # type: ignore[no-untyped-def]  # compiled by numba
-    """In-edges of own nodes as CSR."""
+    """In-edges of own vertices as CSR."""
     m = own.size
     in_start = np.zeros(m + 1, start.dtype)
     for e in range(target.size):
@@ -51,7 +51,7 @@ def transpose(start, target, own):  # type: ignore[no-untyped-def]  # compiled b
 
 @compiled.njit()
 def count_held(own, start, target, packed, applied):  # type: ignore[no-untyped-def]  # compiled by numba
-    """Messages of final halo nodes that each own node has not taken yet."""
+    """Messages of final halo vertices that each own vertex has not taken yet."""
     held = np.zeros(packed.size if applied.size else 0, np.int32)
     if applied.size:
         for v in range(packed.size):
@@ -119,33 +119,35 @@ def _take_held(  # type: ignore[no-untyped-def]  # compiled by numba
 
 
 @compiled.njit()
-def _sift_down(key, node, size, k, i):  # type: ignore[no-untyped-def]  # compiled by numba
+def _sift_down(key, vertex, size, k, i):  # type: ignore[no-untyped-def]  # compiled by numba
     """Put (k, i) in the place of the heap's root."""
     at = 0
     while True:
         child = 2 * at + 1
         if child >= size:
             break
-        if child + 1 < size and _beats(key[child + 1], node[child + 1], key[child], node[child]):
+        if child + 1 < size and _beats(
+            key[child + 1], vertex[child + 1], key[child], vertex[child]
+        ):
             child += 1
-        if not _beats(key[child], node[child], k, i):
+        if not _beats(key[child], vertex[child], k, i):
             break
-        key[at], node[at] = key[child], node[child]
+        key[at], vertex[at] = key[child], vertex[child]
         at = child
-    key[at], node[at] = k, i
+    key[at], vertex[at] = k, i
 
 
 @compiled.njit()
-def _push(key, node, size, k, i):  # type: ignore[no-untyped-def]  # compiled by numba
+def _push(key, vertex, size, k, i):  # type: ignore[no-untyped-def]  # compiled by numba
     """Add (k, i) to a heap of `size`."""
     at = size
     while at > 0:
         parent = (at - 1) // 2
-        if not _beats(k, i, key[parent], node[parent]):
+        if not _beats(k, i, key[parent], vertex[parent]):
             break
-        key[at], node[at] = key[parent], node[parent]
+        key[at], vertex[at] = key[parent], vertex[parent]
         at = parent
-    key[at], node[at] = k, i
+    key[at], vertex[at] = k, i
 
 
 @compiled.njit(inline="always")
@@ -156,8 +158,8 @@ def _bucket(packed, high, shift, last):  # type: ignore[no-untyped-def]  # compi
 
 @compiled.njit()
 def _release(j, released, packed, head, after):  # type: ignore[no-untyped-def]
-    """Move the nodes that wait for j, and that it does not beat any more (all, if j is final), to
-    the list that starts with `released`; returns the new start.
+    """Move the vertices that wait for j, and that it does not beat any more (all, if j is final),
+    to the list that starts with `released`; returns the new start.
     """
     w = np.int64(head[j])
     head[j] = -1
@@ -175,7 +177,7 @@ def _release(j, released, packed, head, after):  # type: ignore[no-untyped-def]
 
 @compiled.njit()
 def fill_buckets(work, packed, after, first, high, shift):  # type: ignore[no-untyped-def]
-    """Queue these nodes while no bucket has been opened."""
+    """Queue these vertices while no bucket has been opened."""
     last = first.size - 1
     for t in range(work.size):
         i = work[t]
@@ -187,14 +189,14 @@ def fill_buckets(work, packed, after, first, high, shift):  # type: ignore[no-un
 @compiled.njit()
 def advance(  # type: ignore[no-untyped-def]  # compiled by numba
     start, target, weight, in_start, source, packed, flags, head, after, held, applied, first, high,
-    shift, key, node, lowered,
+    shift, key, vertex, lowered,
 ):  # fmt: skip
-    """Make own nodes final until none can become final without new states. Returns how many nodes
-    were checked.
+    """Make own vertices final until none can become final without new states. Returns how many
+    vertices were checked.
 
-    Every live own node is in exactly one place: a bucket, the heap, the list `coming` on its way to
-    one of them, or the list of nodes that wait for one blocker. This is a single function because a
-    call with arrays takes longer than one node.
+    Every live own vertex is in exactly one place: a bucket, the heap, the list `coming` on its way
+    to one of them, or the list of vertices that wait for one blocker. This is a single function
+    because a call with arrays takes longer than one vertex.
     """
     waits = head.size > 0
     last = first.size - 1
@@ -211,13 +213,13 @@ def advance(  # type: ignore[no-untyped-def]  # compiled by numba
                     after[i] = first[now]
                     first[now] = i
                 else:
-                    _push(key, node, size, packed[i], i)
+                    _push(key, vertex, size, packed[i], i)
                     size += 1
             if size == 0 and (falls == 0 or (bucket < last and bucket % pause)):
                 break
             if size == 0:
-                # waiters of fallen nodes: once in a while and not once a message, for a hub falls
-                # as often as it has in-edges
+                # waiters of fallen vertices: once in a while and not once a message, for a hub
+                # falls as often as it has in-edges
                 for at in range(falls):
                     j = np.int64(lowered[at])
                     flags[j] &= ~LOWERED
@@ -225,10 +227,10 @@ def advance(  # type: ignore[no-untyped-def]  # compiled by numba
                 falls = 0
                 continue
             looks += 1
-            i, was = np.int64(node[0]), key[0]
+            i, was = np.int64(vertex[0]), key[0]
             size -= 1
             if size > 0:
-                _sift_down(key, node, size, key[size], node[size])
+                _sift_down(key, vertex, size, key[size], vertex[size])
             if packed[i] != was:
                 after[i] = -1
                 coming = i
@@ -286,13 +288,13 @@ def advance(  # type: ignore[no-untyped-def]  # compiled by numba
 
 @compiled.njit()
 def receive(  # type: ignore[no-untyped-def]  # compiled by numba
-    nodes, x, final, start, target, weight, packed, flags, head, after, held, applied
+    vertices, x, final, start, target, weight, packed, flags, head, after, held, applied
 ):
-    """Merge states of halo nodes; returns the own nodes that must be checked again."""
+    """Merge states of halo vertices; returns the own vertices that must be checked again."""
     woken = np.int64(-1)  # a list that goes on in `after`
     fallen, falls = np.empty(packed.size, after.dtype), 0
-    for at in range(nodes.size):
-        v = np.int64(nodes[at])
+    for at in range(vertices.size):
+        v = np.int64(vertices[at])
         if flags[v] & OWN or not packed[v] & 1:
             continue
         if x[at] < packed[v] >> 1:
@@ -337,7 +339,7 @@ def receive(  # type: ignore[no-untyped-def]  # compiled by numba
 
 @compiled.njit()
 def strongest(start, target, weight, own, packed):  # type: ignore[no-untyped-def]
-    """Sender of the largest message to each own node, among those that were final before it."""
+    """Sender of the largest message to each own vertex, among those that were final before it."""
     largest = np.zeros(packed.size, np.int64)
     by = np.full(packed.size, -1, target.dtype)
     for i in range(packed.size):
@@ -348,7 +350,7 @@ def strongest(start, target, weight, own, packed):  # type: ignore[no-untyped-de
             j = target[e]
             if own[j] and _beats(x, i, packed[j] >> 1, j):
                 message = _message(weight[e], x)
-                # nodes come in ascending order of uid: the first of equals is the smallest
+                # vertices come in ascending order of uid: the first of equals is the smallest
                 if message > largest[j]:
                     largest[j] = message
                     by[j] = i

@@ -4,7 +4,7 @@ Partition p holds the graph ids starts[p] to starts[p + 1] − 1, ascending by u
 if its ends lie in two partitions. The partition of its source sends it to the partition of its
 target, once. Each of the two then knows the other end as a halo sample.
 
-A *node* is the index of a sample in such a graph (docs/glossary.md: vertex).
+A *vertex* is the index of a sample in such a graph (docs/glossary.md: vertex).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from d2filter.algorithm.greedy import local_kernel
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
-Nodes = npt.NDArray[np.integer]
+Vertices = npt.NDArray[np.integer]
 Array = npt.NDArray[Any]
 
 _BLOCK = 1 << 16  # rows that a thread takes at a time
@@ -47,37 +47,37 @@ class CutEdges:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edges:
-    """The edges with an end in one partition, as CSR over its m nodes, ascending by uid."""
+    """The edges with an end in one partition, as CSR over its m vertices, ascending by uid."""
 
-    own_node: Nodes
-    """(n,) node of each own row, ascending"""
+    own_vertex: Vertices
+    """(n,) vertex of each own row, ascending"""
     halo_ids: I64
     """(h,) graph ids, ascending, of the samples elsewhere"""
-    halo_node: Nodes
-    """(h,) their nodes"""
-    start: Nodes
+    halo_vertex: Vertices
+    """(h,) their vertices"""
+    start: Vertices
     """(m + 1,)"""
-    target: Nodes
-    """(e,) nodes; out-edges of own nodes, and those of halo nodes that lead to own ones"""
+    target: Vertices
+    """(e,) vertices; out-edges of own vertices, and those of halo vertices that lead to own ones"""
     sqdist: F32
     """(e,)"""
 
     @property
-    def nodes(self) -> int:
+    def vertices(self) -> int:
         """m."""
         return self.start.size - 1
 
     def own(self) -> Bool:
-        """(m,) whether a node is a sample of this partition."""
-        out = np.ones(self.nodes, np.bool_)
-        out[self.halo_node] = False
+        """(m,) whether a vertex is a sample of this partition."""
+        out = np.ones(self.vertices, np.bool_)
+        out[self.halo_vertex] = False
         return out
 
     def spread(self, own: Array, halo: Array) -> Array:
-        """Values of the own rows and of the halo, by node."""
-        out = np.empty(self.nodes, own.dtype)
-        out[self.own_node] = own
-        out[self.halo_node] = halo
+        """Values of the own rows and of the halo, by vertex."""
+        out = np.empty(self.vertices, own.dtype)
+        out[self.own_vertex] = own
+        out[self.halo_vertex] = halo
         return out
 
 
@@ -137,17 +137,17 @@ def assemble(
         start, inside, distance = as_csr(neighbors, sqdist, first)
         rows = np.arange(m, dtype=start.dtype)
         return Edges(
-            own_node=rows, halo_ids=halo_ids, halo_node=rows[:0], start=start, target=inside,
+            own_vertex=rows, halo_ids=halo_ids, halo_vertex=rows[:0], start=start, target=inside,
             sqdist=distance,
         )  # fmt: skip
     kind = np.int32 if max(m, neighbors.size + source.size) < 2**31 else np.int64
-    own_node = np.empty(m - halo_ids.size, kind)
-    halo_node = np.empty(halo_ids.size, kind)
+    own_vertex = np.empty(m - halo_ids.size, kind)
+    halo_vertex = np.empty(halo_ids.size, kind)
     by_uid = uids.ascending(*halo_uids)
     halo_hi, halo_lo = halo_uids[0][by_uid], halo_uids[1][by_uid]
-    _number(own_uids[0], own_uids[1], halo_hi, halo_lo, by_uid, own_node, halo_node)
+    _number(own_uids[0], own_uids[1], halo_hi, halo_lo, by_uid, own_vertex, halo_vertex)
     start = np.zeros(m + 1, kind)
-    shape = (neighbors, sqdist, source, target, distance, first, own_node, halo_ids, halo_node)
+    shape = (neighbors, sqdist, source, target, distance, first, own_vertex, halo_ids, halo_vertex)
     nothing = np.empty(0, np.float32)
     _fill(*shape, start, nothing.astype(kind), nothing)
     np.cumsum(start, out=start)
@@ -158,16 +158,16 @@ def assemble(
     start[1:] = start[:-1]
     start[0] = 0
     return Edges(
-        own_node=own_node,
+        own_vertex=own_vertex,
         halo_ids=halo_ids,
-        halo_node=halo_node,
+        halo_vertex=halo_vertex,
         start=start,
         target=out_target,
         sqdist=out_sqdist,
     )
 
 
-def as_csr(neighbors: Nodes, values: F32, first: int = 0) -> tuple[Nodes, Nodes, F32]:
+def as_csr(neighbors: Vertices, values: F32, first: int = 0) -> tuple[Vertices, Vertices, F32]:
     """Lists as they stand as CSR: start (n + 1,), and neighbors, counted from `first`, and values
     without the padding.
     """
@@ -192,7 +192,7 @@ def as_csr(neighbors: Nodes, values: F32, first: int = 0) -> tuple[Nodes, Nodes,
 
 
 def without(edges: Edges, is_demoted: Bool) -> Edges:
-    """The same without the edges that have an end in `is_demoted`, (m,) by node."""
+    """The same without the edges that have an end in `is_demoted`, (m,) by vertex."""
     start = np.zeros_like(edges.start)
     target, sqdist = np.empty_like(edges.target), np.empty_like(edges.sqdist)
     left = _keep_others(edges.start, edges.target, edges.sqdist, is_demoted, start, target, sqdist)
@@ -201,7 +201,7 @@ def without(edges: Edges, is_demoted: Bool) -> Edges:
 
 
 def made_relative(edges: Edges, reach: F32, floor: float) -> Edges:
-    """The same with `local_kernel.relative` in place of squared distances. reach: (m,) by node."""
+    """The same with `local_kernel.relative` in place of distances. reach: (m,) by vertex."""
     made = np.empty_like(edges.sqdist)
 
     def scale(some: slice) -> None:
@@ -212,7 +212,7 @@ def made_relative(edges: Edges, reach: F32, floor: float) -> Edges:
             edges.sqdist[inside], source, reach[edges.target[inside]], floor
         )
 
-    threads.in_blocks(scale, edges.nodes, _BLOCK)
+    threads.in_blocks(scale, edges.vertices, _BLOCK)
     return replace(edges, sqdist=made)
 
 
@@ -227,12 +227,12 @@ def whole(neighbors: I64, sqdist: F32, *, both_ways: bool) -> tuple[I64, I64, F3
 
 
 def boundary(edges: Edges, starts: I64) -> list[I64]:
-    """Own nodes, ascending, whose states each partition needs: (P,) lists."""
+    """Own vertices, ascending, whose states each partition needs: (P,) lists."""
     if not edges.halo_ids.size:
         return [np.empty(0, np.int64)] * (len(starts) - 1)
     own = edges.own()
-    peer_of = np.zeros(edges.nodes, np.int32)
-    peer_of[edges.halo_node] = np.searchsorted(starts, edges.halo_ids, side="right") - 1
+    peer_of = np.zeros(edges.vertices, np.int32)
+    peer_of[edges.halo_vertex] = np.searchsorted(starts, edges.halo_ids, side="right") - 1
     peer, inside = _crossing(own, edges.start, edges.target, peer_of)
     start, order = features.bucketed(peer, len(starts) - 1)
     return [_distinct(inside[order[a:b]]) for a, b in itertools.pairwise(start)]
@@ -269,94 +269,94 @@ def _both_ways(source: I64, target: I64, distance: F32) -> tuple[I64, I64, F32]:
 
 
 @compiled.njit()
-def _number(own_hi, own_lo, halo_hi, halo_lo, halo_row, own_node, halo_node):  # type: ignore[no-untyped-def]
-    """Merge two lists of ascending uids: the node of each."""
+def _number(own_hi, own_lo, halo_hi, halo_lo, halo_row, own_vertex, halo_vertex):  # type: ignore[no-untyped-def]
+    """Merge two lists of ascending uids: the vertex of each."""
     a, b = 0, 0
-    for node in range(own_hi.size + halo_hi.size):
+    for vertex in range(own_hi.size + halo_hi.size):
         take_own = b == halo_hi.size or (
             a < own_hi.size
             and (own_hi[a] < halo_hi[b] or (own_hi[a] == halo_hi[b] and own_lo[a] < halo_lo[b]))
         )
         if take_own:
-            own_node[a] = node
+            own_vertex[a] = vertex
             a += 1
         else:
-            halo_node[halo_row[b]] = node
+            halo_vertex[halo_row[b]] = vertex
             b += 1
 
 
 @compiled.njit(inline="always")
-def _node(sample, first, own_node, halo_ids, halo_node):  # type: ignore[no-untyped-def]
+def _vertex(sample, first, own_vertex, halo_ids, halo_vertex):  # type: ignore[no-untyped-def]
     """Node of a graph id."""
-    if first <= sample < first + own_node.size:
-        return own_node[sample - first]
-    return halo_node[np.searchsorted(halo_ids, sample)]
+    if first <= sample < first + own_vertex.size:
+        return own_vertex[sample - first]
+    return halo_vertex[np.searchsorted(halo_ids, sample)]
 
 
 @compiled.njit()
 def _fill(  # type: ignore[no-untyped-def]  # compiled by numba
-    neighbors, sqdist, source, target, distance, first, own_node, halo_ids, halo_node, start,
+    neighbors, sqdist, source, target, distance, first, own_vertex, halo_ids, halo_vertex, start,
     out_target, out_sqdist,
 ):  # fmt: skip
-    """Count out-edges into start[1:], or write them from start[node] on, which moves it."""
+    """Count out-edges into start[1:], or write them from start[vertex] on, which moves it."""
     counting = out_target.size == 0
     for i in range(neighbors.shape[0]):
-        node = own_node[i]
-        at = np.int64(start[node])
+        vertex = own_vertex[i]
+        at = np.int64(start[vertex])
         there = 0
         for c in range(neighbors.shape[1]):
             j = neighbors[i, c]
             if j < 0:
                 continue
             if not counting:
-                out_target[at + there] = _node(j, first, own_node, halo_ids, halo_node)
+                out_target[at + there] = _vertex(j, first, own_vertex, halo_ids, halo_vertex)
                 out_sqdist[at + there] = sqdist[i, c]
             there += 1
         if counting:
-            start[node + 1] += there
+            start[vertex + 1] += there
         else:
-            start[node] = at + there
+            start[vertex] = at + there
     for e in range(source.size):
-        node = _node(source[e], first, own_node, halo_ids, halo_node)
+        vertex = _vertex(source[e], first, own_vertex, halo_ids, halo_vertex)
         if counting:
-            start[node + 1] += 1
+            start[vertex + 1] += 1
             continue
-        at = start[node]
-        out_target[at] = _node(target[e], first, own_node, halo_ids, halo_node)
+        at = start[vertex]
+        out_target[at] = _vertex(target[e], first, own_vertex, halo_ids, halo_vertex)
         out_sqdist[at] = distance[e]
-        start[node] = at + 1
+        start[vertex] = at + 1
 
 
 @compiled.njit()
 def _keep_others(start, target, sqdist, is_demoted, out_start, out_target, out_sqdist):  # type: ignore[no-untyped-def]
     left = 0
-    for node in range(is_demoted.size):
-        if not is_demoted[node]:
-            for e in range(start[node], start[node + 1]):
+    for vertex in range(is_demoted.size):
+        if not is_demoted[vertex]:
+            for e in range(start[vertex], start[vertex + 1]):
                 if not is_demoted[target[e]]:
                     out_target[left] = target[e]
                     out_sqdist[left] = sqdist[e]
                     left += 1
-        out_start[node + 1] = left
+        out_start[vertex + 1] = left
     return left
 
 
 @compiled.njit()
 def _crossing(own, start, target, peer_of):  # type: ignore[no-untyped-def]  # compiled by numba
-    """(partition, own node) for each edge that crosses."""
+    """(partition, own vertex) for each edge that crosses."""
     count = 0
-    for node in range(own.size):
-        for e in range(start[node], start[node + 1]):
-            if own[node] != own[target[e]]:
+    for vertex in range(own.size):
+        for e in range(start[vertex], start[vertex + 1]):
+            if own[vertex] != own[target[e]]:
                 count += 1
     peer = np.empty(count, np.int32)
     inside = np.empty(count, np.int64)
     count = 0
-    for node in range(own.size):
-        for e in range(start[node], start[node + 1]):
-            if own[node] != own[target[e]]:
-                outside = target[e] if own[node] else node
+    for vertex in range(own.size):
+        for e in range(start[vertex], start[vertex + 1]):
+            if own[vertex] != own[target[e]]:
+                outside = target[e] if own[vertex] else vertex
                 peer[count] = peer_of[outside]
-                inside[count] = node if own[node] else target[e]
+                inside[count] = vertex if own[vertex] else target[e]
                 count += 1
     return peer, inside

@@ -203,15 +203,15 @@ class RankingPartition:
         )
         x[is_demoted] = messages.FLOOR
         # of the halo only some of the edges are known here
-        x[edges.halo_node] = supersteps.UNKNOWN
+        x[edges.halo_vertex] = supersteps.UNKNOWN
         if not scheme.one_weight:
             weights = scheme.reverse_weights(edges.sqdist)
-        self._forward = keep(x[edges.own_node])
-        self._own_node, self._halo_node = keep(edges.own_node), keep(edges.halo_node)
+        self._forward = keep(x[edges.own_vertex])
+        self._own_vertex, self._halo_vertex = keep(edges.own_vertex), keep(edges.halo_vertex)
         self._halo_ids = keep(edges.halo_ids)
         self._boundary = [
-            np.searchsorted(edges.own_node, nodes).astype(edges.own_node.dtype)
-            for nodes in halo.boundary(edges, self._starts)
+            np.searchsorted(edges.own_vertex, vertices).astype(edges.own_vertex.dtype)
+            for vertices in halo.boundary(edges, self._starts)
         ]
         own, start, targets = edges.own(), edges.start, edges.target
         del edges, scores, difficulty
@@ -241,23 +241,23 @@ class RankingPartition:
         for it, or all of them.
         """
         if self._moved:
-            changed = np.zeros(self._own_node.size + self._halo_node.size, np.bool_)
+            changed = np.zeros(self._own_vertex.size + self._halo_vertex.size, np.bool_)
             changed[self._partition.changed()] = True
             for news, rows in zip(self._news, self._boundary, strict=True):
-                news |= changed[self._own_node[rows]]
+                news |= changed[self._own_vertex[rows]]
             self._moved = False
         rows = self._boundary[peer]
         if not everything:
             rows = rows[self._news[peer]]
         self._news[peer][:] = False
-        x, final = self._partition.states(self._own_node[rows])
+        x, final = self._partition.states(self._own_vertex[rows])
         return States(ids=self._first + rows.astype(np.int64), x=x, final=final)
 
     def receive_states(self, states: States) -> None:
         """Merge states of another partition. They may be late, repeated or out of order."""
         if states.ids.size:
-            nodes = self._halo_node[np.searchsorted(self._halo_ids, states.ids)]
-            self._partition.receive(nodes, states.x, states.final)
+            vertices = self._halo_vertex[np.searchsorted(self._halo_ids, states.ids)]
+            self._partition.receive(vertices, states.x, states.final)
             self._moved = True
 
     def snapshot(self) -> supersteps.Snapshot:
@@ -271,11 +271,11 @@ class RankingPartition:
 
     def outcome(self) -> Outcome:
         """The scores of the rows, in their order. All must be final."""
-        final, _ = self._partition.states(self._own_node)
-        by = self._partition.suppressed_by()[self._own_node]
-        ids = np.empty(self._own_node.size + self._halo_node.size, np.int64)
-        ids[self._own_node] = self._first + np.arange(self.size)
-        ids[self._halo_node] = self._halo_ids
+        final, _ = self._partition.states(self._own_vertex)
+        by = self._partition.suppressed_by()[self._own_vertex]
+        ids = np.empty(self._own_vertex.size + self._halo_vertex.size, np.int64)
+        ids[self._own_vertex] = self._first + np.arange(self.size)
+        ids[self._halo_vertex] = self._halo_ids
         return Outcome(
             forward=self._forward, final=final, suppressed_by=np.where(by >= 0, ids[by], -1)
         )

@@ -1,13 +1,14 @@
 """The exact greedy in one partition of several: states of other partitions in, changed states out.
 
-A partition holds the edges that have an end in it. Its *nodes* are its own samples and the *halo*:
-the samples of other partitions at the other ends. Partitions exchange states only: (x, final) of a
-sample. On receipt x becomes the minimum of old and new, and `final` never reverts, so states may
-arrive late, repeatedly or out of order. A partition computes the message of a final halo node
-itself, once per edge. It may therefore return to an older snapshot of its own and repeat the rest.
+A partition holds the edges that have an end in it. Its *vertices* are its own samples and the
+*halo*: the samples of other partitions at the other ends. Partitions exchange states only: (x,
+final) of a sample. On receipt x becomes the minimum of old and new, and `final` never reverts, so
+states may arrive late, repeatedly or out of order. A partition computes the message of a final halo
+vertex itself, once per edge. It may therefore return to an older snapshot of its own and repeat the
+rest.
 
-Scores only fall, so an old score is an upper bound, and waiting because of one is safe. A halo node
-of which nothing is known yet counts as live with the best possible score.
+Scores only fall, so an old score is an upper bound, and waiting because of one is safe. A halo
+vertex of which nothing is known yet counts as live with the best possible score.
 
 See docs/method.md#ranking-in-partitions.
 """
@@ -27,30 +28,30 @@ F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 U8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
-Nodes = npt.NDArray[np.integer]
+Vertices = npt.NDArray[np.integer]
 
 UNKNOWN = 2**62 - 1  # a score that none beats
 
-IN_A_BUCKET = 4  # nodes, about
+IN_A_BUCKET = 4  # vertices, about
 _SAMPLED = 4096  # scores that choose the width of a bucket
 _FALL = 4  # buckets reach so far down, in units of the range of scores at the beginning
 
 
 class LocalGraph(NamedTuple):
-    """The edges with an end in one partition; m nodes in ascending order of uid."""
+    """The edges with an end in one partition; m vertices in ascending order of uid."""
 
     own: Bool
-    """(m,) whether a node is a sample of this partition"""
-    start: Nodes
+    """(m,) whether a vertex is a sample of this partition"""
+    start: Vertices
     """(m + 1,) offsets into `target`"""
-    target: Nodes
-    """(e,) out-edges of own nodes, and those of halo nodes that lead to own ones"""
+    target: Vertices
+    """(e,) out-edges of own vertices, and those of halo vertices that lead to own ones"""
     weight: F32
     """(e,) of the reverse pass, in [0, 1]"""
-    in_start: Nodes
+    in_start: Vertices
     """(m + 1,) offsets into `source`; (0,) if out-edges are enough"""
-    source: Nodes
-    """in-edges of own nodes"""
+    source: Vertices
+    """in-edges of own vertices"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +59,9 @@ class Snapshot:
     """All that a partition must remember to go on."""
 
     packed: I64
-    """(m,) 2·x + 1 of live nodes, 2·x of final ones"""
+    """(m,) 2·x + 1 of live vertices, 2·x of final ones"""
     applied: Bool
-    """(e,) edges of halo nodes whose message was applied; empty without a halo"""
+    """(e,) edges of halo vertices whose message was applied; empty without a halo"""
 
     def copy(self) -> Snapshot:
         """One that shares nothing with this."""
@@ -68,37 +69,37 @@ class Snapshot:
 
 
 class _State(NamedTuple):
-    """Scores, and which node waits for which."""
+    """Scores, and which vertex waits for which."""
 
     packed: I64
     applied: Bool
     held: npt.NDArray[np.int32]
-    """(m,) messages of final halo nodes that a node could not take yet; empty: no halo"""
+    """(m,) messages of final halo vertices that a vertex could not take yet; empty: no halo"""
     flags: U8
-    head: Nodes
-    """(m,) first of the nodes that wait for a node, −1 none"""
-    after: Nodes
+    head: Vertices
+    """(m,) first of the vertices that wait for a vertex, −1 none"""
+    after: Vertices
     """(m,) the next one that waits for the same, or lies in the same bucket"""
 
 
 class _Queue(NamedTuple):
-    """Own nodes to be decided, best first: buckets, and a heap of the nodes of the best one."""
+    """Own vertices to be decided, best first: buckets, and a heap of those of the best one."""
 
-    first: Nodes
-    """(B,) a node in each bucket, −1 none; the others follow in `after`"""
+    first: Vertices
+    """(B,) a vertex in each bucket, −1 none; the others follow in `after`"""
     high: int
     """score where the first bucket begins"""
     shift: int
     """log₂ of the width of a bucket"""
     key: I64
     """(m,) the heap: packed scores as they were when they came"""
-    node: Nodes
-    lowered: Nodes
-    """(m,) nodes that others wait for and that have fallen"""
+    vertex: Vertices
+    lowered: Vertices
+    """(m,) vertices that others wait for and that have fallen"""
 
 
 def make_graph(
-    own: Bool, start: Nodes, target: Nodes, weight: F32, *, both_ways: bool = False
+    own: Bool, start: Vertices, target: Vertices, weight: F32, *, both_ways: bool = False
 ) -> LocalGraph:
     """A graph from its out-edges. both_ways: each edge exists in both directions with one weight,
     so that out-edges are enough.
@@ -116,8 +117,8 @@ class Partition:
     """The greedy in one partition, superstep by superstep."""
 
     def __init__(self, graph: LocalGraph, forward: I64) -> None:
-        """forward: (m,) scores after the forward pass, in [−2⁶², 2⁶²); UNKNOWN for halo nodes. A
-        node at −2⁶² cannot change and is final from the start.
+        """forward: (m,) scores after the forward pass, in [−2⁶², 2⁶²); UNKNOWN for halo vertices. A
+        vertex at −2⁶² cannot change and is final from the start.
         """
         self._graph = graph
         edges = 0 if graph.own.all() else graph.target.size
@@ -146,23 +147,23 @@ class Partition:
         """Own samples that are not final yet."""
         return int(best_first.count_live(self._state.packed, self._state.flags))
 
-    def states(self, nodes: Nodes) -> tuple[I64, Bool]:
-        """x and final of some nodes, (s,) each."""
-        packed = self._state.packed[nodes]
+    def states(self, vertices: Vertices) -> tuple[I64, Bool]:
+        """x and final of some vertices, (s,) each."""
+        packed = self._state.packed[vertices]
         return packed >> 1, (packed & 1) == 0
 
-    def receive(self, nodes: Nodes, x: I64, final: Bool) -> None:
-        """States of halo nodes: (s,) nodes, scores and whether final. Any number of times."""
+    def receive(self, vertices: Vertices, x: I64, final: Bool) -> None:
+        """States of halo vertices: (s,) vertices, scores and whether final. Any number of times."""
         g, state = self._graph, self._state
         self._work.append(
             best_first.receive(
-                nodes, x, final, g.start, g.target, g.weight, state.packed, state.flags, state.head,
-                state.after, state.held, state.applied,
+                vertices, x, final, g.start, g.target, g.weight, state.packed, state.flags,
+                state.head, state.after, state.held, state.applied,
             )
         )  # fmt: skip
 
     def advance(self) -> int:
-        """Make everything final that can be. Returns how many nodes were checked."""
+        """Make everything final that can be. Returns how many vertices were checked."""
         work = np.concatenate(self._work)
         self._work = [work[:0]]
         if not work.size:
@@ -172,24 +173,24 @@ class Partition:
         looks = best_first.advance(
             g.start, g.target, g.weight, g.in_start, g.source, state.packed, state.flags,
             state.head, state.after, state.held, state.applied, q.first, q.high, q.shift, q.key,
-            q.node, q.lowered,
+            q.vertex, q.lowered,
         )  # fmt: skip
         return int(looks)
 
     def changed(self) -> I64:
-        """Own nodes whose state changed since the last call; at first all. Without a halo no other
-        partition needs them, and changes are not recorded.
+        """Own vertices whose state changed since the last call; at first all. Without a halo no
+        other partition needs them, and changes are not recorded.
         """
-        nodes = np.flatnonzero(self._state.flags & best_first.CHANGED)
-        self._state.flags[nodes] &= ~np.uint8(best_first.CHANGED)
-        return nodes
+        vertices = np.flatnonzero(self._state.flags & best_first.CHANGED)
+        self._state.flags[vertices] &= ~np.uint8(best_first.CHANGED)
+        return vertices
 
-    def suppressed_by(self) -> Nodes:
-        """(m,) node that sent the largest message > 0 to each own node, ties to the smaller uid; −1
-        none. All own nodes must be final.
+    def suppressed_by(self) -> Vertices:
+        """(m,) vertex that sent the largest message > 0 to each own vertex, ties to the smaller
+        uid; −1 none. All own vertices must be final.
         """
         g = self._graph
-        by: Nodes = best_first.strongest(g.start, g.target, g.weight, g.own, self._state.packed)
+        by: Vertices = best_first.strongest(g.start, g.target, g.weight, g.own, self._state.packed)
         return by
 
     def snapshot(self) -> Snapshot:
@@ -201,8 +202,8 @@ class Partition:
         self._start_over(snapshot.copy())
 
 
-def _make_queue(state: _State, work: Nodes) -> _Queue:
-    """An empty queue whose buckets suit the scores of these nodes."""
+def _make_queue(state: _State, work: Vertices) -> _Queue:
+    """An empty queue whose buckets suit the scores of these vertices."""
     scores = np.sort(state.packed[work[:: max(1, work.size // _SAMPLED)]] >> 1)
     # a few outliers must not make all buckets wide
     few = scores.size // 1000
@@ -217,6 +218,6 @@ def _make_queue(state: _State, work: Nodes) -> _Queue:
         high=high,
         shift=shift,
         key=np.empty(m, np.int64),
-        node=np.empty(m, kind),
+        vertex=np.empty(m, kind),
         lowered=np.empty(state.head.size, kind),
     )

@@ -157,41 +157,41 @@ def _fixed(weight):  # type: ignore[no-untyped-def]  # compiled by numba
 
 
 @compiled.njit()
-def _sink(key, node, size, at):  # type: ignore[no-untyped-def]  # compiled by numba
-    """Move the entry at `at` down to its place in a heap of (key, node), best first."""
-    k, i = key[at], node[at]
+def _sink(key, vertex, size, at):  # type: ignore[no-untyped-def]  # compiled by numba
+    """Move the entry at `at` down to its place in a heap of (key, vertex), best first."""
+    k, i = key[at], vertex[at]
     while True:
         child = 2 * at + 1
         if child >= size:
             break
         right = child + 1
         if right < size and (
-            key[right] > key[child] or (key[right] == key[child] and node[right] < node[child])
+            key[right] > key[child] or (key[right] == key[child] and vertex[right] < vertex[child])
         ):
             child = right
-        if key[child] < k or (key[child] == k and node[child] > i):
+        if key[child] < k or (key[child] == k and vertex[child] > i):
             break
-        key[at], node[at] = key[child], node[child]
+        key[at], vertex[at] = key[child], vertex[child]
         at = child
-    key[at], node[at] = k, i
+    key[at], vertex[at] = k, i
 
 
 @compiled.njit()
 def _heap(key):  # type: ignore[no-untyped-def]  # compiled by numba
-    """Turn the keys of nodes 0 … n − 1 into a heap, in place; returns the nodes in heap order."""
-    node = np.arange(key.size).astype(np.int32)
+    """Turn the keys of vertices 0 … n − 1 into a heap, in place; returns them in heap order."""
+    vertex = np.arange(key.size).astype(np.int32)
     for at in range(key.size // 2 - 1, -1, -1):
-        _sink(key, node, key.size, at)
-    return node
+        _sink(key, vertex, key.size, at)
+    return vertex
 
 
 @compiled.njit()
-def _drop_root(key, node, size):  # type: ignore[no-untyped-def]  # compiled by numba
+def _drop_root(key, vertex, size):  # type: ignore[no-untyped-def]  # compiled by numba
     """Remove the root of a heap; returns the new size."""
     size -= 1
     if size > 0:
-        key[0], node[0] = key[size], node[size]
-        _sink(key, node, size, 0)
+        key[0], vertex[0] = key[size], vertex[size]
+        _sink(key, vertex, size, 0)
     return size
 
 
@@ -212,15 +212,15 @@ def _cover(start, target, weight):  # type: ignore[no-untyped-def]  # compiled b
     key = np.empty(n, np.int64)
     for j in range(n):
         key[j] = _covers(j, start, target, weight, best)
-    node = _heap(key)
+    vertex = _heap(key)
     order = np.empty(n, np.int64)
     taken, size = 0, n
     while size > 0:
-        j = np.int64(node[0])
+        j = np.int64(vertex[0])
         gain = _covers(j, start, target, weight, best)
         if gain < key[0]:
             key[0] = gain
-            _sink(key, node, size, 0)
+            _sink(key, vertex, size, 0)
             continue
         if gain == 0:
             break
@@ -230,7 +230,7 @@ def _cover(start, target, weight):  # type: ignore[no-untyped-def]  # compiled b
         for e in range(start[j], start[j + 1]):
             i = target[e]
             best[i] = max(best[i], _fixed(weight[e]))
-        size = _drop_root(key, node, size)
+        size = _drop_root(key, vertex, size)
     return order[:taken].copy()
 
 
@@ -252,24 +252,24 @@ def _cut(start, target, weight, relevance):  # type: ignore[no-untyped-def]  # c
 
 @compiled.njit()
 def _fall(start, target, taken, gain):  # type: ignore[no-untyped-def]  # compiled by numba
-    """All nodes, largest gain first.
+    """All vertices, largest gain first.
 
-    A selected node lowers the gains of its neighbors by `taken` of its edges. Gains are always up
+    A selected vertex lowers the gains of its neighbors by `taken` of its edges. Gains are always up
     to date; only the heap is lazy.
     """
     n = gain.size
     key = gain.copy()
-    node = _heap(key)
+    vertex = _heap(key)
     order = np.empty(n, np.int64)
     size = n
     while size > 0:
-        j = np.int64(node[0])
+        j = np.int64(vertex[0])
         if gain[j] < key[0]:
             key[0] = gain[j]
-            _sink(key, node, size, 0)
+            _sink(key, vertex, size, 0)
             continue
         order[n - size] = j
         for e in range(start[j], start[j + 1]):
             gain[target[e]] -= taken[e]
-        size = _drop_root(key, node, size)
+        size = _drop_root(key, vertex, size)
     return order
