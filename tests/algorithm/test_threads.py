@@ -103,9 +103,9 @@ def results() -> list[np.ndarray]:
     homes = rng.integers(0, 5, n).astype(np.int32)
     start, found = refine.candidates(everyone, probed, own, own, homes[own], own)
     distance = np.sort(features.sqdist_pairs(rows, own), axis=1)
-    held = exact_lists.Lists(numbers=own, sqdist=distance)
+    held = exact_lists.Lists(catalog_rows=own, sqdist=distance)
     better = refine.improved(rows, everyone, held, 3, start, found, rows, found, n)
-    merged = exact_lists.Lists(numbers=own * 2, sqdist=distance.copy())
+    merged = exact_lists.Lists(catalog_rows=own * 2, sqdist=distance.copy())
     exact_lists.merge_inplace(merged, everyone[:150], held.take(everyone[:150]), everyone[:150], n)
     short = shortlist.Shortlists(lists=held, exact=distance[:, ::-1].copy())
     settled = shortlist.settle(short, everyone, 2, n)
@@ -120,8 +120,8 @@ def results() -> list[np.ndarray]:
         features.to_float32(rows), features.squared_norms(rows),
         # fewer lists than rows
         features.sqdist_pairs(rows, neighbors[:71]),
-        copies.group, copies.first, copies.start, copies.members, start, found, better.numbers,
-        better.sqdist, merged.numbers, merged.sqdist, settled.numbers, settled.sqdist,
+        copies.group, copies.first, copies.start, copies.members, start, found, better.catalog_rows,
+        better.sqdist, merged.catalog_rows, merged.sqdist, settled.catalog_rows, settled.sqdist,
         density.density(pool, rows_a_cluster=20), geometric.k_center(pool), geometric.herding(pool),
         geometric.least_alike_first(raw, cell, raw[:3]), scores.negclip_loss(raw, raw[::-1]),
         scores.norm_sim(raw, raw[:70]), scores.prototypicality(raw, raw[:70]), ranked.rank,

@@ -45,14 +45,14 @@ class Request:
 
     queries: F16
     """(q, d)"""
-    numbers: I64
+    catalog_rows: I64
     probed: I32
     """(q, p) cells to search"""
     k: int
 
 
 class Searcher(Protocol):
-    """The whole pool, wherever it lies; samples are known by number."""
+    """The whole pool, wherever it lies; samples are known by catalog row."""
 
     @property
     def sketch(self) -> Sketch:
@@ -66,16 +66,16 @@ class Searcher(Protocol):
     def sizes(self) -> I64:
         """(nlist,) rows of each cell."""
 
-    def truth(self, queries: F16, numbers: I64, k: int) -> Lists:
+    def truth(self, queries: F16, catalog_rows: I64, k: int) -> Lists:
         """Exact lists over the whole pool."""
 
     def find(self, requests: Sequence[Request]) -> list[Lists]:
         """Lists as the search of these cells finds them; the pool is read once for all of them."""
 
-    def rows(self, numbers: I64) -> F16:
+    def rows(self, catalog_rows: I64) -> F16:
         """Their features, (n, d)."""
 
-    def probed(self, numbers: I64) -> I32:
+    def probed(self, catalog_rows: I64) -> I32:
         """The cells that they probe, nearest first; the first is their home."""
 
 
@@ -195,18 +195,18 @@ def harder(
 
 
 def choose(
-    pool: Searcher, queries: F16, numbers: I64, probed: I32, k: int, target: float
+    pool: Searcher, queries: F16, catalog_rows: I64, probed: I32, k: int, target: float
 ) -> Choice:
     """The cheapest way to search whose recall on the sample reaches `target` with confidence.
 
-    queries: (q, d) hash-chosen rows; numbers: (q,); probed: (q, most probes). The queries are
+    queries: (q, d) hash-chosen rows; catalog_rows: (q,); probed: (q, most probes). The queries are
     compared with the whole pool once. The cells of their true neighbors show how many probes
     contain enough of them. Around that number, shortlists and refinement are tried. The pool is
     read three times.
     """
     k = min(k, pool.total - 1)
     most = probed.shape[1]
-    truth = pool.truth(queries, numbers, k)
+    truth = pool.truth(queries, catalog_rows, k)
     where = _positions(pool, truth, probed)
     held = [(where < p).mean(axis=1) for p in range(1, most + 1)]
     dim = queries.shape[1]
@@ -219,13 +219,13 @@ def choose(
 
     def request(p: int, width: int) -> Request:
         searched = np.ascontiguousarray(probed[:, :p])
-        return Request(queries=queries, numbers=numbers, probed=searched, k=width)
+        return Request(queries=queries, catalog_rows=catalog_rows, probed=searched, k=width)
 
     asked = [request(p, k) for p in tried] + [request(p, k + REFINED_LISTS) for p in fewer]
     found = pool.find(asked)
     # neighbors that lie in probed cells, and are lost because no shortlist has them
     lost = [
-        (p, float((held[p - 1] - truth.share_in(lists.numbers)).mean()))
+        (p, float((held[p - 1] - truth.share_in(lists.catalog_rows)).mean()))
         for p, lists in zip(tried, found, strict=False)
     ] or [(most, 0.0)]
     best = _plain(held, lost, bound, target, cost)
@@ -275,10 +275,12 @@ def _positions(pool: Searcher, truth: Lists, probed: I32) -> I64:
 
     −1 where the list is padded; the number of probes if no probe finds it.
     """
-    there = truth.numbers >= 0
-    home = refine.home_cells(truth.numbers, lambda numbers: pool.probed(numbers)[:, 0])
-    out = np.full(truth.numbers.shape, -1, np.int64)
-    for t in range(truth.numbers.shape[1]):
+    there = truth.catalog_rows >= 0
+    home = refine.home_cells(
+        truth.catalog_rows, lambda catalog_rows: pool.probed(catalog_rows)[:, 0]
+    )
+    out = np.full(truth.catalog_rows.shape, -1, np.int64)
+    for t in range(truth.catalog_rows.shape[1]):
         same = probed == home[:, t : t + 1]
         found = np.where(same.any(axis=1), same.argmax(axis=1), probed.shape[1])
         out[:, t] = np.where(there[:, t], found, -1)
@@ -291,14 +293,14 @@ def _refined(
     """For each request, whose lists before the pass are `wide`: share of the truth found by each
     query after it, and rows fetched a query.
     """
-    lists_of_neighbors = [refine.distinct(own.numbers) for own in wide]
+    lists_of_neighbors = [refine.distinct(own.catalog_rows) for own in wide]
     theirs = pool.find(
         [
             Request(
                 queries=pool.rows(named),
-                numbers=named,
+                catalog_rows=named,
                 probed=np.ascontiguousarray(pool.probed(named)[:, : asked.probed.shape[1]]),
-                k=own.numbers.shape[1],
+                k=own.catalog_rows.shape[1],
             )
             for asked, own, (named, _) in zip(requests, wide, lists_of_neighbors, strict=True)
         ]
@@ -307,16 +309,23 @@ def _refined(
     for asked, own, (_, neighbor_row), lists in zip(
         requests, wide, lists_of_neighbors, theirs, strict=True
     ):
-        homes = refine.home_cells(lists.numbers, lambda named: pool.probed(named)[:, 0])
+        homes = refine.home_cells(lists.catalog_rows, lambda named: pool.probed(named)[:, 0])
         start, found = refine.candidates(
-            asked.numbers, asked.probed, own.numbers, lists.numbers, homes, neighbor_row
+            asked.catalog_rows,
+            asked.probed,
+            own.catalog_rows,
+            lists.catalog_rows,
+            homes,
+            neighbor_row,
         )
         fetched, where = np.unique(found, return_inverse=True)
         after = refine.improved(
-            asked.queries, asked.numbers, own, asked.k, start, found, pool.rows(fetched), where,
-            pool.total,
+            asked.queries, asked.catalog_rows, own, asked.k, start, found, pool.rows(fetched),
+            where, pool.total,
         )  # fmt: skip
-        out.append((truth.share_in(after.numbers), float(start[-1] / max(1, len(asked.numbers)))))
+        out.append(
+            (truth.share_in(after.catalog_rows), float(start[-1] / max(1, len(asked.catalog_rows))))
+        )
     return out
 
 

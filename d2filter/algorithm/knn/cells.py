@@ -114,8 +114,8 @@ def assign(rows: F16, cells: Cells, probes: int, *, progress: Progress = lambda 
     out = np.zeros((len(rows), probes), np.int32)
     if cells.count == 1:
         return out
-    numbers = np.arange(cells.count, dtype=np.int64)
-    under = make_members(cells.centroids, numbers, cells.parent, len(cells.parents))
+    every_cell = np.arange(cells.count, dtype=np.int64)
+    under = make_members(cells.centroids, every_cell, cells.parent, len(cells.parents))
     for begin in range(0, len(rows), BLOCK):
         # a copy, of a memory map too: compiled code is made anew for read-only arrays
         block = np.array(rows[begin : begin + BLOCK])
@@ -124,7 +124,7 @@ def assign(rows: F16, cells: Cells, probes: int, *, progress: Progress = lambda 
             under, block, _before_all(block), looked, probes, cells.count + 1,
             over_fetch=_OVER_FETCH,
         )  # fmt: skip
-        out[begin : begin + len(block)] = found.numbers
+        out[begin : begin + len(block)] = found.catalog_rows
         progress(len(block))
     return out
 
@@ -148,7 +148,7 @@ def _nearest(rows: F16, centroids: F16, count: int) -> I32:
         centroids, np.arange(len(centroids)), rows, _before_all(rows), min(count, len(centroids)),
         len(centroids) + 1, over_fetch=_OVER_FETCH,
     )  # fmt: skip
-    nearest: I32 = found.numbers.astype(np.int32)
+    nearest: I32 = found.catalog_rows.astype(np.int32)
     return nearest
 
 

@@ -4,9 +4,9 @@ Proposals have float32 distances with a known maximal error. They are measured e
 first, until nothing else can be as near as the last place of the list. If the error bound cannot
 show this, the list is *unsure*, and `search` compares all members of its cells in float64.
 
-Samples are identified by their *number*: their position in the ascending order of all n uids
-(docs/glossary.md: catalog row). Neighbors at equal distance are sorted by (number_j − number_i) mod
-n, which is the order of (uid_j − uid_i) mod 2¹²⁸.
+Samples are identified by their *catalog row*: their position in the ascending order of all n uids
+(docs/glossary.md). Neighbors at equal distance are sorted by (row_j − row_i) mod n, which is the
+order of (uid_j − uid_i) mod 2¹²⁸.
 
 See docs/method.md#ring-order.
 """
@@ -30,7 +30,7 @@ _BLOCK = 4096  # lists that a thread merges at a time
 class Lists:
     """Exact lists of q samples."""
 
-    numbers: I64
+    catalog_rows: I64
     """(q, k) nearest first, equals in ring order; −1 where fewer than k were searched"""
     sqdist: F32
     """(q, k) ascending, inf where padded"""
@@ -39,7 +39,7 @@ class Lists:
     def empty(queries: int, k: int) -> Lists:
         """Lists that hold nothing yet."""
         return Lists(
-            numbers=np.full((queries, k), -1, np.int64),
+            catalog_rows=np.full((queries, k), -1, np.int64),
             sqdist=np.full((queries, k), np.inf, np.float32),
         )
 
@@ -48,13 +48,13 @@ class Lists:
 
         A sample without any neighbor has nothing to miss.
         """
-        hit = (self.numbers[:, :, None] == found[:, None, :]).any(axis=2)
-        share: npt.NDArray[np.float64] = np.where(self.numbers >= 0, hit, True).mean(axis=1)
+        hit = (self.catalog_rows[:, :, None] == found[:, None, :]).any(axis=2)
+        share: npt.NDArray[np.float64] = np.where(self.catalog_rows >= 0, hit, True).mean(axis=1)
         return share
 
     def take(self, rows: I64) -> Lists:
         """The given rows, in that order."""
-        return Lists(numbers=self.numbers[rows], sqdist=self.sqdist[rows])
+        return Lists(catalog_rows=self.catalog_rows[rows], sqdist=self.sqdist[rows])
 
 
 def merge_inplace(
@@ -63,16 +63,16 @@ def merge_inplace(
 ) -> None:  # fmt: skip
     """Merge the lists `other` (r, k) of some samples into those at positions `rows`.
 
-    queries: (r,) numbers of these samples; total: n. Both hold different neighbors, so exact lists
-    of two sets of samples become the exact list of both. carried: a value beside each place of
-    `into` and of `other`, which moves along.
+    queries: (r,) catalog rows of these samples; total: n. Both hold different neighbors, so exact
+    lists of two sets of samples become the exact list of both. carried: a value beside each place
+    of `into` and of `other`, which moves along.
     """
     mine, theirs = carried or (into.sqdist, other.sqdist)
 
     def merge(some: slice) -> None:
         _merge(
-            into.numbers, into.sqdist, mine, rows, other.numbers, other.sqdist, theirs, queries,
-            total, some.start, some.stop,
+            into.catalog_rows, into.sqdist, mine, rows, other.catalog_rows, other.sqdist, theirs,
+            queries, total, some.start, some.stop,
         )  # fmt: skip
 
     threads.in_blocks(merge, rows.size, _BLOCK)
@@ -80,12 +80,12 @@ def merge_inplace(
 
 @compiled.njit()
 def _merge(  # type: ignore[no-untyped-def]  # compiled by numba
-    numbers, sqdist, carried, rows, more, more_sqdist, more_carried, queries, total, begin, end
+    catalog_rows, sqdist, carried, rows, more, more_sqdist, more_carried, queries, total, begin, end
 ):
-    k = numbers.shape[1]
+    k = catalog_rows.shape[1]
     for r in range(begin, end):
         i = rows[r]
-        held = numbers[i].copy()
+        held = catalog_rows[i].copy()
         distance = sqdist[i].copy()
         value = carried[i].copy()
         a, b = 0, 0
@@ -101,34 +101,34 @@ def _merge(  # type: ignore[no-untyped-def]  # compiled by numba
             elif not left and not right:
                 break
             if left:
-                numbers[i, t], sqdist[i, t], carried[i, t] = held[a], distance[a], value[a]
+                catalog_rows[i, t], sqdist[i, t], carried[i, t] = held[a], distance[a], value[a]
                 a += 1
             else:
-                numbers[i, t], sqdist[i, t] = more[r, b], more_sqdist[r, b]
+                catalog_rows[i, t], sqdist[i, t] = more[r, b], more_sqdist[r, b]
                 carried[i, t] = more_carried[r, b]
                 b += 1
 
 
 @compiled.njit()
-def insert(numbers, sqdist, number, distance, query, total):  # type: ignore[no-untyped-def]
+def insert(catalog_rows, sqdist, catalog_row, distance, query, total):  # type: ignore[no-untyped-def]
     """Put one more neighbor into a list that may have free places (−1), in place.
 
     Returns the place that it got, the length of the list when it got none.
     """
-    k = numbers.size
-    offset = (number - query) % total
+    k = catalog_rows.size
+    offset = (catalog_row - query) % total
     at = k
     while at > 0 and (
-        numbers[at - 1] < 0
+        catalog_rows[at - 1] < 0
         or sqdist[at - 1] > distance
-        or (sqdist[at - 1] == distance and (numbers[at - 1] - query) % total > offset)
+        or (sqdist[at - 1] == distance and (catalog_rows[at - 1] - query) % total > offset)
     ):
         at -= 1
     if at < k:
         for s in range(k - 1, at, -1):
-            numbers[s] = numbers[s - 1]
+            catalog_rows[s] = catalog_rows[s - 1]
             sqdist[s] = sqdist[s - 1]
-        numbers[at] = number
+        catalog_rows[at] = catalog_row
         sqdist[at] = distance
     return at
 
@@ -147,19 +147,19 @@ def certain(reach, bar, relative):  # type: ignore[no-untyped-def]  # compiled b
 
 @compiled.njit()
 def fill_from_proposals(  # type: ignore[no-untyped-def]  # compiled by numba
-    bits, first, copy_start, copy_numbers, near, ids, reach, relative,
-    query_bits, query_first, rows_start, rows, queries, total, numbers, sqdist,
+    bits, first, copy_start, copy_rows, near, ids, reach, relative,
+    query_bits, query_first, rows_start, rows, queries, total, catalog_rows, sqdist,
 ):  # fmt: skip
     """Write the lists of all queries whose proposals settle them, in place.
 
-    bits (m, d), first (g,), copy_start, copy_numbers: the members and their groups of copies. near,
+    bits (m, d), first (g,), copy_start, copy_rows: the members and their groups of copies. near,
     ids (w, f): the nearest groups of w distinct queries, ascending; reach (w,).
     query_bits[query_first[w]]: the features; rows[rows_start[w]:rows_start[w + 1]]: the positions
-    in `queries` (their numbers) and in the lists. Returns limit (w,) float32 and unsure (w,) bool:
-    the lists not written, and the distance within which their neighbors lie.
+    in `queries` (their catalog rows) and in the lists. Returns limit (w,) float32 and unsure (w,)
+    bool: the lists not written, and the distance within which their neighbors lie.
     """
     w_count, f = ids.shape
-    k = numbers.shape[1]
+    k = catalog_rows.shape[1]
     limit = np.zeros(w_count, np.float32)
     unsure = np.zeros(w_count, np.bool_)
     x = np.empty(bits.shape[1], np.float64)
@@ -207,16 +207,16 @@ def fill_from_proposals(  # type: ignore[no-untyped-def]  # compiled by numba
         for t in range(rows_start[w], rows_start[w + 1]):
             at = rows[t]
             write(
-                queries[at], groups[:count], measured[:count], copy_start, copy_numbers, total,
-                numbers[at], sqdist[at],
+                queries[at], groups[:count], measured[:count], copy_start, copy_rows, total,
+                catalog_rows[at], sqdist[at],
             )  # fmt: skip
     return limit, unsure
 
 
 @compiled.njit()
 def fill_from_candidates(  # type: ignore[no-untyped-def]  # compiled by numba
-    bits, first, copy_start, copy_numbers, which, start, candidates,
-    query_bits, query_first, rows_start, rows, queries, total, numbers, sqdist,
+    bits, first, copy_start, copy_rows, which, start, candidates,
+    query_bits, query_first, rows_start, rows, queries, total, catalog_rows, sqdist,
 ):  # fmt: skip
     """Write the lists of the distinct queries `which` from all groups that may be in them (CSR)."""
     x = np.empty(bits.shape[1], np.float64)
@@ -231,8 +231,8 @@ def fill_from_candidates(  # type: ignore[no-untyped-def]  # compiled by numba
         for t in range(rows_start[w], rows_start[w + 1]):
             at = rows[t]
             write(
-                queries[at], groups, measured, copy_start, copy_numbers, total,
-                numbers[at], sqdist[at],
+                queries[at], groups, measured, copy_start, copy_rows, total,
+                catalog_rows[at], sqdist[at],
             )  # fmt: skip
 
 
@@ -261,7 +261,7 @@ def sort(ids, distance, count):  # type: ignore[no-untyped-def]  # compiled by n
 
 @compiled.njit()
 def write(  # type: ignore[no-untyped-def]  # compiled by numba
-    query, groups, measured, copy_start, copy_numbers, total, out, out_sqdist
+    query, groups, measured, copy_start, copy_rows, total, out, out_sqdist
 ):
     """One list, level by level of equal distance, from groups in ascending order of distance."""
     k = out.size
@@ -271,7 +271,7 @@ def write(  # type: ignore[no-untyped-def]  # compiled by numba
         begin = filled
         d = measured[level]
         while level < groups.size and measured[level] == d:
-            members = copy_numbers[copy_start[groups[level]] : copy_start[groups[level] + 1]]
+            members = copy_rows[copy_start[groups[level]] : copy_start[groups[level] + 1]]
             filled = _ring(query, members, total, out, begin, filled)
             level += 1
         for t in range(begin, filled):
@@ -280,7 +280,7 @@ def write(  # type: ignore[no-untyped-def]  # compiled by numba
 
 @compiled.njit()
 def _ring(query, members, total, out, begin, filled):  # type: ignore[no-untyped-def]
-    """Merge up to k of `members` (ascending numbers) into out[begin:filled], nearest behind first.
+    """Merge up to k of `members` (ascending) into out[begin:filled], nearest behind first.
 
     Returns the new end. The query itself is never a member of its own list.
     """

@@ -1,7 +1,7 @@
 """Builds the kNN graph of a pool in memory, and measures its recall.
 
 The steps are those that `stages/` runs on files: train, assign, calibrate, search, refine, measure.
-Rows ascend by uid, so a row number is the catalog row of the sample (called *number* in the code).
+Rows ascend by uid, so a row number is the catalog row of the sample.
 The graph depends on the rows and the options alone.
 
 See docs/method.md#exact-search and the sections around it.
@@ -95,14 +95,14 @@ class InMemory:
         """n."""
         return len(self.features)
 
-    def truth(self, queries: F16, numbers: I64, k: int) -> Lists:
+    def truth(self, queries: F16, catalog_rows: I64, k: int) -> Lists:
         """Exact lists over the whole pool."""
         everyone = np.arange(self.total, dtype=np.int64)
-        return search.search_all(self.features, everyone, queries, numbers, k, self.total)
+        return search.search_all(self.features, everyone, queries, catalog_rows, k, self.total)
 
     def find(self, requests: Sequence[calibrate.Request]) -> list[Lists]:
         """Lists as the search of these cells finds them."""
-        return [self._find(r.queries, r.numbers, r.probed, r.k) for r in requests]
+        return [self._find(r.queries, r.catalog_rows, r.probed, r.k) for r in requests]
 
     def find_all(self, probed: I32, k: int, progress: Progress) -> Lists:
         """The same for every row of the pool. probed: (n, p)."""
@@ -110,25 +110,25 @@ class InMemory:
         return self._find(self.features, everyone, probed, k, progress)
 
     def _find(
-        self, queries: F16, numbers: I64, probed: I32, k: int,
+        self, queries: F16, catalog_rows: I64, probed: I32, k: int,
         progress: Progress = lambda done: None,
     ) -> Lists:  # fmt: skip
         whole = queries is self.features
         sketches = self.members.rows if whole else self.sketch.apply(queries)
         everyone = np.arange(self.total, dtype=np.int64)
         short = shortlist.find(
-            self.members, self.features, everyone, sketches, queries, numbers, probed,
+            self.members, self.features, everyone, sketches, queries, catalog_rows, probed,
             self.sketch.places(k), self.total, progress=progress,
         )  # fmt: skip
-        return shortlist.settle(short, numbers, k, self.total)
+        return shortlist.settle(short, catalog_rows, k, self.total)
 
-    def rows(self, numbers: I64) -> F16:
+    def rows(self, catalog_rows: I64) -> F16:
         """Their features."""
-        return self.features[numbers]
+        return self.features[catalog_rows]
 
-    def probed(self, numbers: I64) -> I32:
+    def probed(self, catalog_rows: I64) -> I32:
         """The cells that they probe."""
-        return self.assigned[numbers]
+        return self.assigned[catalog_rows]
 
 
 def make_pool(rows: F16, hi: uids.U64, lo: uids.U64) -> Pool:
@@ -166,11 +166,11 @@ def in_cells(pool: Pool, trained: Trained, *, probes: int = cells.STORED_PROBES)
     """Assign all rows and gather them by cell."""
     sketches = trained.sketch.apply(pool.rows)
     assigned = cells.assign(sketches, trained.cells, probes)
-    numbers = np.arange(len(pool.rows), dtype=np.int64)
+    catalog_rows = np.arange(len(pool.rows), dtype=np.int64)
     return InMemory(
         features=pool.rows,
         sketch=trained.sketch,
-        members=search.make_members(sketches, numbers, assigned[:, 0], trained.cells.count),
+        members=search.make_members(sketches, catalog_rows, assigned[:, 0], trained.cells.count),
         assigned=assigned,
         sizes=np.bincount(assigned[:, 0], minlength=trained.cells.count),
     )
@@ -184,8 +184,8 @@ def width(k: int, total: int) -> int:
 def choose(
     held: calibrate.Searcher, trained: Trained, rows: F16, queries: I64, k: int, target: float
 ) -> calibrate.Choice:
-    """How to search a pool in cells. rows: (q, d) of the calibration sample; queries: (q,) numbers
-    of it.
+    """How to search a pool in cells. rows: (q, d) of the calibration sample; queries: (q,) catalog
+    rows of it.
     """
     probed = cells.assign(trained.sketch.apply(rows), trained.cells, cells.MOST_PROBES)
     return calibrate.choose(held, rows, queries, probed, k, target)
@@ -269,7 +269,7 @@ def build_graph(
     lists = held.find_all(probed, width, progress)
     if choice.passes:
         before = lists
-        homes = held.assigned[before.numbers, 0]  # of padding too: it is not looked at
+        homes = held.assigned[before.catalog_rows, 0]  # of padding too: it is not looked at
         lists = Lists.empty(total, k)
         # by cell: rows of one cell measure the same others
         order = np.argsort(probed[:, 0], kind="stable")
@@ -277,13 +277,13 @@ def build_graph(
             part = order[begin : begin + refine.BLOCK]
             own = before.take(part)
             start, found = refine.candidates(
-                part, probed[part], own.numbers, before.numbers, homes, own.numbers
+                part, probed[part], own.catalog_rows, before.catalog_rows, homes, own.catalog_rows
             )
             better = refine.improved(
                 held.features[part], part, own, k, start, found, held.features, found, total
             )
-            lists.numbers[part], lists.sqdist[part] = better.numbers, better.sqdist
-    return Graph(neighbors=lists.numbers, sqdist=lists.sqdist)
+            lists.catalog_rows[part], lists.sqdist[part] = better.catalog_rows, better.sqdist
+    return Graph(neighbors=lists.catalog_rows, sqdist=lists.sqdist)
 
 
 def list_width(k: int, passes: int) -> int:
@@ -293,8 +293,10 @@ def list_width(k: int, passes: int) -> int:
 
 def exact_neighbors(pool: Pool, queries: I64, k: int) -> Lists:
     """Exact lists of some rows, by comparison with all."""
-    numbers = np.arange(len(pool.rows), dtype=np.int64)
-    return search.search_all(pool.rows, numbers, pool.rows[queries], queries, k, numbers.size)
+    catalog_rows = np.arange(len(pool.rows), dtype=np.int64)
+    return search.search_all(
+        pool.rows, catalog_rows, pool.rows[queries], queries, k, catalog_rows.size
+    )
 
 
 def measure_recall(pool: Pool, graph: Graph, *, seed: int = 0) -> Recall:

@@ -27,79 +27,80 @@ BLOCK = 65536  # samples whose candidates are held at a time
 _LISTS = 512  # of them, that a thread takes at a time
 
 
-def distinct(numbers: I64) -> tuple[I64, I64]:
+def distinct(catalog_rows: I64) -> tuple[I64, I64]:
     """The samples named in lists, ascending, and where each place of the lists names: −1 pads."""
-    there = numbers >= 0
-    named, back = np.unique(numbers[there], return_inverse=True)
-    where = np.full(numbers.shape, -1, np.int64)
+    there = catalog_rows >= 0
+    named, back = np.unique(catalog_rows[there], return_inverse=True)
+    where = np.full(catalog_rows.shape, -1, np.int64)
     where[there] = back
     return named, where
 
 
-def home_cells(numbers: I64, home_of: Callable[[I64], I32]) -> I32:
+def home_cells(catalog_rows: I64, home_of: Callable[[I64], I32]) -> I32:
     """Home cell of each neighbor in lists, −1 where padded; home_of is called once with all of
     them.
     """
-    named, where = distinct(numbers)
-    cells = np.full(numbers.shape, -1, np.int32)
+    named, where = distinct(catalog_rows)
+    cells = np.full(catalog_rows.shape, -1, np.int32)
     cells[where >= 0] = home_of(named)[where[where >= 0]]
     return cells
 
 
 def candidates(
-    numbers: I64,
+    catalog_rows: I64,
     probed: I32,
     own: I64,
     others: I64,
     cells_of_others: I32,
     neighbor_row: I64,
 ) -> tuple[I64, I64]:
-    """Neighbors of neighbors worth measuring, as CSR: start (q + 1,), numbers.
+    """Neighbors of neighbors worth measuring, as CSR: start (q + 1,), catalog rows.
 
-    numbers: (q,) of the samples; probed: (q, p); own: (q, K) their lists. friends: (f, K) lists of
-    their neighbors with the home cells of what these name; friend_of: (q, K) row of each neighbor
-    in it, −1 for none. Each candidate is named once, is not in the list yet, and was never
-    compared.
+    catalog_rows: (q,) of the samples; probed: (q, p); own: (q, K) their lists. others: (f, K) lists
+    of their neighbors with the home cells of what these name, cells_of_others; neighbor_row: (q, K)
+    row of each neighbor in it, −1 for none. Each candidate is named once, is not in the list yet,
+    and was never compared.
     """
-    start = np.zeros(numbers.size + 1, np.int64)
+    start = np.zeros(catalog_rows.size + 1, np.int64)
     found = np.empty(0, np.int64)
 
     def candidates(some: slice, counting: bool) -> None:
         _candidates(
-            numbers, probed, own, others, cells_of_others, neighbor_row, some.start, some.stop,
+            catalog_rows, probed, own, others, cells_of_others, neighbor_row, some.start, some.stop,
             start, found, counting,
         )  # fmt: skip
 
-    threads.in_blocks(lambda some: candidates(some, True), numbers.size, _LISTS)
+    threads.in_blocks(lambda some: candidates(some, True), catalog_rows.size, _LISTS)
     np.cumsum(start, out=start)
     found = np.empty(start[-1], np.int64)
-    threads.in_blocks(lambda some: candidates(some, False), numbers.size, _LISTS)
+    threads.in_blocks(lambda some: candidates(some, False), catalog_rows.size, _LISTS)
     return start, found
 
 
 def improved(
-    rows: F16, numbers: I64, own: Lists, k: int, start: I64, found: I64, table: F16, where: I64,
-    total: int,
+    rows: F16, catalog_rows: I64, own: Lists, k: int, start: I64, found: I64, table: F16,
+    where: I64, total: int,
 ) -> Lists:  # fmt: skip
     """The first k of the lists after the pass. rows: (q, d) features of the samples.
 
     start, found: the candidates (CSR); table[where]: their features. total: n. Nothing is modified.
     """
-    after = Lists(numbers=own.numbers[:, :k].copy(), sqdist=own.sqdist[:, :k].copy())
+    after = Lists(catalog_rows=own.catalog_rows[:, :k].copy(), sqdist=own.sqdist[:, :k].copy())
 
     def improve(some: slice) -> None:
         _improve(
-            rows.view(np.uint16), numbers, start, found, table.view(np.uint16), where, total,
-            some.start, some.stop, after.numbers, after.sqdist,
+            rows.view(np.uint16), catalog_rows, start, found, table.view(np.uint16), where, total,
+            some.start, some.stop, after.catalog_rows, after.sqdist,
         )  # fmt: skip
 
-    threads.in_blocks(improve, numbers.size, _LISTS)
+    threads.in_blocks(improve, catalog_rows.size, _LISTS)
     return after
 
 
 @compiled.njit()
 def _candidates(  # type: ignore[no-untyped-def]  # compiled by numba
-    numbers, probed, own, others, cells_of_others, neighbor_row, begin, end, start, found, counting
+    catalog_rows, probed, own, others, cells_of_others, neighbor_row, begin, end, start, found,
+    counting,
 ):  # fmt: skip
     """Count the candidates of each sample into start[1:], or write them from start[i] on."""
     width = own.shape[1]
@@ -114,7 +115,7 @@ def _candidates(  # type: ignore[no-untyped-def]  # compiled by numba
         for t in range(width):
             if own[i, t] >= 0:
                 _add(seen, own[i, t])
-        _add(seen, numbers[i])
+        _add(seen, catalog_rows[i])
         count = 0
         for t in range(width):
             f = neighbor_row[i, t]
@@ -140,21 +141,21 @@ def _candidates(  # type: ignore[no-untyped-def]  # compiled by numba
 
 
 @compiled.njit()
-def _add(seen, number):  # type: ignore[no-untyped-def]  # compiled by numba
+def _add(seen, catalog_row):  # type: ignore[no-untyped-def]  # compiled by numba
     """Add to the set; False when it is there already."""
     mask = seen.size - 1
-    at = (number * 0x9E3779B1 >> 7) & mask
+    at = (catalog_row * 0x9E3779B1 >> 7) & mask
     while seen[at] >= 0:
-        if seen[at] == number:
+        if seen[at] == catalog_row:
             return False
         at = (at + 1) & mask
-    seen[at] = number
+    seen[at] = catalog_row
     return True
 
 
 @compiled.njit()
 def _improve(  # type: ignore[no-untyped-def]  # compiled by numba
-    bits, numbers, start, found, table, where, total, begin, end, out, out_sqdist
+    bits, catalog_rows, start, found, table, where, total, begin, end, out, out_sqdist
 ):
     last = out.shape[1] - 1
     surely = 1 - (bits.shape[1] + 16) * 2.0**-24  # of a distance in float32: it is as large as this
@@ -168,4 +169,4 @@ def _improve(  # type: ignore[no-untyped-def]  # compiled by numba
             if features.about(narrow, table[where[t]]) * surely > out_sqdist[i, last]:
                 continue
             d = features.sqdist_to(x, table[where[t]])
-            exact_lists.insert(out[i], out_sqdist[i], found[t], d, numbers[i], total)
+            exact_lists.insert(out[i], out_sqdist[i], found[t], d, catalog_rows[i], total)

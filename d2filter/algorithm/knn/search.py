@@ -45,8 +45,8 @@ class Members:
     rows: F16
     """(m, d) fixed features, finite"""
     copies: features.Copies
-    copy_numbers: I64
-    """(m,) numbers of group 0, of group 1, …; ascending inside a group"""
+    copy_rows: I64
+    """(m,) catalog rows of group 0, of group 1, …; ascending inside a group"""
     cell_start: I64
     """(cells + 1,) offsets into `cell_groups`"""
     cell_groups: I64
@@ -58,14 +58,16 @@ class Members:
         return self.cell_start.size - 1
 
 
-def make_members(rows: F16, numbers: I64, cell: npt.NDArray[np.integer], cells: int) -> Members:
-    """Samples with one cell each. numbers: (m,) ascending; cell: (m,), equal for copies."""
+def make_members(
+    rows: F16, catalog_rows: I64, cell: npt.NDArray[np.integer], cells: int
+) -> Members:
+    """Samples with one cell each. catalog_rows: (m,) ascending; cell: (m,), equal for copies."""
     copies = features.group_copies(rows)
     start, groups = features.bucketed(cell[copies.first], cells)
     return Members(
         rows=rows,
         copies=copies,
-        copy_numbers=numbers[copies.members],
+        copy_rows=catalog_rows[copies.members],
         cell_start=start,
         cell_groups=groups,
     )
@@ -73,24 +75,24 @@ def make_members(rows: F16, numbers: I64, cell: npt.NDArray[np.integer], cells: 
 
 def search_all(
     rows: F16,
-    numbers: I64,
+    catalog_rows: I64,
     queries: F16,
-    query_numbers: I64,
+    query_catalog_rows: I64,
     k: int,
     total: int,
     *,
     over_fetch: int = OVER_FETCH,
 ) -> Lists:
     """The k nearest of all `rows` to each query: `search` with a single cell."""
-    among = make_members(rows, numbers, np.zeros(len(rows), np.int32), 1)
+    among = make_members(rows, catalog_rows, np.zeros(len(rows), np.int32), 1)
     probed = np.zeros((len(queries), 1), np.int32)
-    return search(among, queries, query_numbers, probed, k, total, over_fetch=over_fetch)
+    return search(among, queries, query_catalog_rows, probed, k, total, over_fetch=over_fetch)
 
 
 def search(
     members: Members,
     queries: F16,
-    numbers: I64,
+    catalog_rows: I64,
     probed: I32,
     k: int,
     total: int,
@@ -100,7 +102,7 @@ def search(
 ) -> Lists:
     """The k nearest members of each query among the cells that it probes, itself left out.
 
-    queries: (q, d) float16; numbers: (q,) int64; equal queries must probe equal cells. probed:
+    queries: (q, d) float16; catalog_rows: (q,) int64; equal queries must probe equal cells. probed:
     (q, p) int32, −1 for none; EVERY_CELL in the first column for all members. total: n, for the
     ring order. over_fetch: proposals beyond k, which changes the cost alone. A list is short only
     when the cells hold fewer than k others.
@@ -112,10 +114,10 @@ def search(
     if everywhere.size:
         all_cells = np.zeros((everywhere.size, 1), np.int32)
         found = search(
-            _one_cell(members), queries[everywhere], numbers[everywhere], all_cells, k, total,
+            _one_cell(members), queries[everywhere], catalog_rows[everywhere], all_cells, k, total,
             over_fetch=over_fetch,
         )  # fmt: skip
-        out.numbers[everywhere], out.sqdist[everywhere] = found.numbers, found.sqdist
+        out.catalog_rows[everywhere], out.sqdist[everywhere] = found.catalog_rows, found.sqdist
         progress(everywhere.size)
     groups = features.group_copies(queries)
     begins = probed[groups.first, 0]
@@ -127,7 +129,7 @@ def search(
 
     def work(number: int) -> None:
         block = order[bounds[number] : bounds[number + 1]]
-        _search_block(members, queries, numbers, probed, groups, block, total, over_fetch, out)
+        _search_block(members, queries, catalog_rows, probed, groups, block, total, over_fetch, out)
         progress(int((groups.start[block + 1] - groups.start[block]).sum()))
 
     products.each(work, blocks)
@@ -135,23 +137,24 @@ def search(
 
 
 def _search_block(
-    members: Members, queries: F16, numbers: I64, probed: I32, groups: features.Copies,
+    members: Members, queries: F16, catalog_rows: I64, probed: I32, groups: features.Copies,
     block: I64, total: int, over_fetch: int, out: Lists,
 ) -> None:  # fmt: skip
     """Write the lists of the distinct queries `block` into `out`."""
     first = groups.first[block]
     rows_start, rows = _rows_of(groups, block)
     asked = probed[first]
-    k = out.numbers.shape[1]
+    k = out.catalog_rows.shape[1]
     places = min(k + 1 + over_fetch, members.copies.first.size)
     held = _propose(members, queries, first, asked, places)
     common = (
-        queries.view(np.uint16), first, rows_start, rows, numbers, total, out.numbers, out.sqdist,
+        queries.view(np.uint16), first, rows_start, rows, catalog_rows, total, out.catalog_rows,
+        out.sqdist,
     )  # fmt: skip
     copies = members.copies
     bits = members.rows.view(np.uint16)
     limit, unsure = exact_lists.fill_from_proposals(
-        bits, copies.first, copies.start, members.copy_numbers, held.near, held.ids, held.reach,
+        bits, copies.first, copies.start, members.copy_rows, held.near, held.ids, held.reach,
         products.relative_error(queries.shape[1]), *common,
     )  # fmt: skip
     positions = np.flatnonzero(unsure)
@@ -166,7 +169,7 @@ def _search_block(
         # where many are equally near, few queries at a time bound the memory
         step = max(16, min(_WIDE_BLOCK, _WIDE_PAIRS * which.size // max(1, candidates.size)))
         exact_lists.fill_from_candidates(
-            bits, copies.first, copies.start, members.copy_numbers, which, start, candidates,
+            bits, copies.first, copies.start, members.copy_rows, which, start, candidates,
             *common,
         )  # fmt: skip
 
@@ -241,7 +244,7 @@ def _one_cell(members: Members) -> Members:
     return Members(
         rows=members.rows,
         copies=members.copies,
-        copy_numbers=members.copy_numbers,
+        copy_rows=members.copy_rows,
         cell_start=np.array([0, groups], np.int64),
         cell_groups=np.arange(groups, dtype=np.int64),
     )

@@ -39,36 +39,36 @@ class Shortlists:
 
     def put(self, rows: I64, other: Shortlists, order: I64) -> None:
         """Overwrite some rows with rows `order` of others."""
-        self.lists.numbers[rows] = other.lists.numbers[order]
+        self.lists.catalog_rows[rows] = other.lists.catalog_rows[order]
         self.lists.sqdist[rows] = other.lists.sqdist[order]
         self.exact[rows] = other.exact[order]
 
 
 def find(
-    members: search.Members, rows: F16, numbers: I64, sketches: F16, queries: F16,
-    query_numbers: I64, probed: I32, places: int, total: int,
+    members: search.Members, rows: F16, catalog_rows: I64, sketches: F16, queries: F16,
+    query_catalog_rows: I64, probed: I32, places: int, total: int,
     *, progress: search.Progress = lambda done: None,
 ) -> Shortlists:  # fmt: skip
     """Shortlists of `places` among the members of the probed cells.
 
-    members: of sketches; rows, numbers: (m, d) and (m,) ascending, the same members. sketches,
+    members: of sketches; rows, catalog_rows: (m, d) and (m,) ascending, the same members. sketches,
     queries: (q, d') and (q, d); where rows are their own sketches both are the same array.
     """
     same = sketches is queries
     found = search.search(
-        members, sketches, query_numbers, probed, places, total,
+        members, sketches, query_catalog_rows, probed, places, total,
         over_fetch=search.OVER_FETCH if same else _OVER_FETCH, progress=progress,
     )  # fmt: skip
     if same:
         return Shortlists(lists=found, exact=found.sqdist)
-    exact = np.full(found.numbers.shape, np.inf, np.float32)
+    exact = np.full(found.catalog_rows.shape, np.inf, np.float32)
     # queries of one cell are near the same members
     order = np.argsort(probed[:, 0], kind="stable")
 
     def measure(some: slice) -> None:
         _measure(
-            rows.view(np.uint16), numbers, queries.view(np.uint16), order[some], found.numbers,
-            exact,
+            rows.view(np.uint16), catalog_rows, queries.view(np.uint16), order[some],
+            found.catalog_rows, exact,
         )  # fmt: skip
 
     threads.in_blocks(measure, order.size, _MEASURED)
@@ -94,15 +94,15 @@ def settle(short: Shortlists, queries: I64, width: int, total: int) -> Lists:
     """The lists: the `width` nearest of each shortlist, equals in ring order."""
     if short.exact is short.lists.sqdist:
         return Lists(
-            numbers=np.ascontiguousarray(short.lists.numbers[:, :width]),
+            catalog_rows=np.ascontiguousarray(short.lists.catalog_rows[:, :width]),
             sqdist=np.ascontiguousarray(short.exact[:, :width]),
         )
     out = Lists.empty(len(queries), width)
 
     def fill(some: slice) -> None:
         _settle(
-            short.lists.numbers[some], short.exact[some], queries[some], total, out.numbers[some],
-            out.sqdist[some],
+            short.lists.catalog_rows[some], short.exact[some], queries[some], total,
+            out.catalog_rows[some], out.sqdist[some],
         )  # fmt: skip
 
     threads.in_blocks(fill, len(queries), _SETTLED)
@@ -110,18 +110,18 @@ def settle(short: Shortlists, queries: I64, width: int, total: int) -> Lists:
 
 
 @compiled.njit()
-def _measure(bits, numbers, query_bits, order, found, exact):  # type: ignore[no-untyped-def]
+def _measure(bits, catalog_rows, query_bits, order, found, exact):  # type: ignore[no-untyped-def]
     """Exact distances of the queries `order` to the members that their shortlists name."""
-    first = numbers[0] if numbers.size else 0
-    gapless = numbers.size > 0 and numbers[-1] - first + 1 == numbers.size
+    first = catalog_rows[0] if catalog_rows.size else 0
+    gapless = catalog_rows.size > 0 and catalog_rows[-1] - first + 1 == catalog_rows.size
     x = np.empty(query_bits.shape[1], np.float64)
     for q in order:
         features.widen(query_bits[q], x)
         for t in range(found.shape[1]):
-            number = found[q, t]
-            if number < 0:
+            catalog_row = found[q, t]
+            if catalog_row < 0:
                 break
-            row = number - first if gapless else np.searchsorted(numbers, number)
+            row = catalog_row - first if gapless else np.searchsorted(catalog_rows, catalog_row)
             exact[q, t] = features.sqdist_to(x, bits[row])
 
 

@@ -137,15 +137,15 @@ def train(sample: F16, least: int = 0) -> Sketch:
 
 def _fewest_axes(sample: F16, sketches: F16, least: int) -> int:
     """Columns of the sketches that are enough, 0 when all of them are not."""
-    numbers = np.arange(len(sample), dtype=np.int64)
-    judged = numbers[:: -(-numbers.size // JUDGED)]
-    total = numbers.size
-    truth = search.search_all(sample, numbers, sample[judged], judged, _NEIGHBORS, total)
+    positions = np.arange(len(sample), dtype=np.int64)
+    judged = positions[:: -(-positions.size // JUDGED)]
+    total = positions.size
+    truth = search.search_all(sample, positions, sample[judged], judged, _NEIGHBORS, total)
 
     def enough(steps: int) -> bool:
         some = np.ascontiguousarray(sketches[:, : steps * _STEP])
-        found = search.search_all(some, numbers, some[judged], judged, SHORTLIST // 2, total)
-        return bool(truth.share_in(found.numbers).mean() >= ENOUGH)
+        found = search.search_all(some, positions, some[judged], judged, SHORTLIST // 2, total)
+        return bool(truth.share_in(found.catalog_rows).mean() >= ENOUGH)
 
     low, high = max(1, -(-least // _STEP)), sketches.shape[1] // _STEP
     if not enough(high):

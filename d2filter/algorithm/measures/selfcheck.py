@@ -142,7 +142,7 @@ def splice(
     # entries that stay keep their order, padding follows
     order = np.argsort(gone, axis=1, kind="stable")
     held = exact_lists.Lists(
-        numbers=np.take_along_axis(np.where(gone, -1, neighbors), order, axis=1),
+        catalog_rows=np.take_along_axis(np.where(gone, -1, neighbors), order, axis=1),
         sqdist=np.take_along_axis(
             np.where(gone, np.float32(np.inf), sqdist), order, axis=1
         ),
@@ -151,9 +151,9 @@ def splice(
     near = search.search_all(new[swapped], swapped, new, everyone, k, n)
     exact_lists.merge_inplace(held, everyone, near, everyone, n)
     own = search.search_all(new, everyone, new[swapped], swapped, k, n)
-    held.numbers[swapped], held.sqdist[swapped] = own.numbers, own.sqdist
+    held.catalog_rows[swapped], held.sqdist[swapped] = own.catalog_rows, own.sqdist
     return Spliced(
-        rows=new, difficulty=hard, neighbors=held.numbers, sqdist=held.sqdist, swapped=swapped
+        rows=new, difficulty=hard, neighbors=held.catalog_rows, sqdist=held.sqdist, swapped=swapped
     )
 
 

@@ -59,16 +59,16 @@ def build(steps: StageRun, config: RunConfig) -> Figures:
     laid = _lay_out(steps, config, layout, width, trials.trained.sketch_dim)
     partitions, rows = laid.partitions, laid.sizes
     every_part = [{"part": part} for part in range(parts)]
-    every_partition = [{"number": number} for number in range(partitions)]
-    numbers = {"parts": parts, "partitions": partitions}
+    every_partition = [{"partition": number} for number in range(partitions)]
+    counts = {"parts": parts, "partitions": partitions}
     on_gpu = products.may_use_gpus()
 
     routed = steps.each(
-        "route", route.route, every_part, {**numbers, "probes": choice.probes, "k": width},
+        "route", route.route, every_part, {**counts, "probes": choice.probes, "k": width},
         total=total, variant=partitions,
     )  # fmt: skip
     found = steps.each(
-        "find", search.find, every_partition, {**numbers, "nlist": nlist, "width": width},
+        "find", search.find, every_partition, {**counts, "nlist": nlist, "width": width},
         total=total, variant=partitions, on_gpu=on_gpu,
     )  # fmt: skip
     steps.each(
@@ -83,14 +83,14 @@ def build(steps: StageRun, config: RunConfig) -> Figures:
     lists = "refined" if choice.passes else "merged"
     edges = steps.each(
         "finish", search.finish,
-        [{"number": n, "first": sum(rows[:n]), "rows": rows[n]} for n in range(partitions)],
+        [{"partition": n, "first": sum(rows[:n]), "rows": rows[n]} for n in range(partitions)],
         {"stem": lists, "k": k}, total=total, variant=partitions,
     )  # fmt: skip
     steps.each(
         "measure", search.measure, every_part, {"k": k}, total=total, variant="", on_gpu=on_gpu
     )
     judged = steps.alone(
-        "judge", search.judge, {**numbers, "k": k, "stem": lists}, name=f"judge-{partitions}",
+        "judge", search.judge, {**counts, "k": k, "stem": lists}, name=f"judge-{partitions}",
         variant=partitions,
     )  # fmt: skip
     prometheus.set_recall(k, judged["recall"])

@@ -3,7 +3,7 @@
 The driver writes queries to files. One task per catalog part searches them among the rows of the
 part, and the driver merges the lists of all parts. All matrix products run in tasks.
 
-index/asked-KIND-TURN-00.*          queries of one request: numbers, features, cells to search
+index/asked-KIND-TURN-00.*          queries of one request: catalog_rows, features, cells to search
 index/answer-KIND-TURN-00-00000.*   lists of one part for these queries
 
 See docs/method.md#calibration.
@@ -44,9 +44,9 @@ def choose(
     Figures: `calibrate.Choice`, and whether cells pay.
     """
     pool = PartedSearcher(steps, parts, kind)
-    sample = read_columns(steps.out.sub("index"), CALIBRATE, "number", "rows", "probed")
+    sample = read_columns(steps.out.sub("index"), CALIBRATE, "catalog_row", "rows", "probed")
     choice = calibrate.choose(
-        pool, sample["rows"], sample["number"], sample["probed"], config.n_neighbors,
+        pool, sample["rows"], sample["catalog_row"], sample["probed"], config.n_neighbors,
         config.target_recall,
     )  # fmt: skip
     return {**asdict(choice), "pays": calibrate.pays(choice, pool.total, pool.trained.cells.count)}
@@ -70,19 +70,19 @@ class PartedSearcher:
         self.sizes: I64 = sum(each_count(out, parts), nothing)
         self._turns = 0
 
-    def truth(self, queries: F16, numbers: I64, k: int) -> Lists:
-        """Exact lists (m, k) over the whole pool. queries: (m, d); numbers: (m,) catalog rows."""
-        stem = self._ask([(queries, numbers, np.zeros((len(numbers), 0), np.int32))])
+    def truth(self, queries: F16, catalog_rows: I64, k: int) -> Lists:
+        """Exact lists (m, k) over the whole pool. queries: (m, d); catalog_rows: (m,)."""
+        stem = self._ask([(queries, catalog_rows, np.zeros((len(catalog_rows), 0), np.int32))])
         self._search(exact_lists, {"stem": stem, "k": k})
         found = Lists.empty(len(queries), k)
         everyone = np.arange(len(queries), dtype=np.int64)
         for _, theirs in self._answers(read_lists, stem, 0):
-            merge_inplace(found, everyone, theirs, numbers, self.total)
+            merge_inplace(found, everyone, theirs, catalog_rows, self.total)
         return found
 
     def find(self, requests: Sequence[calibrate.Request]) -> list[Lists]:
         """Lists that the search of the requested cells finds, one `Lists` per request."""
-        stem = self._ask([(r.queries, r.numbers, r.probed) for r in requests])
+        stem = self._ask([(r.queries, r.catalog_rows, r.probed) for r in requests])
         places = [self.sketch.places(r.k) for r in requests]
         self._search(short_lists, {"stem": stem, "places": places})
         out = []
@@ -90,17 +90,17 @@ class PartedSearcher:
             short = shortlist.empty(len(r.queries), places[number])
             everyone = np.arange(len(r.queries), dtype=np.int64)
             for _, theirs in self._answers(read_short, stem, number):
-                shortlist.merge_inplace(short, everyone, theirs, r.numbers, self.total)
-            out.append(shortlist.settle(short, r.numbers, r.k, self.total))
+                shortlist.merge_inplace(short, everyone, theirs, r.catalog_rows, self.total)
+            out.append(shortlist.settle(short, r.catalog_rows, r.k, self.total))
         return out
 
-    def rows(self, numbers: I64) -> F16:
+    def rows(self, catalog_rows: I64) -> F16:
         """The features of catalog rows."""
-        return self._layout.gather(numbers)
+        return self._layout.gather(catalog_rows)
 
-    def probed(self, numbers: I64) -> I32:
+    def probed(self, catalog_rows: I64) -> I32:
         """The cells that catalog rows probe."""
-        return self._assigned.gather(numbers)
+        return self._assigned.gather(catalog_rows)
 
     def _search(self, run: TaskFunction, arguments: Figures) -> None:
         """Search the queries of a turn in every catalog part."""
@@ -126,10 +126,10 @@ class PartedSearcher:
     def _ask(self, requests: Sequence[tuple[F16, I64, I32]]) -> str:
         stem = f"{self._kind}-{self._turns:02d}"
         self._turns += 1
-        for number, (queries, numbers, probed) in enumerate(requests):
+        for number, (queries, catalog_rows, probed) in enumerate(requests):
             write_columns(
-                self._out.sub("index"), _asked(stem, number), rows=queries, number=numbers,
-                probed=probed,
+                self._out.sub("index"), _asked(stem, number), rows=queries,
+                catalog_row=catalog_rows, probed=probed,
             )  # fmt: skip
         return stem
 
@@ -153,13 +153,13 @@ def short_lists(
     home = np.array(assigned_rows(out, layout).part(part)[:, 0])
     members = search.make_members(trained.sketch.apply(rows), own, home, trained.cells.count)
     for number, width in enumerate(places):
-        asked = read_columns(index, _asked(stem, number), "rows", "number", "probed")
+        asked = read_columns(index, _asked(stem, number), "rows", "catalog_row", "probed")
         sketches = trained.sketch.apply(asked["rows"])
         short = shortlist.find(
-            members, rows, own, sketches, asked["rows"], asked["number"], asked["probed"], width,
-            layout.total,
+            members, rows, own, sketches, asked["rows"], asked["catalog_row"], asked["probed"],
+            width, layout.total,
         )  # fmt: skip
-        write_short(index, _answer(stem, number, part), asked["number"], short)
+        write_short(index, _answer(stem, number, part), asked["catalog_row"], short)
     return {}
 
 

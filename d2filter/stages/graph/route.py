@@ -5,8 +5,9 @@ it probes.
 
 index/cells.parquet            cell i32, partition i32, rows i64 (several rows for a divided cell)
 index/routed-00000.npy         (entries, d) float16, by catalog part: for each partition its home
-                               rows, then its visitors, both by number
-index/routed-00000.*.npy       of these entries: number, home partition, probed; start (2·P + 1,)
+                               rows, then its visitors, both by catalog row
+index/routed-00000.*.npy       of these entries: catalog_row, home (partition), probed; start
+                               (2·P + 1,)
 index/ids-00000.npy            (rows,) int64, by catalog part: the graph id of each sample
 
 Features travel as float16 files, not through Ray's object store.
@@ -105,7 +106,7 @@ def route(
         index,
         f"routed-{part:05d}",
         start=start,
-        number=layout.starts[part] + row,
+        catalog_row=layout.starts[part] + row,
         home=home[row],
         probed=probed[row],
     )
@@ -119,45 +120,47 @@ class Entries:
     """Rows that came to a partition from one catalog part."""
 
     rows: F16
-    number: I64
+    catalog_row: I64
     home: I32
     probed: I32
 
 
-def read_entries(out: Folder, part: int, number: int, *, visitors: bool) -> Entries:
-    """The rows that partition `number` got from catalog part `part`: its own, or its visitors."""
+def read_entries(out: Folder, part: int, partition: int, *, visitors: bool) -> Entries:
+    """The rows that a partition got from a catalog part: its own, or its visitors."""
     index = out.sub("index")
     stem = f"routed-{part:05d}"
-    some = _slice(index, stem, number, visitors=visitors)
+    some = _slice(index, stem, partition, visitors=visitors)
     rows = read_range(index, f"{stem}.npy", some)
-    return Entries(rows=rows, **read_columns(index, stem, "number", "home", "probed", rows=some))
+    return Entries(
+        rows=rows, **read_columns(index, stem, "catalog_row", "home", "probed", rows=some)
+    )
 
 
-def read_probed(out: Folder, part: int, number: int) -> I32:
-    """The cells that the own rows of partition `number` from one catalog part probe."""
+def read_probed(out: Folder, part: int, partition: int) -> I32:
+    """The cells that the own rows of a partition from one catalog part probe."""
     index = out.sub("index")
     stem = f"routed-{part:05d}"
-    some = _slice(index, stem, number, visitors=False)
+    some = _slice(index, stem, partition, visitors=False)
     return read_columns(index, stem, "probed", rows=some)["probed"]
 
 
-def read_homes(out: Folder, part: int, number: int) -> I32:
-    """The home partitions of the rows of one catalog part that visit partition `number`."""
+def read_homes(out: Folder, part: int, partition: int) -> I32:
+    """The home partitions of the rows of one catalog part that visit a partition."""
     index = out.sub("index")
     stem = f"routed-{part:05d}"
-    some = _slice(index, stem, number, visitors=True)
+    some = _slice(index, stem, partition, visitors=True)
     return read_columns(index, stem, "home", rows=some)["home"]
 
 
-def count_entries(out: Folder, part: int, number: int, *, visitors: bool) -> int:
+def count_entries(out: Folder, part: int, partition: int, *, visitors: bool) -> int:
     """How many `read_entries` would return."""
-    some = _slice(out.sub("index"), f"routed-{part:05d}", number, visitors=visitors)
+    some = _slice(out.sub("index"), f"routed-{part:05d}", partition, visitors=visitors)
     return int(some.stop - some.start)
 
 
-def _slice(index: Folder, stem: str, number: int, *, visitors: bool) -> slice:
+def _slice(index: Folder, stem: str, partition: int, *, visitors: bool) -> slice:
     start = read_array(index, f"{stem}.start.npy")
-    group = 2 * number + visitors
+    group = 2 * partition + visitors
     return slice(int(start[group]), int(start[group + 1]))
 
 

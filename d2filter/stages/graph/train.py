@@ -3,8 +3,8 @@
 index/centroids.npy            (nlist, d') float16; parents.npy, parent.npy, looked_under.npy: the
                                upper level, and the number of parents that a row considers
 index/sketch.*                 the projection: mean (d,), axes (d, d') and grid
-index/calibrate.*, measure.*   hash-chosen samples: numbers and features; calibrate.probed.npy: the
-                               cells that may be searched for them
+index/calibrate.*, measure.*   hash-chosen samples: catalog rows and features; calibrate.probed.npy:
+                               the cells that may be searched for them
 index/assigned-00000.npy       (rows, p) int32, by catalog part: cells that each row probes
 index/counts-00000.npy         (nlist,) int64 rows of each cell in that part
 
@@ -72,7 +72,7 @@ def train(
     chosen = sample_by_hash(layout, sizes, config.seed)
     index = out.sub("index")
     for stem, salt in ((CALIBRATE, uids.SALT_CALIBRATE), (MEASURE, uids.SALT_MEASURE)):
-        write_columns(index, stem, number=chosen[salt], rows=layout.gather(chosen[salt]))
+        write_columns(index, stem, catalog_row=chosen[salt], rows=layout.gather(chosen[salt]))
     trained = knn.train_on(layout.gather(chosen[uids.SALT_TRAIN]), count, effort)
     to_sketch = trained.sketch
     write_columns(
@@ -158,7 +158,7 @@ def sample_by_hash(layout: PartedArray, sizes: dict[int, int], seed: int) -> dic
             held[salt].append((hi[some], lo[some], start + some))
     out = {}
     for salt, size in sizes.items():
-        hi, lo, numbers = (np.concatenate(values) for values in zip(*held[salt], strict=True))
+        hi, lo, catalog_rows = (np.concatenate(values) for values in zip(*held[salt], strict=True))
         # a sample of samples: the smallest hashes of all are among the smallest of each part
-        out[salt] = numbers[uids.hash_sample(hi, lo, size, salt=salt, seed=seed)]
+        out[salt] = catalog_rows[uids.hash_sample(hi, lo, size, salt=salt, seed=seed)]
     return out

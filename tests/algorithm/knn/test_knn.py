@@ -120,7 +120,7 @@ def test_rows_whose_cells_hold_too_few_are_compared_with_all() -> None:
     held = knn.in_cells(p, knn.Trained(sketch=sketch.none(8), cells=found))
     one = calibrate.Choice(probes=1, passes=0, predicted=0, evaluations=0, reached=True)
     graph = knn.build_graph(held, 5, one)
-    assert (graph.neighbors[:3] == knn.exact_neighbors(p, np.arange(3), 5).numbers).all()
+    assert (graph.neighbors[:3] == knn.exact_neighbors(p, np.arange(3), 5).catalog_rows).all()
     assert (graph.neighbors >= 0).all()
 
 
@@ -163,8 +163,8 @@ def naive_refinement(
     wide = rows.astype(np.float64)
     out = []
     for i in range(n):
-        own = {int(j) for j in before.numbers[i] if j >= 0}
-        offered = {int(h) for j in own for h in before.numbers[j] if h >= 0 and h != i}
+        own = {int(j) for j in before.catalog_rows[i] if j >= 0}
+        offered = {int(h) for j in own for h in before.catalog_rows[j] if h >= 0 and h != i}
         offered = {h for h in offered if home[h] not in probed[i].tolist()} | own
         d = np.square(wide - wide[i]).sum(axis=1).astype(np.float32)
         best = sorted(offered, key=lambda j: (d[j], (j - i) % n))[:k]
@@ -181,11 +181,16 @@ def test_a_refinement_pass_equals_its_definition(seed: int) -> None:
     before = held.find_all(probed, 6, lambda done: None)
     home = held.assigned[:, 0]
     start, found = refine.candidates(
-        everyone, probed, before.numbers, before.numbers, home[before.numbers], before.numbers
+        everyone,
+        probed,
+        before.catalog_rows,
+        before.catalog_rows,
+        home[before.catalog_rows],
+        before.catalog_rows,
     )
     after = refine.improved(p.rows, everyone, before, 4, start, found, p.rows, found, 400)
-    assert after.numbers.tolist() == naive_refinement(p.rows, probed, home, before, 4)
-    measured = features.sqdist_pairs(p.rows, after.numbers)
+    assert after.catalog_rows.tolist() == naive_refinement(p.rows, probed, home, before, 4)
+    measured = features.sqdist_pairs(p.rows, after.catalog_rows)
     assert (measured == after.sqdist).all()
 
 

@@ -66,7 +66,7 @@ def test_lists_of_any_split_merge_to_those_of_the_oracle(
         found = search.search(members, rows, everyone, probed, k, n)
         exact_lists.merge_inplace(merged, everyone, found, everyone, n)
     neighbors, sqdist = oracle.knn(rows, list(range(n)), k)
-    assert merged.numbers.tolist() == neighbors
+    assert merged.catalog_rows.tolist() == neighbors
     assert merged.sqdist.tolist() == sqdist
 
 
@@ -89,13 +89,13 @@ def test_a_search_is_exact_within_the_probed_cells(n: int, levels: int, seed: in
         reachable[i] = False
         d = np.square(wide - wide[i]).sum(axis=1).astype(np.float32)
         best = sorted(np.flatnonzero(reachable), key=lambda j: (d[j], (j - i) % n))[:k]
-        assert found.numbers[i].tolist() == [int(b) for b in best] + [-1] * (k - len(best))
+        assert found.catalog_rows[i].tolist() == [int(b) for b in best] + [-1] * (k - len(best))
 
 
 def test_thousands_of_copies_point_round_the_ring() -> None:
     n, k = 5000, 4
     found = exact(features.fix([np.ones((n, 8), np.float32)]), k)
-    assert (found.numbers == (np.arange(n)[:, None] + np.arange(1, k + 1)) % n).all()
+    assert (found.catalog_rows == (np.arange(n)[:, None] + np.arange(1, k + 1)) % n).all()
     assert (found.sqdist == 0).all()
 
 
@@ -109,7 +109,7 @@ def test_block_boundaries_do_not_change_the_result(
     monkeypatch.setattr(products, "QUERIES", 30 + shift)
     monkeypatch.setattr(products, "MEMBERS", 90 + shift)
     again = exact(rows, 5)
-    assert (whole.numbers == again.numbers).all()
+    assert (whole.catalog_rows == again.catalog_rows).all()
     assert (whole.sqdist == again.sqdist).all()
 
 
@@ -123,7 +123,7 @@ def test_the_number_of_threads_does_not_matter() -> None:
     finally:
         products.use_threads(2)
     for other in found[1:]:
-        assert (other.numbers == found[0].numbers).all()
+        assert (other.catalog_rows == found[0].catalog_rows).all()
         assert (other.sqdist == found[0].sqdist).all()
 
 
@@ -158,7 +158,7 @@ def test_proposals_with_the_largest_allowed_error_change_nothing(
 
     monkeypatch.setattr(products, "improve_inplace", noisy)
     again = exact(rows, 4)
-    assert (again.numbers == right.numbers).all()
+    assert (again.catalog_rows == right.catalog_rows).all()
     assert (again.sqdist == right.sqdist).all()
 
 
@@ -197,7 +197,7 @@ def test_the_gpu_path_gives_the_same_lists_in_blocks_that_fit(
     products._gpu_resources.cache_clear()
     again = exact(rows, 5)
     products._gpu_resources.cache_clear()
-    assert (again.numbers == right.numbers).all()
+    assert (again.catalog_rows == right.catalog_rows).all()
     assert (again.sqdist == right.sqdist).all()
     assert len(fake.calls) > 1
     assert all(q * 48 <= 60_000 or q == 256 for q, _ in fake.calls)
@@ -215,7 +215,7 @@ def test_a_real_gpu_gives_the_same_lists() -> None:
         on_cpu = exact(rows, 5)
     finally:
         products.gpus = original
-    assert (on_gpu.numbers == on_cpu.numbers).all()
+    assert (on_gpu.catalog_rows == on_cpu.catalog_rows).all()
     assert (on_gpu.sqdist == on_cpu.sqdist).all()
 
 
@@ -223,7 +223,7 @@ def test_unnormalized_features_are_searched_exactly() -> None:
     rng = np.random.default_rng(0)
     rows = features.fix([rng.normal(size=(200, 5)) * 300], normalize=False)
     neighbors, _ = oracle.knn(rows, list(range(200)), 3)
-    assert exact(rows, 3).numbers.tolist() == neighbors
+    assert exact(rows, 3).catalog_rows.tolist() == neighbors
 
 
 def count_second_looks(monkeypatch: pytest.MonkeyPatch, rows: np.ndarray, k: int) -> int:
@@ -253,7 +253,7 @@ def test_near_copies_beyond_the_proposals_are_found(monkeypatch: pytest.MonkeyPa
     base = rng.normal(size=(1, 64))
     rows = features.fix([np.concatenate([base + 3e-3 * rng.normal(size=(500, 64)), -base])])
     neighbors, _ = oracle.knn(rows, list(range(501)), 4)
-    assert exact(rows, 4).numbers.tolist() == neighbors
+    assert exact(rows, 4).catalog_rows.tolist() == neighbors
     # products of differences to a row beside them tell them apart
     assert count_second_looks(monkeypatch, rows, 4) < 50
 
@@ -267,4 +267,4 @@ def test_a_second_look_finds_what_products_cannot_tell_apart(
     rows = features.fix([np.repeat(base, 200, axis=0) + 2e-4 * rng.normal(size=(400, 256))])
     assert count_second_looks(monkeypatch, rows, 4) > 50
     neighbors, _ = oracle.knn(rows, list(range(400)), 4)
-    assert exact(rows, 4).numbers.tolist() == neighbors
+    assert exact(rows, 4).catalog_rows.tolist() == neighbors

@@ -142,8 +142,8 @@ def test_shortlists_of_any_split_settle_to_the_lists_of_the_oracle(
         )
         shortlist.merge_inplace(merged, everyone, found, everyone, n)
     settled = shortlist.settle(merged, everyone, width, n)
-    assert settled.numbers.tolist() == naive_lists(rows, sketches, places, width)
-    measured = features.sqdist_pairs(rows, settled.numbers)
+    assert settled.catalog_rows.tolist() == naive_lists(rows, sketches, places, width)
+    measured = features.sqdist_pairs(rows, settled.catalog_rows)
     assert measured.tolist() == settled.sqdist.tolist()
 
 
@@ -251,10 +251,14 @@ def test_the_efforts_after_a_missed_target_end() -> None:
 
 
 def test_carried_values_move_with_their_places() -> None:
-    one = exact_lists.Lists(numbers=np.array([[3, 5]]), sqdist=np.array([[1.0, 4.0]], np.float32))
-    two = exact_lists.Lists(numbers=np.array([[7, 9]]), sqdist=np.array([[2.0, 3.0]], np.float32))
+    one = exact_lists.Lists(
+        catalog_rows=np.array([[3, 5]]), sqdist=np.array([[1.0, 4.0]], np.float32)
+    )
+    two = exact_lists.Lists(
+        catalog_rows=np.array([[7, 9]]), sqdist=np.array([[2.0, 3.0]], np.float32)
+    )
     mine, theirs = np.array([[10, 40]], np.float32), np.array([[20, 30]], np.float32)
     who = np.array([0])
     exact_lists.merge_inplace(one, who, two, who, 12, carried=(mine, theirs))
-    assert one.numbers.tolist() == [[3, 7]]
+    assert one.catalog_rows.tolist() == [[3, 7]]
     assert mine.tolist() == [[10, 20]]
