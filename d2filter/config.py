@@ -448,8 +448,8 @@ class RunConfig:
     # 0: as few as memory allows
     partitions: int = option(
         0,
-        "number of parts of graph and ranking, or auto; changes memory and time, never the result "
-        "(default: auto, as few as memory allows)",
+        "number of partitions of graph and ranking, or auto; changes memory and time, never the "
+        "result (default: auto, as few as memory allows, at least one a node)",
         "partitions",
         metavar="N",
     )

@@ -105,7 +105,7 @@ def to_float32(rows: F16) -> F32:
 def centered_into(rows: F16, which: I64, center: F32, out: F32) -> F32:
     """Write the rows at positions `which` minus `center` (d,) to `out` (w, d); squared norms (w,).
 
-    The difference of two float16 values is rounded once; `backend.relative_error` allows for it.
+    The difference of two float16 values is rounded once; `products.relative_error` allows for it.
     """
     norms: F32 = _centered_into(rows.view(np.uint16), which, center, out)
     return norms

@@ -1,7 +1,7 @@
 """File systems behind a network: operations are retried, and files are checked for length.
 
-A broken connection costs the range that was being read, not the whole file. `patience` decides how
-long an operation is retried.
+A broken connection costs the range that was being read, not the whole file. `retry.patiently`
+decides how long an operation is retried.
 
 See docs/reliability.md.
 """

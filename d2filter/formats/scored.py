@@ -35,7 +35,7 @@ class Scored:
     listed: Bools
     """(n,) whether the score file has them"""
     merged: Merged
-    """see `metadata.Rows`"""
+    """see `metadata.MetadataRows`"""
 
 
 def arrays_of(config: CatalogConfig, terms: Sequence[Term]) -> list[str]:

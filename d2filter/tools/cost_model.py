@@ -14,10 +14,9 @@ from dataclasses import dataclass, field, replace
 from d2filter.algorithm import sizes
 from d2filter.config import BATCH_SIZE, MAX_PIXELS
 from d2filter.errors import UsageError
+from d2filter.formats.runstate import STAGES
 from d2filter.tools import plan_steps
 from d2filter.tools.plan_steps import Habits, Pool, Step
-
-STAGES = ("embed", "catalog", "graph", "rank", "select")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -287,7 +287,7 @@ def _number(own_hi, own_lo, halo_hi, halo_lo, halo_row, own_vertex, halo_vertex)
 
 @compiled.njit(inline="always")
 def _vertex(sample, first, own_vertex, halo_ids, halo_vertex):  # type: ignore[no-untyped-def]
-    """Node of a graph id."""
+    """Vertex of a graph id."""
     if first <= sample < first + own_vertex.size:
         return own_vertex[sample - first]
     return halo_vertex[np.searchsorted(halo_ids, sample)]

@@ -84,7 +84,7 @@ def empty(queries: int, places: int) -> Shortlists:
 
 
 def merge_inplace(into: Shortlists, rows: I64, other: Shortlists, queries: I64, total: int) -> None:
-    """Merge shortlists over other members, as `lists.merge_inplace` does."""
+    """Merge shortlists over other members, as `exact_lists.merge_inplace` does."""
     exact_lists.merge_inplace(
         into.lists, rows, other.lists, queries, total, carried=(into.exact, other.exact)
     )

@@ -1,7 +1,7 @@
 """Stage graph: catalog → index/ and graph/. This module runs the steps in order.
 
 train, then assign and choose (one task per catalog part), lay out, route (per catalog part), find,
-merge, improve and finish (per partition), measure (per catalog part), judge. Every task publishes
+merge, refine and finish (per partition), measure (per catalog part), judge. Every task publishes
 its output, and a rerun skips it.
 
 See docs/method.md#graph-partitions.
@@ -77,7 +77,7 @@ def build(steps: StageRun, config: RunConfig) -> Figures:
     )  # fmt: skip
     if choice.passes:
         steps.each(
-            "refine", search.improve, every_partition, {"parts": parts, "sizes": rows, "k": k},
+            "refine", search.refine_lists, every_partition, {"parts": parts, "sizes": rows, "k": k},
             total=total, variant=partitions,
         )  # fmt: skip
     lists = "refined" if choice.passes else "merged"

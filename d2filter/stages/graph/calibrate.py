@@ -73,7 +73,7 @@ class PartedSearcher:
     def truth(self, queries: F16, catalog_rows: I64, k: int) -> Lists:
         """Exact lists (m, k) over the whole pool. queries: (m, d); catalog_rows: (m,)."""
         stem = self._ask([(queries, catalog_rows, np.zeros((len(catalog_rows), 0), np.int32))])
-        self._search(exact_lists, {"stem": stem, "k": k})
+        self._search(list_exact_part, {"stem": stem, "k": k})
         found = Lists.empty(len(queries), k)
         everyone = np.arange(len(queries), dtype=np.int64)
         for _, theirs in self._answers(read_lists, stem, 0):
@@ -134,7 +134,7 @@ class PartedSearcher:
         return stem
 
 
-def exact_lists(*, report: Report, out: Folder, part: int, stem: str, k: int) -> Figures:
+def list_exact_part(*, report: Report, out: Folder, part: int, stem: str, k: int) -> Figures:
     """Task: write exact lists of the queries over one catalog part. Memory: the part."""
     list_exactly(out, part, _asked(stem, 0), _answer(stem, 0, part), k)
     return {}

@@ -1,4 +1,4 @@
-"""Steps find, merge, improve, finish, measure and judge of stage graph: partitions → graph/.
+"""Steps find, merge, refine, finish, measure and judge of stage graph: partitions → graph/.
 
 index/lists-00000.*       shortlists of a partition's own rows: catalog_row, list, near, exact
 index/found-00000.*       shortlists that a partition found for visiting rows, sorted by their home
@@ -123,7 +123,7 @@ def merge(*, report: Report, out: Folder, partition: int, partitions: int, width
     return {}
 
 
-def improve(
+def refine_lists(
     *, report: Report, out: Folder, partition: int, parts: int, sizes: list[int], k: int
 ) -> Figures:
     """Task: one refinement pass over a partition's own rows. Figures: rows measured.

@@ -224,8 +224,10 @@ class Driver:
                 f"rank: the worker of {self._partitions_of(a)} failed {self._restarts[a]} times: "
                 f"{first_line(error)}; give the ranking more memory or more nodes"
             ) from error
-        reason, here = reason_of(error), self._partitions_of(a)
-        tell(f"rank: the worker of {here} died and is started again ({reason})")
+        reason = reason_of(error)
+        here = "; ".join(self._partitions_of(b) for b in gone or [a])
+        event = f"the worker of {here} died and is started again"
+        tell(f"rank: {event if gone else f'states for {here} are sent again'} ({reason})")
         lost = {"partitions": here, "restarts": self._restarts[a]}
         with contextlib.suppress(OSError, StorageError):
             logs.append(

@@ -50,7 +50,7 @@ def build(steps: StageRun, config: RunConfig, k: int, facts: auto_settings.PoolF
 
     resolved = settings_on_parts.resolve(steps, config.rank.requested, k, parts, total, facts)
     ends = steps.each("cut", cut, every, {"resolved": resolved}, total=total)
-    steps.each("describe", halo_data, every, {"parts": parts, "resolved": resolved}, total=total)
+    steps.each("describe", describe, every, {"parts": parts, "resolved": resolved}, total=total)
     setup = Setup(
         resolved=resolved,
         scheme=config.rank.scheme(resolved),
@@ -69,8 +69,8 @@ def build(steps: StageRun, config: RunConfig, k: int, facts: auto_settings.PoolF
         arguments = {"steps": steps, "parts": parts, "setup": setup, "total": total}
         task = Task(name="supersteps", run=actors.run, arguments=arguments)
         done = steps.in_driver(task, label="supersteps", skip=True)
-    steps.each("ranges", cut_keys, every, {"parts": parts}, total=total)
-    steps.each("merge", merge_range, every, {"parts": parts}, total=total)
+    steps.each("ranges", ranges, every, {"parts": parts}, total=total)
+    steps.each("merge", merge_one_range, every, {"parts": parts}, total=total)
     steps.each("finish", finish, every, {"parts": parts}, total=total)
     return {
         "method": "d2",
@@ -134,7 +134,7 @@ def cut(
     }
 
 
-def halo_data(
+def describe(
     *, report: Report, out: Folder, number: int, parts: int, resolved: settings_on_parts.Resolved
 ) -> Figures:
     """Task: write the data of a partition's samples that other partitions need for their halos."""
@@ -157,7 +157,7 @@ def halo_data(
     return {}
 
 
-def cut_keys(*, report: Report, out: Folder, number: int, parts: int) -> Figures:
+def ranges(*, report: Report, out: Folder, number: int, parts: int) -> Figures:
     """Task: cut the keys of a partition, best first, into ranges."""
     work = out.sub(WORK)
     samples = [_keys(read_columns(work, f"sampled-{p:05d}", "x", "hi", "lo")) for p in range(parts)]
@@ -170,7 +170,7 @@ def cut_keys(*, report: Report, out: Folder, number: int, parts: int) -> Figures
     return {}
 
 
-def merge_range(*, report: Report, out: Folder, number: int, parts: int) -> Figures:
+def merge_one_range(*, report: Report, out: Folder, number: int, parts: int) -> Figures:
     """Task: compute the ranks of one range of keys, over all partitions."""
     work = out.sub(WORK)
     pieces, first = [], 0

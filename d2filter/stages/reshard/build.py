@@ -292,7 +292,7 @@ def find(
     group: int | None = None, strict: bool = True,
 ) -> Figures:  # fmt: skip
     """Task: where the members of kept samples lie in some shards, of which `first` is the number of
-    the first, and `number` that of their index. group, strict: see `wanted.Searched`. Figures:
+    the first, and `number` that of their index. group, strict: see `match.Searched`. Figures:
     kept, lost.
     """
     work = state.sub(_WORK)
