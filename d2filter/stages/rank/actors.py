@@ -261,4 +261,5 @@ class Driver:
     def _partitions_of(self, a: int) -> str:
         numbers = self._numbers[a]
         shown = ", ".join(str(p) for p in numbers[:4])
-        return f"partitions {shown}" + (f" and {len(numbers) - 4} more" if len(numbers) > 4 else "")
+        more = f" and {len(numbers) - 4} more" if len(numbers) > 4 else ""
+        return f"partition{'' if len(numbers) == 1 else 's'} {shown}{more}"

@@ -150,3 +150,34 @@ def test_a_busy_cluster_is_waited_for_and_then_named(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(actors, "PLACE_SECONDS", 0.1)
     with pytest.raises(StageError, match="2 processes are needed at once, the cluster started 1"):
         driver_of(one_place([]), places=2)
+
+
+@pytest.mark.parametrize(
+    ("ping", "line"),
+    [
+        (ray.exceptions.ActorDiedError(), "the worker of partition 1 died and is started again"),
+        (None, "states for partition 0 are sent again"),
+    ],
+    ids=["peer died", "states lost"],
+)
+def test_the_lost_actor_is_named_and_not_the_one_that_waited_for_it(
+    ping: Any, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Actor 0 lives, but what another one sent to it is gone."""
+    calls: list[str] = []
+    steps = iter([ray.exceptions.OwnerDiedError("0" * 56, None, ""), 0])
+
+    def start(numbers: list[int], needs: dict[str, int]) -> Actor:
+        if numbers == [1]:
+            return Actor("1", calls, 0, ping if needs["num_cpus"] else None)
+        actor = Actor("0", calls, 0)
+        actor.step = Method(lambda heard: step_of(next(steps)))
+        return actor
+
+    def step_of(live: Any) -> Any:
+        if isinstance(live, Exception):
+            return live
+        return partition_actor.Step(live=live, news=True, rounds=1, sent={})
+
+    driver_of(Ray(start)).run(lambda live: None)
+    assert f"d2filter: rank: {line} (" in capsys.readouterr().err
