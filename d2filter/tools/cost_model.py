@@ -62,8 +62,8 @@ class Rates:
     """of the rows that they were measured with"""
     steps: dict[str, Rate]
     habits: Habits
-    k: int
-    """number of neighbors that they were measured with"""
+    k: int = 0
+    """number of neighbors that they were measured with; 0: unknown"""
     recall: float = 0.95
     """target that the habits were measured with"""
     images: float = 0.0

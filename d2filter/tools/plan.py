@@ -324,8 +324,8 @@ def lines(found: Estimate, pool: Pool, cluster: Cluster, rates: Rates) -> list[s
     )
     if rates.k != pool.k:
         out.append(
-            f"those were measured with k={rates.k}: with k={pool.k} the graph may need more or "
-            "less; --calibrate measures with yours"
+            f"those were measured with {f'k={rates.k}' if rates.k else 'an unknown k'}: with "
+            f"k={pool.k} the graph may need more or less; --calibrate measures with yours"
         )
     if rates.recall < config.GraphConfig().target_recall:
         out.append(

@@ -74,7 +74,9 @@ def test_workers_of_a_named_run_hold_its_partitions(name: str, samples: int, nod
     longest = replace(rates, habits=replace(rates.habits, sketch_dim=rates.dimension // 2))
     estimate = cost_model.estimate(pool, cluster, longest)
     assert not estimate.refusals
-    assert max(stage.memory for stage in estimate.stages) <= found.memory_per_worker
+    largest = max(stage.memory for stage in estimate.stages)
+    # and are not made for much less
+    assert 0.5 * found.memory_per_worker <= largest <= found.memory_per_worker
 
 
 def test_set_stands_for_what_the_run_has_and_may_come_several_times(

@@ -23,10 +23,12 @@ from d2filter.errors import RecallError
 from d2filter.formats import catalog
 from d2filter.formats.paths import Folder
 from d2filter.formats.rows import PartedArray
+from d2filter.formats.runstate import digest
 from d2filter.stages.graph import calibrate as calibrate_on_parts
 from d2filter.stages.graph import route, search, train
 from d2filter.stages.graph.train import CENTROIDS
 
+_FILES = "catalog_row"
 _AFTER_LAYOUT = ("route-", "find-", "merge-", "refine-", "finish-", "judge")
 _LAYOUT = "completions/graph/layout.json"
 _REMOVERS = 16
@@ -39,6 +41,8 @@ def build(steps: StageRun, config: RunConfig) -> Figures:
     Raises RecallError when the calibration finds the target out of reach and --best-effort is not
     given: before the long part, with nothing thrown away.
     """
+    # tasks that a version with other names of files has finished are not taken for done
+    steps.fingerprint = digest([steps.fingerprint, _FILES])
     k, target = config.graph.n_neighbors, config.graph.target_recall
     layout = catalog.layout(steps.out.sub("catalog"))
     parts, total = len(layout.starts) - 1, layout.total
@@ -197,16 +201,19 @@ def _lay_out(
     follows from memory. The steps after it request the memory of a partition. width: places of the
     lists.
     """
-    out, partitions = steps.out, config.partitions
+    out, partitions, memory = steps.out, config.partitions, config.memory_per_worker
     before = out.read_json(_LAYOUT)
-    if before and not partitions and not config.memory_per_worker:
-        # a rerun may find another amount of memory free: what was laid out stays
+    row_bytes = 2 * layout.part(0).shape[1]
+    if before and not partitions:
+        # a rerun may find other memory free, or other nodes: what was laid out stays, if a task
+        # can hold a partition of it
+        rows = layout.total / before["partitions"]
+        needed = sizes.task_memory(rows, sizes.graph_row(row_bytes, sketch_dim, width))
         same = before["fingerprint"] == steps.fingerprint_of("layout", before["partitions"])
-        partitions = before["partitions"] if same else 0
-    dimension = layout.part(0).shape[1]
+        partitions = before["partitions"] if same and (not memory or needed <= memory) else 0
     planned = partition_plan(
-        steps.runner, layout.total, 2 * dimension, sketch_dim, width,
-        memory=config.memory_per_worker, partitions=partitions,
+        steps.runner, layout.total, row_bytes, sketch_dim, width, memory=memory,
+        partitions=partitions,
     )  # fmt: skip
     steps.memory, partitions = planned.memory, planned.partitions
     if before is None or before["fingerprint"] != steps.fingerprint_of("layout", partitions):

@@ -283,7 +283,7 @@ def write_short(
 
 
 def read_short(index: Folder, stem: str, rows: slice | None = None) -> tuple[I64, Shortlists]:
-    """Numbers and shortlists of all samples, or of a range."""
+    """Catalog rows and shortlists of all samples, or of a range."""
     held = read_columns(index, stem, "catalog_row", "list", "near", "exact", rows=rows)
     lists = Lists(catalog_rows=held["list"], sqdist=held["near"])
     return held["catalog_row"], Shortlists(lists=lists, exact=held["exact"])
@@ -297,7 +297,7 @@ def write_lists(index: Folder, stem: str, catalog_rows: I64, lists: Lists) -> No
 
 
 def read_lists(index: Folder, stem: str) -> tuple[I64, Lists]:
-    """Numbers and lists."""
+    """Catalog rows and lists."""
     held = read_columns(index, stem, "catalog_row", "list", "sqdist")
     return held["catalog_row"], Lists(catalog_rows=held["list"], sqdist=held["sqdist"])
 

@@ -42,7 +42,7 @@ def run(*, report: Report, steps: StageRun, parts: int, setup: Setup, total: int
     ray = runner.ray()
     crews = runner.processes(parts, memory)
     numbers = [list(range(parts))[actor_index::crews] for actor_index in range(crews)]
-    bar = progress_bar("rank", total, runner.show_progress)
+    bar = progress_bar("supersteps", total, runner.show_progress)
     needs = {"num_cpus": 1}
     if memory:
         needs["memory"] = min(memory, runner.resources()[2])
@@ -228,10 +228,11 @@ class Driver:
         here = "; ".join(self._partitions_of(b) for b in gone or [a])
         event = f"the worker of {here} died and is started again"
         tell(f"rank: {event if gone else f'states for {here} are sent again'} ({reason})")
-        lost = {"partitions": here, "restarts": self._restarts[a]}
+        event_name = "worker lost" if gone else "states lost"
+        lost = {"partitions": here, "restarts": max(self._restarts[b] for b in gone or [a])}
         with contextlib.suppress(OSError, StorageError):
             logs.append(
-                self._arguments[0], logs.DRIVER, "worker lost", stage="rank", **lost,
+                self._arguments[0], logs.DRIVER, event_name, stage="rank", **lost,
                 reason=reason,
             )  # fmt: skip
         for b in gone:

@@ -92,12 +92,13 @@ class Ray:
         self.killed.append(actor)
 
 
-def driver_of(cluster: Ray, *, places: int = 2) -> actors.Driver:
+def driver_of(cluster: Ray, out: Path, *, places: int = 2) -> actors.Driver:
     """The driver of two actors with a partition each, on a cluster with room for some."""
-    return actors.Driver(cluster, [[0], [1]], {"num_cpus": 1}, (Folder(""), 2, {}), lambda: places)
+    arguments = (Folder(str(out)), 2, {})
+    return actors.Driver(cluster, [[0], [1]], {"num_cpus": 1}, arguments, lambda: places)
 
 
-def test_an_answer_of_a_lost_actor_does_not_count_for_its_successor() -> None:
+def test_an_answer_of_a_lost_actor_does_not_count_for_its_successor(tmp_path: Path) -> None:
     """Both actors of a node are gone; the answer of one of them, that it is done, came before."""
     dead = ray.exceptions.ActorDiedError()
     calls: list[str] = []
@@ -107,7 +108,7 @@ def test_an_answer_of_a_lost_actor_does_not_count_for_its_successor() -> None:
             return Actor(f"new {numbers[0]}", calls, 0)
         return Actor(f"old {numbers[0]}", calls, 0 if numbers == [1] else dead, dead)
 
-    figures = driver_of(Ray(start)).run(lambda live: None)
+    figures = driver_of(Ray(start), tmp_path).run(lambda live: None)
     assert calls == [
         "old 0 steps", "old 1 steps", "new 0 steps", "new 1 steps", "new 0 finishes",
         "new 1 finishes",
@@ -138,18 +139,22 @@ def one_place(started: list[Actor]) -> Ray:
     return Ray(start)
 
 
-def test_if_a_node_is_lost_before_its_actor_starts_the_actor_starts_without_a_cpu() -> None:
+def test_if_a_node_is_lost_before_its_actor_starts_the_actor_starts_without_a_cpu(
+    tmp_path: Path,
+) -> None:
     started: list[Actor] = []
     cluster = one_place(started)
-    driver_of(cluster, places=1)
+    driver_of(cluster, tmp_path, places=1)
     assert len(started) == 3
     assert cluster.killed == [started[1]]
 
 
-def test_a_busy_cluster_is_waited_for_and_then_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_cluster_is_waited_for_and_then_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(actors, "PLACE_SECONDS", 0.1)
     with pytest.raises(StageError, match="2 processes are needed at once, the cluster started 1"):
-        driver_of(one_place([]), places=2)
+        driver_of(one_place([]), tmp_path, places=2)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +166,7 @@ def test_a_busy_cluster_is_waited_for_and_then_named(monkeypatch: pytest.MonkeyP
     ids=["peer died", "states lost"],
 )
 def test_the_lost_actor_is_named_and_not_the_one_that_waited_for_it(
-    ping: Any, line: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, ping: Any, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Actor 0 lives, but what another one sent to it is gone."""
     calls: list[str] = []
@@ -179,5 +184,7 @@ def test_the_lost_actor_is_named_and_not_the_one_that_waited_for_it(
             return live
         return partition_actor.Step(live=live, news=True, rounds=1, sent={})
 
-    driver_of(Ray(start)).run(lambda live: None)
+    driver_of(Ray(start), tmp_path).run(lambda live: None)
     assert f"d2filter: rank: {line} (" in capsys.readouterr().err
+    logged = (tmp_path / "logs" / "driver.jsonl").read_text()
+    assert ("worker lost" in logged) == (ping is not None)
