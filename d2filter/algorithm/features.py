@@ -22,7 +22,7 @@ F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 
-_BLOCK = 1 << 19  # values that a thread takes at a time: about a millisecond
+BLOCK = 1 << 19  # values that a thread takes at a time: about a millisecond
 
 
 def fix(modalities: Sequence[npt.NDArray[Any]], *, normalize: bool = True) -> F16:
@@ -130,7 +130,7 @@ def sqdist_pairs(rows: F16, neighbors: npt.NDArray[np.integer]) -> F32:
 
 def _by_rows(work: Callable[[int, int], None], rows: int, values: int) -> None:
     """Call work(begin, end) for blocks of rows that have so many values each."""
-    block = max(1, _BLOCK // max(1, values))
+    block = max(1, BLOCK // max(1, values))
     threads.in_blocks(lambda some: work(some.start, some.stop), rows, block)
 
 

@@ -111,8 +111,8 @@ def blocks(url: str, columns: Sequence[str]) -> Iterator[Block]:
             if not known.all():
                 at = int(np.flatnonzero(~known)[0])
                 raise InputError(
-                    f"{where}: {tables.quoted(table.column('uid')[at])} in row {row + at} is no "
-                    "uid, expected 32 hex digits"
+                    f"{where}: {tables.quoted(table.column('uid')[at])} in row {row + at} is not "
+                    "a uid, expected 32 hex digits"
                 )
             values = [
                 column_values.as_float32(table.column(name), f"{where}: column {name}")[0]

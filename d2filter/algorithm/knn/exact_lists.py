@@ -23,7 +23,7 @@ from d2filter.algorithm import compiled, features, threads
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 
-_BLOCK = 4096  # lists that a thread merges at a time
+BLOCK = 4096  # lists that a thread merges at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,7 @@ def merge_inplace(
             queries, total, some.start, some.stop,
         )  # fmt: skip
 
-    threads.in_blocks(merge, rows.size, _BLOCK)
+    threads.in_blocks(merge, rows.size, BLOCK)
 
 
 @compiled.njit()
