@@ -156,14 +156,15 @@ def _partitions_in(memory: float, rows: int, row: float) -> int:
 
 def plan_partitions(
     rows: int, row: float, *, nodes: int, cpus: int, node_bytes: int, memory: int = 0,
-    partitions: int = 0,
+    partitions: int = 0, row_bytes: int = 0,
 ) -> PartitionPlan:  # fmt: skip
     """As few partitions as memory allows, but at least one per node; one if a single node holds all
     rows.
 
     rows: of the pool, with `row` bytes each. cpus, node_bytes: of a node. memory: bytes that a task
     may use; 0: a CPU's share of the node. partitions: a fixed number; 0: choose it. A task then
-    requests what its rows need, so that no node starts more tasks than it can hold.
+    requests what its rows need, with a wide block of features of `row_bytes`, so that no node
+    starts more tasks than it can hold.
     """
     if not memory:
         whole = rows * row <= (node_bytes - SEARCHING) * SHARE
@@ -171,7 +172,9 @@ def plan_partitions(
             return PartitionPlan(partitions=1, memory=0)
         memory = max(2 * SEARCHING, node_bytes // max(1, cpus))
         if partitions:
-            memory = max(2 * SEARCHING, min(task_memory(rows / partitions, row), node_bytes))
+            peak = math.ceil(graph_task(rows, partitions, row, row_bytes))
+            needed = max(task_memory(rows / partitions, row), peak)
+            memory = max(2 * SEARCHING, min(needed, node_bytes))
     return PartitionPlan(
         partitions=partitions or max(nodes, _partitions_in(memory, rows, row)), memory=memory
     )

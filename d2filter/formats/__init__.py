@@ -23,6 +23,6 @@ ledger.py                          bad_samples.parquet
 runstate.py                        config.json, stats.json, completions/
 logs.py                            logs/
 
-tables.py      reading parquet, with clear errors
+tables.py      reading parquet, with clear errors; parquet_footer.py: sizes of its columns
 tarwriter.py   new shards
 """

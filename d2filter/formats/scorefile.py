@@ -141,7 +141,7 @@ def _tables(folder: Folder, name: str, where: str, columns: Sequence[str]) -> It
     kinds: dict[str, tables.Kind] = dict.fromkeys(columns, "numbers")
     with tables.open_table(folder, name, encoded=["uid"]) as parquet:
         tables.check_types(parquet, where, {"uid": "strings", **kinds})
-        tables.check_size(parquet, where, wanted)
+        tables.check_size(folder, name, wanted)
         for batch in parquet.iter_batches(batch_size=_ROWS, columns=wanted):
             yield tables.checked(pa.Table.from_batches([batch]))
 

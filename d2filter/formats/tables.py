@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from d2filter.errors import InputError
+from d2filter.formats import parquet_footer
 from d2filter.formats.paths import Folder
 
 # of one column of values that are all of one length, each row counted
@@ -89,23 +90,21 @@ def check_types(parquet: Any, where: str, wanted: Mapping[str, Kind]) -> None:
             )
 
 
-def check_size(parquet: Any, where: str, columns: Sequence[str]) -> None:
-    """Raise InputError for columns that claim far more values than their bytes can hold.
+def check_size(folder: Folder, name: str, columns: Sequence[str]) -> None:
+    """Raise InputError for columns that claim far more values than their bytes can hold, ValueError
+    for a damaged footer.
 
     For tables without a partner of known length: a run of one value takes a few bytes whatever its
     length.
     """
-    about = parquet.metadata
-    values = packed = 0
-    for group in range(about.num_row_groups):
-        chunks = [about.row_group(group).column(c) for c in range(about.num_columns)]
-        mine = [c for c in chunks if c.path_in_schema.partition(".")[0] in columns]
-        values += sum(c.num_values for c in mine)
-        packed += sum(c.total_compressed_size for c in mine)
+    with folder.reading(name) as stream:
+        mine = [sizes for sizes in parquet_footer.chunk_sizes(stream) if sizes[0] in columns]
+    values = sum(count for _, count, _ in mine)
+    packed = sum(size for _, _, size in mine)
     if values * 8 > max(_UNPACKED_FREELY, _MOST_UNPACKED * packed):
         raise InputError(
-            f"{where} claims {values} values in {packed} bytes: write it again, with values of its "
-            "own for each row"
+            f"{folder.where(name)} claims {values} values in {packed} bytes: write it again, with "
+            "values of its own for each row"
         )
 
 

@@ -105,7 +105,7 @@ def _read(folder: Folder, name: str) -> tuple[Any, ...]:
                 f"{tables.nearest(lacking[0], there)}"
             )
         tables.check_types(parquet, where, dict(zip((*_COLUMNS, outputs[0]), _KINDS, strict=True)))
-        tables.check_size(parquet, where, [*_COLUMNS, outputs[0]])
+        tables.check_size(folder, name, [*_COLUMNS, outputs[0]])
         table = tables.read_checked(parquet, [*_COLUMNS, outputs[0]])
     if not table.num_rows:
         raise InputError(f"{where} has no rows: a log has one for each sample and epoch")

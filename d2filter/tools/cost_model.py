@@ -121,7 +121,7 @@ def partitions_of(pool: Pool, cluster: Cluster, h: Habits) -> tuple[int, float]:
     found = sizes.plan_partitions(
         pool.samples, plan_steps.graph_row(pool, h), nodes=cluster.nodes, cpus=cluster.cpus,
         node_bytes=cluster.memory, memory=cluster.memory_per_worker,
-        partitions=cluster.partitions,
+        partitions=cluster.partitions, row_bytes=pool.row_bytes,
     )  # fmt: skip
     return found.partitions, float(found.memory or cluster.memory)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import pools
 from support.runs import stats
@@ -356,6 +356,10 @@ def test_the_catalog_has_the_parts_and_about_the_tasks_that_are_planned(
 
 
 @given(POOLS, CLUSTERS)
+@example(  # a wide block needs more than the rows of a partition
+    Pool(samples=362_842, dimension=1536, k=40),
+    Cluster(nodes=64, cpus=64, memory=2_000_001_239, partitions=7),
+)
 @settings(max_examples=300)
 def test_partitions_that_a_refusal_asks_for_are_enough(pool: Pool, cluster: Cluster) -> None:
     known = every_rate()

@@ -124,7 +124,7 @@ def partition_plan(
     cpus, nodes, node_bytes = runner.resources()
     return sizes.plan_partitions(
         rows, sizes.graph_row(row_bytes, sketch_dim, width), nodes=nodes, cpus=cpus,
-        node_bytes=node_bytes, memory=memory, partitions=partitions,
+        node_bytes=node_bytes, memory=memory, partitions=partitions, row_bytes=row_bytes,
     )  # fmt: skip
 
 
