@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 _ROW_GROUPS, _COLUMNS, _METADATA = 4, 1, 3  # of FileMetaData, RowGroup, ColumnChunk
 _PATH, _VALUES, _COMPRESSED = 3, 5, 7  # of ColumnMetaData
@@ -20,7 +20,7 @@ _FIXED = {3: 1, 7: 8, 13: 16}  # bytes of an int8, a double, a UUID
 _DEEPEST = 12
 
 
-def chunk_sizes(stream: BinaryIO) -> Iterator[tuple[str, int, int]]:
+def chunk_sizes(stream: IO[bytes]) -> Iterator[tuple[str, int, int]]:
     """(top-level column, values, compressed bytes) of each column chunk of a parquet file.
 
     Raises ValueError for a footer that lacks one of these, or that is damaged.
