@@ -21,7 +21,8 @@ def share(text: str, allowed: str = "allowed is") -> Decimal:
         raise argparse.ArgumentTypeError(f"{text!r}, {allowed} a number such as 0.4") from None
 
 
-def share_or_auto(text: str) -> Any:
+def share_or_auto(text: str) -> Decimal | str:
+    """A decimal number, or `auto`."""
     return text if text == config.AUTO else share(text, "allowed are auto and")
 
 
@@ -85,6 +86,7 @@ def copies(text: str) -> float | str | None:
 
 
 def number_or_auto(text: str) -> float | str:
+    """A number, or `auto`."""
     if text == config.AUTO:
         return text
     try:

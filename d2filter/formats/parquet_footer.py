@@ -73,21 +73,21 @@ class _Reader:
         if kind in (1, 2):  # in a list, a boolean takes a byte
             return self._take(1) == b"\1"
         if kind in (4, 5, 6):
-            zigzag = self._varint()
-            return zigzag >> 1 ^ -(zigzag & 1)
+            return self._integer()
         raise ValueError(f"its footer has a value of the unknown kind {kind}")
 
     def _fields(self, depth: int) -> Iterator[tuple[int, Any]]:
         number = 0
         while head := self._take(1)[0]:
             kind = head & 15
-            if head >> 4:
-                number += head >> 4
-            else:
-                zigzag = self._varint()
-                number = zigzag >> 1 ^ -(zigzag & 1)
+            number = number + (head >> 4) if head >> 4 else self._integer()
             # as a field, a boolean is its kind
             yield number, kind == 1 if kind in (1, 2) else self.value(kind, depth + 1)
+
+    def _integer(self) -> int:
+        """A signed integer: zigzag-encoded, so that small negative ones are short, too."""
+        zigzag = self._varint()
+        return zigzag >> 1 ^ -(zigzag & 1)
 
     def _varint(self) -> int:
         value = 0

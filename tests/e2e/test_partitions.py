@@ -15,12 +15,11 @@ import pyarrow as pa
 import pytest
 import ray
 from support import pools
-from support.runs import run, stats
+from support.runs import interrupt, run, stats
 
 from d2filter.algorithm import features, sizes, uids
 from d2filter.algorithm.knn import calibrate
 from d2filter.algorithm.knn import in_memory as knn
-from d2filter.engine.stage_run import StageRun
 from d2filter.formats import catalog, graph
 from d2filter.formats import uid as uid_format
 from d2filter.formats.paths import Folder
@@ -274,18 +273,11 @@ def test_a_layout_stays_while_a_task_can_hold_its_partitions(
     pool: dict[str, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One partition would do on the rerun: what was routed to three is not thrown away."""
-    original = StageRun.run
-
-    def stop(self: StageRun, label: str, tasks: Any, **more: Any) -> Any:
-        if label == "find":
-            raise KeyboardInterrupt
-        return original(self, label, tasks, **more)
-
     out = tmp_path / "o"
     metadata = pools.write(tmp_path / "m", pool, files=3)
     words = ("graph", "--metadata-dir", metadata, "--out-dir", out, *GRAPH)
     with monkeypatch.context() as patched:
-        patched.setattr(StageRun, "run", stop)
+        interrupt(patched, "find")
         assert run(*words, "--partitions", 3) == 130
     routed = {m: m.stat().st_mtime_ns for m in (out / "completions/graph").glob("route-*.json")}
     assert routed

@@ -11,12 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from support import pools
 from support.pools import with_column
-from support.runs import difficulties, graph_difficulties, run, stats
+from support.runs import difficulties, graph_difficulties, interrupt, run, stats
 
 from d2filter.algorithm import features, sizes
 from d2filter.algorithm.scores import registry as scores
 from d2filter.algorithm.scores import training_dynamics
-from d2filter.engine.stage_run import StageRun
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -319,18 +318,6 @@ def test_the_hardest_are_cut_only_where_they_go_first(
     words = ("--metadata-dir", folder, "--out-dir", tmp_path / "o", *words)
     assert run("run", *words, "--cut-hardest", 0.1) == (2 if refused else 0)
     assert ("cut-hardest drops" in capsys.readouterr().err) == refused
-
-
-def interrupt(monkeypatch: pytest.MonkeyPatch, before: str) -> None:
-    """End the driver when it comes to tasks of this label."""
-    original = StageRun.run
-
-    def stop(self: StageRun, label: str, tasks: Any, **more: Any) -> Any:
-        if label == before:
-            raise KeyboardInterrupt
-        return original(self, label, tasks, **more)
-
-    monkeypatch.setattr(StageRun, "run", stop)
 
 
 @pytest.mark.usefixtures("small_parts")

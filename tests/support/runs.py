@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 
 from d2filter.cli import main as cli
+from d2filter.engine.stage_run import StageRun
 from d2filter.formats import ranking
 from d2filter.formats.paths import Folder
 
@@ -22,6 +24,18 @@ def run(*words: object) -> int:
     allowed. The command uses the Ray of the fixture `cluster`.
     """
     return cli.main([str(word) for word in words])
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, before: str) -> None:
+    """End the driver when it comes to the step of this label."""
+    original = StageRun.run
+
+    def stop(self: StageRun, label: str, tasks: Any, **more: Any) -> Any:
+        if label == before:
+            raise KeyboardInterrupt
+        return original(self, label, tasks, **more)
+
+    monkeypatch.setattr(StageRun, "run", stop)
 
 
 def graph_difficulties(metadata: Path, out: Path, *words: object) -> dict[str, float]:

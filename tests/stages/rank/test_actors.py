@@ -176,13 +176,8 @@ def test_the_lost_actor_is_named_and_not_the_one_that_waited_for_it(
         if numbers == [1]:
             return Actor("1", calls, 0, ping if needs["num_cpus"] else None)
         actor = Actor("0", calls, 0)
-        actor.step = Method(lambda heard: step_of(next(steps)))
+        actor.step = Method(lambda heard: Actor("0", calls, next(steps)).step.answer(heard))
         return actor
-
-    def step_of(live: Any) -> Any:
-        if isinstance(live, Exception):
-            return live
-        return partition_actor.Step(live=live, news=True, rounds=1, sent={})
 
     driver_of(Ray(start), tmp_path).run(lambda live: None)
     assert f"d2filter: rank: {line} (" in capsys.readouterr().err
